@@ -43,7 +43,7 @@ fn two_hundred_and_fifty_six_are_enough() {
     hub.wait_online("chengdu", true, secs(30));
     for (daemon, log) in [("hub", hub.log()), ("site", site.log())] {
         assert!(
-            log.contains("this process may open few files"),
+            log.contains("the limit of open files is low"),
             "the {daemon} says so: {log}"
         );
     }

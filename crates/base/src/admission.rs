@@ -1,11 +1,12 @@
-//! ChunkIndex for connections whose peer has not proved who it is: bounded in total and for each
-//! address.
+//! Slots for connections whose peer is not authenticated yet. Their number is limited in total and
+//! for each address.
 //!
-//! The connections of sites have a pool for TCP handshakes, one for QUIC handshakes and one for
-//! joins; the API has one for each of its listeners. If a pool, or the part of it that one address
-//! may use, is full, the oldest unfinished connection is closed and the newcomer takes its place.
-//! So silent connections cannot keep a peer out that completes its handshake. Nothing here does
-//! I/O: whoever holds a [`Permit`] must end its connection when [`Permit::evicted`] is ready.
+//! The listener for sites has one pool for TCP handshakes, one for QUIC handshakes and one for join
+//! requests. The API has one pool for each of its listeners. If a pool is full, or if one address
+//! has used its share of it, the pool evicts the oldest unfinished connection and gives its slot to
+//! the new connection. Therefore silent connections cannot keep out a peer that completes its
+//! handshake. This module does no I/O: the owner of a [`Place`] must close its connection when
+//! [`Place::evicted`] is ready. Nothing survives a restart.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -15,8 +16,8 @@ use parking_lot::Mutex;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
-/// What counts as one address: an IPv4 address, or the /64 of an IPv6 address, which one machine
-/// can use as a whole.
+/// The unit that counts as one address: an IPv4 address, or the /64 network of an IPv6 address,
+/// because one machine can use all addresses of a /64.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Network(IpAddr);
 
@@ -33,20 +34,20 @@ impl From<IpAddr> for Network {
 }
 
 struct Entry {
-    /// `None`: it counts for no address (a local socket).
+    /// `None` for a local socket, which counts for no address.
     network: Option<Network>,
     is_finished: bool,
     evicted: CancellationToken,
 }
 
-/// All places of a pool, oldest first.
+/// All slots of a pool, oldest first.
 #[derive(Default)]
-struct Book {
+struct Slots {
     next: u64,
     entries: BTreeMap<u64, Entry>,
 }
 
-impl Book {
+impl Slots {
     fn unfinished(&self) -> impl Iterator<Item = (u64, Option<Network>)> {
         self.entries
             .iter()
@@ -69,18 +70,18 @@ impl Book {
 
 #[derive(Default)]
 struct PoolState {
-    book: Mutex<Book>,
+    slots: Mutex<Slots>,
     left: Notify,
 }
 
-/// A pool of places.
+/// A pool of slots for connections.
 pub struct Pool {
     places_max: usize,
     shared: Arc<PoolState>,
 }
 
 impl Pool {
-    /// A pool of so many places.
+    /// Creates a pool with this number of slots.
     pub fn new(places_max: usize) -> Self {
         Self {
             places_max,
@@ -88,23 +89,24 @@ impl Pool {
         }
     }
 
-    /// Takes a place for a new connection, and closes the oldest unfinished one if `network` has
-    /// `own_max` of them or the pool is full. `None`: every connection of the pool is finished.
+    /// Takes a slot for a new connection. If `network` already has `own_max` unfinished
+    /// connections, or if the pool is full, this evicts the oldest unfinished connection. Returns
+    /// `None` if the pool is full and all its connections are finished.
     pub fn enter(&self, network: Option<Network>, own_max: usize) -> Option<Permit> {
-        let mut book = self.shared.book.lock();
+        let mut slots = self.shared.slots.lock();
         if let Some(network) = network {
-            let own: Vec<u64> = book.unfinished_of(network).collect();
+            let own: Vec<u64> = slots.unfinished_of(network).collect();
             let surplus = (own.len() + 1).saturating_sub(own_max.max(1));
-            own.into_iter().take(surplus).for_each(|id| book.evict(id));
+            own.into_iter().take(surplus).for_each(|id| slots.evict(id));
         }
-        if book.entries.len() >= self.places_max {
-            let (oldest, _) = book.unfinished().next()?;
-            book.evict(oldest);
+        if slots.entries.len() >= self.places_max {
+            let (oldest, _) = slots.unfinished().next()?;
+            slots.evict(oldest);
         }
-        let id = book.next;
-        book.next += 1;
+        let id = slots.next;
+        slots.next += 1;
         let evicted = CancellationToken::new();
-        book.entries.insert(
+        slots.entries.insert(
             id,
             Entry {
                 network,
@@ -119,7 +121,8 @@ impl Pool {
         })
     }
 
-    /// [`Pool::enter`] that waits until a finished connection leaves, where it must.
+    /// Like [`Pool::enter`], but waits for a finished connection to leave if no connection can be
+    /// evicted.
     pub async fn enter_when_possible(&self, network: Option<Network>, own_max: usize) -> Permit {
         loop {
             let left = self.shared.left.notified();
@@ -130,18 +133,18 @@ impl Pool {
         }
     }
 
-    /// Connections that have a place.
+    /// The number of connections that have a slot.
     pub fn used(&self) -> usize {
-        self.shared.book.lock().entries.len()
+        self.shared.slots.lock().entries.len()
     }
 
-    /// Unfinished connections of one address.
+    /// The number of unfinished connections of one address.
     pub fn unfinished_of(&self, network: Network) -> usize {
-        self.shared.book.lock().unfinished_of(network).count()
+        self.shared.slots.lock().unfinished_of(network).count()
     }
 }
 
-/// A connection's place; free again when it is dropped.
+/// The slot of one connection. Dropping it frees the slot.
 pub struct Permit {
     id: u64,
     shared: Arc<PoolState>,
@@ -149,18 +152,18 @@ pub struct Permit {
 }
 
 impl Permit {
-    /// Ready when a newer connection has taken the place.
+    /// Completes when the pool has given this slot to a newer connection.
     pub async fn evicted(&self) {
         self.evicted.cancelled().await;
     }
 
-    /// The peer has proved who it is: the connection is no longer closed for a newer one, and its
-    /// address may open another.
+    /// Marks the peer as authenticated. The pool no longer evicts this connection, and it no longer
+    /// counts for its address.
     pub fn finish(&self) {
         self.set_finished(true);
     }
 
-    /// The connection may be closed for a newer one again.
+    /// Marks the connection as unfinished: the pool may evict it again.
     pub fn reopen(&self) {
         self.set_finished(false);
     }
@@ -168,7 +171,7 @@ impl Permit {
     /// Whether [`Permit::finish`] was called.
     pub fn is_finished(&self) -> bool {
         self.shared
-            .book
+            .slots
             .lock()
             .entries
             .get(&self.id)
@@ -176,7 +179,7 @@ impl Permit {
     }
 
     fn set_finished(&self, is_finished: bool) {
-        if let Some(entry) = self.shared.book.lock().entries.get_mut(&self.id) {
+        if let Some(entry) = self.shared.slots.lock().entries.get_mut(&self.id) {
             entry.is_finished = is_finished;
         }
     }
@@ -184,7 +187,7 @@ impl Permit {
 
 impl Drop for Permit {
     fn drop(&mut self) {
-        self.shared.book.lock().entries.remove(&self.id);
+        self.shared.slots.lock().entries.remove(&self.id);
         self.shared.left.notify_one();
     }
 }
@@ -202,7 +205,7 @@ mod tests {
     }
 
     #[test]
-    fn an_address_is_one_machine() {
+    fn an_ipv6_network_counts_as_one_address() {
         assert_eq!(network("::ffff:10.0.0.1"), network("10.0.0.1"));
         assert_eq!(network("2001:db8:1:2::1"), network("2001:db8:1:2:ffff::9"));
         assert_ne!(network("2001:db8:1:2::1"), network("2001:db8:1:3::1"));
@@ -210,7 +213,7 @@ mod tests {
     }
 
     #[test]
-    fn three_hundred_silent_connections_of_one_address_take_eight_places_and_keep_nobody_out() {
+    fn silent_connections_of_one_address_take_eight_slots_and_block_no_other_peer() {
         let pool = Pool::new(256);
         let silent: Vec<Permit> = (0..300)
             .map(|_| pool.enter(network("10.0.0.1"), 8).unwrap())
@@ -222,18 +225,17 @@ mod tests {
             ),
             (8, 8)
         );
-        assert!(silent[..292].iter().all(is_evicted), "the oldest go first");
+        assert!(
+            silent[..292].iter().all(is_evicted),
+            "the oldest connections are evicted first"
+        );
         let other = pool.enter(network("10.0.0.2"), 8).unwrap();
         assert_eq!(pool.used(), 9);
-        // The same address is not locked out either.
+        // The same address can still connect.
         let own = pool.enter(network("10.0.0.1"), 8).unwrap();
         assert!(is_evicted(&silent[292]) && !is_evicted(&own) && !is_evicted(&other));
         drop(silent);
-        assert_eq!(
-            pool.used(),
-            2,
-            "a place that was taken away is not given back twice"
-        );
+        assert_eq!(pool.used(), 2, "an evicted slot is freed only once");
     }
 
     #[test]
@@ -250,14 +252,14 @@ mod tests {
         }
         assert!(
             pool.enter(None, 8).is_none(),
-            "nobody who is finished is closed"
+            "a finished connection is never evicted"
         );
         places[3].reopen();
         assert!(pool.enter(None, 8).is_some() && is_evicted(&places[3]));
     }
 
     #[test]
-    fn who_has_proved_who_he_is_does_not_count_for_his_address() {
+    fn a_finished_connection_does_not_count_for_its_address() {
         let pool = Pool::new(64);
         let finished: Vec<Permit> = (0..20)
             .map(|_| {
@@ -280,7 +282,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_newcomer_waits_for_a_place_where_all_are_finished() {
+    async fn a_new_connection_waits_if_all_others_are_finished() {
         let pool = Pool::new(1);
         let first = pool.enter(None, 8).unwrap();
         first.finish();

@@ -1,9 +1,11 @@
-//! A budget of bytes in flight that many peers share.
+//! A budget of bytes in flight, shared by many peers.
 //!
-//! The hub reads chunks for its sites out of one, a site those that it gives away. No peer has more
-//! of it than its part, which shrinks as peers come: one that takes nothing off its line holds its
-//! own part and nobody else's. Of a peer's requests the one of the highest priority goes first, so
-//! that a manifest does not wait behind what a large transfer has asked for already.
+//! The hub takes from one budget the memory for the chunks that it reads for its sites. A site
+//! takes from another the memory for the chunks that it sends. The part of each peer is limited and
+//! shrinks as more peers connect. A peer that does not read from its connection therefore blocks
+//! only its own part. Among the requests of one peer, the request with the highest priority is
+//! served first, so that a manifest does not wait behind the content requested by a large transfer.
+//! In memory only.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, HashMap};
@@ -15,16 +17,16 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 use crate::fault::Fault;
 use crate::names::SiteName as Peer;
 
-/// A budget. Cheap to clone.
+/// A budget of bytes. Cheap to clone.
 #[derive(Clone)]
 pub struct Budget {
     inner: Arc<Inner>,
 }
 
 struct Inner {
-    /// Bytes in all.
+    /// The size of the budget in bytes.
     total: u64,
-    /// The most that one peer has of them, however few there are.
+    /// The largest part of one peer in bytes, even if there are few peers.
     part_max: u64,
     state: Mutex<State>,
 }
@@ -33,7 +35,7 @@ struct Inner {
 struct State {
     used: u64,
     seats: usize,
-    /// Peers that hold something or wait.
+    /// Peers that hold bytes or wait for bytes.
     peers: HashMap<Peer, Account>,
     requests: u64,
 }
@@ -41,24 +43,24 @@ struct State {
 #[derive(Default)]
 struct Account {
     used: u64,
-    /// In the order in which they are served: by priority, then as they came.
+    /// Waiting requests in the order in which they are served: by priority, then by arrival.
     waiting: BTreeMap<(Reverse<i32>, u64), (u64, oneshot::Sender<Share>)>,
 }
 
-/// Some bytes of a budget, given back when it is dropped.
+/// Bytes taken from a budget. Dropping the share returns them.
 pub struct Share {
     inner: Arc<Inner>,
     peer: Peer,
     bytes: u64,
 }
 
-/// A peer's place at the table, for as long as it is connected.
+/// Reserves a part of the budget for a peer while the peer is connected.
 pub struct Seat {
     inner: Arc<Inner>,
 }
 
 impl Budget {
-    /// So many bytes, of which one peer has `part_max` at the most.
+    /// Creates a budget of `total` bytes. One peer gets at most `part_max` of them.
     pub fn new(total: u64, part_max: u64) -> Self {
         Self {
             inner: Arc::new(Inner {
@@ -69,7 +71,7 @@ impl Budget {
         }
     }
 
-    /// Counts a peer in: from now on something is left for it.
+    /// Counts one more connected peer, for which a part of the budget is reserved.
     pub fn seat(&self) -> Seat {
         self.inner.state.lock().seats += 1;
         Seat {
@@ -77,38 +79,40 @@ impl Budget {
         }
     }
 
-    /// Waits for so many bytes. A request that is larger than the peer's part is served when the
-    /// peer holds nothing else.
+    /// Waits until `bytes` are available. A request that is larger than the part of its peer is
+    /// served when the peer holds nothing else.
     pub async fn take(&self, peer: &Peer, bytes: u64, priority: i32) -> Result<Share, Fault> {
         let (send, receive) = oneshot::channel();
         {
             let mut state = self.inner.state.lock();
             state.requests += 1;
-            let turn = (Reverse(priority), state.requests);
+            let key = (Reverse(priority), state.requests);
             state
                 .peers
                 .entry(peer.clone())
                 .or_default()
                 .waiting
-                .insert(turn, (bytes, send));
+                .insert(key, (bytes, send));
         }
         Inner::serve(&self.inner);
-        receive.await.map_err(|_| Fault::internal("a budget ended"))
+        receive
+            .await
+            .map_err(|_| Fault::internal("the byte budget was closed"))
     }
 }
 
 impl Inner {
-    /// Gives out what there is.
+    /// Serves all requests that can be served now.
     fn serve(this: &Arc<Self>) {
-        // A share whose taker is gone is given back at once, which needs the lock: so all is handed
-        // over after it.
+        // If the receiver of a share is gone, the share is dropped here, and the drop locks the
+        // state. Therefore the share is sent after `next` has released the lock.
         while let Some((send, share)) = this.next() {
             drop(send.send(share));
         }
     }
 
-    /// The next share: of the peers that wait and whose part allows it, for the one that holds the
-    /// least.
+    /// Serves the next request: among the waiting peers whose part allows it, that of the peer that
+    /// holds the fewest bytes.
     fn next(self: &Arc<Self>) -> Option<(oneshot::Sender<Share>, Share)> {
         let mut state = self.state.lock();
         let part =
@@ -165,8 +169,8 @@ impl Drop for Seat {
     }
 }
 
-/// ChunkIndex for blocking work: each peer has so many of them, whatever it asks for, so that no
-/// peer occupies the processors and the disk alone. Cheap to clone.
+/// Slots for blocking work. Each peer has a fixed number of them, so that one peer cannot occupy
+/// all processors and the disk. Cheap to clone.
 #[derive(Clone)]
 pub struct WorkPlaces {
     each: usize,
@@ -174,7 +178,7 @@ pub struct WorkPlaces {
 }
 
 impl WorkPlaces {
-    /// So many places for each peer.
+    /// Creates slots: `each` for each peer.
     pub fn new(each: usize) -> Self {
         Self {
             each,
@@ -182,7 +186,7 @@ impl WorkPlaces {
         }
     }
 
-    /// Waits for a place of this peer; it is free again when the permit is dropped.
+    /// Waits for a slot of this peer. Dropping the permit frees the slot.
     pub async fn take(&self, peer: &Peer) -> Option<OwnedSemaphorePermit> {
         let places = {
             let mut peers = self.peers.lock();
@@ -210,7 +214,7 @@ mod tests {
         name.parse().unwrap()
     }
 
-    /// What is there for the taking.
+    /// Takes bytes that are available without waiting.
     fn now(budget: &Budget, name: &str, bytes: u64) -> Option<Share> {
         budget
             .take(&peer(name), bytes, 0)
@@ -219,13 +223,13 @@ mod tests {
     }
 
     #[test]
-    fn a_peer_that_gives_nothing_back_leaves_the_others_their_part() {
+    fn a_peer_that_returns_nothing_leaves_the_others_their_part() {
         let budget = Budget::new(100, 40);
         let slow: Vec<Option<Share>> = (0..9).map(|_| now(&budget, "slow", 10)).collect();
         assert_eq!(
             slow.iter().flatten().count(),
             4,
-            "no more than the most of one peer"
+            "limited by the largest part of one peer"
         );
         let quick: Vec<Option<Share>> = (0..9).map(|_| now(&budget, "quick", 10)).collect();
         assert_eq!(quick.iter().flatten().count(), 4);
@@ -233,19 +237,19 @@ mod tests {
         drop(quick);
         assert!(
             now(&budget, "quick", 10).is_some(),
-            "its part is a tenth now"
+            "its part is a tenth of the budget now"
         );
         let held = now(&budget, "quick", 10);
         assert!(held.is_some() && now(&budget, "quick", 10).is_none());
         drop(seats);
         assert!(
             now(&budget, "quick", 10).is_some(),
-            "those who left need nothing"
+            "a peer that disconnected has no part"
         );
     }
 
     #[test]
-    fn the_highest_priority_goes_first_and_whoever_left_holds_nothing() {
+    fn the_highest_priority_is_served_first_and_cancelled_requests_hold_nothing() {
         let budget = Budget::new(10, 10);
         let all = now(&budget, "a", 10).unwrap();
         let a = peer("a");
@@ -266,7 +270,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_larger_than_a_part_is_served_alone() {
+    fn a_request_larger_than_a_part_is_served_alone() {
         let budget = Budget::new(10, 4);
         let large = now(&budget, "a", 30);
         assert!(
@@ -277,7 +281,7 @@ mod tests {
     }
 
     #[test]
-    fn a_peer_has_so_many_places_for_work_and_no_more() {
+    fn a_peer_has_a_fixed_number_of_slots_for_work() {
         let places = WorkPlaces::new(2);
         let take = |name: &str| places.take(&peer(name)).now_or_never().flatten();
         let (first, second) = (take("a"), take("a"));
@@ -285,7 +289,7 @@ mod tests {
             first.is_some() && second.is_some() && take("a").is_none(),
             "two places"
         );
-        assert!(take("b").is_some(), "another peer has its own");
+        assert!(take("b").is_some(), "another peer has its own slots");
         drop(first);
         assert!(take("a").is_some());
         drop(second);
@@ -293,7 +297,7 @@ mod tests {
         assert_eq!(
             places.peers.lock().len(),
             1,
-            "peers that do nothing are forgotten"
+            "peers without work are removed"
         );
     }
 }

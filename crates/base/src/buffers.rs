@@ -1,8 +1,8 @@
-//! Buffers, used again: given back to the system and faulted in anew they would cost a tenth of a
-//! sender's time.
+//! A pool of reusable buffers. Allocating a large buffer for each use would cost about a tenth of a
+//! sender's time for page faults.
 //!
-//! The store reads packs into them, `ingest` reads sources, a fetch takes frames off the line. In
-//! memory only.
+//! The store reads packs into these buffers, `ingest` reads sources into them, and a fetch reads
+//! frames from the connection into them. In memory only.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -10,42 +10,43 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use bytes::Bytes;
 use parking_lot::Mutex;
 
-/// Buffers with room are multiples of this.
+/// Buffers returned by [`Buffers::room`] have a length that is a multiple of this.
 const STEP: usize = 256 << 10;
 
-/// Some buffers of about the same size. Cheap to clone.
+/// A pool of buffers of similar sizes. Cheap to clone.
 #[derive(Clone)]
 pub struct Buffers {
     free: Arc<Mutex<Vec<Vec<u8>>>>,
-    /// Whether one was taken since the last [`Buffers::rest`].
+    /// Whether a buffer was taken since the last call of [`Buffers::rest`].
     used: Arc<AtomicBool>,
     kept_max: usize,
-    /// The capacities that are worth keeping, bytes.
-    worth: (usize, usize),
+    /// The smallest and the largest capacity of a buffer that the pool keeps, in bytes.
+    capacity_range: (usize, usize),
 }
 
-/// A buffer that goes back when the last slice of it is gone.
-struct Lent {
+/// A buffer in use. It returns to the pool when the last slice of it is dropped.
+struct InUse {
     bytes: Vec<u8>,
-    home: Buffers,
+    pool: Buffers,
 }
 
 impl Buffers {
-    /// Keeps up to `kept_max` buffers of at least `min` and at most `max` bytes.
+    /// Creates a pool that keeps up to `kept_max` buffers with a capacity of at least `min` and at
+    /// most `max` bytes.
     pub fn new(kept_max: usize, min: usize, max: usize) -> Self {
         Self {
             free: Arc::default(),
             used: Arc::default(),
             kept_max,
-            worth: (min, max),
+            capacity_range: (min, max),
         }
     }
 
-    /// A buffer for `len` bytes, with what it held last still in it. Small ones do not deserve, and
-    /// must not keep, a large buffer.
+    /// Returns a buffer for `len` bytes. It may still contain the bytes of its previous use. A
+    /// request below the minimum size gets a new buffer, so that it does not occupy a large one.
     pub fn take(&self, len: usize) -> Vec<u8> {
         self.used.store(true, Ordering::Relaxed);
-        let reused = if len >= self.worth.0 {
+        let reused = if len >= self.capacity_range.0 {
             self.free.lock().pop()
         } else {
             None
@@ -53,16 +54,16 @@ impl Buffers {
         reused.unwrap_or_else(|| Vec::with_capacity(len))
     }
 
-    /// A buffer of at least `len` bytes, whatever they are. Of round sizes, and never shortened:
-    /// what is read is of about one length, and to grow a little each time is to copy and to clear
-    /// each time.
+    /// Returns a buffer of at least `len` bytes with undefined content. Its length is rounded up
+    /// and never reduced: the lengths of consecutive reads are similar, and each small growth would
+    /// copy and zero the buffer.
     pub fn room(&self, len: usize) -> Vec<u8> {
-        if len < self.worth.0 {
+        if len < self.capacity_range.0 {
             return vec![0; len];
         }
         let out = self.take(len);
         if out.len() > 4 * len {
-            // Somebody may hold it for long, who has a share for `len` only.
+            // The caller accounts for `len` bytes only and may hold the buffer for a long time.
             self.free.lock().push(out);
         } else if out.len() >= len {
             return out;
@@ -70,15 +71,15 @@ impl Buffers {
         vec![0; len.next_multiple_of(STEP)]
     }
 
-    /// The bytes of a buffer, which comes back when nobody needs them any more.
+    /// Makes `Bytes` of a buffer, which returns to the pool when the last slice of them is dropped.
     pub fn lend(&self, bytes: Vec<u8>) -> Bytes {
-        Bytes::from_owner(Lent {
+        Bytes::from_owner(InUse {
             bytes,
-            home: self.clone(),
+            pool: self.clone(),
         })
     }
 
-    /// Gives what is kept back to the system, if none was taken since the last call.
+    /// Frees all unused buffers if none was taken since the last call.
     pub fn rest(&self) {
         if !self.used.swap(false, Ordering::Relaxed) {
             self.free.lock().clear();
@@ -86,19 +87,19 @@ impl Buffers {
     }
 }
 
-impl AsRef<[u8]> for Lent {
+impl AsRef<[u8]> for InUse {
     fn as_ref(&self) -> &[u8] {
         &self.bytes
     }
 }
 
-impl Drop for Lent {
+impl Drop for InUse {
     fn drop(&mut self) {
         let bytes = std::mem::take(&mut self.bytes);
-        let mut free = self.home.free.lock();
-        if bytes.capacity() >= self.home.worth.0
-            && bytes.capacity() <= self.home.worth.1
-            && free.len() < self.home.kept_max
+        let mut free = self.pool.free.lock();
+        if bytes.capacity() >= self.pool.capacity_range.0
+            && bytes.capacity() <= self.pool.capacity_range.1
+            && free.len() < self.pool.kept_max
         {
             free.push(bytes);
         }

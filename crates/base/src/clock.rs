@@ -1,27 +1,27 @@
-//! The only place that reads the wall clock, so that all times have one form.
+//! The only module that reads the wall clock. It also defines the text form of all times.
 
 use std::time::Duration;
 
 use jiff::Timestamp;
 
-/// Now.
 pub fn now() -> Timestamp {
     Timestamp::now()
 }
 
-/// RFC 3339 in UTC with milliseconds, the form of every time that a machine reads.
+/// RFC 3339 in UTC with milliseconds: the form of every time that a program reads.
 pub fn rfc3339(at: Timestamp) -> String {
     format!("{at:.3}")
 }
 
-/// Milliseconds since 1970, in that form; empty for a time that no calendar has.
+/// Formats milliseconds since 1970 as [`rfc3339`] does. Returns an empty text if the value is
+/// outside the calendar.
 pub fn rfc3339_ms(ms: i64) -> String {
     Timestamp::from_millisecond(ms)
         .map(rfc3339)
         .unwrap_or_default()
 }
 
-/// Now, in that form.
+/// The current time, formatted as [`rfc3339`] does.
 pub fn now_rfc3339() -> String {
     rfc3339(now())
 }
@@ -31,7 +31,7 @@ pub fn now_unix_ms() -> u64 {
     now().as_millisecond().unsigned_abs()
 }
 
-/// A difference of two clocks, for a person: `2 d 3 h`, `1 h 5 min`, `90 s`.
+/// A duration for people: `2 d 3 h`, `1 h 5 min`, `90 s`.
 pub fn span(difference: Duration) -> String {
     let seconds = difference.as_secs();
     match seconds {

@@ -1,11 +1,12 @@
-//! The only place that renames, and that knows what must be synced before and after.
+//! The only module that renames files, and that knows what must be synced before and after a
+//! rename.
 //!
-//! After [`replace`] or [`rename_noreplace`] returned `Ok`, a power cut loses nothing of it;
-//! before, a crash leaves the old state or the new one and at worst a hidden temporary file beside
-//! it. An fsync that failed is never tried again on the same file: the kernel reports a lost write
-//! once and then says that all is well, so the caller must discard the file and write it anew. Some
-//! filesystems (FUSE, network) report a lost write only when the file is closed: every file that
-//! was written is closed by [`close`].
+//! After [`replace`] or [`rename_noreplace`] has returned `Ok`, the change survives a power
+//! failure. A crash before that leaves either the old state or the new state, and at worst a hidden
+//! temporary file in the same directory. If an fsync fails, the caller must discard the file and
+//! write a new one: the kernel reports a lost write only once, and a second fsync of the same file
+//! would succeed. Some filesystems (FUSE, network) report a lost write only when the file is
+//! closed. Therefore each written file is closed with [`close`], which returns that error.
 
 use std::fs::{self, File};
 use std::io::{self, IoSlice, Read as _, Write};
@@ -22,24 +23,25 @@ fn parent(path: &Path) -> &Path {
         .unwrap_or(Path::new("."))
 }
 
-/// Pieces of one write; the system takes 1,024.
+/// Slices of one vectored write; Linux accepts up to 1,024.
 const PARTS_MAX: usize = 256;
 
-/// Puts a small file in place: whole, synced, by rename. Mode 0644.
+/// Replaces a small file atomically: writes and syncs a temporary file, then renames it. Mode 0644.
 pub fn replace(path: &Path, bytes: &[u8]) -> Result<(), Fault> {
     replace_with_mode(path, bytes, 0o644)
 }
 
-/// [`replace`] for a secret: nobody but the owner can read it, from its first byte on.
+/// [`replace`] for a secret. The file has mode 0600 from its creation, so only its owner can read
+/// it.
 pub fn replace_secret(path: &Path, bytes: &[u8]) -> Result<(), Fault> {
     replace_with_mode(path, bytes, 0o600)
 }
 
-/// A hidden name beside a file.
+/// A hidden, random file name in the same directory.
 fn temporary_of(path: &Path) -> PathBuf {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
-    // Random: other machines may write to the same folder, and containers all have the same process
-    // id.
+    // The name is random, not the process id: other machines may write to the same directory, and
+    // containers often have equal process ids.
     parent(path).join(format!(".{name}.{:016x}.tmp", rand::random::<u64>()))
 }
 
@@ -63,9 +65,10 @@ fn replace_with_mode(path: &Path, bytes: &[u8], mode: u32) -> Result<(), Fault> 
     sync_dir(parent(path))
 }
 
-/// Puts a small file in place if nothing has its name, whole and synced; of several that do so at
-/// once, on any machine, one succeeds. Returns whether this one did. Where a filesystem has neither
-/// hard links nor an exclusive rename, the check comes first.
+/// Creates a small file, complete and synced, unless the name exists. If several callers do this at
+/// once, also on different machines, exactly one succeeds. Returns whether this call created the
+/// file. On a filesystem with neither hard links nor an exclusive rename, this checks first and
+/// then renames, which is not atomic.
 pub fn create(path: &Path, bytes: &[u8]) -> Result<bool, Fault> {
     let what = || format!("write {}", path.display());
     let temporary = temporary_of(path);
@@ -92,16 +95,16 @@ fn rename(from: &Path, to: &Path) -> io::Result<()> {
     fs::rename(from, to)
 }
 
-/// Closes a file and reports the error of that, which dropping it does not.
+/// Closes a file and returns the error of the close. Dropping the file would ignore it.
 pub fn close(file: File) -> io::Result<()> {
     match nix::unistd::close(file) {
-        // Linux has closed it all the same.
+        // After EINTR, Linux has closed the file descriptor.
         Ok(()) | Err(nix::errno::Errno::EINTR) => Ok(()),
         Err(errno) => Err(errno.into()),
     }
 }
 
-/// Renames over what is there. Neither side is synced: the caller syncs the folders.
+/// Renames and replaces the target. Syncs nothing: the caller syncs the directories.
 pub fn rename_over(from: &Path, to: &Path) -> Result<(), Fault> {
     rename(from, to).at(format_args!(
         "rename {} to {}",
@@ -110,9 +113,9 @@ pub fn rename_over(from: &Path, to: &Path) -> Result<(), Fault> {
     ))
 }
 
-/// Renames a file or folder to a name that does not exist, and syncs both parents. What is renamed
-/// must be synced already. Where the filesystem has no exclusive rename (NFS) the check comes
-/// first: only we write there.
+/// Renames a file or directory to a name that does not exist, and syncs both parent directories.
+/// The caller must have synced the content. A filesystem without exclusive rename (NFS) gets a
+/// check before the rename. That is safe because only this program writes there.
 pub fn rename_noreplace(from: &Path, to: &Path) -> Result<(), Fault> {
     use rustix::fs::{CWD, RenameFlags, renameat_with};
     let what = || format!("rename {} to {}", from.display(), to.display());
@@ -136,7 +139,7 @@ pub fn rename_noreplace(from: &Path, to: &Path) -> Result<(), Fault> {
     Ok(())
 }
 
-/// Gives a file a second name, under which its content stays when the first name is replaced.
+/// Gives a file a second name that keeps its content when the first name is replaced.
 pub fn keep_as(path: &Path, name: &Path) -> Result<(), Fault> {
     let what = || format!("keep {} as {}", path.display(), name.display());
     if fs::hard_link(path, name).is_err() {
@@ -147,7 +150,7 @@ pub fn keep_as(path: &Path, name: &Path) -> Result<(), Fault> {
     sync_dir(parent(name))
 }
 
-/// Replaces a file by another of the same folder, whose content is synced.
+/// Replaces a file with another file of the same directory, whose content the caller has synced.
 pub fn move_over(from: &Path, to: &Path) -> Result<(), Fault> {
     rename(from, to).at(format_args!(
         "rename {} to {}",
@@ -157,11 +160,11 @@ pub fn move_over(from: &Path, to: &Path) -> Result<(), Fault> {
     sync_dir(parent(to))
 }
 
-/// Replaces a symbolic link by rename. A convenience for people: not synced, and `Ok` where there
-/// are no links.
+/// Replaces a symbolic link by rename. The link is a convenience for people: it is not synced, and
+/// a filesystem without links returns `Ok`.
 pub fn replace_symlink(link: &Path, target: &str) -> Result<(), Fault> {
     let name = link.file_name().unwrap_or_default().to_string_lossy();
-    if fs::read_link(link).is_ok_and(|there| there == Path::new(target)) {
+    if fs::read_link(link).is_ok_and(|current| current == Path::new(target)) {
         return Ok(());
     }
     let temporary: PathBuf =
@@ -176,14 +179,14 @@ pub fn replace_symlink(link: &Path, target: &str) -> Result<(), Fault> {
     renamed
 }
 
-/// Syncs a folder's entries. SMB servers may not know this call; that is no fault.
+/// Syncs the entries of a directory. An SMB server may reject this call, which is not an error.
 pub fn sync_dir(path: &Path) -> Result<(), Fault> {
     File::open(path)
         .and_then(|dir| sync_folder(&dir))
-        .at(format_args!("sync the folder {}", path.display()))
+        .at(format_args!("sync the directory {}", path.display()))
 }
 
-/// [`sync_dir`] of a folder that is open.
+/// Like [`sync_dir`], for an open directory.
 pub fn sync_folder(folder: &File) -> io::Result<()> {
     match folder.sync_all() {
         Err(e) if e.raw_os_error() == Some(rustix::io::Errno::INVAL.raw_os_error()) => Ok(()),
@@ -191,7 +194,7 @@ pub fn sync_folder(folder: &File) -> io::Result<()> {
     }
 }
 
-/// Syncs a file's content and length.
+/// Syncs the content and the length of a file.
 pub fn sync_file(path: &Path) -> Result<(), Fault> {
     File::open(path)
         .and_then(sync_and_close)
@@ -204,37 +207,37 @@ pub fn sync_and_close(file: File) -> io::Result<()> {
     close(file)
 }
 
-/// Makes a folder and those above it, and syncs each new entry.
+/// Creates a directory and its missing parents, and syncs each new entry.
 pub fn create_dir_all(path: &Path) -> Result<(), Fault> {
     if path.is_dir() {
         return Ok(());
     }
-    if let Some(above) = path.parent().filter(|p| !p.as_os_str().is_empty()) {
-        create_dir_all(above)?;
+    if let Some(ancestor) = path.parent().filter(|p| !p.as_os_str().is_empty()) {
+        create_dir_all(ancestor)?;
     }
     match fs::create_dir(path) {
         Err(e) if e.kind() == io::ErrorKind::AlreadyExists && path.is_dir() => return Ok(()),
-        other => other.at(format_args!("make the folder {}", path.display()))?,
+        other => other.at(format_args!("create the directory {}", path.display()))?,
     }
     sync_dir(parent(path))
 }
 
-/// Removes a file or a whole folder; what is not there is fine.
+/// Removes a file or a complete directory. A missing path is not an error.
 pub fn remove_all(path: &Path) -> Result<(), Fault> {
-    let gone = |e: &io::Error| e.kind() == io::ErrorKind::NotFound;
+    let is_missing = |e: &io::Error| e.kind() == io::ErrorKind::NotFound;
     let result = match fs::symlink_metadata(path) {
         Ok(meta) if meta.is_dir() => make_removable(path).and_then(|()| fs::remove_dir_all(path)),
         Ok(_) => fs::remove_file(path),
         Err(e) => Err(e),
     };
     match result {
-        Err(e) if gone(&e) => Ok(()),
+        Err(e) if is_missing(&e) => Ok(()),
         other => other.at(format_args!("remove {}", path.display())),
     }
 }
 
-/// Folders of an artifact may be read-only; whoever is not root must open them before removing what
-/// they hold.
+/// Gives the owner all permissions on the directories below `path`. An artifact may contain
+/// read-only directories, whose entries only root could remove otherwise.
 fn make_removable(path: &Path) -> io::Result<()> {
     use std::os::unix::fs::PermissionsExt;
     if rustix::process::geteuid().is_root() {
@@ -253,13 +256,13 @@ fn make_removable(path: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Opens a file that a person or a configuration names, for reading. It does not wait for a writer,
-/// as opening a pipe does, and refuses whatever is no regular file: such a read may never end.
+/// Opens for reading a file that a user or a configuration names. Refuses everything except a
+/// regular file, because reading a pipe or a device may never end. Does not block on a pipe.
 pub fn open_regular(path: &Path) -> io::Result<File> {
     open_regular_with(path, OFlags::empty())
 }
 
-/// [`open_regular`] that opens no link either.
+/// Like [`open_regular`], but does not follow a symbolic link.
 pub fn open_regular_nofollow(path: &Path) -> io::Result<File> {
     open_regular_with(path, OFlags::NOFOLLOW)
 }
@@ -278,7 +281,7 @@ fn open_regular_with(path: &Path, flags: OFlags) -> io::Result<File> {
     ))
 }
 
-/// Reads a whole file as [`open_regular`] opens it, of at most `bytes_max` bytes.
+/// Reads a complete file as [`open_regular`] opens it. Fails if it has more than `bytes_max` bytes.
 pub fn read_regular(path: &Path, bytes_max: u64) -> io::Result<Vec<u8>> {
     let mut out = Vec::new();
     open_regular(path)?
@@ -293,17 +296,17 @@ pub fn read_regular(path: &Path, bytes_max: u64) -> io::Result<Vec<u8>> {
     Ok(out)
 }
 
-/// [`read_regular`], as text.
+/// Like [`read_regular`], as UTF-8 text.
 pub fn read_regular_text(path: &Path, bytes_max: u64) -> io::Result<String> {
     String::from_utf8(read_regular(path, bytes_max)?)
-        .map_err(|_| io::Error::new(io::ErrorKind::InvalidData, "it is not text in UTF-8"))
+        .map_err(|_| io::Error::new(io::ErrorKind::InvalidData, "it is not UTF-8 text"))
 }
 
-/// Writes all of these behind each other: one call for many, as a rule.
+/// Writes all parts one after the other from `offset`, usually with one system call for many parts.
 pub fn write_parts(file: &File, parts: &[impl AsRef<[u8]>], offset: u64) -> io::Result<()> {
     let mut at = offset;
-    for some in parts.chunks(PARTS_MAX) {
-        let slices: Vec<IoSlice<'_>> = some
+    for batch in parts.chunks(PARTS_MAX) {
+        let slices: Vec<IoSlice<'_>> = batch
             .iter()
             .map(|part| IoSlice::new(part.as_ref()))
             .collect();
@@ -315,8 +318,8 @@ pub fn write_parts(file: &File, parts: &[impl AsRef<[u8]>], offset: u64) -> io::
                 Err(e)
             }
         })?;
-        // What a signal or a full disk left over.
-        for part in some.iter().map(AsRef::as_ref) {
+        // Write the rest after a partial write: a signal or a full disk can shorten a write.
+        for part in batch.iter().map(AsRef::as_ref) {
             let here = written.min(part.len());
             written -= here;
             file.write_all_at(&part[here..], at + here as u64)?;
@@ -331,7 +334,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn replace_leaves_one_whole_file() {
+    fn replace_leaves_exactly_one_complete_file() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a");
         replace(&path, b"one").unwrap();
@@ -341,7 +344,7 @@ mod tests {
     }
 
     #[test]
-    fn of_many_that_create_a_file_at_once_one_succeeds() {
+    fn exactly_one_of_many_concurrent_creates_succeeds() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("id");
         let start = std::sync::Barrier::new(8);
@@ -377,7 +380,7 @@ mod tests {
     }
 
     #[test]
-    fn only_a_regular_file_is_opened_and_a_pipe_is_waited_for_by_nobody() {
+    fn only_a_regular_file_is_opened_and_a_pipe_does_not_block() {
         let dir = tempfile::tempdir().unwrap();
         let pipe = dir.path().join("pipe");
         rustix::fs::mknodat(

@@ -1,8 +1,9 @@
-//! Answers that are believed for a moment: of what is asked at each request, and seldom has another
-//! answer.
+//! A small in-memory cache whose entries expire. It holds answers that are asked for at each
+//! request and seldom change.
 //!
-//! The hub keeps in it who may read what and which sites hold it, the origin what lies here. In
-//! memory only; whoever shares one puts it behind a lock.
+//! The hub uses it for access decisions and for the sites that hold an artifact. The site that
+//! published an artifact uses it for what it holds. In memory only. A shared cache needs a lock
+//! around it.
 
 use std::collections::HashMap;
 use std::hash::Hash;
@@ -10,9 +11,9 @@ use std::time::{Duration, Instant};
 
 use crate::limits::LATELY_ANSWERS_MAX;
 
-/// Answers by what was asked.
+/// A cache of answers by question. Each entry has its own expiry time.
 pub struct ExpiringCache<K, V> {
-    /// Each with the time from which it is believed no more.
+    /// Each answer with its expiry time.
     answers: HashMap<K, (Instant, V)>,
 }
 
@@ -25,42 +26,42 @@ impl<K, V> Default for ExpiringCache<K, V> {
 }
 
 impl<K: Clone + Eq + Hash, V> ExpiringCache<K, V> {
-    /// The answer, if there is one that is still believed.
-    pub fn get(&self, asked: &K) -> Option<&V> {
-        self.get_at(Instant::now(), asked)
+    /// Returns the answer to this question if there is one that has not expired.
+    pub fn get(&self, question: &K) -> Option<&V> {
+        self.get_at(Instant::now(), question)
     }
 
-    /// Keeps an answer, to be believed for so long. Those that are believed no more go, and if
-    /// there are too many still, the one that would go next.
-    pub fn put(&mut self, asked: K, answer: V, believed_for: Duration) {
-        self.put_at(Instant::now(), asked, answer, believed_for);
+    /// Stores an answer that expires after `valid_for`. Removes expired answers. If the cache is
+    /// full, it also removes the answer that would expire first.
+    pub fn put(&mut self, question: K, answer: V, valid_for: Duration) {
+        self.put_at(Instant::now(), question, answer, valid_for);
     }
 
-    /// Believes no answer to this any more.
-    pub fn forget(&mut self, asked: &K) {
-        self.answers.remove(asked);
+    /// Removes the answer to this question.
+    pub fn forget(&mut self, question: &K) {
+        self.answers.remove(question);
     }
 
-    fn get_at(&self, now: Instant, asked: &K) -> Option<&V> {
+    fn get_at(&self, now: Instant, question: &K) -> Option<&V> {
         self.answers
-            .get(asked)
-            .filter(|(until, _)| now < *until)
+            .get(question)
+            .filter(|(expires_at, _)| now < *expires_at)
             .map(|(_, answer)| answer)
     }
 
-    fn put_at(&mut self, now: Instant, asked: K, answer: V, believed_for: Duration) {
-        self.answers.retain(|_, (until, _)| now < *until);
+    fn put_at(&mut self, now: Instant, question: K, answer: V, valid_for: Duration) {
+        self.answers.retain(|_, (expires_at, _)| now < *expires_at);
         if self.answers.len() >= LATELY_ANSWERS_MAX {
             let next = self
                 .answers
                 .iter()
-                .min_by_key(|(_, (until, _))| *until)
-                .map(|(asked, _)| asked.clone());
-            if let Some(asked) = next {
-                self.answers.remove(&asked);
+                .min_by_key(|(_, (expires_at, _))| *expires_at)
+                .map(|(question, _)| question.clone());
+            if let Some(question) = next {
+                self.answers.remove(&question);
             }
         }
-        self.answers.insert(asked, (now + believed_for, answer));
+        self.answers.insert(question, (now + valid_for, answer));
     }
 }
 
@@ -68,14 +69,14 @@ impl<K: Clone + Eq + Hash, V> ExpiringCache<K, V> {
 mod tests {
     use super::*;
 
-    const MOMENT: Duration = Duration::from_secs(1);
+    const VALID_FOR: Duration = Duration::from_secs(1);
 
     #[test]
-    fn an_answer_is_believed_for_a_moment_and_then_dropped() {
+    fn an_answer_expires() {
         let (mut lately, now) = (ExpiringCache::default(), Instant::now());
-        lately.put_at(now, "a", 1, MOMENT);
-        lately.put_at(now, "b", 2, MOMENT * 3);
-        let just_before = now + MOMENT - Duration::from_nanos(1);
+        lately.put_at(now, "a", 1, VALID_FOR);
+        lately.put_at(now, "b", 2, VALID_FOR * 3);
+        let just_before = now + VALID_FOR - Duration::from_nanos(1);
         assert_eq!(
             (
                 lately.get_at(just_before, &"a"),
@@ -85,24 +86,24 @@ mod tests {
         );
         assert_eq!(
             (
-                lately.get_at(now + MOMENT, &"a"),
-                lately.get_at(now + MOMENT, &"b")
+                lately.get_at(now + VALID_FOR, &"a"),
+                lately.get_at(now + VALID_FOR, &"b")
             ),
             (None, Some(&2))
         );
-        // A new answer takes the place of the old one, and its time.
-        lately.put_at(now + MOMENT, "b", 3, MOMENT);
-        assert_eq!(lately.get_at(now + MOMENT, &"b"), Some(&3));
-        assert_eq!(lately.get_at(now + MOMENT * 2, &"b"), None);
-        assert_eq!(lately.answers.len(), 1, "what was believed no more is gone");
+        // A new answer replaces the old answer and its expiry time.
+        lately.put_at(now + VALID_FOR, "b", 3, VALID_FOR);
+        assert_eq!(lately.get_at(now + VALID_FOR, &"b"), Some(&3));
+        assert_eq!(lately.get_at(now + VALID_FOR * 2, &"b"), None);
+        assert_eq!(lately.answers.len(), 1, "expired answers are removed");
     }
 
     #[test]
-    fn of_too_many_the_one_that_would_go_next_goes() {
+    fn a_full_cache_removes_the_answer_that_expires_first() {
         let (mut lately, now) = (ExpiringCache::default(), Instant::now());
-        lately.put_at(now, usize::MAX, (), MOMENT);
-        for asked in 0..LATELY_ANSWERS_MAX {
-            lately.put_at(now, asked, (), MOMENT * 2);
+        lately.put_at(now, usize::MAX, (), VALID_FOR);
+        for question in 0..LATELY_ANSWERS_MAX {
+            lately.put_at(now, question, (), VALID_FOR * 2);
         }
         assert_eq!(lately.answers.len(), LATELY_ANSWERS_MAX);
         assert_eq!(

@@ -1,9 +1,9 @@
-//! What went wrong, as a person and a script are told it.
+//! The error type that users and scripts see.
 //!
-//! Every module turns its own errors into a [`Fault`] at its edge. A fault says what, where and why
-//! in `message`, what to do about it in `next`, how a command exits in `code`, what a transfer
-//! shows in `reason`, and whether trying again can help in `retry`. It is what crosses the API and
-//! the line, so it never carries a secret.
+//! Every module converts its own errors into a [`Fault`] before it returns them. `message` states
+//! what failed, where and why; `next` states what to do; `code` is the exit code of the command;
+//! `reason` is shown for the transfer; `retry` states whether a retry can help. Faults are sent
+//! over the API and to peers, so they never contain a secret.
 
 use std::fmt;
 use std::path::Path;
@@ -14,79 +14,78 @@ use serde::{Deserialize, Serialize};
 use crate::limits::{MESSAGE_BYTES_MAX, NEXT_BYTES_MAX};
 use crate::text;
 
-/// The class of a fault, which is also the exit code of a command that ends with it.
+/// The class of a fault. Its number is the exit code of the command that ends with the fault.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Code {
-    /// A defect in Packhorse itself, or an I/O error with no better name.
+    /// A defect in Packhorse, or an I/O error without a more specific class.
     Internal = 1,
-    /// The command or request is not of a form that is understood.
+    /// The command or request is malformed.
     Usage = 2,
-    /// The configuration is wrong.
+    /// The configuration is invalid.
     Config = 3,
-    /// A token, certificate or right is missing, wrong or used up.
+    /// A token, certificate or permission is missing, invalid or already used.
     NotAllowed = 4,
-    /// It does not exist.
+    /// The object does not exist.
     NotFound = 5,
-    /// It exists with other content, or is in use.
+    /// The object exists with different content, or is in use.
     Conflict = 6,
-    /// Some sites failed, others did not.
+    /// Some sites failed, others succeeded.
     Partial = 7,
-    /// Bytes are not what they were said to be, or the input is malformed.
+    /// The content does not match its hash, or the input is malformed.
     Integrity = 8,
     /// A disk or a quota is full.
     NoSpace = 9,
-    /// A daemon, database, registry or source does not answer.
+    /// A daemon, database, registry or source does not respond.
     Unreachable = 10,
-    /// The time that was given ran out.
+    /// The time limit was exceeded.
     Deadline = 11,
 }
 
 impl Code {
-    /// The process exit code.
     pub fn exit(self) -> u8 {
         self as u8
     }
 }
 
-/// Why a transfer is where it is: the fixed list that `status` shows beside the state.
+/// Why a transfer is in its state: the fixed list that `status` shows next to the state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Reason {
     /// The site is not connected to the hub.
     SiteOffline,
-    /// The site has no connection to the hub now (as seen at the site).
+    /// The site has no connection to the hub (reported by the site).
     HubUnreachable,
-    /// The time window of the link is closed.
+    /// The time window of the connection is closed.
     WindowClosed,
     /// A disk at the site is full.
     NoSpace,
-    /// The database, registry or NAS does not answer.
+    /// The database, registry or NAS does not respond.
     SinkUnavailable,
-    /// The database, registry or NAS refuses these credentials or this right.
+    /// The database, registry or NAS rejects the credentials or denies the permission.
     SinkDenied,
-    /// The sink cannot hold this artifact as it is (names, an immutable tag, a quota).
+    /// The sink cannot store this artifact (names, an immutable tag, a quota).
     SinkRefused,
-    /// The bytes live somewhere that is away now.
+    /// The site or server that holds the content is not available.
     WaitingForSource,
-    /// An artifact it needs is not there yet.
+    /// An artifact that this one depends on has not arrived.
     WaitingForDependency,
-    /// Other transfers go first.
+    /// Other transfers are processed first.
     WaitingForTurn,
-    /// Bytes were not what their hash says.
+    /// The content did not match its hash.
     Integrity,
-    /// Somebody paused it.
+    /// A user paused the transfer.
     PausedByUser,
-    /// Somebody cancelled it.
+    /// A user cancelled the transfer.
     CancelledByUser,
-    /// The artifact is no longer at its source.
+    /// The source no longer has the artifact.
     SourceGone,
-    /// A defect or an I/O error; the message says which.
+    /// A defect or an I/O error; see the message.
     Internal,
 }
 
 impl Reason {
-    /// The word in JSON and tables.
+    /// The identifier used in JSON and tables.
     pub fn as_str(self) -> &'static str {
         match self {
             Reason::SiteOffline => "site_offline",
@@ -108,36 +107,34 @@ impl Reason {
     }
 }
 
-/// Whether trying again by itself can help.
+/// Whether an automatic retry can help.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Retry {
-    /// No: a person has to change something first, then `retry`.
+    /// No: a person must first change something and then run `retry`.
     Never,
     /// Yes, with the usual growing pause.
     Backoff,
-    /// Yes, but not before this many milliseconds (a server's Retry-After).
+    /// Yes, but not before this many milliseconds (Retry-After of a server).
     AfterMs(u64),
 }
 
-/// What to do about a full disk, for whatever waits until there is room.
-const MAKE_ROOM: &str = "make room; the transfer goes on by itself";
+/// `next` of a full disk, for work that resumes when there is space.
+const FREE_SPACE: &str = "free space on that disk; the transfer resumes automatically";
 
-/// One fault. Build it with the constructor named after its class, then say more with the `with_`
-/// calls.
+/// An error. Create it with the constructor of its class, then change details with the `with_`
+/// methods.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Fault {
-    /// The class, and the exit code.
     pub code: Code,
     /// What a transfer shows.
     pub reason: Reason,
-    /// Whether to try again.
     pub retry: Retry,
-    /// What, where and why: lower-case, no full stop. That of a peer is cut and cleaned where it is
-    /// parsed.
+    /// What failed, where and why: lower case, no full stop. The message of a peer is shortened and
+    /// cleaned when it is parsed.
     #[serde(deserialize_with = "text::bounded::<_, MESSAGE_BYTES_MAX>")]
     pub message: String,
-    /// What to do next.
+    /// What the user should do next.
     #[serde(deserialize_with = "text::bounded::<_, NEXT_BYTES_MAX>")]
     pub next: String,
 }
@@ -159,18 +156,18 @@ impl Fault {
         }
     }
 
-    /// A defect, or an I/O error with no better name.
+    /// A defect, or an I/O error without a more specific class.
     pub fn internal(message: impl Into<String>) -> Self {
         Self::new(
             Code::Internal,
             Reason::Internal,
             Retry::Backoff,
             message,
-            "read the daemon's log; if it comes again, report it with that log",
+            "read the daemon's log; if the error occurs again, report it with that log",
         )
     }
 
-    /// The command or request is not understood.
+    /// The command or request is malformed.
     pub fn usage(message: impl Into<String>) -> Self {
         Self::new(
             Code::Usage,
@@ -181,7 +178,7 @@ impl Fault {
         )
     }
 
-    /// The configuration is wrong.
+    /// The configuration is invalid.
     pub fn config(message: impl Into<String>) -> Self {
         Self::new(
             Code::Config,
@@ -192,7 +189,7 @@ impl Fault {
         )
     }
 
-    /// A token, certificate or right is missing or wrong.
+    /// A token, certificate or permission is missing or invalid.
     pub fn not_allowed(message: impl Into<String>) -> Self {
         Self::new(
             Code::NotAllowed,
@@ -203,18 +200,18 @@ impl Fault {
         )
     }
 
-    /// It does not exist.
+    /// The object does not exist.
     pub fn not_found(message: impl Into<String>) -> Self {
         Self::new(
             Code::NotFound,
             Reason::SourceGone,
             Retry::Never,
             message,
-            "check the name; 'packhorse artifacts' and 'packhorse sites' list what there is",
+            "check the name; 'packhorse artifacts' and 'packhorse sites' list the existing names",
         )
     }
 
-    /// It exists with other content, or is in use.
+    /// The object exists with different content, or is in use.
     pub fn conflict(message: impl Into<String>) -> Self {
         Self::new(
             Code::Conflict,
@@ -225,7 +222,7 @@ impl Fault {
         )
     }
 
-    /// Bytes are not what they were said to be, or the input is malformed.
+    /// The content does not match its hash, or the input is malformed.
     pub fn integrity(message: impl Into<String>) -> Self {
         Self::new(
             Code::Integrity,
@@ -243,33 +240,33 @@ impl Fault {
             Reason::NoSpace,
             Retry::Backoff,
             message,
-            MAKE_ROOM,
+            FREE_SPACE,
         )
     }
 
-    /// A server or peer does not answer.
+    /// A server or peer does not respond.
     pub fn unreachable(message: impl Into<String>) -> Self {
         Self::new(
             Code::Unreachable,
             Reason::SinkUnavailable,
             Retry::Backoff,
             message,
-            "check that it runs and that the network lets it through; this is tried again by itself",
+            "check that it is running and that the network allows the connection; this is retried automatically",
         )
     }
 
-    /// The time that was given ran out.
+    /// The time limit was exceeded.
     pub fn deadline(message: impl Into<String>) -> Self {
         Self::new(
             Code::Deadline,
             Reason::Internal,
             Retry::Never,
             message,
-            "ask again with 'packhorse status'; the work goes on",
+            "run 'packhorse status' to see the progress; the work continues",
         )
     }
 
-    /// Some of it was done, and the rest will not be.
+    /// A part of the work was done; the rest will not be done.
     pub fn partial(message: impl Into<String>) -> Self {
         Self::new(
             Code::Partial,
@@ -280,8 +277,8 @@ impl Fault {
         )
     }
 
-    /// A file with a secret that cannot be read any more, though it could at the start: who
-    /// replaces it may not be done yet.
+    /// A secret file that was readable at start and no longer is. Whoever replaces the file may
+    /// still be writing it, so this is retried.
     pub fn secret_unreadable(file: &Path, error: &std::io::Error) -> Self {
         Self::not_allowed(format!(
             "read the password file {}: {error}",
@@ -289,69 +286,70 @@ impl Fault {
         ))
         .with_retry(Retry::Backoff)
         .with_next(format!(
-            "put the password into {}, readable for the daemon's user; it goes on by itself",
+            "write the password to {} and make the file readable for the daemon's user; the work resumes automatically",
             file.display()
         ))
     }
 
-    /// Says what a transfer shows instead of the class's usual reason.
+    /// Replaces the usual reason of the class.
     pub fn with_reason(mut self, reason: Reason) -> Self {
         self.reason = reason;
         self
     }
 
-    /// Says whether trying again helps instead of the class's usual answer.
+    /// Replaces the usual retry policy of the class.
     pub fn with_retry(mut self, retry: Retry) -> Self {
         self.retry = retry;
         self
     }
 
-    /// The same, with the pause a server asked for.
+    /// Retries after the pause that a server asked for.
     pub fn with_retry_after(self, pause: Duration) -> Self {
         self.with_retry(Retry::AfterMs(pause.as_millis() as u64))
     }
 
-    /// Says what to do next instead of the class's usual advice.
+    /// Replaces the usual advice of the class.
     pub fn with_next(mut self, next: impl Into<String>) -> Self {
         self.next = next.into();
         self
     }
 
-    /// The same, said of a publish: unlike a transfer it does not go on by itself once a disk has
-    /// room.
+    /// Changes the advice for a publish, which does not resume automatically when a full disk has
+    /// space again.
     pub fn of_publish(self) -> Self {
-        if self.next != MAKE_ROOM {
+        if self.next != FREE_SPACE {
             return self;
         }
         self.with_next(
-            "make room on that disk, then publish again: what was kept is not stored again",
+            "free space on that disk, then publish again: content that is already stored is not stored again",
         )
     }
 
-    /// The same, said of a sink's own folder. What is missing or refused there now may be there at
-    /// the next try: the NAS is not mounted, or its server gives rights back late. So nothing is
-    /// final but what is about the artifact itself, as a name that is too long.
+    /// Changes the class for an error in a sink's own directory. A missing path or a denied
+    /// permission can be temporary there: the NAS is not mounted, or its server restores
+    /// permissions late. Therefore only errors about the artifact itself are final, for example a
+    /// name that is too long.
     pub fn of_sink(self) -> Self {
         match (self.retry, self.code, self.reason) {
             (Retry::Never, Code::NotFound, Reason::SourceGone) => {
-                let next = "check that the disk or NAS is mounted; the transfer goes on by itself";
+                let next = "check that the disk or NAS is mounted; the transfer resumes automatically";
                 Self::new(Code::Unreachable, Reason::SinkUnavailable, Retry::Backoff, self.message, next)
             }
             (Retry::Never, Code::NotAllowed, Reason::SinkDenied) => self
                 .with_retry(Retry::Backoff)
-                .with_next("give the daemon's user the right to read and write there; the transfer goes on by itself"),
+                .with_next("give the daemon's user read and write permission there; the transfer resumes automatically"),
             (Retry::Never, Code::Usage, Reason::Internal) => self.with_reason(Reason::SinkRefused),
             _ => self,
         }
     }
 
-    /// Puts where it happened before the message: `context: message`.
+    /// Prefixes the message with the place of the error: `context: message`.
     pub fn context(mut self, context: impl fmt::Display) -> Self {
         self.message = format!("{context}: {}", self.message);
         self
     }
 
-    /// An I/O error on a path, classed by its kind: a full disk is `no_space`, a missing path
+    /// Classifies an I/O error by its kind: a full disk is `no_space`, a missing path is
     /// `not_found`, and so on.
     pub fn io(what: impl fmt::Display, error: &std::io::Error) -> Self {
         use std::io::ErrorKind as K;
@@ -361,50 +359,50 @@ impl Fault {
             Errno::from_io_error(error),
             Some(Errno::MFILE | Errno::NFILE)
         ) {
-            // Other work closes files: what retries by itself goes on then.
+            // Other work closes files, so an automatic retry can succeed.
             return Self::internal(message).with_next(
                 "raise the limit of open files: LimitNOFILE= in the daemon's systemd unit, or 'ulimit -n'; see also fs.file-max",
             );
         }
         match error.kind() {
             K::StorageFull | K::QuotaExceeded => Self::no_space(message),
-            // No room made there would help.
+            // Free space does not help here.
             K::FileTooLarge => Self::conflict(message).with_next(
-                "no file of that size can be there: use another filesystem (FAT holds none of 4 GiB), or raise the limit on the size of files",
+                "use a filesystem that supports files of that size (FAT32 supports less than 4 GiB), or raise the file size limit",
             ),
-            K::NotFound => Self::not_found(message).with_next("check the path as the daemon sees it"),
+            K::NotFound => Self::not_found(message).with_next("check that the path exists on the daemon's machine"),
             K::AlreadyExists | K::NotADirectory => {
-                Self::conflict(message).with_next("something else stands there: move it away, or name another path")
+                Self::conflict(message).with_next("move the existing file or directory to another location, or use another path")
             }
-            // Only what `durable` refuses itself: the system says EINVAL of many things.
-            K::InvalidInput if error.raw_os_error().is_none() => Self::usage(message).with_next("name a regular file"),
+            // Only errors that `durable` creates itself: the system uses EINVAL for many causes.
+            K::InvalidInput if error.raw_os_error().is_none() => Self::usage(message).with_next("use the path of a regular file"),
             K::InvalidFilename => Self::usage(message).with_next("shorten the names"),
             _ if Errno::from_io_error(error) == Some(Errno::ILSEQ) => {
-                Self::usage(message).with_next("use names that this filesystem can hold")
+                Self::usage(message).with_next("use names that this filesystem supports")
             }
-            // As a disk that failed is mounted again by Linux, or a NAS that is being worked on.
+            // Linux remounts a failed disk read-only; a NAS under maintenance can be read-only too.
             K::ReadOnlyFilesystem => Self::not_allowed(message)
                 .with_reason(Reason::SinkUnavailable)
                 .with_retry(Retry::Backoff)
-                .with_next("make that filesystem writable again; this is tried again by itself"),
-            K::PermissionDenied => Self::not_allowed(message).with_next("give the daemon's user the right to read or write there"),
+                .with_next("make that filesystem writable again; this is retried automatically"),
+            K::PermissionDenied => Self::not_allowed(message).with_next("give the daemon's user read or write permission there"),
             K::ConnectionRefused | K::ConnectionReset | K::TimedOut | K::HostUnreachable | K::NetworkUnreachable => {
                 Self::unreachable(message)
             }
-            _ if is_of_device(error) => Self::internal(message)
+            _ if is_device_failure(error) => Self::internal(message)
                 .with_reason(Reason::SinkUnavailable)
-                .with_next("check that disk or NAS: 'dmesg' may say more; this is tried again by itself"),
+                .with_next("check that disk or NAS ('dmesg' may show the cause); this is retried automatically"),
             _ => Self::internal(message),
         }
     }
 }
 
-/// Whether a disk, a server or the connection to it failed, and no request was wrong.
-fn is_of_device(error: &std::io::Error) -> bool {
+/// Whether a disk, a server or the connection to it failed, rather than the request being invalid.
+fn is_device_failure(error: &std::io::Error) -> bool {
     use rustix::io::Errno as E;
-    let of_disk = [E::IO, E::NXIO, E::NODEV, E::STALE, E::REMOTEIO, E::NOMEDIUM];
-    // An SMB client answers EINVAL to correct calls for a while.
-    let of_server = [
+    let disk_errors = [E::IO, E::NXIO, E::NODEV, E::STALE, E::REMOTEIO, E::NOMEDIUM];
+    // An SMB client can return EINVAL for valid calls for some time.
+    let server_errors = [
         E::HOSTDOWN,
         E::NETDOWN,
         E::NETRESET,
@@ -418,7 +416,7 @@ fn is_of_device(error: &std::io::Error) -> bool {
     error
         .raw_os_error()
         .map(E::from_raw_os_error)
-        .is_some_and(|errno| of_disk.contains(&errno) || of_server.contains(&errno))
+        .is_some_and(|errno| disk_errors.contains(&errno) || server_errors.contains(&errno))
 }
 
 impl fmt::Display for Fault {
@@ -431,16 +429,16 @@ impl std::error::Error for Fault {}
 
 impl From<crate::names::NameError> for Fault {
     fn from(error: crate::names::NameError) -> Self {
-        Fault::usage(error.to_string()).with_next("choose a name that fits")
+        Fault::usage(error.to_string()).with_next("choose a valid name")
     }
 }
 
-/// Adds where an I/O error happened and classes it.
+/// Adds the place of an I/O error and classifies it.
 pub trait IoContext<T> {
     /// `what` names the operation and the path: `read /data/a.png`.
     fn at(self, what: impl fmt::Display) -> Result<T, Fault>;
 
-    /// The same in a folder of a sink: see [`Fault::of_sink`].
+    /// Like [`IoContext::at`], for a path in a sink's directory: see [`Fault::of_sink`].
     fn at_sink(self, what: impl fmt::Display) -> Result<T, Fault>;
 }
 
@@ -459,7 +457,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_file_that_is_too_large_waits_for_no_room() {
+    fn a_file_that_is_too_large_is_not_retried() {
         let of = |errno: rustix::io::Errno| Fault::io("write /nas/a", &errno.into());
         let large = of(rustix::io::Errno::FBIG);
         assert_eq!(
@@ -473,7 +471,7 @@ mod tests {
     }
 
     #[test]
-    fn a_lack_of_file_descriptors_is_named() {
+    fn a_lack_of_file_descriptors_is_reported() {
         for errno in [rustix::io::Errno::MFILE, rustix::io::Errno::NFILE] {
             let fault = Fault::io("open /nas/a", &errno.into());
             assert!(
@@ -484,7 +482,7 @@ mod tests {
     }
 
     #[test]
-    fn a_disk_or_a_server_that_fails_is_waited_for() {
+    fn a_failing_disk_or_server_is_retried() {
         use rustix::io::Errno;
         let of_device = [
             Errno::IO,
@@ -510,15 +508,18 @@ mod tests {
     }
 
     #[test]
-    fn only_what_is_no_regular_file_is_said_to_be_none() {
+    fn only_an_error_of_durable_means_not_a_regular_file() {
         let odd = std::io::Error::new(std::io::ErrorKind::InvalidInput, "it is not a regular file");
-        assert_eq!(Fault::io("read /a", &odd).next, "name a regular file");
+        assert_eq!(
+            Fault::io("read /a", &odd).next,
+            "use the path of a regular file"
+        );
         let invalid = Fault::io("sync /nas/a", &rustix::io::Errno::INVAL.into());
         assert!(!invalid.next.contains("regular file"), "{}", invalid.next);
     }
 
     #[test]
-    fn in_a_folder_of_a_sink_only_what_is_about_the_artifact_is_final() {
+    fn in_a_sink_directory_only_errors_about_the_artifact_are_final() {
         use rustix::io::Errno as E;
         let of = |errno: E| {
             Err::<(), _>(std::io::Error::from(errno))
@@ -578,9 +579,9 @@ mod tests {
     }
 
     #[test]
-    fn a_publish_is_not_said_to_go_on_by_itself() {
+    fn the_advice_for_a_publish_does_not_promise_a_resume() {
         let full = Fault::no_space("write /hub/store: no space left on device");
-        assert!(full.next.contains("goes on by itself"), "{}", full.next);
+        assert!(full.next.contains("resumes automatically"), "{}", full.next);
         let published = full.clone().of_publish();
         assert!(
             published.next.contains("publish again") && !published.next.contains("by itself"),
@@ -591,11 +592,11 @@ mod tests {
             (published.code, &published.message),
             (full.code, &full.message)
         );
-        let better = full.with_next("publish the archive decompressed");
+        let specific = full.with_next("publish the archive decompressed");
         assert_eq!(
-            better.clone().of_publish(),
-            better,
-            "what is said already of this very case stands"
+            specific.clone().of_publish(),
+            specific,
+            "specific advice is kept"
         );
     }
 }

@@ -1,6 +1,7 @@
-//! How far a job is, shared between the job and its work: counters, notes and the request to end.
+//! The progress of a job: counters, notes and the cancel request. The job and the threads that do
+//! its work share it.
 //!
-//! Kept in memory only.
+//! In memory only.
 
 use std::cmp::Ordering;
 use std::future::Future;
@@ -13,40 +14,39 @@ use crate::fault::{Fault, Reason};
 use crate::limits::{JOB_NOTES_MAX, MESSAGE_BYTES_MAX};
 use crate::text;
 
-/// One job's progress, shared with its work.
+/// The progress of one job.
 #[derive(Debug, Default)]
 pub struct JobProgress {
-    /// Bytes worked through.
+    /// Bytes processed.
     pub bytes: AtomicU64,
-    /// Bytes that were new to the store, as stored, of all tries.
+    /// Compressed bytes that were new to the store, over all attempts.
     pub stored: AtomicU64,
-    /// Bytes that the store was found to have no room for; 0: no more than any pack needs.
+    /// Bytes for which the store had no space. 0 means the space for one pack.
     pub wanted: AtomicU64,
     doing: Mutex<String>,
     notes: Mutex<Vec<String>>,
     cancelled: CancellationToken,
-    /// Whether what is left to do is short, and must not be left half done.
+    /// Whether the job is in its short last step, which must not be interrupted.
     ending: AtomicBool,
 }
 
 impl JobProgress {
-    /// Says what it does now.
+    /// Sets the description of the current step.
     pub fn doing(&self, what: impl Into<String>) {
         *self.doing.lock() = what.into();
     }
 
-    /// Says something that is to be known beside the answer.
+    /// Adds a note that the user sees next to the result.
     pub fn note(&self, what: impl Into<String>) {
         let mut notes = self.notes.lock();
         match notes.len().cmp(&JOB_NOTES_MAX) {
             Ordering::Less => notes.push(text::prefix(&what.into(), MESSAGE_BYTES_MAX).into()),
-            Ordering::Equal => notes.push("there is more to note than is kept".into()),
+            Ordering::Equal => notes.push("further notes were discarded".into()),
             Ordering::Greater => {}
         }
     }
 
-    /// Fails once somebody cancelled the job. Work asks this often, and before each step that takes
-    /// long.
+    /// Fails if the job was cancelled. Call this often, and before each long step.
     pub fn check(&self) -> Result<(), Fault> {
         if self.cancelled.is_cancelled() {
             Err(cancelled())
@@ -55,7 +55,7 @@ impl JobProgress {
         }
     }
 
-    /// Does `work`, and gives it up when somebody cancels the job.
+    /// Runs `work`, and stops it when the job is cancelled.
     pub async fn or_cancelled<T>(
         &self,
         work: impl Future<Output = Result<T, Fault>>,
@@ -66,47 +66,45 @@ impl JobProgress {
             .unwrap_or_else(|| Err(cancelled()))
     }
 
-    /// [`JobProgress::check`], after which the job is not cancelled any more: what it has to show
-    /// for itself becomes visible now.
+    /// [`JobProgress::check`], then the start of the last step: the result becomes visible, and the
+    /// job can no longer be cancelled.
     pub fn end(&self) -> Result<(), Fault> {
         self.ending.store(true, Atomic::SeqCst);
         self.check()
     }
 
-    /// What it does now.
+    /// The description of the current step.
     pub fn what(&self) -> String {
         self.doing.lock().clone()
     }
 
-    /// What was noted.
     pub fn notes(&self) -> Vec<String> {
         self.notes.lock().clone()
     }
 
-    /// Asks the work to end.
+    /// Requests cancellation.
     pub fn cancel(&self) {
         self.cancelled.cancel();
     }
 
-    /// Whether somebody asked the work to end.
     pub fn is_cancelled(&self) -> bool {
         self.cancelled.is_cancelled()
     }
 
-    /// Waits until somebody asks the work to end.
+    /// Waits for a cancel request.
     pub async fn cancelled(&self) {
         self.cancelled.cancelled().await;
     }
 
-    /// Whether the work passed [`JobProgress::end`].
+    /// Whether [`JobProgress::end`] was called.
     pub fn is_ending(&self) -> bool {
         self.ending.load(Atomic::SeqCst)
     }
 }
 
-/// The fault of work that somebody cancelled.
+/// The fault of cancelled work.
 pub fn cancelled() -> Fault {
     Fault::partial("the job was cancelled")
         .with_reason(Reason::CancelledByUser)
-        .with_next("run the command again to begin it anew")
+        .with_next("run the command again to start a new job")
 }

@@ -1,7 +1,7 @@
-//! What every other crate builds on: errors, names, limits, durable writes and small helpers.
+//! The foundation of all other crates: errors, names, limits, durable writes and small helpers.
 //!
-//! Owns no state of its own. All other crates call it; it calls none of them. What survives a crash
-//! is said by [`durable`], the only module that replaces files.
+//! This crate owns no state. All other crates call it; it calls none of them. [`durable`], the only
+//! module that replaces files, states what survives a crash.
 
 pub mod admission;
 pub mod blocking;

@@ -1,8 +1,8 @@
-//! The names of things, parsed once into types that cannot be wrong.
+//! The names of objects, parsed once into types that cannot hold an invalid name.
 //!
-//! Everything that comes from a person, a peer or a file is turned into one of these at the edge;
-//! inside the program no other code checks a name again. None of them can leave its folder, carry a
-//! NUL or be empty.
+//! Every text from a person, a peer or a file is parsed into one of these types where it enters the
+//! program. No other code checks a name again. No name can escape its directory, contain a NUL or
+//! be empty.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -13,13 +13,12 @@ use thiserror::Error;
 
 /// The longest artifact name, version, site name or label, in bytes.
 pub const NAME_BYTES_MAX: usize = 128;
-/// The longest single component of a path inside an artifact, in bytes (what every common
-/// filesystem allows).
+/// The longest component of a path in an artifact, in bytes; all common filesystems accept it.
 pub const PATH_COMPONENT_BYTES_MAX: usize = 255;
-/// The longest path inside an artifact, in bytes.
+/// The longest path in an artifact, in bytes.
 pub const PATH_BYTES_MAX: usize = 4096;
 
-/// A name that was refused, with the reason.
+/// An invalid name, with the reason.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 #[error("{what} {name:?} is not allowed: {why}")]
 pub struct NameError {
@@ -29,7 +28,7 @@ pub struct NameError {
 }
 
 fn refuse<T>(what: &'static str, name: &str, why: impl Into<String>) -> Result<T, NameError> {
-    // A hostile name may be of any length; an error message may not.
+    // A hostile name may have any length; the error message must not.
     let name = name.chars().take(200).collect();
     Err(NameError {
         what,
@@ -73,7 +72,6 @@ fn check_word(what: &'static str, word: &str) -> Result<(), NameError> {
 macro_rules! string_type {
     ($type:ident) => {
         impl $type {
-            /// The text itself.
             pub fn as_str(&self) -> &str {
                 &self.0
             }
@@ -101,24 +99,24 @@ mod ids;
 
 pub use ids::{DeliveryId, RunId, TransferId, WorkId, WorkIds};
 
-/// What an artifact is, which decides the sink it ends in.
+/// The type of an artifact. It determines the sink.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Kind {
-    /// A folder of many images; a folder on the NAS.
+    /// A directory of many images; stored on the NAS.
     Dataset,
-    /// Annotations; rows in a database.
+    /// Annotations; stored as rows in a database.
     Labels,
-    /// An operator project's code; a folder on the NAS.
+    /// The code of an operator project; a directory on the NAS.
     Operator,
-    /// An operator image; an image in a registry.
+    /// An operator image; stored in a registry.
     Image,
-    /// One or a few large files; a folder on the NAS.
+    /// One or a few large files; a directory on the NAS.
     Model,
 }
 
 impl Kind {
-    /// Every kind, in the order in which people list them.
+    /// Every kind, in the order in which lists show them.
     pub const ALL: [Kind; 5] = [
         Kind::Dataset,
         Kind::Labels,
@@ -138,7 +136,7 @@ impl Kind {
         }
     }
 
-    /// Whether artifacts of this kind end as a folder of files.
+    /// Whether artifacts of this kind are stored as a directory of files.
     pub fn is_files(self) -> bool {
         matches!(self, Kind::Dataset | Kind::Operator | Kind::Model)
     }
@@ -155,31 +153,26 @@ impl FromStr for Kind {
     fn from_str(s: &str) -> Result<Self, NameError> {
         match Kind::ALL.into_iter().find(|k| k.as_str() == s) {
             Some(kind) => Ok(kind),
-            None => refuse(
-                "kind",
-                s,
-                "it is one of dataset, labels, operator, image, model",
-            ),
+            None => refuse("kind", s, "use dataset, labels, operator, image or model"),
         }
     }
 }
 
-/// What names the active version on a NAS, `CURRENT` the file and `current` the link: no version
-/// can be called that.
+/// The name of the file and of the link that name the active version on a NAS. A version cannot
+/// have this name.
 const CURRENT: &str = "current";
 
-/// `kind/name:version`, immutable once published.
+/// `kind/name:version`. An artifact never changes after it is published.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct ArtifactRef {
-    /// What it is.
     pub kind: Kind,
     name: String,
     version: String,
 }
 
 impl ArtifactRef {
-    /// A reference from its parts; name and version are checked.
+    /// Creates a reference; checks the name and the version.
     pub fn new(kind: Kind, name: &str, version: &str) -> Result<Self, NameError> {
         check_word("artifact name", name)?;
         check_word("artifact version", version)?;
@@ -187,7 +180,7 @@ impl ArtifactRef {
             return refuse(
                 "artifact version",
                 version,
-                "beside the versions on a NAS, this is the link to the active one",
+                "this name is reserved for the link to the active version on a NAS",
             );
         }
         Ok(Self {
@@ -207,7 +200,7 @@ impl ArtifactRef {
         &self.version
     }
 
-    /// `kind/name`, what all versions of it share.
+    /// `kind/name`: the part that all versions share.
     pub fn series(&self) -> String {
         format!("{}/{}", self.kind, self.name)
     }
@@ -222,12 +215,12 @@ impl fmt::Display for ArtifactRef {
 impl FromStr for ArtifactRef {
     type Err = NameError;
     fn from_str(s: &str) -> Result<Self, NameError> {
-        let shape = "write it as KIND/NAME:VERSION, for example dataset/line3:v1";
+        let usage = "write it as KIND/NAME:VERSION, for example dataset/line3:v1";
         let Some((kind, rest)) = s.split_once('/') else {
-            return refuse("artifact reference", s, shape);
+            return refuse("artifact reference", s, usage);
         };
         let Some((name, version)) = rest.split_once(':') else {
-            return refuse("artifact reference", s, shape);
+            return refuse("artifact reference", s, usage);
         };
         Self::new(kind.parse()?, name, version)
     }
@@ -265,13 +258,12 @@ impl FromStr for SiteName {
     fn from_str(s: &str) -> Result<Self, NameError> {
         check_word("site name", s)?;
         if s == "all" {
-            return refuse("site name", s, "it is the word for every site");
+            return refuse("site name", s, "this word selects all sites");
         }
         Ok(Self(s.into()))
     }
 }
 
-/// The name of a training run.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct RunName(String);
@@ -293,11 +285,11 @@ impl FromStr for RunName {
     }
 }
 
-/// A path inside an artifact: UTF-8, `/` between components, relative, no `.`, `..`, empty
+/// A path in an artifact: UTF-8, relative, with `/` between its components; no `.`, `..`, empty
 /// component or NUL.
 ///
-/// The order is the manifest's: component by component, bytes within one, so a folder stands right
-/// before what it holds.
+/// Paths are ordered by component, and components by bytes, as in the manifest. Therefore a
+/// directory comes directly before its content.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct RelPath(String);
@@ -317,7 +309,7 @@ impl PartialOrd for RelPath {
 }
 
 impl RelPath {
-    /// This path with one more component behind it.
+    /// Appends one component.
     pub fn join(&self, component: &str) -> Result<Self, NameError> {
         format!("{}/{component}", self.0).parse()
     }
@@ -332,12 +324,11 @@ impl RelPath {
         self.0.split('/')
     }
 
-    /// The path without its last component; `None` at the top.
+    /// The path without its last component; `None` for a path of one component.
     pub fn parent(&self) -> Option<&str> {
         self.0.rsplit_once('/').map(|(parent, _)| parent)
     }
 
-    /// The last component.
     pub fn file_name(&self) -> &str {
         self.0.rsplit_once('/').map_or(&self.0, |(_, name)| name)
     }
@@ -374,11 +365,13 @@ impl FromStr for RelPath {
     }
 }
 
-/// Resolves the target of the link at `path` by its text, from the folder that the link is in, and
-/// refuses one that leaves the artifact. Whoever publishes and whoever receives use this one rule.
+/// Checks that the target of the symbolic link at `path` stays inside the artifact. The target is
+/// resolved by its text, from the directory of the link. The publisher and the receiver use this
+/// one rule.
 ///
-/// A `..` behind a name is a step back only where that name is a real folder: behind another link
-/// it could lead anywhere. `is_folder` says whether this path of the artifact is one.
+/// A `..` that follows a name is accepted only if that name is a real directory: after another
+/// link, `..` could lead anywhere. `is_folder` states whether a path of the artifact is a
+/// directory.
 pub fn stays_inside(
     path: &RelPath,
     target: &str,
@@ -389,20 +382,20 @@ pub fn stays_inside(
     }
     let mut at: Vec<&str> = path.components().collect();
     at.pop();
-    // The folders above the link are folders.
-    let mut sure = at.len();
+    // The directories above the link are real directories.
+    let mut known_dirs = at.len();
     for component in target.split('/') {
         match component {
             "" | "." => {}
             ".." => {
                 if at.is_empty() {
-                    return Err("leaves the folder");
+                    return Err("leaves the directory");
                 }
-                if at.len() > sure && !is_folder(&at.join("/")) {
-                    return Err("steps back from something that is not a folder");
+                if at.len() > known_dirs && !is_folder(&at.join("/")) {
+                    return Err("uses '..' after something that is not a directory");
                 }
                 at.pop();
-                sure = sure.min(at.len());
+                known_dirs = known_dirs.min(at.len());
             }
             name => at.push(name),
         }
@@ -410,20 +403,20 @@ pub fn stays_inside(
     Ok(())
 }
 
-/// Which sites a command means: names, `all`, or a selector on labels.
+/// The sites that a command selects: names, `all`, or a selector on labels.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub enum SiteSelector {
     /// Every site that has joined.
     All,
-    /// These, and each must exist.
+    /// These sites; each must exist.
     Names(Vec<SiteName>),
-    /// Those whose labels meet every term.
+    /// The sites whose labels match every term.
     Labels(Vec<LabelTerm>),
 }
 
 impl SiteSelector {
-    /// Whether it means a site of this name and these labels.
+    /// Whether the selector matches a site with this name and these labels.
     pub fn includes(
         &self,
         site: &SiteName,
@@ -467,23 +460,21 @@ impl TryFrom<String> for SiteSelector {
 /// One term of a label selector.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LabelTerm {
-    /// The label's key.
     pub key: String,
-    /// The value to compare with.
     pub value: String,
-    /// `=` when true, `!=` when false. A site without the key meets `!=`.
+    /// `=` if true, `!=` if false. A site without the key matches `!=`.
     pub equal: bool,
 }
 
 impl LabelTerm {
-    /// Whether a site with these labels meets the term.
+    /// Whether a site with these labels matches the term.
     pub fn matches(&self, labels: &std::collections::BTreeMap<String, String>) -> bool {
         (labels.get(&self.key) == Some(&self.value)) == self.equal
     }
 }
 
-/// Checks a label's key and value: up to [`NAME_BYTES_MAX`] bytes of letters, digits, `.`, `_`, `-`
-/// and (in keys) `/`.
+/// Checks a label's key and value: at most [`NAME_BYTES_MAX`] bytes of letters, digits, `.`, `_`,
+/// `-` and (in keys) `/`.
 pub fn check_label(key: &str, value: &str) -> Result<(), NameError> {
     let ok = |s: &str, slash: bool| {
         s.len() <= NAME_BYTES_MAX
@@ -510,12 +501,13 @@ pub fn check_label(key: &str, value: &str) -> Result<(), NameError> {
 impl FromStr for SiteSelector {
     type Err = NameError;
     fn from_str(s: &str) -> Result<Self, NameError> {
-        let shape = "write names by comma, 'all', or a selector such as region=west,line!=3";
+        let usage =
+            "write names separated by commas, 'all', or a selector such as region=west,line!=3";
         if s == "all" {
             return Ok(Self::All);
         }
         if s.trim().is_empty() {
-            return refuse("site selection", s, shape);
+            return refuse("site selection", s, usage);
         }
         let parts: Vec<&str> = s.split(',').map(str::trim).collect();
         let terms = parts.iter().filter(|p| p.contains('=')).count();
@@ -532,7 +524,7 @@ impl FromStr for SiteSelector {
             return refuse(
                 "site selection",
                 s,
-                format!("names and label terms cannot be mixed; {shape}"),
+                format!("names and label terms cannot be mixed; {usage}"),
             );
         }
         let mut out = Vec::new();
@@ -541,7 +533,7 @@ impl FromStr for SiteSelector {
                 Some((k, v)) => (k, v, false),
                 None => match part.split_once('=') {
                     Some((k, v)) => (k, v, true),
-                    None => return refuse("site selection", s, shape),
+                    None => return refuse("site selection", s, usage),
                 },
             };
             check_label(key, value)?;
@@ -561,8 +553,8 @@ impl crate::text::FromText for SiteSelector {
     }
 }
 
-/// Whether a list of selectors names this site: by its name or by `all`. Labels do not count: the
-/// hub assigns them.
+/// Whether a list of selectors contains this site, by its name or by `all`. Label selectors are
+/// ignored because the hub assigns labels.
 pub fn names_site(list: &[String], site: &SiteName) -> bool {
     let no_labels = std::collections::BTreeMap::new();
     list.iter().any(|text| match text.parse::<SiteSelector>() {

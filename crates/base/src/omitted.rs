@@ -1,10 +1,11 @@
-//! What a publish leaves out of an artifact: counted by category, with the first examples of each.
+//! The content that a publish leaves out of an artifact: a count for each category, with the first
+//! examples.
 //!
 //! Readers of sources fill an [`Omitted`] while they read (`content::source::Source::omitted`).
-//! `publish` answers with it, the catalogues of the hub and of the site where it was published keep
-//! it, `show` lists it, and `publish --strict` refuses an input from which something would be left
-//! out ([`Omitted::refuse`]), except categories that the user accepts ([`Accepted`]). Nothing here
-//! does I/O.
+//! `publish` returns it, the catalogues of the hub and of the publishing site store it, and `show`
+//! lists it. `publish --strict` rejects an input from which content would be left out
+//! ([`Omitted::refuse`]), except for categories that the user accepts ([`Accepted`]). This module
+//! does no I/O.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::str::FromStr;
@@ -16,44 +17,45 @@ use crate::fault::Fault;
 use crate::limits::{OMITTED_EXAMPLE_CHARS_MAX, OMITTED_EXAMPLES_MAX, OMITTED_LINE_CHARS_MAX};
 use crate::text::is_unsafe;
 
-/// A kind of content that is left out.
+/// A category of content that is left out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Category {
-    /// Rows of a table that yield no annotation although columns that no field reads have values.
+    /// Rows of a table that yield no annotation although columns that are not mapped to a field
+    /// have values.
     UnknownColumns,
-    /// Rows of a table whose box stands in columns that no field reads, so that the annotation has
-    /// no box.
+    /// Rows of a table whose box is in columns that are not mapped to a field, so that the
+    /// annotation has no box.
     UnreadBoxes,
-    /// A label set without a single annotation.
+    /// A label set without annotations.
     NoAnnotations,
-    /// Links to folders, which are not followed.
+    /// Links to directories, which are not followed.
     LinkedFolders,
     /// Tasks of Label Studio that an annotator skipped.
     SkippedTasks,
-    /// Predictions of Label Studio, unless the setting `predictions` takes them.
+    /// Predictions of Label Studio, unless the setting `predictions` includes them.
     Predictions,
-    /// Members of a label file that hold neither images nor annotations nor classes.
+    /// Members of a label file that contain neither images nor annotations nor classes.
     UnreadMembers,
-    /// Files of a label folder that the format does not read.
+    /// Files of a label directory that the format does not read.
     UnreadFiles,
-    /// Platforms that an image index lists and whose content is absent.
+    /// Platforms that an image index lists without their content.
     Platforms,
-    /// The digest of an image that the source states, where the published image has another one.
+    /// The digest that the source states for an image, if the published image has a different one.
     ImageDigest,
     /// Signatures, SBOMs, attestations and other objects that refer to an image.
     Referrers,
-    /// Names of an image in its archive or layout, beyond the first.
+    /// Names of an image in its archive or layout, except the first.
     ImageNames,
     /// Modification times of files.
     Times,
-    /// Owners and groups, where not all entries of a folder have the same.
+    /// Owners and groups, if the entries of a directory have different ones.
     Owners,
-    /// The bits set-user-ID, set-group-ID and sticky of files and folders.
+    /// The set-user-ID, set-group-ID and sticky bits of files and directories.
     ModeBits,
     /// Hard links between files, which become separate files.
     HardLinks,
-    /// Extended attributes of files and folders, access control lists among them.
+    /// Extended attributes of files and directories, including access control lists.
     Xattrs,
     /// A category that a newer peer reported.
     #[serde(other)]
@@ -61,7 +63,7 @@ pub enum Category {
 }
 
 impl Category {
-    /// Every category that a reader counts, in their order.
+    /// Every category that a reader counts, in display order.
     pub const ALL: [Self; 17] = [
         Self::UnknownColumns,
         Self::UnreadBoxes,
@@ -82,7 +84,7 @@ impl Category {
         Self::Xattrs,
     ];
 
-    /// Its name, in JSON and in `--accept-omitted`.
+    /// The name in JSON and in `--accept-omitted`.
     pub fn name(self) -> &'static str {
         match self {
             Category::UnknownColumns => "unknown_columns",
@@ -106,25 +108,25 @@ impl Category {
         }
     }
 
-    /// What was left out, for people; a count stands before it.
+    /// The description for people; a count precedes it.
     pub fn words(self) -> &'static str {
         match self {
             Category::UnknownColumns => {
-                "row without annotation whose values stand in columns that no field reads"
+                "row without annotation whose values are in columns that are not mapped to a field"
             }
-            Category::UnreadBoxes => "row whose box stands in columns that no field reads",
+            Category::UnreadBoxes => "row whose box is in columns that are not mapped to a field",
             Category::NoAnnotations => "label set without annotations",
-            Category::LinkedFolders => "link to a folder, which is not followed",
+            Category::LinkedFolders => "link to a directory, which is not followed",
             Category::SkippedTasks => "task that its annotator skipped",
-            Category::Predictions => "task whose predictions are not taken",
+            Category::Predictions => "task whose predictions are not included",
             Category::UnreadMembers => "member of the label file that is not read",
             Category::UnreadFiles => "file that this label format does not read",
-            Category::Platforms => "platform of the image that is absent",
+            Category::Platforms => "platform that is missing from the image",
             Category::ImageDigest => {
-                "image digest of the source, which the published image does not have"
+                "image digest in the source that differs from the digest of the published image"
             }
             Category::Referrers => "object that refers to the image (signature, SBOM, attestation)",
-            Category::ImageNames => "further name of the image",
+            Category::ImageNames => "additional name of the image",
             Category::Times => "modification time",
             Category::Owners => "owner or group that differs from that of the first entry",
             Category::ModeBits => {
@@ -146,7 +148,7 @@ impl FromStr for Category {
             .ok_or_else(|| {
                 let shown: String = name.chars().take(60).collect();
                 format!(
-                    "{shown:?} is no category of what a publish leaves out; the categories are {}",
+                    "{shown:?} is not a category of omitted content; the categories are {}",
                     names(Self::ALL)
                 )
             })
@@ -161,13 +163,12 @@ fn names(categories: impl IntoIterator<Item = Category>) -> String {
         .join(",")
 }
 
-/// The categories that a user accepts: `--strict` does not refuse an input because of them.
+/// The categories that a user accepts: `--strict` does not reject an input because of them.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "Vec<String>", into = "Vec<Category>")]
 pub struct Accepted(BTreeSet<Category>);
 
 impl Accepted {
-    /// Whether no category is accepted.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
@@ -184,7 +185,7 @@ impl TryFrom<Vec<String>> for Accepted {
     fn try_from(names: Vec<String>) -> Result<Self, String> {
         if names.len() > Category::ALL.len() {
             return Err(format!(
-                "accept_omitted has {} entries, and there are {} categories",
+                "accept_omitted has {} entries, but there are only {} categories",
                 names.len(),
                 Category::ALL.len()
             ));
@@ -199,19 +200,17 @@ impl From<Accepted> for Vec<Category> {
     }
 }
 
-/// What was left out of one category.
+/// The content left out in one category.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Omission {
-    /// The category.
     pub what: Category,
-    /// How many items.
     pub count: u64,
-    /// The first of them: where it is and what it is.
+    /// The first examples: where each is and what it is.
     pub examples: Vec<String>,
 }
 
 impl Omission {
-    /// One short line for people: the first example, and further ones as far as they fit.
+    /// One short line for people: the first example, and more examples if they fit.
     pub fn line(&self) -> String {
         let mut line = format!("{} × {}", self.count, self.what.words());
         let mut shown = 0;
@@ -231,7 +230,7 @@ impl Omission {
     }
 }
 
-/// Everything that was left out, by category. Its size is bounded, whatever the input holds.
+/// Everything that was left out, by category. Its size is bounded for every input.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(from = "Vec<Omission>", into = "Vec<Omission>")]
 pub struct Omitted(BTreeMap<Category, Counted>);
@@ -277,8 +276,8 @@ impl Omitted {
         }
     }
 
-    /// Counts whether another example of a category would be kept: forming one may cost more than
-    /// counting.
+    /// Whether another example of a category would be kept. Check this first if it is expensive to
+    /// create an example.
     pub fn wants_example(&self, what: Category) -> bool {
         self.0
             .get(&what)
@@ -292,17 +291,15 @@ impl Omitted {
         }
     }
 
-    /// Whether nothing was left out.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// How many items of a category were left out.
     pub fn count(&self, what: Category) -> u64 {
         self.0.get(&what).map_or(0, |counted| counted.count)
     }
 
-    /// The categories, in their order.
+    /// The categories in display order.
     pub fn list(&self) -> Vec<Omission> {
         let all = self.0.iter();
         all.map(|(what, counted)| Omission {
@@ -313,8 +310,8 @@ impl Omitted {
         .collect()
     }
 
-    /// What `--strict` does with it: a fault that names each category that is not accepted, unless
-    /// there is none.
+    /// The check of `--strict`: fails and names each category that was left out and is not
+    /// accepted.
     pub fn refuse(&self, accepted: &Accepted) -> Result<(), Fault> {
         let refused: Vec<Omission> = self
             .list()
@@ -335,11 +332,11 @@ impl Omitted {
             .chain(refused.iter().map(|omission| omission.what))
             .collect();
         Err(Fault::integrity(format!(
-            "--strict refuses an input that is not published as a whole; left out: {}",
+            "--strict rejects an input that would be published incompletely; left out: {}",
             lines.join(". ")
         ))
         .with_next(format!(
-            "correct the input, or accept that this is left out: --strict --accept-omitted {}",
+            "correct the input, or accept the omissions: --strict --accept-omitted {}",
             names(option)
         )))
     }
@@ -371,7 +368,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn it_counts_all_and_keeps_the_first_examples() {
+    fn all_items_are_counted_and_the_first_examples_kept() {
         let mut omitted = Omitted::default();
         omitted.refuse(&Accepted::default()).unwrap();
         for row in 0..1000 {
@@ -411,7 +408,7 @@ mod tests {
     }
 
     #[test]
-    fn strict_tolerates_what_is_accepted_and_names_the_option_for_the_rest() {
+    fn strict_tolerates_accepted_categories_and_names_the_option_for_the_rest() {
         let mut omitted = Omitted::default();
         omitted.add_many(Category::Times, 3, []);
         omitted.add(Category::HardLinks, "b");
@@ -451,7 +448,7 @@ mod tests {
     }
 
     #[test]
-    fn every_category_has_the_name_that_json_has() {
+    fn the_name_of_every_category_equals_its_json_name() {
         assert_eq!(
             Category::ALL.len(),
             Category::Other as usize,
@@ -481,7 +478,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_peer_sends_is_bounded_and_may_be_newer() {
+    fn omissions_from_a_peer_are_bounded_and_may_have_unknown_categories() {
         let examples: Vec<String> = (0..100)
             .map(|n| format!("{n} {}", "y".repeat(1000)))
             .collect();

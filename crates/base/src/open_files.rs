@@ -1,11 +1,11 @@
-//! The limit of open files (file descriptors) of this process, and the parts of it that connections
+//! The limit of open files (file descriptors) of this process, and the share of it that connections
 //! may use.
 
 use rustix::process::{Resource, getrlimit, setrlimit};
 
 use crate::limits::OPEN_FILES_EASY;
 
-/// Raises the soft limit to the hard limit. Says so in the log if that is little.
+/// Raises the soft limit to the hard limit. Logs a warning if the hard limit is low.
 pub fn raise() {
     let mut limit = getrlimit(Resource::Nofile);
     limit.current = limit.maximum;
@@ -15,12 +15,12 @@ pub fn raise() {
         tracing::warn!(
             open_files = max(),
             next,
-            "this process may open few files: it accepts fewer connections than usual"
+            "the limit of open files is low: this process accepts fewer connections than usual"
         );
     }
 }
 
-/// How many files this process may have open.
+/// The number of files that this process may have open.
 fn max() -> usize {
     getrlimit(Resource::Nofile)
         .current
@@ -28,7 +28,7 @@ fn max() -> usize {
         .unwrap_or(usize::MAX)
 }
 
-/// `wanted` connections, but at most one part in `parts` of the open files: the rest is for files,
+/// Limits `wanted` connections to one `parts`-th of the open files. The rest is for files,
 /// databases and other connections.
 pub fn share(wanted: usize, parts: usize) -> usize {
     wanted.min(max() / parts).max(1)
@@ -39,9 +39,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn connections_get_a_part_of_what_the_process_may_open() {
+    fn connections_get_a_share_of_the_open_files() {
         assert_eq!(share(7, 2), 7);
         assert_eq!(share(usize::MAX, 4), max() / 4);
-        assert_eq!(share(0, usize::MAX), 1, "one connection at least");
+        assert_eq!(share(0, usize::MAX), 1, "at least one connection");
     }
 }

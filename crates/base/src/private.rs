@@ -1,53 +1,52 @@
-//! A state folder is for its owner only: folders 0700, files 0600.
+//! Restricts the state directory to its owner: directories 0700, files 0600.
 //!
-//! [`tighten`] runs when a daemon starts, and again once it has opened its state, so that a folder
-//! of an earlier version is tightened too. The process's umask stays as it was set: artifacts that
-//! land elsewhere obey it.
+//! A daemon calls [`tighten`] when it starts, and again after it has opened its state, so that this
+//! also covers a directory created by an earlier version. The process's umask does not change: it
+//! applies to artifacts written elsewhere.
 
 use std::fs::{self, Permissions};
 use std::io;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 
-/// Mode of a state folder.
 const FOLDER_MODE: u32 = 0o700;
-/// Mode of a state file.
 pub const FILE_MODE: u32 = 0o600;
-/// Folders of the state in which every file is the daemon's own. In others lie artifacts, which
-/// keep the modes that they came with; nobody else reaches them through the state folder.
-const OWN: [&str; 4] = ["identity", "store", "relay", "scratch"];
+/// Subdirectories of the state in which every file belongs to the daemon itself. The other
+/// subdirectories contain artifacts, which keep their modes; other users cannot reach them through
+/// the state directory.
+const OWN_DIRS: [&str; 4] = ["identity", "store", "relay", "scratch"];
 
-/// Takes all rights of others from the state in this folder. What cannot be changed is logged: the
-/// daemon works all the same.
+/// Removes all permissions of other users from the state in this directory. Logs what cannot be
+/// changed; the daemon continues.
 pub fn tighten(data_dir: &Path) {
     if let Err(error) = set(data_dir, FOLDER_MODE) {
-        tracing::warn!(path = %data_dir.display(), %error, "other users can read the daemon's state: its folder cannot be given the mode 0700");
+        tracing::warn!(path = %data_dir.display(), %error, "other users can read the daemon's state: its directory cannot be changed to mode 0700");
     }
     files_in(data_dir);
-    for name in OWN {
+    for name in OWN_DIRS {
         tree(&data_dir.join(name));
     }
 }
 
 fn tree(folder: &Path) {
-    // A link is not followed: what it leads to is not the state.
+    // A link is not followed: its target is not part of the state.
     if !fs::symlink_metadata(folder).is_ok_and(|meta| meta.is_dir())
         || set(folder, FOLDER_MODE).is_err()
     {
         return;
     }
-    for below in files_in(folder) {
-        tree(&below);
+    for subdir in files_in(folder) {
+        tree(&subdir);
     }
 }
 
-/// Tightens the files of a folder. Returns the folders in it.
+/// Restricts the files of a directory. Returns its subdirectories.
 fn files_in(folder: &Path) -> Vec<std::path::PathBuf> {
     let mut folders = Vec::new();
     for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
         match entry.file_type() {
             Ok(kind) if kind.is_dir() => folders.push(entry.path()),
-            // A file that goes meanwhile needs nothing.
+            // A file that disappears meanwhile needs no change.
             Ok(kind) if kind.is_file() => drop(set(&entry.path(), FILE_MODE)),
             _ => {}
         }
@@ -55,7 +54,7 @@ fn files_in(folder: &Path) -> Vec<std::path::PathBuf> {
     folders
 }
 
-/// Takes everything from others, and gives the owner at least `mode`.
+/// Removes all permissions of group and others, and gives the owner at least `mode`.
 fn set(path: &Path, mode: u32) -> io::Result<()> {
     let meta = fs::symlink_metadata(path)?;
     if meta.mode() & 0o077 == 0 {
@@ -64,11 +63,11 @@ fn set(path: &Path, mode: u32) -> io::Result<()> {
     fs::set_permissions(path, Permissions::from_mode(meta.mode() & 0o700 | mode))
 }
 
-/// The process's umask: what is not given to files that it makes.
+/// The umask of the process: the permissions that its new files do not get.
 pub fn umask() -> u32 {
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
     let line = status.lines().find_map(|line| line.strip_prefix("Umask:"));
-    // Unknown: any bit may be missing.
+    // Unknown: assume that any bit may be masked.
     line.and_then(|mask| u32::from_str_radix(mask.trim(), 8).ok())
         .unwrap_or(0o777)
 }
@@ -79,7 +78,7 @@ mod tests {
     use crate::durable;
 
     #[test]
-    fn a_state_folder_is_its_owners_and_artifacts_in_it_keep_their_modes() {
+    fn a_state_directory_is_restricted_to_its_owner_and_artifacts_keep_their_modes() {
         let dir = tempfile::tempdir().unwrap();
         let data = dir.path().join("data");
         let files = [

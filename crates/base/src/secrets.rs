@@ -1,5 +1,4 @@
-//! Secrets that a file holds: passwords are read when they are needed, and never kept in a
-//! configuration.
+//! Secrets in files. A password is read when it is needed and never stored in a configuration.
 
 use std::path::Path;
 
@@ -7,11 +6,11 @@ use crate::durable;
 use crate::fault::{Fault, IoContext};
 use crate::limits::SECRET_BYTES_MAX;
 
-/// Reads a secret from its file, without the line end that editors leave behind. An empty one is
-/// refused: it is always a mistake, and a server's answer to it says nothing of the file.
+/// Reads a secret from its file and removes the line end that editors add. An empty secret is an
+/// error: it is always a mistake, and the error of the server would not mention the file.
 pub fn read_secret(path: &Path) -> Result<String, Fault> {
-    let unread = || format!("cannot read the file {}", path.display());
-    let meta = std::fs::metadata(path).at(unread())?;
+    let operation = || format!("cannot read the file {}", path.display());
+    let meta = std::fs::metadata(path).at(operation())?;
     if !meta.is_file() {
         return Err(Fault::config(format!(
             "{} is not a regular file",
@@ -20,12 +19,12 @@ pub fn read_secret(path: &Path) -> Result<String, Fault> {
     }
     if meta.len() > SECRET_BYTES_MAX {
         return Err(Fault::config(format!(
-            "{} has {} bytes; a secret has at most {SECRET_BYTES_MAX}",
+            "{} has {} bytes; a secret may have at most {SECRET_BYTES_MAX}",
             path.display(),
             meta.len()
         )));
     }
-    let text = durable::read_regular_text(path, SECRET_BYTES_MAX).at(unread())?;
+    let text = durable::read_regular_text(path, SECRET_BYTES_MAX).at(operation())?;
     let secret = text.trim_end_matches(['\r', '\n']);
     if secret.is_empty() {
         return Err(Fault::config(format!("{} is empty", path.display())));

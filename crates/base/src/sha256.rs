@@ -1,4 +1,4 @@
-//! A SHA-256 as images name their blobs.
+//! A SHA-256 digest in the form that container images use.
 
 use std::fmt;
 use std::str::FromStr;
@@ -6,12 +6,12 @@ use std::str::FromStr;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use sha2::Digest as _;
 
-/// A SHA-256, printed and read as `sha256:<hex>`.
+/// A SHA-256 digest, printed and parsed as `sha256:<hex>`.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Sha256(pub [u8; 32]);
 
 impl Sha256 {
-    /// The hash of these bytes.
+    /// Hashes these bytes.
     pub fn of(bytes: &[u8]) -> Self {
         Self(sha2::Sha256::digest(bytes).into())
     }
@@ -21,12 +21,12 @@ impl Sha256 {
         hex::encode(self.0)
     }
 
-    /// Where an OCI layout keeps the blob.
+    /// The path of the blob in an OCI layout.
     pub fn layout_path(&self) -> String {
         format!("blobs/sha256/{}", self.hex())
     }
 
-    /// The digest that a layout's path names; `None` when it is no blob's path.
+    /// The digest in a path of an OCI layout; `None` if the path is not that of a blob.
     pub fn from_layout_path(path: &str) -> Option<Self> {
         format!("sha256:{}", path.strip_prefix("blobs/sha256/")?)
             .parse()
@@ -49,18 +49,18 @@ impl fmt::Debug for Sha256 {
 impl FromStr for Sha256 {
     type Err = String;
     fn from_str(text: &str) -> Result<Self, String> {
-        let wrong = || {
+        let invalid = || {
             format!(
                 "{:?} is not a digest of the form sha256:<64 hex digits>",
                 text.chars().take(100).collect::<String>()
             )
         };
-        let digits = text.strip_prefix("sha256:").ok_or_else(wrong)?;
+        let digits = text.strip_prefix("sha256:").ok_or_else(invalid)?;
         if digits.bytes().any(|b| b.is_ascii_uppercase()) {
-            return Err(wrong());
+            return Err(invalid());
         }
         let mut out = [0; 32];
-        hex::decode_to_slice(digits, &mut out).map_err(|_| wrong())?;
+        hex::decode_to_slice(digits, &mut out).map_err(|_| invalid())?;
         Ok(Self(out))
     }
 }

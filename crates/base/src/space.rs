@@ -1,9 +1,9 @@
-//! Free space: what a filesystem has left in bytes and in inodes, and what of it is reserved.
+//! Free space of a filesystem in bytes and inodes, and reservations of it.
 //!
-//! Every check for free space uses [`Space::of`]. A filesystem that reports no blocks (some FUSE
-//! filesystems) or no inodes (btrfs, some NFS servers) does not report that quantity: it is
-//! unknown, and a check of it passes. A [`Reservation`] holds space for a writer that knows its
-//! size before it begins; all other checks count that space as used.
+//! Every check for free space uses [`Space::of`]. Some filesystems report no blocks (some FUSE
+//! filesystems) or no inodes (btrfs, some NFS servers). Such a quantity is unknown, and checks of
+//! it pass. A [`Reservation`] holds space for a writer that knows its size before it starts; all
+//! other checks count that space as used.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -14,19 +14,19 @@ use parking_lot::Mutex;
 
 use crate::fault::{Fault, IoContext};
 
-/// The most that one reservation holds.
+/// The largest size of one reservation.
 const BYTES_MAX: u64 = 1 << 60;
 
 /// Reserved bytes, by device.
 static RESERVED: LazyLock<Mutex<HashMap<u64, u64>>> = LazyLock::new(Mutex::default);
 
-/// What a filesystem has left for a user that is not root. `None`: the filesystem does not report
-/// it.
+/// The free space of a filesystem for a user who is not root. `None`: the filesystem does not
+/// report it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Space {
     /// Bytes that are neither used nor reserved.
     pub bytes: Option<u64>,
-    /// Files and directories that can still be created.
+    /// The number of files and directories that can still be created.
     pub inodes: Option<u64>,
 }
 
@@ -45,7 +45,7 @@ impl Space {
             stat.f_files,
             stat.f_favail,
         );
-        // Not under the lock: on a mount that does not answer, everybody would wait for it.
+        // Done without the lock: if a mount does not respond, other callers must not wait for it.
         let device = device(path)?;
         let reserved = RESERVED.lock().get(&device).copied().unwrap_or(0);
         Ok(Self {
@@ -55,7 +55,7 @@ impl Space {
     }
 
     fn from_counts(blocks: u64, free_bytes: u64, files: u64, free_files: u64) -> Self {
-        // Some filesystems report fewer files in total than free ones; only the total of zero says
+        // Some filesystems report fewer total files than free files. Only a total of zero means
         // that there is no count.
         Self {
             bytes: (blocks > 0).then_some(free_bytes),
@@ -63,12 +63,12 @@ impl Space {
         }
     }
 
-    /// Whether both quantities suffice, as far as they are known.
+    /// Whether both quantities suffice. An unknown quantity suffices.
     pub fn has(&self, bytes: u64, inodes: u64) -> bool {
         self.bytes.is_none_or(|free| free >= bytes) && self.inodes.is_none_or(|free| free >= inodes)
     }
 
-    /// The free space in words: `12 MiB and 300 inodes`.
+    /// The free space for people: `12 MiB and 300 inodes`.
     pub fn text(&self) -> String {
         let bytes = match self.bytes {
             Some(bytes) if bytes >> 20 > 0 => format!("{} MiB", bytes >> 20),
@@ -80,7 +80,8 @@ impl Space {
         })
     }
 
-    /// `no_space` where the filesystem of `path` has less than this. `what` states who needs it.
+    /// Returns `no_space` if the filesystem of `path` has less than this. `what` states who needs
+    /// the space.
     pub fn check(
         path: &Path,
         bytes: u64,
@@ -91,12 +92,12 @@ impl Space {
         if space.has(bytes, inodes) {
             return Ok(());
         }
-        let short = match space.bytes.filter(|free| *free < bytes) {
+        let missing = match space.bytes.filter(|free| *free < bytes) {
             Some(_) => format!("{bytes} bytes"),
             None => format!("{inodes} inodes"),
         };
         Err(Fault::no_space(format!(
-            "{what}: no space left, {short} are needed in {} and {} are free",
+            "{what}: not enough free space, {missing} are needed in {} and {} are free",
             path.display(),
             space.text()
         )))
@@ -106,12 +107,11 @@ impl Space {
 fn device(path: &Path) -> Result<u64, Fault> {
     let stat = rustix::fs::stat(path)
         .map_err(std::io::Error::from)
-        .at(format_args!("look at {}", path.display()))?;
+        .at(format_args!("read the metadata of {}", path.display()))?;
     Ok(stat.st_dev)
 }
 
-/// Bytes of a filesystem that nobody else may count on. What was not used is free again when this
-/// is dropped.
+/// Space of a filesystem reserved for one writer. Dropping it releases the unused rest.
 #[derive(Debug)]
 pub struct Reservation {
     device: u64,
@@ -119,8 +119,8 @@ pub struct Reservation {
 }
 
 impl Reservation {
-    /// Reserves bytes of the filesystem of `path`, where `spare` bytes and these inodes stay free
-    /// beside them.
+    /// Reserves `bytes` of the filesystem of `path`, if at least `spare` bytes and `inodes` inodes
+    /// stay free.
     pub fn take(
         path: &Path,
         bytes: u64,
@@ -129,8 +129,8 @@ impl Reservation {
         what: impl std::fmt::Display,
     ) -> Result<Self, Fault> {
         let device = device(path)?;
-        // Reserved first and checked then: of two that begin at once, none counts the same bytes.
-        // A size that a peer names may be of any size; more than every disk has is enough.
+        // Reserve first, then check, so that two concurrent callers never count the same bytes. The
+        // size may come from a peer, so it is limited; no disk is larger than the limit.
         let bytes = bytes.min(BYTES_MAX);
         let reservation = Self {
             device,
@@ -138,8 +138,8 @@ impl Reservation {
         };
         {
             let mut reserved = RESERVED.lock();
-            let there = reserved.entry(device).or_default();
-            *there = there.saturating_add(bytes);
+            let on_device = reserved.entry(device).or_default();
+            *on_device = on_device.saturating_add(bytes);
         }
         let space = Space::of(path)?;
         if space.has(spare, inodes) {
@@ -148,34 +148,35 @@ impl Reservation {
         drop(reservation);
         let space = Space::of(path)?;
         Err(Fault::no_space(format!(
-            "{what} needs {bytes} bytes and {inodes} inodes in {}, beside {spare} bytes that stay free there, and {} are free",
+            "{what} needs {bytes} bytes and {inodes} inodes in {}, plus a reserve of {spare} bytes, but only {} are free",
             path.display(),
             space.text()
         )))
     }
 
-    /// Notes that so many bytes were written: the filesystem counts them as used from now on.
+    /// Records that so many reserved bytes were written. The filesystem counts them as used from
+    /// now on.
     pub fn used(&self, bytes: u64) {
         let left = self
             .left
             .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| {
                 Some(left.saturating_sub(bytes))
             });
-        give_back(self.device, left.unwrap_or(0).min(bytes));
+        release(self.device, left.unwrap_or(0).min(bytes));
     }
 }
 
 impl Drop for Reservation {
     fn drop(&mut self) {
-        give_back(self.device, self.left.swap(0, Ordering::SeqCst));
+        release(self.device, self.left.swap(0, Ordering::SeqCst));
     }
 }
 
-fn give_back(device: u64, bytes: u64) {
+fn release(device: u64, bytes: u64) {
     let mut reserved = RESERVED.lock();
-    if let Some(all) = reserved.get_mut(&device) {
-        *all = all.saturating_sub(bytes);
-        if *all == 0 {
+    if let Some(total) = reserved.get_mut(&device) {
+        *total = total.saturating_sub(bytes);
+        if *total == 0 {
             reserved.remove(&device);
         }
     }
@@ -187,7 +188,7 @@ mod tests {
     use crate::fault::Code;
 
     #[test]
-    fn a_quantity_that_is_not_reported_is_unknown_and_not_zero() {
+    fn a_quantity_that_is_not_reported_is_unknown() {
         let silent = Space::from_counts(0, 0, 0, 0);
         assert_eq!(
             silent,
@@ -198,7 +199,10 @@ mod tests {
         );
         assert!(silent.has(u64::MAX, u64::MAX));
         let full = Space::from_counts(100, 0, 0, 0);
-        assert!(!full.has(1, 0), "no free block of 100 is a full filesystem");
+        assert!(
+            !full.has(1, 0),
+            "0 free blocks of 100 mean a full filesystem"
+        );
         let no_inodes = Space::from_counts(100, 1 << 30, 50, 0);
         assert!(
             no_inodes.has(1 << 20, 0) && !no_inodes.has(1, 1),
@@ -207,10 +211,10 @@ mod tests {
     }
 
     #[test]
-    fn reserved_bytes_are_not_free_for_others_until_they_are_given_back() {
+    fn reserved_bytes_are_not_free_for_others_until_they_are_released() {
         let dir = tempfile::tempdir().unwrap();
-        // Other tests write to the same filesystem meanwhile: only differences of this size are
-        // looked at.
+        // Other tests write to the same filesystem at the same time, so only large differences are
+        // compared.
         let big = Space::of(dir.path()).unwrap().bytes.unwrap() / 2;
         let reservation = Reservation::take(dir.path(), big, 0, 0, "a test").unwrap();
         let left = Space::of(dir.path()).unwrap().bytes.unwrap();
@@ -230,7 +234,7 @@ mod tests {
         drop(reservation);
         assert!(
             Space::of(dir.path()).unwrap().bytes.unwrap() > big + big / 2,
-            "nothing is given back twice"
+            "no bytes are released twice"
         );
     }
 }

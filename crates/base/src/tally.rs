@@ -1,8 +1,9 @@
-//! Log lines for events that a stranger can cause at will: one line a minute, with a count.
+//! Rate-limited log lines for events that any stranger can trigger: one line per minute, with a
+//! count.
 //!
-//! The first event is logged at once. The events of the following minute are only counted; one line
-//! at its end states how many there were, and the last of them. A [`Tally`] holds one short text,
-//! whatever happens.
+//! The first event is logged immediately. Events in the following minute are only counted; one line
+//! at its end states their number and the last event. A [`Tally`] keeps only one short text. In
+//! memory only.
 
 use std::sync::Arc;
 
@@ -26,7 +27,7 @@ struct State {
 }
 
 impl Tally {
-    /// A tally whose lines have this message.
+    /// Creates a tally that logs this message.
     pub fn new(message: &'static str) -> Self {
         Self {
             message,
@@ -34,7 +35,7 @@ impl Tally {
         }
     }
 
-    /// Notes an event; `what` describes this one. Must be called within a tokio runtime.
+    /// Counts an event; `what` describes it. Must be called in a tokio runtime.
     pub fn note(&self, what: impl std::fmt::Display) {
         let what: String = what.to_string().chars().take(LOG_TALLY_CHARS_MAX).collect();
         {
@@ -59,7 +60,8 @@ impl Tally {
         });
     }
 
-    /// What was counted since the last line. If that is nothing, the next event is logged at once.
+    /// Returns the number of events since the last line, and the last of them. If there were none,
+    /// the next event is logged immediately.
     fn take(&self) -> Option<(u64, String)> {
         let mut state = self.state.lock();
         if state.count == 0 {
@@ -77,14 +79,14 @@ impl Tally {
     }
 }
 
-/// The log of a test, which runs on one thread.
+/// Captures the log of a test that runs on one thread.
 #[cfg(any(test, feature = "testing"))]
 #[derive(Clone, Default)]
 pub struct Log(Arc<Mutex<Vec<u8>>>);
 
 #[cfg(any(test, feature = "testing"))]
 impl Log {
-    /// Takes this thread's log until the second value is dropped.
+    /// Captures the log of this thread until the second value is dropped.
     pub fn capture() -> (Self, tracing::subscriber::DefaultGuard) {
         let log = Self::default();
         let writer = log.clone();
@@ -95,7 +97,7 @@ impl Log {
         (log, tracing::subscriber::set_default(subscriber))
     }
 
-    /// The lines so far that have this text.
+    /// The captured lines that contain this text.
     pub fn lines_with(&self, text: &str) -> Vec<String> {
         String::from_utf8_lossy(&self.0.lock())
             .lines()
@@ -121,7 +123,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_flood_is_one_line_a_minute_and_every_event_is_counted() {
+    async fn many_events_make_one_line_per_minute_and_all_are_counted() {
         let (log, _captured) = Log::capture();
         let tally = Tally::new("a connection was refused");
         let lines = || log.lines_with("a connection was refused");
@@ -134,12 +136,12 @@ mod tests {
             "{:?}",
             lines()
         );
-        // At the end of the minute.
+        // The end of the minute.
         assert_eq!(tally.take(), Some((4999, "number 4999".to_owned())));
         tally.note("still");
         assert_eq!(lines().len(), 1);
         assert_eq!(tally.take(), Some((1, "still".to_owned())));
-        // After a quiet minute the next one is logged at once, clipped.
+        // After a minute without events, the next event is logged immediately, shortened.
         assert_eq!(tally.take(), None);
         tally.note("x".repeat(LOG_TALLY_CHARS_MAX * 2));
         let all = lines();

@@ -1,10 +1,10 @@
-//! Text from outside: bounded, and without characters that could disguise what is shown.
+//! Text from outside: limited in length, and without characters that could disguise what is
+//! displayed.
 //!
-//! Peers, registries and platforms send messages, versions and locations. [`Text`] takes such a
-//! text in: it is cut to its limit at a character boundary while it is parsed, and control
-//! characters and bidirectional overrides become U+FFFD. Nothing longer is ever kept. Text that
-//! this daemon writes itself passes through the same type, so that all readers of a field find the
-//! same form.
+//! Peers, registries and training platforms send messages, versions and locations. [`Text`] parses
+//! such a text: it cuts the text to its limit at a character boundary, and replaces control
+//! characters and bidirectional overrides with U+FFFD. The rest is never stored. Text that this
+//! daemon writes itself uses the same type, so that all readers of a field find the same form.
 
 use std::fmt;
 use std::marker::PhantomData;
@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use crate::limits::{LOCATION_BYTES_MAX, MESSAGE_BYTES_MAX, NEXT_BYTES_MAX, VERSION_BYTES_MAX};
 
 /// Whether a character can move the cursor, start a control sequence, or change the order in which
-/// others are shown.
+/// other characters are displayed.
 pub fn is_unsafe(c: char) -> bool {
     c.is_control()
         || matches!(c, '\u{061c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{feff}')
@@ -26,7 +26,7 @@ pub fn prefix(text: &str, max: usize) -> &str {
     &text[..text.floor_char_boundary(max)]
 }
 
-fn cleaned(text: &str, max: usize, keep: impl Fn(char) -> bool) -> String {
+fn clean(text: &str, max: usize, keep: impl Fn(char) -> bool) -> String {
     let mut out = String::with_capacity(text.len().min(max));
     for c in text.chars() {
         let c = if is_unsafe(c) && !keep(c) {
@@ -44,21 +44,21 @@ fn cleaned(text: &str, max: usize, keep: impl Fn(char) -> bool) -> String {
 
 /// One line of at most `max` bytes, without unsafe characters.
 pub fn line(text: &str, max: usize) -> String {
-    cleaned(text, max, |_| false)
+    clean(text, max, |_| false)
 }
 
-/// Several lines of at most `max` bytes together; line ends and tabs stay.
+/// Lines of at most `max` bytes in total. Line ends and tabs are kept; unsafe characters are
+/// replaced.
 pub fn lines(text: &str, max: usize) -> String {
-    cleaned(text, max, |c| matches!(c, '\n' | '\t'))
+    clean(text, max, |c| matches!(c, '\n' | '\t'))
 }
 
-/// A text of at most `MAX` bytes without unsafe characters other than line ends and tabs.
+/// A text of at most `MAX` bytes without unsafe characters, except line ends and tabs.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Default, Serialize)]
 #[serde(transparent)]
 pub struct Text<const MAX: usize>(String);
 
 impl<const MAX: usize> Text<MAX> {
-    /// The text itself.
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -107,7 +107,8 @@ impl<'de, const MAX: usize> Deserialize<'de> for Text<MAX> {
     }
 }
 
-/// Cuts while it reads: a text without escapes is never copied whole.
+/// Shortens the text while it is parsed, so that a long text without escapes is never copied
+/// completely.
 struct TextVisitor<const MAX: usize>;
 
 impl<const MAX: usize> Visitor<'_> for TextVisitor<MAX> {
@@ -126,35 +127,33 @@ pub fn bounded<'de, D: Deserializer<'de>, const MAX: usize>(d: D) -> Result<Stri
     Text::<MAX>::deserialize(d).map(Into::into)
 }
 
-/// The same for a field that may be absent.
+/// Like [`bounded`], for an optional field.
 pub fn optional<'de, D: Deserializer<'de>, const MAX: usize>(
     d: D,
 ) -> Result<Option<String>, D::Error> {
     Ok(Option::<Text<MAX>>::deserialize(d)?.map(Into::into))
 }
 
-/// A message: what happened, and why.
+/// A message: what happened and why.
 pub type Message = Text<MESSAGE_BYTES_MAX>;
 /// What to do next.
 pub type Next = Text<NEXT_BYTES_MAX>;
-/// Where an artifact is.
+/// The location of an artifact.
 pub type Location = Text<LOCATION_BYTES_MAX>;
-/// The version of a program.
 pub type Version = Text<VERSION_BYTES_MAX>;
 
-/// Text that must stay exactly as it is (a signature covers it, or it is decoded): at most `MAX`
-/// bytes, longer ones are refused. Not for display.
+/// Text of at most `MAX` bytes that must not be changed, because a signature covers it or it is
+/// decoded. A longer text is an error. Not for display.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(transparent)]
 pub struct Exact<const MAX: usize>(String);
 
 impl<const MAX: usize> Exact<MAX> {
-    /// The text, unless it is longer than allowed.
+    /// Returns `None` if the text is too long.
     pub fn new(text: String) -> Option<Self> {
         (text.len() <= MAX).then_some(Self(text))
     }
 
-    /// The text itself.
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -179,8 +178,8 @@ impl<'de, const MAX: usize> Deserialize<'de> for Exact<MAX> {
     }
 }
 
-/// A value, or `None` for anything of another form: what a peer sent instead is skipped and takes
-/// no memory. For data in a self-describing format only.
+/// A value, or `None` if the data has a different form. Other data is skipped without using memory.
+/// For self-describing formats only.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Lenient<T>(pub Option<T>);
 
@@ -190,9 +189,9 @@ impl<'de, T: FromText> Deserialize<'de> for Lenient<T> {
     }
 }
 
-/// What [`Lenient`] reads: made of a text, or refused.
+/// A type that [`Lenient`] can read from a text.
 pub trait FromText: Sized {
-    /// The value of this text.
+    /// Returns `None` if the text is not valid.
     fn from_text(text: &str) -> Option<Self>;
 }
 
@@ -237,13 +236,14 @@ impl<'de, T: FromText> Visitor<'de> for LenientVisitor<T> {
     }
 }
 
-/// Reads a list to its end and keeps nothing of it.
+/// Reads a list to its end and discards it.
 pub fn skip_seq<'de, A: SeqAccess<'de>>(seq: &mut A) -> Result<(), A::Error> {
     while seq.next_element::<IgnoredAny>()?.is_some() {}
     Ok(())
 }
 
-/// Parses a message of a peer. The error names the fault without repeating what the peer sent.
+/// Parses a message of a peer. The error describes the problem without the content that the peer
+/// sent.
 pub fn parse_json<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, String> {
     serde_json::from_slice(bytes).map_err(|e| line(&e.to_string(), 300))
 }
@@ -255,11 +255,11 @@ mod tests {
     type Short = Text<8>;
 
     #[test]
-    fn a_text_is_cut_where_it_is_parsed_and_holds_nothing_that_steers() {
+    fn a_text_is_cut_and_cleaned_when_it_is_parsed() {
         let parsed = |json: &str| serde_json::from_str::<Short>(json).unwrap().to_string();
         assert_eq!(parsed("\"short\""), "short");
         assert_eq!(parsed("\"0123456789\""), "01234567");
-        assert_eq!(parsed("\"0123456ä\""), "0123456", "no half character");
+        assert_eq!(parsed("\"0123456ä\""), "0123456", "no part of a character");
         assert_eq!(parsed("\"a\\u001bb\\u202e\""), "a\u{fffd}b\u{fffd}");
         assert_eq!(parsed("\"a\\nb\\tc\""), "a\nb\tc");
         assert!(
@@ -274,7 +274,7 @@ mod tests {
     }
 
     #[test]
-    fn what_must_stay_exact_is_refused_when_it_is_too_long() {
+    fn an_exact_text_that_is_too_long_is_refused() {
         assert_eq!(
             serde_json::from_str::<Exact<3>>("\"a\\u001bb\"")
                 .unwrap()
@@ -303,7 +303,7 @@ mod tests {
     }
 
     #[test]
-    fn a_parse_error_repeats_nothing_that_steers() {
+    fn a_parse_error_contains_no_unsafe_characters() {
         #[derive(Debug, Deserialize)]
         enum One {
             #[expect(dead_code, reason = "only its name is read")]

@@ -1,14 +1,15 @@
-//! Which chunks were met before, in the same memory however many there are.
+//! A Bloom filter of chunks: it remembers which chunks were seen, in a fixed amount of memory.
 //!
-//! For reckoning only: a chunk may be taken for one that was met before though it was not, of eight
-//! million one in a hundred. So what is counted of those that are new is never too much.
+//! For estimates only. The filter can take a new chunk for one that it has seen (about 1 % of the
+//! chunks after 8 million), but never the reverse. Therefore the count of new chunks can be too
+//! low, but never too high.
 
 use crate::chunk::Hash;
 
-/// A power of two: 16 MiB.
+/// The number of bits, a power of two: 16 MiB of memory.
 const BITS: u64 = 1 << 27;
 
-/// The chunks that were met.
+/// The filter.
 pub struct BloomFilter(Vec<u64>);
 
 impl Default for BloomFilter {
@@ -18,7 +19,7 @@ impl Default for BloomFilter {
 }
 
 impl BloomFilter {
-    /// Notes the chunk; `true` when it was not met before.
+    /// Adds the chunk. Returns `true` if it was not in the filter.
     pub fn is_new(&mut self, id: &Hash) -> bool {
         let word =
             |at: usize| u64::from_le_bytes([0, 1, 2, 3, 4, 5, 6, 7].map(|i| id.0[at + i])) % BITS;
@@ -41,7 +42,7 @@ mod tests {
         let mut seen = BloomFilter::default();
         let ids: Vec<Hash> = (0..10_000u32).map(|n| Hash::of(&n.to_le_bytes())).collect();
         let new = ids.iter().filter(|id| seen.is_new(id)).count();
-        assert!(new > 9_990, "{new} of 10,000 were taken for new");
+        assert!(new > 9_990, "only {new} of 10,000 were recognised as new");
         assert!(!ids.iter().any(|id| seen.is_new(id)));
     }
 }

@@ -1,13 +1,14 @@
-//! Bundles: artifacts in one file, to be carried by disk, with the same checks as over the line.
+//! Bundles: artifacts in one file, for transport by disk. An import checks them as a transfer over
+//! the network does.
 //!
 //! ```text
 //! "PHBUNDL1"
 //! u32 LE length, JSON array of {artifact, digest, root}     the root manifests, as text
 //! frame*                                                    every page and chunk once, as stored (see `frame`)
 //! ```
-//! An import verifies each frame by its BLAKE3 as it is read, and then checks each manifest and
-//! that no chunk is missing or has another length; only then does the artifact exist. An import
-//! that fails leaves chunks that nothing names, for `gc`.
+//! An import verifies the BLAKE3 of each frame while it reads. It then checks each manifest, and
+//! that each chunk is present with the length that the manifest states. Only then does the artifact
+//! exist. A failed import leaves chunks that no artifact references; `gc` removes them.
 
 use std::collections::HashSet;
 use std::fs::File;
@@ -28,22 +29,20 @@ use base::limits::BUNDLE_LIST_BYTES_MAX;
 use base::names::ArtifactRef;
 
 const MAGIC: &[u8; 8] = b"PHBUNDL1";
-/// Chunks read from the store together.
-const TOGETHER: usize = 64;
+/// The number of chunks that are read from the store at once.
+const READ_BATCH_CHUNKS: usize = 64;
 
 /// One artifact of a bundle.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Member {
-    /// Its name.
     pub artifact: ArtifactRef,
-    /// Its digest.
     pub digest: Digest,
-    /// The root manifest's canonical bytes.
+    /// The canonical bytes of the root manifest.
     root: String,
 }
 
 impl Member {
-    /// A member from the catalogue.
+    /// Creates a member from an artifact of the catalogue.
     pub fn new(artifact: ArtifactRef, root: &Root) -> Self {
         Self {
             artifact,
@@ -52,13 +51,13 @@ impl Member {
         }
     }
 
-    /// The root manifest, checked against the digest.
+    /// The root manifest, after its digest was checked.
     pub fn root(&self) -> Result<Root, Fault> {
         Root::parse(self.root.as_bytes(), self.digest)
     }
 }
 
-/// Writes artifacts to a new file; on failure there is no file.
+/// Writes artifacts to a new file. Removes the file on failure. Returns the number of bytes.
 pub fn export(
     members: &[Member],
     store: &Store,
@@ -97,7 +96,7 @@ fn write(
     let mut pending = Vec::new();
     let mut put = |chunk: Option<ChunkRef>, pending: &mut Vec<ChunkRef>| -> Result<(), Fault> {
         pending.extend(chunk.filter(|chunk| seen.insert(chunk.id)));
-        if pending.len() >= TOGETHER || chunk.is_none() {
+        if pending.len() >= READ_BATCH_CHUNKS || chunk.is_none() {
             progress.check()?;
             for piece in store.read_listed(pending)? {
                 out.write_all(&piece).at(what)?;
@@ -132,12 +131,12 @@ fn write(
     Ok(written)
 }
 
-/// Reads a bundle into the store. Returns its artifacts, each whole.
+/// Reads a bundle into the store. Returns its artifacts, each complete.
 pub fn import(from: &Path, store: &Store, progress: &JobProgress) -> Result<Vec<Member>, Fault> {
     let what = format!("read {}", from.display());
     let wrong = |why: &str| {
         Fault::integrity(format!("{} {why}", from.display()))
-            .with_next("carry the file over again, or export it anew")
+            .with_next("copy the file again, or export it again")
     };
     let mut file = BufReader::with_capacity(1 << 20, durable::open_regular(from).at(&what)?);
     let mut head = [0; 12];
@@ -149,18 +148,18 @@ pub fn import(from: &Path, store: &Store, progress: &JobProgress) -> Result<Vec<
     }
     let mut list = vec![0; len];
     file.read_exact(&mut list)
-        .map_err(|_| wrong("is cut off"))?;
+        .map_err(|_| wrong("is truncated"))?;
     let members: Vec<Member> =
         serde_json::from_slice(&list).map_err(|_| wrong("has a damaged list"))?;
     let losses = store.losses();
     let mut header = [0; HEADER_BYTES];
-    while read_or_end(&mut file, &mut header).map_err(|_| wrong("is cut off"))? {
+    while read_or_end(&mut file, &mut header).map_err(|_| wrong("is truncated"))? {
         progress.check()?;
         let parsed = Header::parse(&header).map_err(|e| wrong(&format!("is damaged: {e}")))?;
         let mut bytes = vec![0; parsed.frame_len()];
         bytes[..HEADER_BYTES].copy_from_slice(&header);
         file.read_exact(&mut bytes[HEADER_BYTES..])
-            .map_err(|_| wrong("is cut off"))?;
+            .map_err(|_| wrong("is truncated"))?;
         progress
             .bytes
             .fetch_add(bytes.len() as u64, Ordering::Relaxed);
@@ -176,12 +175,12 @@ pub fn import(from: &Path, store: &Store, progress: &JobProgress) -> Result<Vec<
         let root = member.root()?;
         check(&member.artifact, &root, store)
             .map_err(|fault| wrong(&format!("is malformed: {fault}")))?;
-        // `has` pins each page, so that no collection frees one that only the store had.
+        // `has` pins each page, so that no collection removes a page that was already in the store.
         for_each_page(&root, store, |page| {
             if store.has(page.id)? {
                 Ok(())
             } else {
-                Err(wrong(&format!("lacks parts of {}", member.artifact)))
+                Err(wrong(&format!("lacks content of {}", member.artifact)))
             }
         })?;
         for step in Walk::new(&root, store) {
@@ -193,18 +192,18 @@ pub fn import(from: &Path, store: &Store, progress: &JobProgress) -> Result<Vec<
                 Some(len) if len == chunk.len => {}
                 Some(_) => {
                     return Err(wrong(&format!(
-                        "has a chunk of {} in another size than its manifest says",
+                        "has a chunk of {} whose size differs from its manifest",
                         member.artifact
                     )));
                 }
-                None => return Err(wrong(&format!("lacks parts of {}", member.artifact))),
+                None => return Err(wrong(&format!("lacks content of {}", member.artifact))),
             }
         }
     }
     Ok(members)
 }
 
-/// Fills the buffer; `false` when the file ends right here.
+/// Fills the buffer. Returns `false` if the file ends before its first byte.
 fn read_or_end(file: &mut impl Read, buffer: &mut [u8]) -> std::io::Result<bool> {
     let first = file.read(buffer)?;
     if first == 0 {
@@ -214,8 +213,8 @@ fn read_or_end(file: &mut impl Read, buffer: &mut [u8]) -> std::io::Result<bool>
     Ok(true)
 }
 
-/// A folder that exists, for a file that is to be made: said before hours of work, and durable
-/// after.
+/// Checks that the directory for a new file exists, and syncs it. Call this before the work and
+/// after it.
 pub fn sync_parent(of: &Path) -> Result<(), Fault> {
     durable::sync_dir(
         of.parent()
@@ -234,7 +233,7 @@ mod tests {
     use base::fault::Code;
     use base::names::Kind;
 
-    /// A bundle of this member and these frames, as anybody could write it.
+    /// Writes a bundle of this member and these frames, with any content.
     fn bundle(at: &Path, artifact: &str, root: &str, digest: Digest, frames: &[Frame]) {
         let list = serde_json::to_vec(
             &serde_json::json!([{"artifact": artifact, "digest": digest, "root": root}]),
@@ -246,7 +245,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_bundle_says_is_checked() {
+    fn the_content_of_a_bundle_is_checked() {
         let dir = tempfile::tempdir().unwrap();
         let (tree, file) = (dir.path().join("tree"), dir.path().join("b.ph"));
         durable::create_dir_all(&tree).unwrap();
@@ -280,7 +279,8 @@ mod tests {
             &[page.clone(), sound.clone()],
         );
         assert_eq!(import("sound").unwrap().len(), 1);
-        // Over a chunk that an earlier version took with a wrong length: it is replaced.
+        // The store holds this chunk with a wrong length, accepted by an earlier version. The
+        // import replaces it.
         let poisoned = Store::open(&dir.path().join("poisoned")).unwrap();
         poisoned
             .append(&Frame::lying(&content, content.bytes.len() + 1000))
@@ -305,7 +305,7 @@ mod tests {
                 "dataset/d:1",
                 root.clone(),
                 vec![page.clone(), lying],
-                "does not hash to its name",
+                "does not match its hash",
             ),
             (
                 "lacking",
@@ -326,7 +326,7 @@ mod tests {
                 "model/d:1",
                 root,
                 vec![page.clone(), sound.clone()],
-                "the manifest of a dataset",
+                "manifest is that of a dataset",
             ),
             (
                 "totals",

@@ -1,8 +1,8 @@
-//! Chunks: how content is cut, named, and compressed.
+//! Chunks: how content is cut into chunks, and how chunks are named.
 //!
-//! Cutting is FastCDC 2020 (Xia et al., normalised chunking), naming is BLAKE3 of the raw bytes,
-//! squeezing is zstd when a cheap sample says that it pays. The parameters are recorded in every
-//! root manifest.
+//! Content is cut with FastCDC 2020 (Xia et al., normalised chunking). The name of a chunk is the
+//! BLAKE3 of its raw bytes. The parameters are recorded in every root manifest. Compression is in
+//! `frame`.
 
 use std::fmt;
 use std::str::FromStr;
@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use base::limits::CHUNK_BYTES_MAX;
 
-/// A BLAKE3 hash: of a chunk's raw bytes, of a file's content, or of a root manifest.
+/// A BLAKE3 hash: of the raw bytes of a chunk, of the content of a file, or of a root manifest.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Hash(pub [u8; 32]);
 
@@ -20,14 +20,14 @@ pub struct Hash(pub [u8; 32]);
 pub type ShortHash = [u8; 16];
 
 impl Hash {
-    /// The hash of these bytes.
+    /// Hashes these bytes.
     pub fn of(bytes: &[u8]) -> Self {
         Self(*blake3::hash(bytes).as_bytes())
     }
 
-    /// Half of it: what large tables keep. Two chunks that share it could only be made on purpose,
-    /// with 2^64 hashes; the whole of it stands in each frame, and is compared when the frame is
-    /// read.
+    /// The first half of the hash, which large tables store. An accidental collision is not
+    /// realistic, and a deliberate one costs 2^64 hashes. The full hash is in each frame and is
+    /// compared when the frame is read.
     pub fn short(&self) -> ShortHash {
         let mut out = [0; 16];
         out.copy_from_slice(&self.0[..16]);
@@ -83,7 +83,7 @@ impl<'de> Deserialize<'de> for Hash {
     }
 }
 
-/// Sizes chosen by measuring model, image-layer, code and photo data; the table is in
+/// Chosen by measurements with model, image-layer, code and photo data; the table is in
 /// BENCHMARKS.md.
 pub const DEFAULT_CHUNKING: Chunking = Chunking {
     min: 8 << 10,
@@ -93,24 +93,24 @@ pub const DEFAULT_CHUNKING: Chunking = Chunking {
     normalization: 2,
 };
 
-/// FastCDC parameters, in bytes: all that decides where content is cut.
+/// The parameters of FastCDC in bytes: everything that determines where content is cut.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Chunking {
-    /// No chunk is smaller, but a file's last.
+    /// The smallest chunk, except the last chunk of a file.
     pub min: u32,
-    /// The size aimed at.
+    /// The target size.
     pub avg: u32,
-    /// No chunk is larger, but a file that is one.
+    /// The largest chunk, except a file that is one chunk.
     pub max: u32,
-    /// A file up to this size is one chunk: cutting it would cost more in references than it could
-    /// save.
+    /// A file of at most this size is one chunk: cutting it would cost more in references than it
+    /// could save.
     pub whole: u32,
-    /// How closely sizes keep to the one aimed at: FastCDC's normalization level, 0 to 3.
+    /// How close the sizes are to the target: the normalization level of FastCDC, 0 to 3.
     pub normalization: u8,
 }
 
 impl Chunking {
-    /// Whether content can be cut so, and every chunk is within [`CHUNK_BYTES_MAX`].
+    /// Whether the parameters are valid and every chunk is within [`CHUNK_BYTES_MAX`].
     pub fn is_possible(&self) -> bool {
         let Self {
             min,
@@ -126,8 +126,8 @@ impl Chunking {
             && normalization <= 3
     }
 
-    /// Where the next chunk of `data` ends. `data` must hold [`Chunking::max`] bytes or all that is
-    /// left of the file.
+    /// The length of the next chunk of `data`. `data` must contain [`Chunking::max`] bytes or the
+    /// complete rest of the file.
     pub fn cut(&self, data: &[u8]) -> usize {
         let (min, avg, max) = (self.min as usize, self.avg as usize, self.max as usize);
         let level = match self.normalization {

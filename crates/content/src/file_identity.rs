@@ -1,5 +1,5 @@
-//! What a file was like before it was looked at, so that whoever has read its content knows that it
-//! is what was seen.
+//! The identity of a file at one time. A reader uses it to check that the content it read is the
+//! content it examined.
 
 use std::fs::{self, Metadata};
 use std::io::ErrorKind;
@@ -9,8 +9,8 @@ use std::sync::Arc;
 
 use base::fault::Fault;
 
-/// A file as it was at one time. It knows the file by its path: whoever copies the content first
-/// still asks about the original.
+/// The size and times of a file. It refers to the file by path, so it still checks the original
+/// after the content was copied.
 #[derive(Debug, Clone)]
 pub struct FileIdentity {
     file: Arc<PathBuf>,
@@ -21,8 +21,8 @@ pub struct FileIdentity {
 struct State {
     len: u64,
     modified: (i64, i64),
-    /// What tools that keep times (`cp -p`, `rsync`) cannot set. Not the inode's number: some
-    /// network filesystems make that up.
+    /// The change time, which tools that preserve times (`cp -p`, `rsync`) cannot set. The inode
+    /// number is not used, because some network filesystems invent it.
     changed: (i64, i64),
 }
 
@@ -37,7 +37,7 @@ impl State {
 }
 
 impl FileIdentity {
-    /// `meta` must have been had before anything was read of the file.
+    /// `meta` must have been read before any content of the file.
     pub fn new(file: Arc<PathBuf>, meta: &Metadata) -> Self {
         Self {
             file,
@@ -45,18 +45,18 @@ impl FileIdentity {
         }
     }
 
-    /// Where the file is.
+    /// The path of the file.
     pub fn file(&self) -> &Path {
         &self.file
     }
 
-    /// Whether it is still what it was: not written to, not replaced, not gone.
+    /// Whether the file is unchanged: not written to, not replaced, not removed.
     pub fn holds(&self) -> Result<bool, Fault> {
         match fs::symlink_metadata(&*self.file) {
             Ok(meta) => Ok(State::of(&meta) == self.state),
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(false),
             Err(error) => Err(Fault::io(
-                format_args!("look at {}", self.file.display()),
+                format_args!("read the metadata of {}", self.file.display()),
                 &error,
             )),
         }
@@ -72,7 +72,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn it_breaks_when_the_file_is_written_to_replaced_or_gone() {
+    fn a_written_replaced_or_removed_file_is_detected() {
         let dir = tempfile::tempdir().unwrap();
         let (path, other) = (dir.path().join("a"), dir.path().join("b"));
         let put = |path: &Path| fs::File::create(path).unwrap().write_all(b"one").unwrap();
@@ -86,12 +86,12 @@ mod tests {
         };
         let (first, time) = (identity(), fs::metadata(&path).unwrap().modified().unwrap());
         assert!(first.holds().unwrap());
-        // Timestamps are as coarse as the kernel's tick.
+        // The resolution of timestamps is the tick of the kernel.
         std::thread::sleep(Duration::from_millis(30));
         let file = fs::File::options().write(true).open(&path).unwrap();
         file.write_all_at(b"two", 0).unwrap();
         file.set_modified(time).unwrap();
-        assert!(!first.holds().unwrap(), "written to, and its time put back");
+        assert!(!first.holds().unwrap(), "written to, and its time restored");
         let second = identity();
         fs::remove_file(&path).unwrap();
         assert!(!second.holds().unwrap(), "gone");

@@ -1,21 +1,23 @@
-//! Frames: a chunk as it is stored and sent. The same bytes lie in a pack and cross the line.
+//! Frames: the form in which a chunk is stored and sent. A pack and a connection carry the same
+//! bytes.
 //!
 //! ```text
 //! offset  size  field
 //!      0    32  id: BLAKE3 of the raw bytes
 //!     32     4  raw length, little endian
 //!     36     4  stored length, little endian
-//!     40     1  codec: 0 raw, 1 zstd, 2 byte_stream_split (see `byte_stream_split`); on the line only: 254 delta (of manifest pages, see `manifest::delta`),
+//!     40     1  codec: 0 raw, 1 zstd, 2 byte stream split (see `byte_stream_split`);
+//!               only on a connection: 254 delta (of manifest pages, see `manifest::delta`),
 //!               255 fault (stored bytes are a JSON fault)
 //!     41     3  zero
 //!     44     8  XXH3-64 of bytes 0..44 and the stored bytes, little endian
 //!     52     …  stored bytes
 //! ```
 //!
-//! The XXH3 sum tells a flipped bit on a disk at a tenth of BLAKE3's price, so a daemon checks it
-//! whenever it reads a frame to send it on. Only [`Frame::verify`] turns stored bytes into raw
-//! ones. It decodes them, and compares the name, the raw length and the BLAKE3: a frame that
-//! differs in any field from what its stored bytes decode to is refused.
+//! The XXH3 checksum detects a flipped bit on a disk at a tenth of the cost of BLAKE3. A daemon
+//! checks it whenever it reads a frame to send it. Only [`Frame::verify`] converts stored bytes to
+//! raw bytes: it decodes them and compares the id, the raw length and the BLAKE3. It rejects a
+//! frame if any field differs from what the stored bytes decode to.
 
 mod byte_stream_split;
 
@@ -31,36 +33,37 @@ use base::limits::CHUNK_BYTES_MAX;
 
 use byte_stream_split::{Nature, nature};
 
-/// Bytes before the stored bytes.
+/// The size of the header.
 pub const HEADER_BYTES: usize = 52;
 const RAW: u8 = 0;
 const ZSTD: u8 = 1;
 const BYTE_STREAM_SPLIT: u8 = 2;
 const DELTA: u8 = 254;
 const FAULT: u8 = 255;
-/// zstd's level: next to the first in time, and 2.6 % smaller on a system tree. Levels 3 and 4 gain
-/// 1 and 3 % more for half as much time again, which a publish would notice (BENCHMARKS.md).
+/// The zstd level. It is almost the fastest, and its result is 2.6 % smaller than level 1 on a
+/// system tree. Levels 3 and 4 save 1 % and 3 % more and take half as long again, which slows down
+/// a publish (BENCHMARKS.md).
 const ZSTD_LEVEL: i32 = 2;
-/// Stored bytes must be smaller than this share of the raw ones to be worth decompressing.
+/// A chunk is stored compressed only if the result is smaller than this share of the raw bytes.
 const WORTH_NUMERATOR: usize = 15;
 const WORTH_DENOMINATOR: usize = 16;
 
-/// What is wrong with a frame.
+/// Why a frame is rejected.
 #[derive(Debug, Error)]
 pub enum FrameError {
-    /// It ends too early, or its lengths are impossible.
-    #[error("a frame is cut off or malformed")]
+    /// The frame is too short, or its lengths are invalid.
+    #[error("a frame is truncated or malformed")]
     Malformed,
-    /// Its sum is wrong: the disk or the sender changed it.
+    /// The checksum does not match: the disk or the sender changed the frame.
     #[error("the stored bytes of chunk {0} are damaged")]
     Damaged(Hash),
-    /// Its bytes are not those that its name says.
-    #[error("chunk {expected} does not hash to its name")]
+    /// The content does not match the id.
+    #[error("the content of chunk {expected} does not match its hash")]
     Mismatch {
-        /// The name asked for.
+        /// The id of the requested chunk.
         expected: Hash,
     },
-    /// The sender could not go on, and says why.
+    /// The sender could not send the chunk, with its reason.
     #[error("{0}")]
     Fault(Fault),
 }
@@ -76,17 +79,15 @@ impl From<FrameError> for Fault {
     }
 }
 
-/// Raw bytes whose BLAKE3 was compared with their name.
+/// Raw bytes whose BLAKE3 matches their id.
 #[derive(Debug, Clone)]
 pub struct Verified {
-    /// Their name.
     pub id: Hash,
-    /// The bytes.
     pub bytes: Bytes,
 }
 
 impl Verified {
-    /// Raw bytes and their name, by hashing them.
+    /// Hashes raw bytes.
     pub fn new(bytes: Bytes) -> Self {
         Self {
             id: Hash::of(&bytes),
@@ -94,7 +95,7 @@ impl Verified {
         }
     }
 
-    /// Raw bytes, if they hash to this name.
+    /// Checks that raw bytes match this id.
     pub fn check(id: Hash, bytes: Bytes) -> Result<Self, FrameError> {
         if Hash::of(&bytes) == id {
             Ok(Self { id, bytes })
@@ -107,19 +108,17 @@ impl Verified {
 /// The fixed part of a frame.
 #[derive(Debug, Clone, Copy)]
 pub struct Header {
-    /// The chunk's name.
     pub id: Hash,
-    /// Raw bytes.
     pub raw_len: u32,
-    /// Stored bytes that follow.
+    /// The number of stored bytes after the header.
     pub stored_len: u32,
     codec: u8,
     sum: u64,
 }
 
 impl Header {
-    /// Reads a header. Lengths beyond the limits are refused, so that a peer cannot make us
-    /// allocate.
+    /// Parses a header. Rejects lengths beyond the limits, so that a peer cannot cause large
+    /// allocations.
     pub fn parse(bytes: &[u8; HEADER_BYTES]) -> Result<Self, FrameError> {
         let word = |at: usize| {
             u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
@@ -135,71 +134,72 @@ impl Header {
             codec: bytes[40],
             sum: u64::from_le_bytes(sum),
         };
-        let sane = header.raw_len as usize <= CHUNK_BYTES_MAX
+        let is_valid = header.raw_len as usize <= CHUNK_BYTES_MAX
             && header.stored_len as usize <= CHUNK_BYTES_MAX
             && matches!(header.codec, RAW | ZSTD | BYTE_STREAM_SPLIT | DELTA | FAULT)
             && (header.codec != RAW || header.raw_len == header.stored_len)
             && bytes[41..44] == [0; 3];
-        if sane {
+        if is_valid {
             Ok(header)
         } else {
             Err(FrameError::Malformed)
         }
     }
 
-    /// Whether it stands for a chunk that could not be given.
+    /// Whether the frame carries a fault instead of a chunk.
     pub fn is_fault(&self) -> bool {
         self.codec == FAULT
     }
 
-    /// Header and stored bytes together.
+    /// The size of header and stored bytes.
     pub fn frame_len(&self) -> usize {
         HEADER_BYTES + self.stored_len as usize
     }
 }
 
-/// A whole frame whose sum is right; its BLAKE3 is not checked yet.
+/// A complete frame whose checksum matches. Its BLAKE3 is not checked yet.
 #[derive(Debug, Clone)]
 pub struct Frame {
     header: Header,
     head: Bytes,
     stored: Bytes,
-    /// Both in one piece, if that is how they came.
+    /// The complete frame in one buffer, if it was received that way.
     whole: Option<Bytes>,
 }
 
 thread_local! {
-    /// zstd's tables, and room for what it makes: to set them up anew for each chunk takes a third
-    /// of its time.
+    /// The zstd tables and an output buffer. Creating them for each chunk would take a third of its
+    /// compression time.
     static SQUEEZER: RefCell<Option<(zstd::bulk::Compressor<'static>, Vec<u8>)>> = const { RefCell::new(None) };
 }
 
-/// Stored bytes must be fewer than this to be worth decompressing.
-fn worth(raw: &[u8]) -> usize {
+/// Stored bytes are only kept if they are fewer than this.
+fn stored_len_max(raw: &[u8]) -> usize {
     raw.len() * WORTH_NUMERATOR / WORTH_DENOMINATOR
 }
 
-/// The chunk compressed, if that makes it smaller by more than a sixteenth.
+/// Compresses a chunk. Returns `None` if that saves less than a sixteenth.
 fn compress(raw: &[u8]) -> Option<Bytes> {
     SQUEEZER.with_borrow_mut(|kept| {
         if kept.is_none() {
             *kept = Some((zstd::bulk::Compressor::new(ZSTD_LEVEL).ok()?, Vec::new()));
         }
         let (squeezer, out) = kept.as_mut()?;
-        // A buffer of this size cannot hold what does not shrink enough; that error means: keep it
-        // raw.
+        // The buffer is too small for a result that is not worth keeping; zstd then fails, and the
+        // chunk stays raw.
         out.clear();
-        out.reserve(worth(raw));
+        out.reserve(stored_len_max(raw));
         squeezer
             .compress_to_buffer(raw, out)
             .ok()
-            .filter(|&n| n < worth(raw))?;
+            .filter(|&n| n < stored_len_max(raw))?;
         Some(Bytes::copy_from_slice(out))
     })
 }
 
 impl Frame {
-    /// Squeezes a chunk when a sample says that it pays. What stays as it is, is not copied.
+    /// Compresses a chunk if a sample shows that it is worthwhile. A chunk that stays raw is not
+    /// copied.
     pub fn encode(chunk: &Verified) -> Self {
         let raw = &chunk.bytes;
         let (codec, compressed) = match nature(raw) {
@@ -207,7 +207,7 @@ impl Frame {
             Nature::Numbers(stride) => (
                 BYTE_STREAM_SPLIT,
                 byte_stream_split::compress(raw, stride)
-                    .filter(|stored| stored.len() < worth(raw))
+                    .filter(|stored| stored.len() < stored_len_max(raw))
                     .map(Bytes::from),
             ),
             Nature::Other if raw.len() <= 128 => (RAW, None),
@@ -219,18 +219,19 @@ impl Frame {
         }
     }
 
-    /// A fault, to be sent in place of the chunk that could not be.
+    /// Creates a frame with a fault, which is sent instead of a chunk.
     pub fn fault(fault: &Fault) -> Self {
         let text = serde_json::to_vec(fault).unwrap_or_default();
         Self::seal(Hash([0; 32]), 0, FAULT, text.into())
     }
 
-    /// Manifest pages of so many bytes together, compressed against others.
+    /// Creates a frame for manifest pages of `raw_len` bytes in total, compressed against other
+    /// pages.
     pub fn delta(raw_len: usize, compressed: Vec<u8>) -> Self {
         Self::seal(Hash([0; 32]), raw_len, DELTA, compressed.into())
     }
 
-    /// What [`Frame::delta`] was given, if it is for pages of so many bytes together.
+    /// The bytes of a delta frame, if it is for pages of `raw_len` bytes in total.
     pub fn compressed(&self, raw_len: usize) -> Result<Bytes, FrameError> {
         let matches = self.header.codec == DELTA && self.header.raw_len as usize == raw_len;
         if matches {
@@ -263,14 +264,14 @@ impl Frame {
         }
     }
 
-    /// A frame of an honest chunk that names another raw length, as earlier versions took it.
+    /// A frame of a valid chunk with a wrong raw length, as earlier versions accepted it.
     #[cfg(any(test, feature = "testing"))]
     pub fn lying(chunk: &Verified, raw_len: usize) -> Self {
         let stored = zstd::bulk::compress(&chunk.bytes, ZSTD_LEVEL).unwrap_or_default();
         Self::seal(chunk.id, raw_len, ZSTD, stored.into())
     }
 
-    /// A frame from its bytes, if its sum is right.
+    /// Parses a complete frame and checks its checksum.
     pub fn parse(bytes: Bytes) -> Result<Self, FrameError> {
         let Some(head) = bytes.first_chunk::<HEADER_BYTES>() else {
             return Err(FrameError::Malformed);
@@ -296,8 +297,8 @@ impl Frame {
         })
     }
 
-    /// A frame that came over the line, whose sum need not be checked because [`Frame::verify`]
-    /// will be: a fault that stands for it is an error at once.
+    /// A frame received from a peer. Its checksum is not checked here because [`Frame::verify`]
+    /// must follow. Returns the fault if the frame carries one.
     pub fn from_line(header: Header, bytes: Bytes) -> Result<Self, FrameError> {
         let frame = Self::split(header, bytes)?;
         if header.codec == FAULT {
@@ -306,8 +307,8 @@ impl Frame {
         Ok(frame)
     }
 
-    /// A frame that came over the line and was verified, fit to be stored: by its sum a store tells
-    /// damage, and one that the sender got wrong is made anew.
+    /// Prepares a frame that was received and verified for storing. If the checksum of the sender
+    /// is wrong, the chunk is encoded again, because the store detects damage by the checksum.
     pub fn fit_to_store(self, chunk: &Verified) -> Self {
         if sum(&self.head, &self.stored) == self.header.sum {
             self
@@ -316,40 +317,41 @@ impl Frame {
         }
     }
 
-    /// The chunk's name, as the frame claims it.
+    /// The id of the chunk as stated by the frame.
     pub fn id(&self) -> Hash {
         self.header.id
     }
 
-    /// Raw bytes, as the frame claims them.
+    /// The number of raw bytes as stated by the frame.
     pub fn raw_len(&self) -> u32 {
         self.header.raw_len
     }
 
-    /// The frame as it is stored and sent, in two pieces.
+    /// The frame as it is stored and sent, in two slices.
     pub fn pieces(&self) -> [&[u8]; 2] {
         [&self.head, &self.stored]
     }
 
-    /// The frame as it is stored and sent, in two pieces of its own.
+    /// The frame as it is stored and sent, in two buffers.
     pub fn into_pieces(self) -> [Bytes; 2] {
         [self.head, self.stored]
     }
 
-    /// The frame as it is stored and sent, in one piece: a copy, unless it came so.
+    /// The frame as it is stored and sent, in one buffer. Copies, unless it was received in one
+    /// buffer.
     pub fn to_bytes(&self) -> Bytes {
         self.whole
             .clone()
             .unwrap_or_else(|| self.pieces().concat().into())
     }
 
-    /// Bytes of the whole.
+    /// The size of the complete frame.
     #[expect(clippy::len_without_is_empty, reason = "a frame is never empty")]
     pub fn len(&self) -> usize {
         self.header.frame_len()
     }
 
-    /// The raw bytes, if they are those of the chunk `expected` of `len` bytes.
+    /// Decodes the frame. Fails unless the result is the chunk `expected` of `len` bytes.
     pub fn verify(&self, expected: Hash, len: u32) -> Result<Verified, FrameError> {
         let mismatch = || FrameError::Mismatch { expected };
         let stored = self.stored.clone();
@@ -369,8 +371,8 @@ impl Frame {
                 .into(),
             _ => return Err(FrameError::Malformed),
         };
-        // A decoder may give fewer bytes than the header names: their hash alone says nothing of
-        // the header.
+        // A decoder may return fewer bytes than the header states, and the hash does not cover the
+        // header.
         if raw.len() != len as usize {
             return Err(mismatch());
         }
@@ -399,7 +401,7 @@ mod tests {
     }
 
     #[test]
-    fn frames_come_back() {
+    fn frames_round_trip() {
         for raw in [
             Bytes::new(),
             Bytes::from_static(b"x"),
@@ -421,12 +423,12 @@ mod tests {
         assert_eq!(
             Frame::encode(&Verified::new(random(40_000))).len(),
             40_000 + HEADER_BYTES,
-            "noise stays as it is"
+            "random bytes stay raw"
         );
     }
 
     #[test]
-    fn weights_come_back_and_are_smaller() {
+    fn weights_round_trip_and_are_smaller() {
         for (name, _, raw) in byte_stream_split::tests::forms() {
             let chunk = Verified::new(raw.clone().into());
             let frame = Frame::encode(&chunk);
@@ -446,7 +448,7 @@ mod tests {
     }
 
     #[test]
-    fn a_flipped_bit_is_noticed_wherever_it_is() {
+    fn every_flipped_bit_is_detected() {
         let frame = Frame::encode(&Verified::new(random(5000)));
         for at in 0..frame.len() {
             let mut bytes = frame.to_bytes().to_vec();
@@ -455,7 +457,7 @@ mod tests {
         }
     }
 
-    /// Content that is stored as byte_stream_split.
+    /// Content that is stored with the byte stream split codec.
     static NUMBERS: std::sync::LazyLock<Bytes> =
         std::sync::LazyLock::new(|| byte_stream_split::tests::forms()[0].2.clone().into());
 

@@ -1,11 +1,11 @@
-//! Ingest: reads a source once, cuts, hashes, squeezes and keeps its content, and builds its
-//! manifest.
+//! Ingest: reads a source once, cuts it into chunks, hashes, compresses and stores them, and builds
+//! the manifest.
 //!
-//! One thread reads and cuts (both must be in order); as many workers as there are cores hash, look
-//! up, compress and store batches of chunks; their answers are put back in order for the manifest.
-//! Batches in flight are bounded, so memory does not grow with the artifact. Nothing is visible
-//! until the caller records the root manifest in the catalogue: a publish that fails leaves chunks
-//! that nothing names, which `gc` takes away and a second try reuses.
+//! One thread reads and cuts, because both must be in order. One worker per core hashes, looks up,
+//! compresses and stores batches of chunks. Their results are put back in order for the manifest.
+//! The number of batches in flight is limited, so memory does not grow with the artifact. Nothing
+//! is visible until the caller records the root manifest in the catalogue. A failed publish leaves
+//! chunks that no artifact references; `gc` removes them, and a second attempt reuses them.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fs::File;
@@ -36,19 +36,19 @@ use base::omitted::Omitted;
 // A file that is one chunk must fit in a batch.
 const _: () = assert!(CHUNK_BYTES_MAX <= INGEST_BATCH_BYTES);
 
-/// How often a job is told how far its reading is.
+/// How often the progress of the job is updated.
 const REPORT_EVERY: Duration = Duration::from_millis(200);
 
-/// How far a publish is, for whoever watches.
+/// The progress of an ingest.
 #[derive(Debug, Default)]
 pub struct Progress {
     /// Bytes read so far.
     pub read: AtomicU64,
-    /// Bytes that the store did not have, as stored.
+    /// Compressed bytes that were new to the store.
     pub stored: AtomicU64,
-    /// Bytes that a file takes for which the store has no room; 0: none is known to.
+    /// Bytes of a file that does not fit in the store; 0 if there is no such file.
     pub wanted: AtomicU64,
-    /// The job that this is part of, which somebody may cancel.
+    /// The job of this ingest, which can be cancelled.
     job: Option<Arc<JobProgress>>,
 }
 
@@ -58,74 +58,70 @@ impl Progress {
     }
 }
 
-/// Runs `work` on this thread, tells the job's watchers how far its reading is, and adds what it
-/// stored.
-pub fn reported<T>(watched: &Arc<JobProgress>, work: impl FnOnce(&Progress) -> T) -> T {
-    let counted = Progress {
-        job: Some(watched.clone()),
+/// Runs `work` on this thread, updates the progress of the job meanwhile, and adds the stored bytes
+/// at the end.
+pub fn reported<T>(job: &Arc<JobProgress>, work: impl FnOnce(&Progress) -> T) -> T {
+    let progress = Progress {
+        job: Some(job.clone()),
         ..Progress::default()
     };
     std::thread::scope(|scope| {
         let (done, ended) = sync_channel::<()>(0);
-        let counted = &counted;
+        let progress = &progress;
         scope.spawn(move || {
             while ended
                 .recv_timeout(REPORT_EVERY)
                 .is_err_and(|e| e == RecvTimeoutError::Timeout)
             {
-                watched
-                    .bytes
-                    .store(counted.read.load(Ordering::Relaxed), Ordering::Relaxed);
+                job.bytes
+                    .store(progress.read.load(Ordering::Relaxed), Ordering::Relaxed);
             }
         });
-        let result = work(counted);
+        let result = work(progress);
         drop(done);
-        watched
-            .stored
-            .fetch_add(counted.stored.load(Ordering::Relaxed), Ordering::Relaxed);
-        watched
-            .wanted
-            .store(counted.wanted.load(Ordering::Relaxed), Ordering::Relaxed);
+        job.stored
+            .fetch_add(progress.stored.load(Ordering::Relaxed), Ordering::Relaxed);
+        job.wanted
+            .store(progress.wanted.load(Ordering::Relaxed), Ordering::Relaxed);
         result
     })
 }
 
-/// What came of it.
+/// The result of an ingest.
 #[derive(Debug)]
 pub struct Ingested {
-    /// The root manifest.
     pub root: Root,
-    /// Its digest.
     pub digest: Digest,
-    /// Bytes that the store did not have, as stored.
+    /// Compressed bytes that were new to the store.
     pub stored: u64,
     /// What the source left out.
     pub omitted: Omitted,
 }
 
-/// Where a chunk's content came from: what a keeper may note instead of the bytes.
+/// The place that the content of a chunk comes from. A keeper may record it instead of the bytes.
 #[derive(Debug, Clone)]
 pub struct ChunkOrigin {
-    /// The entry's number in the manifest.
+    /// The number of the entry in the manifest.
     pub entry: u64,
-    /// Where the chunk begins in the entry's file, bytes.
+    /// The offset of the chunk in the file of the entry, in bytes.
     pub offset: u64,
 }
 
-/// Keeps the content of chunks: the hub's store keeps the bytes, a site notes where they lie.
+/// Records the content of chunks: the store of the hub keeps the bytes; a site records where they
+/// are.
 pub trait Keeper: Sync {
-    /// Keeps these chunks. Returns the bytes that it took.
+    /// Records these chunks. Returns the number of bytes stored.
     fn keep(&self, chunks: &[(Verified, ChunkOrigin)]) -> Result<u64, Fault>;
-    /// PushedManifest of every file, once all its chunks are kept.
+    /// Called for every file after all its chunks were kept.
     fn file(&self, number: u64, path: &RelPath, file: &FileInfo) -> Result<(), Fault>;
-    /// Makes what was kept durable.
+    /// Makes all kept chunks durable.
     fn flush(&self) -> Result<(), Fault>;
-    /// Fails with `no_space` where it has no room for so many bytes more.
+    /// Fails with `no_space` if there is no space for this many more bytes.
     fn check_room_for(&self, _bytes: u64) -> Result<(), Fault> {
         Ok(())
     }
-    /// The bytes that [`Keeper::keep`] would take for these chunks, of which none is twice among
-    /// them.
+    /// The number of bytes that [`Keeper::keep`] would store for these chunks. The chunks must be
+    /// distinct.
     fn would_take(&self, _chunks: &[Verified]) -> Result<u64, Fault> {
         Ok(0)
     }
@@ -161,12 +157,12 @@ impl Keeper for Store {
     }
 }
 
-/// Bytes of entries that wait for the names of their chunks: more than belong to the blocks on
-/// their way, as a rule.
+/// The limit on the memory of entries that wait for the ids of their chunks. Usually more than the
+/// entries of all batches in flight need.
 const WAITING_BYTES_MAX: usize = 8 << 20;
 
-/// A run of cut chunks on its way to a worker: bytes read behind each other, and where each chunk
-/// lies in them.
+/// A batch of chunks for a worker: the bytes of consecutive reads, and the range of each chunk in
+/// them.
 struct Batch {
     number: u64,
     block: Bytes,
@@ -175,8 +171,8 @@ struct Batch {
 
 type Answer = (u64, Result<Vec<ChunkRef>, Fault>);
 
-/// Reads `source` in. Pages go to `pages`, content to `keeper`. Runs on the calling thread and a
-/// few of its own.
+/// Ingests `source`. Stores manifest pages in `pages` and content in `keeper`. Blocks the calling
+/// thread and starts worker threads.
 pub fn ingest(
     source: &mut dyn Source,
     kind: Kind,
@@ -209,7 +205,8 @@ fn ingest_as(
             scope.spawn(move || run_worker(work, &answers, keeper, progress));
         }
         drop(answers);
-        // `batches` is moved in, so that the workers end with this whatever comes of it.
+        // `batches` is moved into this call, so that the workers end when it returns, with any
+        // result.
         read_all(
             chunking, source, kind, pages, keeper, progress, batches, results,
         )
@@ -258,12 +255,12 @@ fn run_worker(
     }
 }
 
-/// An entry that waits for the names of its chunks.
+/// An entry that waits for the ids of its chunks.
 struct Waiting {
     entry: SourceEntry,
-    /// BLAKE3 of the whole file; of a file of one chunk the chunk's name says it.
+    /// The BLAKE3 of the file; `None` for a file of one chunk, whose id is that hash.
     hash: Option<Hash>,
-    /// Whether it is still being cut.
+    /// Whether the file is still being cut.
     open: bool,
     chunks_left: usize,
     chunks: Vec<ChunkRef>,
@@ -276,8 +273,8 @@ struct Reading<'a, 'b> {
     results: Receiver<Answer>,
     progress: &'b Progress,
     chunking: Chunking,
-    /// What was read and not handed over: chunks up to `cut`, what is not cut yet up to `filled`,
-    /// then room.
+    /// Bytes that were read and not sent: chunks up to `cut`, uncut bytes up to `filled`, then free
+    /// space.
     block: Vec<u8>,
     filled: usize,
     cut: usize,
@@ -285,10 +282,10 @@ struct Reading<'a, 'b> {
     buffers: Buffers,
     sent: u64,
     answered: u64,
-    /// Answers that came before their turn.
-    early: BTreeMap<u64, Vec<ChunkRef>>,
+    /// Results that arrived before those of earlier batches.
+    out_of_order: BTreeMap<u64, Vec<ChunkRef>>,
     waiting: VecDeque<Waiting>,
-    /// Bytes of memory that these take, without their chunks, about.
+    /// The approximate memory of the waiting entries, without their chunks.
     waiting_bytes: usize,
     entries: u64,
     built: u64,
@@ -320,7 +317,7 @@ fn read_all(
         buffers: Buffers::new(INGEST_BATCHES_MAX, INGEST_BATCH_BYTES, INGEST_BATCH_BYTES),
         sent: 0,
         answered: 0,
-        early: BTreeMap::new(),
+        out_of_order: BTreeMap::new(),
         waiting: VecDeque::new(),
         waiting_bytes: 0,
         entries: 0,
@@ -352,7 +349,7 @@ impl Reading<'_, '_> {
             } => Some(file.clone()),
             _ => None,
         };
-        self.waiting_bytes += weight(&entry);
+        self.waiting_bytes += memory_of(&entry);
         self.waiting.push_back(Waiting {
             entry,
             hash: None,
@@ -368,14 +365,14 @@ impl Reading<'_, '_> {
             }
             SourceBody::Dir | SourceBody::Symlink(_) => None,
         };
-        // What was read is what the source saw only if nobody wrote to the file since.
+        // The bytes read are those that the source saw only if the file has not changed since.
         if let Some(identity) = identity
             && !identity.holds()?
         {
             return Err(changed(
                 &path,
                 &format!(
-                    "{} has another time or size than before",
+                    "the time or size of {} differs from the start of the read",
                     identity.file().display()
                 ),
             ));
@@ -388,8 +385,8 @@ impl Reading<'_, '_> {
         }
         self.entries += 1;
         self.build()?;
-        // Behind a small file, whose block is not full, any number of entries could gather that
-        // have no content.
+        // After a small file, whose block is not full, any number of entries without content could
+        // wait.
         if self.waiting_bytes >= WAITING_BYTES_MAX {
             self.send()?;
             while self.waiting_bytes >= WAITING_BYTES_MAX && self.answered < self.sent {
@@ -400,9 +397,9 @@ impl Reading<'_, '_> {
         Ok(())
     }
 
-    /// A large file that will not fit is told before any of it is kept. What it takes only its
-    /// content tells: what is kept already is not kept again, and what can be compressed takes
-    /// less. So one that might not fit is read once more than others are.
+    /// Rejects a large file that does not fit before any of it is stored. Its stored size depends
+    /// on the content: chunks that are already stored need no space, and compressed chunks need
+    /// less. Therefore a file that may not fit is read one additional time.
     fn check_room(&self, path: &RelPath, size: u64, content: &Content) -> Result<(), Fault> {
         if size < FORECAST_BYTES_MIN || self.keeper.check_room_for(size).is_ok() {
             return Ok(());
@@ -440,8 +437,8 @@ impl Reading<'_, '_> {
         })
     }
 
-    /// Cuts a file's content into batches. Returns its hash, unless it is one chunk and so named by
-    /// that.
+    /// Cuts the content of a file into batches. Returns its hash, unless the file is one chunk,
+    /// whose id is the hash.
     fn cut(
         &mut self,
         path: &RelPath,
@@ -480,8 +477,8 @@ impl Reading<'_, '_> {
         Ok(Some(Hash(*hasher.finalize().as_bytes())))
     }
 
-    /// Reads of a file of `size` bytes, of which `read` were read, as much as the block takes.
-    /// Returns how many are read.
+    /// Reads from a file of `size` bytes, of which `read` bytes were read, as much as fits in the
+    /// block. Returns how many bytes are read now.
     fn fill(
         &mut self,
         path: &RelPath,
@@ -491,22 +488,24 @@ impl Reading<'_, '_> {
     ) -> Result<u64, Fault> {
         self.progress.check()?;
         let room = INGEST_BATCH_BYTES - self.filled;
-        let want = (size - read).min(room as u64) as usize;
+        let wanted = (size - read).min(room as u64) as usize;
         let mut read_into = |buffer: &mut [u8]| {
             read_all_of(from, buffer)
                 .map_err(|e| Fault::io(format_args!("read {:?}", path.as_str()), &e))
         };
-        let got = read_into(&mut self.block[self.filled..self.filled + want])?;
-        self.filled += got;
-        self.progress.read.fetch_add(got as u64, Ordering::Relaxed);
-        let read = read + got as u64;
-        // At the end one byte more, to see that the file has not grown.
+        let filled_now = read_into(&mut self.block[self.filled..self.filled + wanted])?;
+        self.filled += filled_now;
+        self.progress
+            .read
+            .fetch_add(filled_now as u64, Ordering::Relaxed);
+        let read = read + filled_now as u64;
+        // At the end, try to read one more byte, to detect that the file has grown.
         let more = if read == size {
             read_into(&mut [0])? as u64
         } else {
             0
         };
-        if got < want || more > 0 {
+        if filled_now < wanted || more > 0 {
             let read = read + more;
             return Err(changed(
                 path,
@@ -518,7 +517,7 @@ impl Reading<'_, '_> {
         Ok(read)
     }
 
-    /// The next bytes that are not cut yet become a chunk.
+    /// Makes a chunk of the next `len` uncut bytes.
     fn take(&mut self, len: usize, offset: u64) {
         if let Some(waiting) = self.waiting.back_mut() {
             waiting.chunks_left += 1;
@@ -533,7 +532,7 @@ impl Reading<'_, '_> {
         self.cut += len;
     }
 
-    /// Hands the chunks over. What is not cut yet begins the next block.
+    /// Sends the chunks to a worker. Uncut bytes become the start of the next block.
     fn send(&mut self) -> Result<(), Fault> {
         if self.chunks.is_empty() {
             return Ok(());
@@ -559,14 +558,14 @@ impl Reading<'_, '_> {
         Ok(())
     }
 
-    /// Waits for one answer, and puts what is in turn where it belongs.
+    /// Waits for one result. Assigns the results that are next in order to their entries.
     fn wait(&mut self) -> Result<(), Fault> {
         let (number, answer) = self
             .results
             .recv()
             .map_err(|_| Fault::internal("the ingest workers ended early"))?;
-        self.early.insert(number, answer?);
-        while let Some(refs) = self.early.remove(&self.answered) {
+        self.out_of_order.insert(number, answer?);
+        while let Some(refs) = self.out_of_order.remove(&self.answered) {
             self.answered += 1;
             let mut refs = refs.into_iter();
             for waiting in &mut self.waiting {
@@ -586,7 +585,7 @@ impl Reading<'_, '_> {
         Ok(())
     }
 
-    /// Gives the manifest every entry at the front whose chunks are all named.
+    /// Adds to the manifest all entries at the front of the queue whose chunk ids are complete.
     fn build(&mut self) -> Result<(), Fault> {
         while self
             .waiting
@@ -602,7 +601,7 @@ impl Reading<'_, '_> {
             else {
                 break;
             };
-            self.waiting_bytes -= weight(&entry);
+            self.waiting_bytes -= memory_of(&entry);
             let body = match entry.body {
                 SourceBody::Dir => EntryBody::Dir,
                 SourceBody::Symlink(target) => EntryBody::Symlink(target),
@@ -630,8 +629,8 @@ impl Reading<'_, '_> {
     }
 }
 
-/// Bytes of memory that an entry takes, about.
-fn weight(entry: &SourceEntry) -> usize {
+/// The approximate memory of an entry in bytes.
+fn memory_of(entry: &SourceEntry) -> usize {
     let own = match &entry.body {
         SourceBody::Symlink(target) => target.len(),
         SourceBody::File {
@@ -643,7 +642,7 @@ fn weight(entry: &SourceEntry) -> usize {
     size_of::<Waiting>() + 2 * entry.path.as_str().len() + own
 }
 
-/// Reads until the buffer is full or nothing follows.
+/// Reads until the buffer is full or the input ends.
 fn read_all_of(from: &mut dyn Read, buffer: &mut [u8]) -> std::io::Result<usize> {
     let mut filled = 0;
     while filled < buffer.len() {
@@ -657,7 +656,7 @@ fn read_all_of(from: &mut dyn Read, buffer: &mut [u8]) -> std::io::Result<usize>
     Ok(filled)
 }
 
-/// Opens what an entry holds. `opened` gets the file that the source gave as a whole.
+/// Opens the content of an entry. Calls `opened` if the content is a complete file of the source.
 fn open(
     content: &Content,
     size: u64,
@@ -686,7 +685,7 @@ fn changed(path: &RelPath, how: &str) -> Fault {
         "the file {:?} changed while it was read: {how}",
         path.as_str()
     ))
-    .with_next("publish again when nothing writes to it any more")
+    .with_next("publish again after the writer of the file has finished")
 }
 
 #[cfg(test)]

@@ -1,24 +1,24 @@
-//! The canonical form of a label set: three JSON Lines files whose bytes depend on nothing but the
-//! labels.
+//! The canonical form of a label set: three JSON Lines files whose bytes depend only on the labels.
 //!
-//! Sources convert every format into it at publish, sinks load it into rows, and rows export back
-//! to the same bytes. One object a line, keys in the order of the fields here, no white space,
-//! absent values as `null`.
+//! A source converts its format to this form when it is published. Sinks load it into rows, and
+//! rows are exported to the same bytes. One object per line; keys in the order of the fields below;
+//! no white space; a missing value is `null`.
 
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
 use crate::chunk::Hash;
 
-/// Rows of [`AnnotationRow`], sorted by sample path in manifest order, then as the source had them.
+/// Rows of [`AnnotationRow`], sorted by sample path in manifest order, then in the order of the
+/// source.
 pub const ANNOTATIONS: &str = "annotations.jsonl";
 /// Rows of [`ClassRow`], sorted by id.
 pub const CLASSES: &str = "classes.jsonl";
 /// Rows of [`SampleRow`], sorted by path in manifest order.
 pub const SAMPLES: &str = "samples.jsonl";
 
-/// The columns that a query may return when its rows are published: those of the view
-/// `annotations`, and what the view leaves out. Only `sample_path` must be there.
+/// The columns that a published query may return: those of the view `annotations`, and those that
+/// the view omits. Only `sample_path` is required.
 pub const QUERY_COLUMNS: [&str; 17] = [
     "sample_path",
     "sample_hash",
@@ -39,33 +39,31 @@ pub const QUERY_COLUMNS: [&str; 17] = [
     "version",
 ];
 
-/// One row of such a query: for each of [`QUERY_COLUMNS`] a JSON string or number; `None` where it
-/// is null or not returned. JSON columns come as strings that hold JSON.
+/// One row of such a query: for each of [`QUERY_COLUMNS`] a JSON string or number, or `None` if it
+/// is null or not returned. JSON columns are strings that contain JSON.
 pub type QueryRow = [Option<String>; QUERY_COLUMNS.len()];
 
 /// One annotation. Its number (`ann_no`) is its 0-based line in the file.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct AnnotationRow {
-    /// The sample's path.
     pub sample: String,
-    /// The class's id; `null` where the format has none.
+    /// The id of the class; `null` if the format has no class.
     pub class: Option<i64>,
     /// `bbox`, `polygon`, `rle`, `keypoints`, `polyline`, `point`, `class` or `other`.
     pub kind: String,
-    /// Left of the bounding box, absolute pixels.
+    /// Left edge of the bounding box, in absolute pixels.
     pub x: Option<f64>,
-    /// Top of the bounding box, absolute pixels.
+    /// Top edge of the bounding box, in absolute pixels.
     pub y: Option<f64>,
-    /// Width of the bounding box, pixels.
+    /// In pixels.
     pub w: Option<f64>,
-    /// Height of the bounding box, pixels.
+    /// In pixels.
     pub h: Option<f64>,
-    /// The exact shape, where there is more than a box.
+    /// The exact shape, if it is more than a box.
     pub geom: Option<Box<RawValue>>,
-    /// Attributes.
     pub attrs: Option<Box<RawValue>>,
-    /// The record as the source had it.
+    /// The record in the form of the source.
     pub raw: Box<RawValue>,
 }
 
@@ -73,28 +71,27 @@ pub struct AnnotationRow {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ClassRow {
-    /// Its id, unique in the set.
+    /// Unique in the set.
     pub id: i64,
-    /// Its name, unique in the set.
+    /// Unique in the set.
     pub name: String,
-    /// Attributes.
     pub attrs: Option<Box<RawValue>>,
 }
 
-/// One sample: an image that labels speak of.
+/// One sample: an image to which annotations refer.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SampleRow {
-    /// Its path, in the dataset where the labels are bound to one.
+    /// The path; in the dataset, if the labels are bound to one.
     pub path: String,
-    /// BLAKE3 of its file, where bound.
+    /// The BLAKE3 of the file, if the labels are bound to a dataset.
     pub hash: Option<Hash>,
-    /// Pixels.
+    /// In pixels.
     pub width: Option<i64>,
-    /// Pixels.
+    /// In pixels.
     pub height: Option<i64>,
     /// `train`, `val`, `test`…
     pub split: Option<String>,
-    /// What else is known.
+    /// Other metadata.
     pub meta: Option<Box<RawValue>>,
 }

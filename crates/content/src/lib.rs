@@ -1,8 +1,8 @@
-//! Content: chunks, frames, manifests, the store that keeps them, and how they enter it.
+//! Content: chunks, frames, manifests, the store that holds them, and the ingest that fills it.
 //!
-//! Owns the on-disk formats of packs, their index, manifests and bundles. The hub, the relay, sites
-//! (for manifest pages) and publishers call it. A crash loses at most what [`store::Store::flush`]
-//! had not yet synced: the index names only synced bytes.
+//! This crate owns the on-disk formats of packs, their index, manifests and bundles. The hub, the
+//! relay, sites (for manifest pages) and publishers call it. A crash loses at most what
+//! [`store::Store::flush`] has not synced: the index names only synced bytes.
 
 pub mod bloom;
 pub mod bundle;

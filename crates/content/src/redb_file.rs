@@ -1,13 +1,13 @@
-//! The embedded B-tree (redb) that the store's index and a site's chunk index lie in.
+//! The embedded B-tree (redb) of the store's index and of a site's chunk index.
 //!
-//! After its disk failed once, a full one for example, redb refuses everything until the file is
-//! closed and opened again. That is done here, at the next use: a daemon continues when there is
-//! room.
+//! After an error of the disk, for example a full disk, redb rejects every operation until the file
+//! is closed and opened again. This module reopens the file at the next use, so that a daemon
+//! continues when there is space.
 //!
-//! redb verifies the checksums of its pages only on request, and panics on a page that it does not
-//! understand. So a small file is verified when it is opened, and every use of redb runs in
-//! `guarded`, which turns a panic into a fault. Nothing but this module calls redb outside of the
-//! closures that [`Tree::read`] and [`Tree::write`] take.
+//! redb verifies the checksums of its pages only on request, and panics on a page that it cannot
+//! parse. Therefore a small file is verified when it is opened, and every use of redb runs in
+//! `guarded`, which converts a panic to a fault. Only this module calls redb outside the closures
+//! that [`Tree::read`] and [`Tree::write`] take.
 
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -23,57 +23,56 @@ use base::limits::TREE_CHECKED_BYTES_MAX;
 
 /// A B-tree in a file.
 pub struct Tree {
-    /// What people call it.
+    /// The name of the file in messages.
     what: String,
-    /// What to do when it is damaged.
+    /// What to do if the file is damaged.
     repair: String,
     path: PathBuf,
     cache_bytes: usize,
-    /// `None` after it failed and could not be opened again yet.
+    /// `None` after a failure, until the file is open again.
     database: RwLock<Option<Database>>,
     failed: AtomicBool,
-    /// Whether it failed for want of room.
+    /// Whether the last failure was a full disk.
     full: AtomicBool,
-    /// Whether the file was found damaged.
+    /// Whether damage was detected.
     damaged: AtomicBool,
-    /// Whether redb went back to an older state of a damaged file when it was opened.
+    /// Whether redb restored an older state of a damaged file when it was opened.
     rolled_back: bool,
 }
 
 /// Why a file could not be opened.
 pub struct NotOpened {
-    /// In words.
     pub fault: Fault,
-    /// Whether the file is damaged; else its disk or another process is in the way.
+    /// Whether the file is damaged. Otherwise its disk failed or another process has it open.
     pub is_damaged: bool,
 }
 
 impl From<NotOpened> for Fault {
-    fn from(not: NotOpened) -> Self {
-        not.fault
+    fn from(not_opened: NotOpened) -> Self {
+        not_opened.fault
     }
 }
 
 thread_local! {
-    /// Whether a panic of this thread is caught and told as a fault.
+    /// Whether a panic of this thread is caught and converted to a fault.
     static CAUGHT: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Runs `work`, which uses redb, and catches its panics. `None`: it panicked.
+/// Runs `work`, which uses redb, and catches its panics. Returns `None` after a panic.
 fn guarded<T>(work: impl FnOnce() -> T) -> Option<T> {
     static HOOK: Once = Once::new();
     HOOK.call_once(|| {
-        let before = std::panic::take_hook();
+        let previous = std::panic::take_hook();
         std::panic::set_hook(Box::new(move |info| match CAUGHT.try_with(Cell::get) {
             Ok(true) => tracing::debug!(panic = %info, "redb panicked on a damaged file"),
-            _ => before(info),
+            _ => previous(info),
         }));
     });
-    let nested = CAUGHT.replace(true);
-    // What redb leaves behind is closed and opened again, and what callers hold are locks that no
-    // panic poisons.
+    let was_caught = CAUGHT.replace(true);
+    // Unwind safety: the database is closed and opened again after a panic, and the locks of
+    // callers cannot be poisoned.
     let result = catch_unwind(AssertUnwindSafe(work));
-    CAUGHT.set(nested);
+    CAUGHT.set(was_caught);
     result.ok()
 }
 
@@ -82,15 +81,14 @@ thread_local! {
     static VERIFIES: Cell<bool> = const { Cell::new(true) };
 }
 
-/// Sets whether files that this thread opens are verified; without that they are as large files
-/// are.
+/// Sets whether this thread verifies the files that it opens. Without verification, a small file
+/// behaves like a large one.
 #[cfg(any(test, feature = "testing"))]
 pub fn verified_in_this_thread(verified: bool) {
     VERIFIES.set(verified);
 }
 
-/// Opens the file, and verifies it if it is small. Returns whether its pages were as they should
-/// be.
+/// Opens the file, and verifies it if it is small. Returns whether it was intact.
 fn open(path: &Path, cache_bytes: usize) -> Result<(Database, bool), redb::Error> {
     let new = std::fs::metadata(path).map_or(true, |meta| meta.len() == 0);
     let mut database = Database::builder()
@@ -100,12 +98,13 @@ fn open(path: &Path, cache_bytes: usize) -> Result<(Database, bool), redb::Error
         || std::fs::metadata(path).is_ok_and(|meta| meta.len() <= TREE_CHECKED_BYTES_MAX);
     #[cfg(any(test, feature = "testing"))]
     let is_small = || VERIFIES.get() && is_small();
-    let is_sound = new || !is_small() || database.check_integrity()?;
-    Ok((database, is_sound))
+    let is_intact = new || !is_small() || database.check_integrity()?;
+    Ok((database, is_intact))
 }
 
 impl Tree {
-    /// Opens or makes it. `what` it is for people, `repair` what to do when it is damaged.
+    /// Opens or creates the file. `what` is its name in messages; `repair` states what to do if it
+    /// is damaged.
     pub fn open(
         path: &Path,
         what: &str,
@@ -124,9 +123,9 @@ impl Tree {
             rolled_back: false,
         };
         match tree.open_file() {
-            Ok((database, is_sound)) => {
+            Ok((database, is_intact)) => {
                 *tree.database.get_mut() = Some(database);
-                tree.rolled_back = !is_sound;
+                tree.rolled_back = !is_intact;
                 Ok(tree)
             }
             Err(fault) => Err(NotOpened {
@@ -143,7 +142,7 @@ impl Tree {
         }
     }
 
-    /// Reads in one transaction.
+    /// Runs `work` in a read transaction.
     pub fn read<T>(
         &self,
         work: impl FnOnce(&ReadTransaction) -> Result<T, redb::Error>,
@@ -151,7 +150,7 @@ impl Tree {
         self.with(|database| work(&database.begin_read()?))
     }
 
-    /// Writes in one transaction, once nobody else does, and commits it.
+    /// Runs `work` in a write transaction, after all other writers, and commits it.
     pub fn write<T>(
         &self,
         work: impl FnOnce(&mut WriteTransaction) -> Result<T, redb::Error>,
@@ -168,11 +167,11 @@ impl Tree {
         let guard = self.database.upgradable_read();
         let guard = if self.failed.load(Ordering::SeqCst) || guard.is_none() {
             let mut guard = RwLockUpgradableReadGuard::upgrade(guard);
-            // Closed first: two cannot have the file open.
+            // Close it first: the file can be open only once.
             close(guard.take());
             *guard = Some(self.open_file()?.0);
             self.failed.store(false, Ordering::SeqCst);
-            tracing::info!(what = self.what, "opened again after its disk failed");
+            tracing::info!(what = self.what, "reopened after an error of its disk");
             RwLockWriteGuard::downgrade(guard)
         } else {
             RwLockUpgradableReadGuard::downgrade(guard)
@@ -183,19 +182,20 @@ impl Tree {
         match guarded(|| work(database)) {
             Some(done) => done.map_err(|e| self.fault(e)),
             None => {
-                // A transaction that was cut off by the panic is not ended properly.
+                // A transaction that a panic interrupted is not ended properly, so the file must be
+                // reopened.
                 self.failed.store(true, Ordering::SeqCst);
                 Err(self.damage("redb cannot read a page of it"))
             }
         }
     }
 
-    /// Whether the file was found damaged since it was opened.
+    /// Whether damage was detected since the file was opened.
     pub fn is_damaged(&self) -> bool {
         self.damaged.load(Ordering::SeqCst)
     }
 
-    /// Whether the file was damaged when it was opened, and redb went back to an older state of it.
+    /// Whether the file was damaged when it was opened, and redb restored an older state.
     pub fn is_rolled_back(&self) -> bool {
         self.rolled_back
     }
@@ -205,10 +205,10 @@ impl Tree {
         Fault::internal(format!("{} is damaged: {why}", self.what)).with_next(&self.repair)
     }
 
-    /// An error of it. A full disk is told from damage, and both from a defect.
+    /// Converts an error of redb, and distinguishes a full disk, damage and other errors.
     fn fault(&self, error: impl Into<redb::Error>) -> Fault {
         match error.into() {
-            // redb reports a file that ends too early as one of these.
+            // redb reports a truncated file as one of these.
             redb::Error::Io(e)
                 if matches!(
                     e.kind(),
@@ -225,7 +225,7 @@ impl Tree {
                 self.failed.store(true, Ordering::SeqCst);
                 fault
             }
-            // To the others that use it at that moment it says no more than that.
+            // Other users of the database get only this error, without its cause.
             redb::Error::PreviousIo if self.full.load(Ordering::SeqCst) => {
                 Fault::no_space(format!("{}: its disk is full", self.what))
             }
@@ -235,15 +235,15 @@ impl Tree {
             | redb::Error::TransactionPoisoned => {
                 self.failed.store(true, Ordering::SeqCst);
                 Fault::unreachable(format!(
-                    "{} is opened again after its disk failed",
+                    "{} is reopened after an error of its disk",
                     self.what
                 ))
                 .with_retry(Retry::Backoff)
-                .with_next("no action is needed: it continues by itself")
+                .with_next("no action is needed: the daemon reopens it automatically")
             }
             redb::Error::DatabaseAlreadyOpen if self.failed.load(Ordering::SeqCst) => {
                 Fault::unreachable(format!(
-                    "{} is still being read after its disk failed",
+                    "{} is still in use after an error of its disk",
                     self.what
                 ))
                 .with_retry(Retry::Backoff)
@@ -268,7 +268,7 @@ impl Tree {
     }
 }
 
-/// A database that is closed writes its last state, which may panic where the file is damaged.
+/// Closes a database. That writes its last state, which can panic if the file is damaged.
 fn close(database: Option<Database>) {
     let _ = guarded(|| drop(database));
 }

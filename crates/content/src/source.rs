@@ -1,5 +1,5 @@
-//! What `ingest` reads from: the trait that every reader of an input format implements, and what it
-//! yields.
+//! The input of `ingest`: the trait that every reader of an input format implements, and its
+//! entries.
 //!
 //! The readers are in the crate `source`.
 
@@ -15,71 +15,67 @@ pub use crate::file_identity::FileIdentity;
 use crate::manifest::KindInfo;
 use base::omitted::Omitted;
 
-/// One entry as a source names it.
+/// One entry of a source.
 #[derive(Debug, Clone)]
 pub struct SourceEntry {
-    /// Where it stands in the artifact.
+    /// The path in the artifact.
     pub path: RelPath,
-    /// Unix permission bits (`0o7777` at most).
+    /// Unix permission bits (at most `0o7777`).
     pub mode: u32,
-    /// What it is.
     pub body: SourceBody,
-    /// The file that the content is in, as it was before the source looked at it: once the content
-    /// is read it must still hold. `None` where nothing was read of any file.
+    /// The identity of the file with the content before the source examined it. After the content
+    /// is read, the file must still have this identity. `None` if no file was read.
     pub identity: Option<FileIdentity>,
 }
 
-/// What a source entry is.
+/// The type of a source entry.
 #[derive(Debug, Clone)]
 pub enum SourceBody {
-    /// A folder.
     Dir,
     /// A symbolic link whose target stays inside the artifact.
     Symlink(String),
     /// A regular file of `size` bytes.
     File {
-        /// Bytes that must come out of `content`; fewer or more means that it changed while it was
-        /// read.
+        /// The exact number of bytes in `content`; a different number means that the file changed
+        /// while it was read.
         size: u64,
-        /// Where they are.
         content: Content,
     },
 }
 
-/// Where a file's bytes are.
+/// The location of the content of a file.
 #[derive(Debug, Clone)]
 pub enum Content {
-    /// The whole of this file.
+    /// A complete file.
     File(PathBuf),
-    /// The whole of this file in the scratch folder. Whoever has read all of it may remove it, so
-    /// that its bytes are not on the disk twice.
+    /// A complete file in the scratch directory. The reader may remove it after reading it, so that
+    /// the disk does not hold its content twice.
     Scratch(PathBuf),
-    /// A range of this file (a member of an uncompressed tar), from `offset` on.
+    /// A range of a file, such as a member of an uncompressed tar.
     Range {
-        /// The file that holds it.
+        /// The file that contains the range.
         file: Arc<PathBuf>,
-        /// Where it begins, in bytes.
+        /// The start of the range, in bytes.
         offset: u64,
     },
-    /// Here (small things that a source made itself).
+    /// Small content that the source created itself.
     Memory(Bytes),
 }
 
-/// Reads an artifact in.
+/// Reads an artifact.
 pub trait Source: Send {
-    /// The next entry in manifest order (component-wise by path, a folder before what it holds);
-    /// `None` at the end.
+    /// The next entry in manifest order: by path component, a directory before its content. `None`
+    /// at the end.
     fn next(&mut self) -> Result<Option<SourceEntry>, Fault>;
 
-    /// Tells it that the file of the last entry ([`Content::File`], as it gave it) is open now: it
-    /// may look at it, and may not read it.
+    /// Called when the file of the last entry ([`Content::File`]) is open. The source may inspect
+    /// the file but must not read it.
     fn opened(&mut self, _file: &File) {}
 
-    /// What the artifact's kind needs beside its entries. Asked after the last entry.
+    /// The metadata of the artifact's kind. Called after the last entry.
     fn info(&self) -> KindInfo;
 
-    /// What is left out of the artifact, as far as the source has been read: complete after the
-    /// last entry.
+    /// The content that was left out so far; complete after the last entry.
     fn omitted(&self) -> Omitted {
         Omitted::default()
     }

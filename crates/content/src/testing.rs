@@ -1,4 +1,4 @@
-//! A source for tests: the regular files of a folder.
+//! A source for tests: the regular files of a directory.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -12,11 +12,10 @@ use base::names::RelPath;
 use crate::manifest::KindInfo;
 use crate::source::{Content, FileIdentity, Source, SourceBody, SourceEntry};
 
-/// Names what a folder holds, in manifest order.
+/// Lists the entries of a directory in manifest order.
 pub(crate) struct Folder(IntoIter<SourceEntry>);
 
 impl Folder {
-    /// Of this folder.
     pub(crate) fn open(path: &Path) -> Self {
         let mut entries = Vec::new();
         list(path, path, &mut entries);

@@ -1,9 +1,9 @@
 //! Ids of transfers, deliveries and training runs.
 //!
-//! A hub makes them (`catalogue::new_transfer_id` and its siblings), and every daemon gets them
-//! from peers. Only the parsers here create values, so every id that exists names a direct child of
-//! the directory that it is joined to by `in_dir`. The types do not implement `AsRef<Path>`:
-//! `Path::join` does not accept them.
+//! The hub creates ids (`catalogue::new_transfer_id` and similar functions), and every daemon
+//! receives ids from peers. Only the parsers in this module create values. Therefore every id names
+//! a direct child of the directory to which `in_dir` joins it. The types do not implement
+//! `AsRef<Path>`, so `Path::join` does not accept them.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -48,7 +48,7 @@ macro_rules! id_type {
         string_type!($type);
 
         impl $type {
-            /// The path of this name in `dir`: a direct child.
+            /// The path of this id in `dir`: a direct child.
             pub fn in_dir(&self, dir: &Path) -> PathBuf {
                 dir.join(&self.0)
             }
@@ -95,26 +95,27 @@ impl From<&TransferId> for WorkId {
 }
 
 impl TransferId {
-    /// An id that sorts by time.
+    /// Creates an id that sorts by time.
     pub fn made(now_ms: u64, random: u32) -> Self {
         Self(format!("t-{now_ms:011x}{random:08x}"))
     }
 
-    /// For an artifact that is only examined. No directory and no catalogue row has this name.
+    /// The id for an artifact that is only examined. No directory and no catalogue row uses this
+    /// id.
     pub fn none() -> Self {
         Self("none".into())
     }
 }
 
 impl DeliveryId {
-    /// An id that sorts by time.
+    /// Creates an id that sorts by time.
     pub fn made(now_ms: u64, random: u32) -> Self {
         Self(format!("d-{now_ms:011x}{random:08x}"))
     }
 }
 
 impl RunId {
-    /// An id that sorts by time.
+    /// Creates an id that sorts by time.
     pub fn made(now_ms: u64, random: u32) -> Self {
         Self(format!("r-{now_ms:011x}{random:08x}"))
     }
@@ -145,7 +146,10 @@ impl FromStr for WorkIds {
             return refuse(
                 "list of ids",
                 text,
-                format!("it has {} ids, and {IDS_ASKED_MAX} are allowed", ids.len()),
+                format!(
+                    "it has {} ids; at most {IDS_ASKED_MAX} are allowed",
+                    ids.len()
+                ),
             );
         }
         Ok(Self(ids))
@@ -172,8 +176,7 @@ mod tests {
     use super::super::{ArtifactRef, RelPath, RunName, SiteName};
     use super::*;
 
-    /// Whether `path` is exactly one ordinary component below `dir`, as the operating system reads
-    /// it.
+    /// Whether the operating system reads `path` as exactly one component below `dir`.
     fn is_direct_child(dir: &Path, path: &Path) -> bool {
         let Ok(rest) = path.strip_prefix(dir) else {
             return false;
@@ -184,7 +187,7 @@ mod tests {
             && !rest.as_os_str().as_encoded_bytes().contains(&0)
     }
 
-    /// Texts that a hostile peer would try, and any other.
+    /// Hostile texts, and random texts.
     fn texts() -> impl Strategy<Value = String> {
         prop_oneof![
             "[A-Za-z0-9._-]{0,70}",
@@ -229,7 +232,7 @@ mod tests {
     }
 
     #[test]
-    fn ids_of_every_hub_so_far_parse_and_hostile_ones_do_not() {
+    fn ids_of_all_earlier_versions_parse_and_hostile_ids_do_not() {
         for good in ["t-1a22aa702013519c0e7", "t-1", "d-x", "a", "9", "T-._-"] {
             assert_eq!(good.parse::<TransferId>().unwrap().to_string(), good);
         }

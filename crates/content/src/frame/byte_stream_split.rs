@@ -1,42 +1,44 @@
-//! Lanes: numbers of two or four bytes, taken apart before they are compressed.
+//! Byte stream split: compresses numbers of two or four bytes in separate streams, one for each
+//! byte of a number.
 //!
-//! Of a weight (fp16, bf16, fp32) the mantissa's low bytes are noise and the byte with the exponent
-//! is not. zstd makes one code for all bytes of a chunk, and so gains little on the mixture; of
-//! each lane by itself it gains what there is. There are no repeats to be found in weights: only
-//! the entropy coder runs. A gain of 7 to 14 % (BENCHMARKS.md).
+//! In a weight (fp16, bf16, fp32), the low bytes of the mantissa are random, but the byte with the
+//! exponent is not. zstd uses one entropy code for all bytes of a chunk, so it saves little on the
+//! mixture. For a separate stream of each byte it saves what is possible. Weights contain no
+//! repeated sequences, so only the entropy coder runs. This saves 7 to 14 % (BENCHMARKS.md).
 //!
 //! ```text
-//! stored = stride (1 byte: 2 or 4), then for each of as many lanes: length (u32 LE), bytes
-//! lane n = bytes n, n + stride, n + 2 × stride … of the chunk; zstd, or as they are where the length is the lane's own
+//! stored   = stride (1 byte: 2 or 4), then for each of `stride` streams: length (u32 LE), bytes
+//! stream n = bytes n, n + stride, n + 2 × stride … of the chunk; zstd, or raw if the length is that of the raw stream
 //! ```
 
 use std::sync::LazyLock;
 
 use zstd::zstd_safe::{CParameter, ParamSwitch};
 
-/// Bytes of a sample.
+/// The size of a sample.
 pub(super) const SAMPLE_BYTES: usize = 4096;
-/// Bits of a byte that is as good as random; the sample of a random chunk has 7.95.
+/// Bits per byte above which content counts as random; a sample of a random chunk has 7.95.
 const RANDOM_BITS: f32 = 7.6;
-/// One lane must be noise: else there are likely repeats, which lanes would hide…
+/// At least one stream must be random. Otherwise repeated sequences are likely, which a split would
+/// hide.
 const NOISE_BITS: f32 = 7.5;
-/// …and the lanes must hold fewer bits a byte than their mixture by this.
+/// The streams must have at least this many bits per byte less than the mixture.
 const GAIN_BITS: f32 = 0.25;
-/// zstd without a search for repeats.
+/// A zstd level without a search for repeated sequences.
 const ENTROPY_ONLY_LEVEL: i32 = -100;
 
-/// What a sample says of a chunk.
+/// The type of content that a sample indicates.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Nature {
-    /// Nothing can be gained: JPEG, compressed layers, integers that are spread evenly.
+    /// Not compressible: JPEG, compressed layers, evenly distributed integers.
     Random,
-    /// Numbers of so many bytes.
+    /// Numbers of this many bytes.
     Numbers(usize),
     /// Anything else.
     Other,
 }
 
-/// n × log2(n) of the counts that a sample can have.
+/// n × log2(n) for every count that a sample can contain.
 static N_LOG_N: LazyLock<Vec<f32>> = LazyLock::new(|| {
     (0..=SAMPLE_BYTES)
         .map(|n| {
@@ -49,7 +51,7 @@ static N_LOG_N: LazyLock<Vec<f32>> = LazyLock::new(|| {
         .collect()
 });
 
-/// Order-0 entropy in bits a byte, without the bias that a small sample has.
+/// The order-0 entropy in bits per byte, corrected for the bias of small samples.
 fn bits(counts: &[u16; 256]) -> f32 {
     let (mut total, mut seen, mut sum) = (0usize, 0usize, 0.0);
     for &n in counts {
@@ -62,7 +64,7 @@ fn bits(counts: &[u16; 256]) -> f32 {
         + seen.saturating_sub(1) as f32 / (2.0 * total) * std::f32::consts::LOG2_E
 }
 
-/// Looks at eight runs over the whole chunk, so that a header of another nature does not decide.
+/// Samples eight runs spread over the chunk, so that a header of another type does not decide.
 pub(super) fn nature(raw: &[u8]) -> Nature {
     if raw.len() < SAMPLE_BYTES {
         return Nature::Other;
@@ -74,8 +76,8 @@ pub(super) fn nature(raw: &[u8]) -> Nature {
             lanes[(from + at) % 4][usize::from(byte)] += 1;
         }
     }
-    let add = |some: &[usize]| -> [u16; 256] {
-        std::array::from_fn(|byte| some.iter().map(|&lane| lanes[lane][byte]).sum())
+    let add = |selected: &[usize]| -> [u16; 256] {
+        std::array::from_fn(|byte| selected.iter().map(|&lane| lanes[lane][byte]).sum())
     };
     let mixed = bits(&add(&[0, 1, 2, 3]));
     if mixed > RANDOM_BITS {
@@ -85,7 +87,7 @@ pub(super) fn nature(raw: &[u8]) -> Nature {
     let fours: [f32; 4] = std::array::from_fn(|lane| bits(&lanes[lane]));
     let mean = |lanes: &[f32]| lanes.iter().sum::<f32>() / lanes.len() as f32;
     let noise = |lanes: &[f32]| lanes.iter().any(|&bits| bits > NOISE_BITS);
-    // Four lanes of numbers of two bytes would say the same with more overhead.
+    // For numbers of two bytes, four streams would give the same result with more overhead.
     let (stride, lanes) = if mean(&fours) + 0.1 < mean(&twos) {
         (4, &fours[..])
     } else {
@@ -98,7 +100,7 @@ pub(super) fn nature(raw: &[u8]) -> Nature {
     }
 }
 
-/// Takes a chunk apart and squeezes each lane. `None` when zstd fails.
+/// Splits a chunk into streams and compresses each. Returns `None` if zstd fails.
 pub(super) fn compress(raw: &[u8], stride: usize) -> Option<Vec<u8>> {
     let mut squeezer = zstd::bulk::Compressor::new(ENTROPY_ONLY_LEVEL).ok()?;
     squeezer
@@ -110,7 +112,7 @@ pub(super) fn compress(raw: &[u8], stride: usize) -> Option<Vec<u8>> {
         let lane: Vec<u8> = raw.iter().skip(first).step_by(stride).copied().collect();
         small.clear();
         small.reserve(lane.len());
-        // What does not fit into the lane's own room stays as it is.
+        // A stream that zstd does not make smaller stays raw.
         let lane = match squeezer.compress_to_buffer(&lane[..], &mut small) {
             Ok(n) if n < lane.len() => &small,
             _ => &lane,
@@ -121,7 +123,7 @@ pub(super) fn compress(raw: &[u8], stride: usize) -> Option<Vec<u8>> {
     Some(out)
 }
 
-/// The chunk of `len` bytes that [`compress`] took apart. `None` when it is none.
+/// Restores the chunk of `len` bytes from the split form. Returns `None` if the form is invalid.
 pub(super) fn restore(stored: &[u8], len: usize) -> Option<Vec<u8>> {
     let (&stride, mut rest) = stored.split_first()?;
     let stride = usize::from(stride);
@@ -130,17 +132,17 @@ pub(super) fn restore(stored: &[u8], len: usize) -> Option<Vec<u8>> {
     }
     let mut out = vec![0; len];
     for first in 0..stride {
-        let (head, behind) = rest.split_first_chunk::<4>()?;
-        let (lane, behind) = behind.split_at_checked(u32::from_le_bytes(*head) as usize)?;
-        rest = behind;
-        let own = len.saturating_sub(first).div_ceil(stride);
+        let (head, tail) = rest.split_first_chunk::<4>()?;
+        let (lane, tail) = tail.split_at_checked(u32::from_le_bytes(*head) as usize)?;
+        rest = tail;
+        let stream_len = len.saturating_sub(first).div_ceil(stride);
         let restored;
-        let lane = if lane.len() == own {
+        let lane = if lane.len() == stream_len {
             lane
         } else {
-            restored = zstd::bulk::decompress(lane, own)
+            restored = zstd::bulk::decompress(lane, stream_len)
                 .ok()
-                .filter(|lane| lane.len() == own)?;
+                .filter(|lane| lane.len() == stream_len)?;
             &restored
         };
         for (to, &byte) in out.iter_mut().skip(first).step_by(stride).zip(lane) {
@@ -173,7 +175,7 @@ pub(super) mod tests {
             .collect()
     }
 
-    /// As IEEE half precision, for numbers of the size of weights.
+    /// Converts to IEEE half precision, for numbers of the size of weights.
     fn half(x: f32) -> u16 {
         let bits = x.to_bits();
         let exponent = (bits >> 23 & 255) as i32 - 112;
@@ -213,7 +215,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn weights_are_known_by_a_sample_wherever_they_are_cut() {
+    fn weights_are_recognised_at_every_alignment() {
         for (name, stride, bytes) in forms() {
             for from in 0..4 {
                 assert_eq!(
@@ -238,7 +240,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn lanes_come_back_and_anything_else_is_refused() {
+    fn streams_round_trip_and_invalid_input_is_refused() {
         for (name, stride, bytes) in forms() {
             for len in [0, 1, 2, 3, 5, 4096, 34_001, 40_000] {
                 let raw = &bytes[..len];
@@ -259,7 +261,8 @@ pub(super) mod tests {
         );
     }
 
-    /// The figures of BENCHMARKS.md: `cargo test --lib -- --ignored --nocapture weights_by_lane`.
+    /// Prints the figures of BENCHMARKS.md: `cargo test --lib -- --ignored --nocapture
+    /// weights_by_lane`.
     #[test]
     #[ignore = "prints figures"]
     fn weights_by_lane() {

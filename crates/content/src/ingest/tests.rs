@@ -33,7 +33,7 @@ fn publish(chunking: Chunking, path: &Path, store: &Store) -> Ingested {
 }
 
 #[test]
-fn files_of_every_size_come_back_and_again_they_cost_nothing() {
+fn files_of_every_size_round_trip_and_a_second_publish_stores_nothing() {
     let dir = tempfile::tempdir().unwrap();
     let (tree, store) = (
         dir.path().join("tree"),
@@ -100,7 +100,7 @@ fn files_of_every_size_come_back_and_again_they_cost_nothing() {
 }
 
 #[test]
-fn content_that_is_not_what_was_listed_is_refused() {
+fn content_that_differs_from_its_listing_is_refused() {
     struct One(Option<SourceEntry>);
     impl Source for One {
         fn next(&mut self) -> Result<Option<SourceEntry>, Fault> {
@@ -151,7 +151,7 @@ fn a_file_that_changes_between_its_listing_and_its_end_is_refused() {
     impl Source for Meddled {
         fn next(&mut self) -> Result<Option<SourceEntry>, Fault> {
             let entry = self.0.next()?;
-            // Timestamps are as coarse as the kernel's tick.
+            // The resolution of timestamps is the tick of the kernel.
             std::thread::sleep(Duration::from_millis(30));
             put(&self.1, b"other");
             Ok(entry)
@@ -182,7 +182,7 @@ fn a_file_that_changes_between_its_listing_and_its_end_is_refused() {
 }
 
 #[test]
-fn a_scratch_file_is_gone_as_soon_as_it_was_read() {
+fn a_scratch_file_is_removed_after_it_was_read() {
     struct Pair(Vec<PathBuf>);
     impl Source for Pair {
         fn next(&mut self) -> Result<Option<SourceEntry>, Fault> {
@@ -190,12 +190,12 @@ fn a_scratch_file_is_gone_as_soon_as_it_was_read() {
                 return Ok(None);
             };
             let path = file.file_name().unwrap().to_str().unwrap().parse()?;
-            // What was read before this one is no longer on the disk.
+            // The file that was read before this one is no longer on the disk.
             assert!(self.0.iter().all(|later| later.exists()));
             if path == "b".parse().unwrap() {
                 assert!(
                     !file.with_file_name("a").exists(),
-                    "both copies are on the disk at once"
+                    "both copies exist at the same time"
                 );
             }
             let body = SourceBody::File {
@@ -232,7 +232,7 @@ fn a_scratch_file_is_gone_as_soon_as_it_was_read() {
     assert!(files.iter().all(|file| !file.exists()));
 }
 
-/// Measures chunk sizes for the table in BENCHMARKS.md, on a system tree and on data made here:
+/// Measures chunk sizes for the table in BENCHMARKS.md, on a system tree and on generated data:
 /// `cargo test --release --lib -- --ignored --nocapture chunk_sizes`.
 #[test]
 #[ignore = "prints a table; takes minutes"]
@@ -304,12 +304,11 @@ fn chunk_sizes() {
 
 type Set = (&'static str, PathBuf, PathBuf);
 
-/// Half-precision-like weights behind a header; of the next version one tensor in twelve is trained
-/// further.
+/// Half-precision weights with a header. In the next version, one tensor in twelve has changed.
 fn model(dir: &Path) -> Set {
     let tensor = |seed: &str| -> Vec<u8> {
         let mut bytes = noise(seed, 4 << 20);
-        // The exponent's byte of a weight has few values.
+        // The byte of the exponent has few different values.
         bytes
             .iter_mut()
             .skip(1)
@@ -334,7 +333,7 @@ fn model(dir: &Path) -> Set {
     ("model", dir.join("model/old"), dir.join("model/new"))
 }
 
-/// Files below a folder, by name, up to so many bytes.
+/// The files below a directory, by name, up to `most` bytes in total.
 fn files(root: &str, most: u64, wanted: impl Fn(&Path) -> bool) -> BTreeMap<PathBuf, Vec<u8>> {
     let (mut found, mut total, mut folders) = (BTreeMap::new(), 0, vec![PathBuf::from(root)]);
     while let Some(folder) = folders.pop() {
@@ -361,7 +360,7 @@ fn files(root: &str, most: u64, wanted: impl Fn(&Path) -> bool) -> BTreeMap<Path
     found
 }
 
-/// One file in so many gets twenty bytes more somewhere.
+/// Inserts twenty bytes in one of `every` files.
 fn edit(files: &mut BTreeMap<PathBuf, Vec<u8>>, every: usize) {
     for bytes in files
         .values_mut()
@@ -374,7 +373,7 @@ fn edit(files: &mut BTreeMap<PathBuf, Vec<u8>>, every: usize) {
     }
 }
 
-/// A layer of what is installed here; of the next build one file in fifty is a little different.
+/// A layer of installed files. In the next build, one file in fifty is slightly different.
 fn layer(dir: &Path) -> Set {
     let mut tree = files("/usr/lib", 200_000_000, |_| true);
     for version in ["old", "new"] {
@@ -394,7 +393,7 @@ fn layer(dir: &Path) -> Set {
     ("image layer", dir.join("layer/old"), dir.join("layer/new"))
 }
 
-/// Python sources; one in twenty is edited.
+/// Python sources; one file in twenty is edited.
 fn code(dir: &Path) -> Set {
     let mut tree = files("/usr/lib", 100_000_000, |path| {
         path.extension().is_some_and(|e| e == "py")
@@ -408,7 +407,7 @@ fn code(dir: &Path) -> Set {
     ("code", dir.join("code/old"), dir.join("code/new"))
 }
 
-/// Photos as W2 has them; one in a hundred is new, one in twenty moved.
+/// Photos as in workload W2; one in a hundred is new, one in twenty was moved.
 fn photos(dir: &Path) -> Set {
     for version in ["old", "new"] {
         for i in 0..2000u32 {

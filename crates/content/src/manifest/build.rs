@@ -1,5 +1,5 @@
-//! Builds a manifest from entries in order, page by page, in memory that does not grow with their
-//! number.
+//! Builds a manifest from ordered entries, page by page. Memory does not grow with the number of
+//! entries.
 
 use bytes::Bytes;
 
@@ -10,35 +10,36 @@ use base::names::{Kind, RelPath};
 use super::page::{ChunkRef, PageWriter, is_one_chunk};
 use super::{Chunking, Entry, EntryBody, KindInfo, PageRef, Root, Totals};
 
-/// The root lists at most this many pages; more get a level of index pages above them.
+/// The largest number of pages in the root. If there are more, a level of index pages is added.
 const ROOT_PAGES_MAX: usize = 128;
 
-/// Takes pages as they are finished.
+/// Receives finished pages.
 pub(super) type PageSink<'a> = dyn FnMut(Verified) -> Result<(), Fault> + 'a;
 
-/// Builds one manifest. Entries come in manifest order; a file's chunks right after it.
+/// Builds one manifest. Entries must be in manifest order; the chunks of a file follow directly
+/// after it.
 pub struct Builder<'a> {
     sink: &'a mut PageSink<'a>,
     chunking: Chunking,
     totals: Totals,
     page: PageWriter,
-    /// Finished pages not yet listed anywhere, a list for each level; 0 holds entry pages.
+    /// Finished pages that are not listed yet, one list per level; level 0 holds entry pages.
     levels: Vec<Level>,
     last: Option<RelPath>,
-    /// The folders that are open at this place of the walk.
+    /// The path of open directories at the current position.
     open: Vec<String>,
 }
 
 #[derive(Default)]
 struct Level {
     page: PageWriter,
-    /// Finished pages of the level below, while they may still all fit in the root.
+    /// Finished pages of the level below, as long as they may still fit in the root.
     pages: Vec<PageRef>,
     spilled: bool,
 }
 
 impl<'a> Builder<'a> {
-    /// A builder that hands its pages to `sink`.
+    /// Creates a builder that passes its pages to `sink`.
     pub fn new(chunking: Chunking, sink: &'a mut PageSink<'a>) -> Self {
         let levels = vec![Level::default()];
         Self {
@@ -52,13 +53,13 @@ impl<'a> Builder<'a> {
         }
     }
 
-    /// Whether a file of this size gets chunk records of its own (else it is one chunk, named by
-    /// its hash).
+    /// Whether a file of this size has chunk records. Otherwise it is one chunk, whose id is the
+    /// hash of the file.
     pub fn lists_chunks(&self, size: u64) -> bool {
         size > 0 && !is_one_chunk(&self.chunking, size)
     }
 
-    /// Adds an entry, and for a file the chunks that [`Builder::lists_chunks`] asks for.
+    /// Adds an entry, and for a file the chunks that [`Builder::lists_chunks`] requires.
     pub fn push(&mut self, entry: &Entry, chunks: &[ChunkRef]) -> Result<(), Fault> {
         check_order(self.last.as_ref(), &mut self.open, entry)?;
         self.last = Some(entry.path.clone());
@@ -80,7 +81,7 @@ impl<'a> Builder<'a> {
         Ok(())
     }
 
-    /// Adds one more chunk of the last file; for files whose chunks do not fit in memory at once.
+    /// Adds one more chunk of the last file, for a file whose chunks do not fit in memory at once.
     pub fn push_chunk(&mut self, chunk: &ChunkRef) -> Result<(), Fault> {
         self.totals.chunks += 1;
         if self.page.chunk(chunk) {
@@ -136,7 +137,7 @@ impl<'a> Builder<'a> {
         Ok(())
     }
 
-    /// Ends the manifest.
+    /// Completes the manifest.
     pub fn finish(mut self, kind: Kind, info: KindInfo) -> Result<Root, Fault> {
         if !self.page.bytes.is_empty() {
             self.end_page()?;
@@ -163,8 +164,8 @@ impl<'a> Builder<'a> {
     }
 }
 
-/// Every path stands after the one before, and inside folders that were named: so a tree can be
-/// made in one walk, and nothing is ever written through a link.
+/// Checks that every path comes after the previous path and is inside a listed directory. Therefore
+/// a receiver can create the tree in one pass, and never writes through a link.
 pub(super) fn check_order(
     last: Option<&RelPath>,
     open: &mut Vec<String>,
@@ -177,14 +178,14 @@ pub(super) fn check_order(
         )))
     };
     if last.is_some_and(|last| *last >= entry.path) {
-        return wrong("is out of order or there twice");
+        return wrong("is out of order or listed twice");
     }
     let parent = entry.path.parent().unwrap_or("");
     while open.last().is_some_and(|dir| dir != parent) {
         open.pop();
     }
     if open.is_empty() && !parent.is_empty() {
-        return wrong("is not inside a folder of the artifact");
+        return wrong("is not inside a directory of the artifact");
     }
     if entry.body == EntryBody::Dir {
         open.push(entry.path.as_str().to_owned());

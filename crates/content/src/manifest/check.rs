@@ -1,15 +1,14 @@
-//! The complete check of a manifest, before anybody relies on it.
+//! The complete check of a manifest before it is used.
 //!
-//! [`check`] is what a manifest must pass wherever it enters: offered by a site, uploaded by a
-//! publisher, imported from a bundle, pushed or fetched at a site. A walk checks each path, the
-//! order, that each entry is inside a folder of the artifact, and that pages, chunks and totals fit
-//! together. On top of that stand the rules here: what the kind needs, where links may lead, and
-//! how large a chunk may be. Memory does not grow with the manifest, and a page that is listed many
-//! times is read once.
+//! A manifest must pass [`check`] wherever it enters: offered by a site, uploaded by a publisher,
+//! imported from a bundle, or received by a site. A walk checks each path, the order, that each
+//! entry is inside a directory of the artifact, and that pages, chunks and totals are consistent.
+//! This module adds the rules for the kind, for link targets and for chunk sizes. Memory does not
+//! grow with the manifest, and a page that is listed many times is read once.
 
 use std::collections::HashMap;
 
-use super::walk::{DIFFERENT_PAGES_KNOWN_MAX, impossible};
+use super::walk::{DIFFERENT_PAGES_KNOWN_MAX, malformed_manifest};
 use super::{Entry, EntryBody, KindInfo, Pages, Root, Step, Walk};
 use crate::label_rows::{ANNOTATIONS, CLASSES, SAMPLES};
 use base::fault::Fault;
@@ -17,7 +16,7 @@ use base::limits::{IMAGE_MANIFEST_BYTES_MAX, LINK_FOLDERS_BYTES_MAX};
 use base::names::{ArtifactRef, Kind, RelPath, stays_inside};
 use base::sha256::Sha256;
 
-/// Checks all of a manifest. What is wrong with it is an `integrity` fault that names the artifact.
+/// Checks a complete manifest. A violation is an `integrity` fault that names the artifact.
 pub fn check<P: Pages + ?Sized>(
     artifact: &ArtifactRef,
     root: &Root,
@@ -32,26 +31,26 @@ pub fn check<P: Pages + ?Sized>(
     checked.map_err(|fault| fault.context(artifact))
 }
 
-/// What holds beside the walk's own rules.
+/// The rules beyond those of the walk.
 struct Rules<'a> {
     root: &'a Root,
     kind: Kinds,
-    /// Folders that a link steps back from by `..`, each with the link: none of them may be
-    /// anything else than a folder.
-    stepped_back_from: HashMap<String, RelPath>,
+    /// The directories from which a link goes up by `..`, each with one such link. Each of them
+    /// must be a directory.
+    parents_of_dotdot: HashMap<String, RelPath>,
     bytes: usize,
 }
 
-/// What an artifact's kind asks of its entries.
+/// The rules of an artifact's kind for its entries.
 enum Kinds {
     Files,
-    /// The blob of the top manifest, and whether it was seen.
+    /// The blob of the top manifest, and whether it was found.
     Image {
         top: String,
         size: u64,
         seen: bool,
     },
-    /// The lines of each file at the most.
+    /// The largest number of lines of each file.
     Labels {
         samples: u64,
         annotations: u64,
@@ -63,20 +62,19 @@ impl<'a> Rules<'a> {
     fn new(kind: Kind, root: &'a Root) -> Result<Self, Fault> {
         if root.kind != kind {
             return Err(
-                Fault::integrity(format!("it has the manifest of a {}", root.kind))
+                Fault::integrity(format!("its manifest is that of a {}", root.kind))
                     .with_next("publish the artifact again"),
             );
         }
         let kind = match &root.info {
             KindInfo::Files if kind.is_files() => Kinds::Files,
             KindInfo::Image(image) if kind == Kind::Image => {
-                let top: Sha256 = image
-                    .digest
-                    .parse()
-                    .map_err(|why| impossible(&format!("the digest of the image: {why}")))?;
+                let top: Sha256 = image.digest.parse().map_err(|why| {
+                    malformed_manifest(&format!("the digest of the image: {why}"))
+                })?;
                 if image.size == 0 || image.size > IMAGE_MANIFEST_BYTES_MAX as u64 {
-                    return Err(impossible(&format!(
-                        "the image's top manifest cannot have {} bytes",
+                    return Err(malformed_manifest(&format!(
+                        "the size of the image's top manifest is {} bytes, which is not allowed",
                         image.size
                     )));
                 }
@@ -92,13 +90,13 @@ impl<'a> Rules<'a> {
                     .as_ref()
                     .is_some_and(|dataset| dataset.artifact.kind != Kind::Dataset)
                 {
-                    return Err(impossible(
-                        "its labels are bound to something that is no dataset",
+                    return Err(malformed_manifest(
+                        "its labels are bound to an artifact that is not a dataset",
                     ));
                 }
                 if (root.totals.files, root.totals.dirs, root.totals.symlinks) != (3, 0, 0) {
-                    return Err(impossible(&format!(
-                        "labels consist of {ANNOTATIONS}, {CLASSES} and {SAMPLES}"
+                    return Err(malformed_manifest(&format!(
+                        "a label set must consist of {ANNOTATIONS}, {CLASSES} and {SAMPLES}"
                     )));
                 }
                 Kinds::Labels {
@@ -108,15 +106,15 @@ impl<'a> Rules<'a> {
                 }
             }
             _ => {
-                return Err(impossible(&format!(
-                    "what it says of itself is not of a {kind}"
+                return Err(malformed_manifest(&format!(
+                    "its metadata is not that of a {kind}"
                 )));
             }
         };
         Ok(Self {
             root,
             kind,
-            stepped_back_from: HashMap::new(),
+            parents_of_dotdot: HashMap::new(),
             bytes: 0,
         })
     }
@@ -132,13 +130,13 @@ impl<'a> Rules<'a> {
                 }
             }
             Step::Chunk(chunk, _) => {
-                let most = self.root.chunking.max.max(self.root.chunking.whole);
-                let fits = chunk.len <= most;
-                if fits {
+                let len_max = self.root.chunking.max.max(self.root.chunking.whole);
+                let is_allowed = chunk.len <= len_max;
+                if is_allowed {
                     Ok(())
                 } else {
-                    Err(impossible(&format!(
-                        "chunk {} has {} bytes, over {most}",
+                    Err(malformed_manifest(&format!(
+                        "chunk {} has {} bytes, more than {len_max}",
                         chunk.id, chunk.len
                     )))
                 }
@@ -153,7 +151,7 @@ impl<'a> Rules<'a> {
         } else {
             None
         };
-        let fits = match &mut self.kind {
+        let is_allowed = match &mut self.kind {
             Kinds::Files => true,
             Kinds::Image {
                 top,
@@ -169,7 +167,7 @@ impl<'a> Rules<'a> {
                 (path, Some(_)) => Sha256::from_layout_path(path).is_some(),
                 _ => false,
             },
-            // A line has a byte at least.
+            // A line has at least one byte.
             Kinds::Labels {
                 samples,
                 annotations,
@@ -181,20 +179,20 @@ impl<'a> Rules<'a> {
                 _ => false,
             },
         };
-        if fits {
+        if is_allowed {
             Ok(())
         } else {
-            Err(impossible(&format!(
-                "a {} has no such entry as {path:?}",
+            Err(malformed_manifest(&format!(
+                "the entry {path:?} is not allowed in a {}",
                 self.root.kind
             )))
         }
     }
 
     fn link(&mut self, path: &RelPath, target: &str) -> Result<(), Fault> {
-        let (folders, bytes) = (&mut self.stepped_back_from, &mut self.bytes);
+        let (folders, bytes) = (&mut self.parents_of_dotdot, &mut self.bytes);
         let inside = stays_inside(path, target, |folder| {
-            // Whether it is one is known once all entries were seen.
+            // Whether it is a directory is known after all entries were seen.
             if !folders.contains_key(folder) {
                 *bytes += folder.len() + path.as_str().len();
                 folders.insert(folder.to_owned(), path.clone());
@@ -202,13 +200,13 @@ impl<'a> Rules<'a> {
             true
         });
         inside.map_err(|why| {
-            impossible(&format!(
-                "the link {:?} leads to {target:?}, which {why}",
+            malformed_manifest(&format!(
+                "the target {target:?} of the link {:?} {why}",
                 path.as_str()
             ))
         })?;
         if self.bytes > LINK_FOLDERS_BYTES_MAX {
-            return Err(impossible("too many of its links step back from folders"));
+            return Err(malformed_manifest("too many of its links use '..'"));
         }
         Ok(())
     }
@@ -218,11 +216,11 @@ impl<'a> Rules<'a> {
             top, seen: false, ..
         } = &self.kind
         {
-            return Err(impossible(&format!(
-                "the image's top manifest {top} is not in it"
+            return Err(malformed_manifest(&format!(
+                "it does not contain the image's top manifest {top}"
             )));
         }
-        if self.stepped_back_from.is_empty() {
+        if self.parents_of_dotdot.is_empty() {
             return Ok(());
         }
         for step in Walk::once_each(self.root, pages, DIFFERENT_PAGES_KNOWN_MAX) {
@@ -236,13 +234,13 @@ impl<'a> Rules<'a> {
                 ..
             } = step?
             {
-                self.stepped_back_from.remove(path.as_str());
+                self.parents_of_dotdot.remove(path.as_str());
             }
         }
-        match self.stepped_back_from.into_iter().next() {
+        match self.parents_of_dotdot.into_iter().next() {
             None => Ok(()),
-            Some((folder, link)) => Err(impossible(&format!(
-                "the link {:?} steps back from {folder:?}, which is not a folder",
+            Some((folder, link)) => Err(malformed_manifest(&format!(
+                "the link {:?} uses '..' after {folder:?}, which is not a directory",
                 link.as_str()
             ))),
         }

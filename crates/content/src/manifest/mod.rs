@@ -1,10 +1,10 @@
-//! Manifests: the sorted entries of an artifact and what its kind needs.
+//! Manifests: the sorted entries of an artifact, and the metadata of its kind.
 //!
-//! A manifest is a tree: the root manifest lists pages, which hold entries and chunk references
-//! (or, above [`Root::depth`] 0, further pages). Pages are chunks like any other: named by their
-//! BLAKE3, kept in the store, fetched when lacking. Nothing here does I/O; [`Builder`] hands
-//! finished pages to a closure, [`Walk`] asks for them through [`Pages`], and neither holds more
-//! than a page of each level.
+//! A manifest is a tree. The root manifest lists pages. These contain entries and chunk references
+//! or, if [`Root::depth`] is not 0, more pages. Pages are chunks: their id is their BLAKE3, they
+//! are kept in the store, and missing ones are fetched. This module does no I/O: [`Builder`] passes
+//! finished pages to a closure, and [`Walk`] requests pages through [`Pages`]. Both hold at most
+//! one page of each level in memory.
 
 mod build;
 mod check;
@@ -29,129 +29,116 @@ use crate::chunk::Hash;
 use base::fault::Fault;
 use base::names::{ArtifactRef, Kind, RelPath};
 
-/// The BLAKE3 of a root manifest: what an artifact *is*.
+/// The BLAKE3 of a root manifest, which identifies an artifact.
 pub type Digest = Hash;
 
 /// One entry of an artifact.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Entry {
-    /// Where it stands.
     pub path: RelPath,
-    /// Unix permission bits; of an entry that was read, no more than 0777.
+    /// Unix permission bits; at most 0777 in an entry that was read.
     pub mode: u32,
-    /// What it is.
     pub body: EntryBody,
 }
 
-/// What an entry is.
+/// The type of an entry.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum EntryBody {
-    /// A folder.
     Dir,
-    /// A symbolic link.
+    /// A symbolic link with its target.
     Symlink(String),
-    /// A regular file.
     File(FileInfo),
 }
 
-/// A regular file's content.
+/// The content of a regular file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct FileInfo {
-    /// Bytes.
+    /// In bytes.
     pub size: u64,
-    /// BLAKE3 of the whole content.
+    /// BLAKE3 of the complete content.
     pub hash: Hash,
 }
 
 /// Counts over all entries.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Totals {
-    /// Regular files.
     pub files: u64,
-    /// Folders.
     pub dirs: u64,
-    /// Symbolic links.
     pub symlinks: u64,
     /// Bytes of all files.
     pub bytes: u64,
-    /// Chunks of all files, repeats counted.
+    /// Chunks of all files, including repeated ones.
     pub chunks: u64,
 }
 
-/// What an artifact's kind needs beside its entries.
+/// The metadata of an artifact's kind.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", tag = "is")]
 pub enum KindInfo {
-    /// A folder of files: nothing more.
+    /// A directory of files, without metadata.
     Files,
-    /// The entries are an OCI image layout folder: `oci-layout`, `index.json`, `blobs/sha256/…`.
+    /// The entries are an OCI image layout: `oci-layout`, `index.json`, `blobs/sha256/…`.
     Image(ImageInfo),
     /// The entries are the canonical label files.
     Labels(LabelsInfo),
 }
 
-/// What is known of an image.
+/// The metadata of an image.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ImageInfo {
     /// Media type of the top manifest or index.
     pub media_type: String,
-    /// `sha256:<hex>` of the top manifest or index: what every site's registry must answer with.
+    /// `sha256:<hex>` of the top manifest or index; the registry of every site must return the same
+    /// digest.
     pub digest: String,
-    /// Its size in bytes.
+    /// The size of the top manifest or index in bytes.
     pub size: u64,
-    /// `os/arch[/variant]` of each image held.
+    /// `os/arch[/variant]` of each included image.
     pub platforms: Vec<String>,
-    /// `sha256:<hex>` of manifests that the source listed but did not hold; they were left out.
+    /// `sha256:<hex>` of manifests that the source listed without their content; they are left out.
     pub absent: Vec<String>,
 }
 
-/// What is known of a label set.
+/// The metadata of a label set.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LabelsInfo {
-    /// The dataset version these labels are for.
+    /// The dataset version of these labels.
     pub dataset: Option<DatasetBinding>,
-    /// Samples named.
     pub samples: u64,
-    /// Annotations.
     pub annotations: u64,
-    /// Classes.
     pub classes: u64,
-    /// The format they came in: `coco`, `csv`, `jsonl`, `label_studio`, `voc`, `yolo`, `database`.
+    /// The source format: `coco`, `csv`, `jsonl`, `label_studio`, `voc`, `yolo`, `database`.
     pub format: String,
 }
 
-/// A dataset version that labels belong to.
+/// The dataset version that labels belong to.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DatasetBinding {
-    /// Its reference.
     pub artifact: ArtifactRef,
-    /// Its digest when the labels were published.
+    /// The digest at the time when the labels were published.
     pub digest: Digest,
 }
 
-/// The root manifest. Its canonical bytes are the JSON of this struct, fields in this order, no
-/// white space; their BLAKE3 is the artifact's digest.
+/// The root manifest. Its canonical bytes are the JSON of this struct with the fields in this order
+/// and without white space. Their BLAKE3 is the digest of the artifact.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Root {
-    /// 1.
+    /// Always 1.
     pub format: u32,
-    /// The artifact's kind.
     pub kind: Kind,
-    /// What the kind needs.
+    /// The metadata of the kind.
     pub info: KindInfo,
-    /// How content was cut.
+    /// The parameters with which the content was cut.
     pub chunking: Chunking,
-    /// Counts.
     pub totals: Totals,
-    /// How many levels of index pages stand between this list and the entry pages (0: these are
-    /// entry pages).
+    /// The number of levels of index pages between this list and the entry pages. 0: the list
+    /// contains entry pages.
     pub depth: u8,
-    /// The pages, in order.
+    /// The pages in order.
     pub pages: Vec<PageRef>,
 }
 
 impl Root {
-    /// The canonical bytes.
     pub fn to_bytes(&self) -> Vec<u8> {
         #[expect(
             clippy::expect_used,
@@ -160,16 +147,16 @@ impl Root {
         serde_json::to_vec(self).expect("a root manifest as JSON")
     }
 
-    /// Their BLAKE3: what the artifact is.
+    /// The BLAKE3 of the canonical bytes, which identifies the artifact.
     pub fn digest(&self) -> Digest {
         Hash::of(&self.to_bytes())
     }
 
-    /// A root manifest from bytes that hash to `digest`.
+    /// Parses the bytes of a root manifest and checks that they hash to `digest`.
     pub fn parse(bytes: &[u8], digest: Digest) -> Result<Self, Fault> {
         if Hash::of(bytes) != digest {
             return Err(Fault::integrity(format!(
-                "the root manifest {digest} does not hash to its name"
+                "the content of the root manifest {digest} does not match its hash"
             )));
         }
         let root: Self = serde_json::from_slice(bytes).map_err(|e| {
@@ -178,35 +165,35 @@ impl Root {
         if root.format != 1 {
             let format = root.format;
             return Err(Fault::integrity(format!(
-                "the root manifest {digest} has format {format}; this program reads 1"
+                "the root manifest {digest} has format {format}; this version reads only format 1"
             ))
-            .with_next("upgrade packhorse here"));
+            .with_next("upgrade packhorse on this machine"));
         }
         if root.to_bytes() != bytes {
             return Err(Fault::integrity(format!(
                 "the root manifest {digest} is not in canonical form"
             ))
-            .with_next("upgrade packhorse here"));
+            .with_next("upgrade packhorse on this machine"));
         }
         if !root.chunking.is_possible() {
             return Err(Fault::integrity(format!(
-                "the root manifest {digest} has impossible chunk sizes"
+                "the root manifest {digest} has invalid chunk sizes"
             )));
         }
         Ok(root)
     }
 }
 
-/// One manifest page.
+/// A reference to a manifest page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PageRef {
-    /// BLAKE3 of the page's raw bytes.
+    /// BLAKE3 of the raw bytes of the page.
     pub id: Hash,
-    /// Raw bytes.
+    /// The number of raw bytes.
     pub len: u32,
-    /// Chunk references in it, or below it.
+    /// The number of chunk references in the page and below it.
     pub chunks: u64,
-    /// Entries that begin in it, or below it.
+    /// The number of entries that start in the page and below it.
     pub entries: u64,
 }
 

@@ -1,17 +1,17 @@
-//! Manifest pages: runs of records, cut where their content says so, so that two versions share
-//! most pages.
+//! Manifest pages: sequences of records. Where a page ends depends on its content, so that two
+//! versions share most pages.
 //!
 //! ```text
 //! page   = 'E' record*            entry page        page = 'I' child*      index page
-//! record = 1 path mode                              folder
+//! record = 1 path mode                              directory
 //!        | 2 path mode target                       symbolic link
-//!        | 3 path mode size hash                    file; up to `Chunking::whole` bytes it is one chunk named by its hash
-//!        | 4 len id                                 the next chunk of the file before (perhaps on the page before)
-//! path   = shared suffix_len suffix                 bytes shared with the path before on this page, then the rest
+//!        | 3 path mode size hash                    file; up to `Chunking::whole` bytes it is one chunk with the hash as id
+//!        | 4 len id                                 the next chunk of the last file (which may be on the previous page)
+//! path   = shared suffix_len suffix                 bytes shared with the previous path on this page, then the rest
 //! child  = len chunks entries id
 //! ```
-//! Numbers are LEB128. A page ends after a record whose key (a hash) has its low bits zero, or when
-//! it is full.
+//! Numbers are LEB128. A page ends after a record whose key (a hash) has zeros in its low bits, or
+//! when it is full.
 
 use bytes::Bytes;
 
@@ -21,18 +21,18 @@ use base::names::RelPath;
 
 use super::{Chunking, Entry, EntryBody, FileInfo, PageRef};
 
-/// A page is not cut before it has this many bytes…
+/// The smallest size at which a page can end, except the last page.
 pub(super) const PAGE_BYTES_MIN: usize = 2 << 10;
-/// …and always once it has this many.
+/// The size from which a page always ends.
 pub(super) const PAGE_BYTES_MAX: usize = 64 << 10;
-/// One record in so many ends a page.
+/// On average, one record in this number ends a page.
 pub(super) const PAGE_CUT: u32 = 256;
-/// No page is larger: one record, however long, ends a page that is full.
+/// The largest page: one record, of any length, can follow when a page is almost full.
 pub(super) const LISTED_BYTES_MAX: u64 = PAGE_BYTES_MAX as u64 * 2;
-/// What Linux takes.
+/// The limit of Linux.
 const TARGET_BYTES_MAX: usize = 4095;
-/// What is kept of a mode wherever an entry is read: never set-user-id, set-group-id or the sticky
-/// bit, which a peer must not set.
+/// The permission bits that a reader of entries accepts. A peer must never set set-user-ID,
+/// set-group-ID or the sticky bit.
 const MODE_BITS: u32 = 0o777;
 
 const DIR: u8 = 1;
@@ -43,22 +43,22 @@ const CHUNK: u8 = 4;
 /// A chunk of a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ChunkRef {
-    /// BLAKE3 of its raw bytes.
+    /// The BLAKE3 of the raw bytes.
     pub id: Hash,
-    /// Raw bytes.
+    /// The number of raw bytes.
     pub len: u32,
 }
 
 /// One record of an entry page.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Record {
-    /// An entry begins.
+    /// The start of an entry.
     Entry(Entry),
     /// The next chunk of the last file.
     Chunk(ChunkRef),
 }
 
-/// Whether a file's only chunk is named by the file's hash and has no record of its own.
+/// Whether a file has only one chunk, whose id is the hash of the file and which has no record.
 pub(super) fn is_one_chunk(chunking: &Chunking, size: u64) -> bool {
     size > 0 && size <= u64::from(chunking.whole)
 }
@@ -87,7 +87,7 @@ impl PageWriter {
         }
     }
 
-    /// Adds an entry; true when the page must end here.
+    /// Adds an entry. Returns whether the page must end here.
     pub(super) fn entry(&mut self, entry: &Entry, chunking: &Chunking) -> bool {
         self.begin(b'E');
         let (tag, key) = match &entry.body {
@@ -123,7 +123,7 @@ impl PageWriter {
         self.ends_at(key)
     }
 
-    /// Adds a chunk of the last file; true when the page must end here.
+    /// Adds a chunk of the last file. Returns whether the page must end here.
     pub(super) fn chunk(&mut self, chunk: &ChunkRef) -> bool {
         self.begin(b'E');
         self.bytes.push(CHUNK);
@@ -133,7 +133,7 @@ impl PageWriter {
         self.ends_at(chunk.id)
     }
 
-    /// Adds a child page; true when the page must end here.
+    /// Adds a child page. Returns whether the page must end here.
     pub(super) fn child(&mut self, page: &PageRef) -> bool {
         self.begin(b'I');
         put_number(&mut self.bytes, u64::from(page.len));
@@ -152,13 +152,13 @@ impl PageWriter {
         } else {
             PAGE_CUT
         };
-        // Index pages have fewer and larger records, and few are wanted in the root.
+        // Index pages have fewer and larger records, and the root should list few of them.
         (self.bytes.len() >= PAGE_BYTES_MIN && low.is_multiple_of(cut))
             || self.bytes.len() >= PAGE_BYTES_MAX
     }
 }
 
-/// Reads the bytes of a page, trusting none of them.
+/// Parses the bytes of a page from an untrusted source.
 struct Reader<'a> {
     bytes: &'a [u8],
 }
@@ -175,24 +175,25 @@ impl<'a> Reader<'a> {
             let (&byte, rest) = self
                 .bytes
                 .split_first()
-                .ok_or_else(|| malformed("it ends in a number"))?;
+                .ok_or_else(|| malformed("it is truncated in a number"))?;
             self.bytes = rest;
             value |= u64::from(byte & 0x7f) << shift;
             if byte & 0x80 == 0 {
                 return Ok(value);
             }
         }
-        Err(malformed("a number has no end"))
+        Err(malformed("a number is too long"))
     }
 
     fn small(&mut self, max: u64, what: &str) -> Result<u32, Fault> {
         match self.number()? {
             n if n <= max => Ok(n as u32),
-            n => Err(malformed(&format!("{what} is {n}, over {max}"))),
+            n => Err(malformed(&format!("{what} is {n}, more than {max}"))),
         }
     }
 
-    /// A length of something that is here: one that does not fit is refused where it is taken.
+    /// Reads the length of a part of this page. A length that is too large fails when the part is
+    /// read.
     fn length(&mut self) -> Result<usize, Fault> {
         self.number()
             .map(|n| usize::try_from(n).unwrap_or(usize::MAX))
@@ -200,7 +201,7 @@ impl<'a> Reader<'a> {
 
     fn take(&mut self, len: usize) -> Result<&'a [u8], Fault> {
         if len > self.bytes.len() {
-            return Err(malformed("it ends in a record"));
+            return Err(malformed("it is truncated in a record"));
         }
         let (head, rest) = self.bytes.split_at(len);
         self.bytes = rest;
@@ -214,17 +215,17 @@ impl<'a> Reader<'a> {
     }
 }
 
-/// A record as it stands on its page: of its path and its target nothing is checked.
+/// A record in its raw form: the path and the target are not checked.
 pub(super) enum Raw<'a> {
-    /// A folder.
-    Dir { path: &'a [u8], mode: u64 },
-    /// A symbolic link.
+    Dir {
+        path: &'a [u8],
+        mode: u64,
+    },
     Symlink {
         path: &'a [u8],
         mode: u64,
         target: &'a [u8],
     },
-    /// A file.
     File {
         path: &'a [u8],
         mode: u64,
@@ -234,8 +235,8 @@ pub(super) enum Raw<'a> {
     Chunk(ChunkRef),
 }
 
-/// Reads an entry page record by record, so that no more than one of them is held: a short record
-/// may stand for a long path.
+/// Reads an entry page record by record. Only one record is in memory, because a short record can
+/// expand to a long path.
 pub(super) struct Records {
     page: Bytes,
     at: usize,
@@ -255,7 +256,7 @@ impl Records {
         }
     }
 
-    /// The next record as it stands there.
+    /// Returns the next record unchecked.
     pub(super) fn raw(&mut self) -> Result<Option<Raw<'_>>, Fault> {
         let Self { page, at, path } = self;
         let mut reader = Reader {
@@ -274,7 +275,9 @@ impl Records {
         } else {
             let shared = reader.length()?;
             if shared > path.len() {
-                return Err(malformed("a path shares more than there is"));
+                return Err(malformed(
+                    "a path shares more bytes than the previous path has",
+                ));
             }
             let len = reader.length()?;
             let suffix = reader.take(len)?;
@@ -299,14 +302,14 @@ impl Records {
                         hash: reader.hash()?,
                     },
                 },
-                other => return Err(malformed(&format!("a record of kind {other}"))),
+                other => return Err(malformed(&format!("unknown record type {other}"))),
             }
         };
         *at = page.len() - reader.bytes.len();
         Ok(Some(raw))
     }
 
-    /// The next record, checked.
+    /// Returns the next record after checking it.
     pub(super) fn next(&mut self) -> Result<Option<Record>, Fault> {
         let Some(raw) = self.raw()? else {
             return Ok(None);
@@ -322,7 +325,7 @@ impl Records {
         let path = std::str::from_utf8(path).map_err(|_| malformed("a path is not UTF-8"))?;
         let path: RelPath = path.parse().map_err(|e| malformed(&format!("{e}")))?;
         if mode > 0o7777 {
-            return Err(malformed(&format!("a mode is {mode:o}, over 7777")));
+            return Err(malformed(&format!("a mode is {mode:o}, more than 7777")));
         }
         Ok(Some(Record::Entry(Entry {
             path,
@@ -332,20 +335,20 @@ impl Records {
     }
 }
 
-/// What a filesystem can hold.
+/// Checks a link target: Linux accepts 1 to 4095 bytes without NUL.
 fn read_target(target: &[u8]) -> Result<String, Fault> {
     if target.is_empty() || target.len() > TARGET_BYTES_MAX {
         return Err(malformed(&format!(
-            "a link's target has {} bytes; 1 to {TARGET_BYTES_MAX} are allowed",
+            "a link target has {} bytes; 1 to {TARGET_BYTES_MAX} are allowed",
             target.len()
         )));
     }
     if target.contains(&0) {
-        return Err(malformed("a link's target contains a NUL"));
+        return Err(malformed("a link target contains a NUL"));
     }
     std::str::from_utf8(target)
         .map(str::to_owned)
-        .map_err(|_| malformed("a link's target is not UTF-8"))
+        .map_err(|_| malformed("a link target is not UTF-8"))
 }
 
 /// The children of an index page.
@@ -355,7 +358,7 @@ pub fn read_children(page: &[u8]) -> Result<Vec<PageRef>, Fault> {
     Ok(out)
 }
 
-/// Gives `take` the children of an index page, as far as it can be read.
+/// Calls `take` for each child of an index page, up to the first malformed one.
 pub(super) fn each_child(page: &[u8], take: &mut dyn FnMut(PageRef)) -> Result<(), Fault> {
     let Some((b'I', bytes)) = page.split_first().map(|(kind, rest)| (*kind, rest)) else {
         return Err(malformed("it is not an index page"));

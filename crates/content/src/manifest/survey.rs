@@ -1,9 +1,9 @@
-//! What a manifest names, as far as it can be read: for whoever must not lose what a malformed
-//! manifest may still need.
+//! Lists what a manifest references, as far as the manifest is readable. For callers that must not
+//! lose content that a malformed manifest may still reference.
 //!
-//! `gc`, the eviction of relayed bytes and `verify` use it. Nothing is checked that need not be for
-//! that: a path that is not allowed, an order or totals that are wrong do not matter. Pages that
-//! are gone or damaged are left out, and said.
+//! `gc`, the eviction of relayed content and `verify` use it. It checks only what it needs: invalid
+//! paths, a wrong order and wrong totals are ignored. Missing and damaged pages are skipped and
+//! reported.
 
 use std::collections::HashSet;
 
@@ -13,26 +13,25 @@ use crate::chunk::Hash;
 use base::fault::{Code, Fault};
 use base::limits::OFFENDERS_LISTED_MAX;
 
-/// Something that a manifest names.
+/// An object that a manifest references.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Named {
     /// A page.
     Page(Hash),
-    /// A chunk that has a record of its own.
+    /// A chunk that has its own record.
     Chunk(ChunkRef),
-    /// The content of a file: up to [`crate::manifest::Chunking::whole`] bytes it is a chunk of
-    /// that name.
+    /// The content of a file. A file of at most [`crate::manifest::Chunking::whole`] bytes is one
+    /// chunk with this hash as id.
     File {
-        /// Its hash.
         hash: Hash,
-        /// Its bytes.
+        /// In bytes.
         size: u64,
     },
 }
 
-/// Gives `take` all that can be read of a manifest, but pages that are in `seen` already, and what
-/// those name. Returns what could not be read, the first of it. Only a store that cannot be read at
-/// all is an error.
+/// Calls `take` for everything that a manifest references. Skips pages that are in `seen`, and adds
+/// pages to it. Returns the first faults of unreadable parts. Fails only if the store itself cannot
+/// be read.
 pub fn survey<P: Pages + ?Sized>(
     root: &Root,
     pages: &P,
@@ -59,7 +58,8 @@ pub fn survey<P: Pages + ?Sized>(
             }
             Err(fault) => return Err(fault),
         };
-        // By what it says of itself, whatever depth it is listed at.
+        // The first byte of the page determines its type, independent of the depth at which it is
+        // listed.
         let read = if page.first() == Some(&b'I') {
             let mut list = |child: PageRef| ahead.push(child.id);
             each_child(&page, &mut list)

@@ -23,7 +23,7 @@ impl Pages for Memory {
 
 pub(super) type File = (String, u64, u64);
 
-/// A flat folder of files: (name, size, seed).
+/// A flat directory of files: (name, size, seed).
 pub(super) fn build(files: &[File], memory: &Memory) -> Root {
     let mut sink = |page: crate::frame::Verified| {
         memory.0.borrow_mut().insert(page.id, page.bytes);
@@ -61,7 +61,7 @@ pub(super) fn numbered(n: u64) -> Vec<File> {
 }
 
 #[test]
-fn a_walk_gives_back_what_was_built() {
+fn a_walk_returns_what_was_built() {
     let memory = Memory::default();
     let mut files = numbered(5_000);
     files.push(("z-large".into(), 30_000 * 60_000, 7));
@@ -104,8 +104,7 @@ fn a_small_change_shares_most_pages() {
     assert!(new <= 6, "two changes made {new} new pages of {before}");
 }
 
-/// How many bytes the second manifest's new pages take as differences against the first's, and as
-/// they are.
+/// The size of the new pages of the second manifest as deltas against the first, and uncompressed.
 fn differences(old: &[File], new: &[File]) -> (usize, usize) {
     use super::delta::{Alignment, compress, restore};
     let memory = Memory::default();
@@ -131,7 +130,7 @@ fn differences(old: &[File], new: &[File]) -> (usize, usize) {
         assert!(restore(&beside, &made[..made.len() / 2], &lens).is_err());
         assert!(
             restore(&beside, &made, &lens[1..]).is_err(),
-            "more than was asked for"
+            "more than the delta contains"
         );
         compressed += made.len();
         plain += lens.iter().sum::<u32>() as usize;
@@ -156,7 +155,7 @@ fn scattered_changes_cost_what_they_are_as_differences() {
         compressed < 1_000 * 64 + 500 * 16,
         "{compressed} of {plain} bytes for 1,000 changes and 500 gaps"
     );
-    // A large file: pages of nothing but chunks.
+    // A large file, whose pages contain only chunks.
     let large = |seed| vec![("model.bin".to_owned(), 30_000 * 40_000, seed)];
     let (compressed, plain) = differences(&large(1), &large(1));
     assert!(
@@ -174,8 +173,7 @@ fn scattered_changes_cost_what_they_are_as_differences() {
 
 #[test]
 fn differences_find_their_old_pages_in_a_long_list() {
-    // More than is looked at at once, and shifted by what was put in front and taken out on the
-    // way.
+    // More pages than one delta can use, shifted by insertions and deletions.
     let old = numbered(150_000);
     let mut new: Vec<File> = (0..30_000)
         .map(|i| (format!("a_{i:07}.png"), 50_000, 5_000_000 + i))
@@ -198,7 +196,7 @@ fn differences_find_their_old_pages_in_a_long_list() {
 }
 
 #[test]
-fn a_lying_manifest_is_refused() {
+fn an_inconsistent_manifest_is_refused() {
     let memory = Memory::default();
     let mut root = build(&numbered(10), &memory);
     root.totals.bytes += 1;
@@ -217,16 +215,16 @@ fn a_lying_manifest_is_refused() {
         builder
             .push(&entry("a/passwd", EntryBody::Dir), &[])
             .is_err(),
-        "nothing goes through a link"
+        "no entry below a link"
     );
     assert!(
         builder.push(&entry("a", EntryBody::Dir), &[]).is_err(),
-        "no name twice"
+        "duplicate names are refused"
     );
 }
 
 #[test]
-fn a_manifest_that_unfolds_without_end_is_refused() {
+fn a_manifest_that_expands_too_much_is_refused() {
     let memory = Memory::default();
     let honest = build(&numbered(1), &memory);
     let with = |page: PageRef, depth: u8| {
@@ -242,7 +240,7 @@ fn a_manifest_that_unfolds_without_end_is_refused() {
             ..honest.clone()
         }
     };
-    // Index pages that list one page many times, above each other. All they say adds up.
+    // Index pages that list one page many times, on several levels. All counts are consistent.
     let mut tower = vec![honest.pages[0]];
     for level in 0..3 {
         let mut index = page::PageWriter::default();
@@ -262,7 +260,7 @@ fn a_manifest_that_unfolds_without_end_is_refused() {
     assert_eq!(
         entry_pages(&with(tower[1], 1), &memory).unwrap().len(),
         1_500,
-        "a page may be there many times"
+        "a page may be listed many times"
     );
     let bomb = with(tower[3], 3);
     assert_eq!(
@@ -273,8 +271,7 @@ fn a_manifest_that_unfolds_without_end_is_refused() {
         for_each_page(&bomb, &memory, |_| Ok(())).unwrap_err().code,
         Code::Integrity
     );
-    // So deep that only a liar says it; counts that do not add up; a page that holds something else
-    // than is said of it.
+    // Invalid depth; counts that do not add up; a page whose content differs from its listing.
     let lies = [
         with(tower[1], 200),
         Root {
@@ -315,7 +312,7 @@ proptest! {
     }
 
     #[test]
-    fn any_tree_comes_back(mut names in proptest::collection::btree_set("[a-z]{1,3}(\\.[a-z])?", 1..60), size in 0u64..400_000) {
+    fn any_tree_round_trips(mut names in proptest::collection::btree_set("[a-z]{1,3}(\\.[a-z])?", 1..60), size in 0u64..400_000) {
         let memory = Memory::default();
         let names = std::mem::take(&mut names);
         let mut files: Vec<File> = names.into_iter().enumerate().map(|(i, n)| (n, size + i as u64, i as u64)).collect();

@@ -1,4 +1,4 @@
-//! Walks a manifest, entry by entry and chunk by chunk, holding one page of each level.
+//! Walks a manifest entry by entry and chunk by chunk, with one page of each level in memory.
 
 use std::collections::{HashMap, HashSet};
 
@@ -12,65 +12,64 @@ use super::build::check_order;
 use super::page::{ChunkRef, LISTED_BYTES_MAX, Raw, Record, Records, is_one_chunk, read_children};
 use super::{Entry, EntryBody, PageRef, Root, Totals};
 
-/// The most levels of index pages. An index page lists 45 pages or more, but the last of its level:
-/// eight levels are more than there can be bytes to list.
+/// The largest number of levels of index pages. An index page lists at least 45 pages, except the
+/// last of its level, so eight levels are more than any artifact needs.
 const DEPTH_MAX: u8 = 8;
-/// The most pages that are listed by index pages that were opened before: some 470 GB of zeros at
-/// the least, 14 TB as a rule.
+/// The largest number of pages below index pages that were opened before. It allows at least 470 GB
+/// of zeros, usually 14 TB.
 const REPEATED_PAGES_MAX: usize = 1 << 17;
-/// The most pages in a root: its bytes have room for fewer.
+/// The largest number of pages in a root; the size limit of a root allows fewer.
 const ROOT_PAGES_MAX: usize = 16 << 10;
-/// Pages of nothing but chunks that [`Walk::once_each`] remembers.
+/// The number of pages with only chunks that [`Walk::once_each`] remembers.
 pub(super) const DIFFERENT_PAGES_KNOWN_MAX: usize = 64 << 10;
 
-/// Gives the raw bytes of a page; they are checked by whoever gives them.
+/// Provides the raw bytes of pages. The implementation verifies them.
 pub trait Pages {
-    /// The page of that name.
+    /// Returns the page with this id.
     fn page(&self, id: Hash) -> Result<Bytes, Fault>;
 }
 
-/// Where a chunk stands: what a fetch request names it by, and what the journal counts by.
+/// The position of a chunk in an artifact. Fetch requests use it to identify a chunk, and the
+/// journal counts by it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ChunkPosition {
-    /// The entry page that names it.
+    /// The entry page that lists the chunk.
     pub page: Hash,
-    /// Which of that page's chunks it is.
+    /// The number of the chunk on that page.
     pub index: u32,
-    /// Which of the whole artifact's chunks it is.
+    /// The number of the chunk in the artifact.
     pub ordinal: u64,
-    /// Where it begins in its file, bytes.
+    /// The offset of the chunk in its file, in bytes.
     pub offset: u64,
 }
 
 /// One step of a walk.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Step {
-    /// An entry begins.
+    /// The start of an entry.
     Entry {
-        /// Which of the artifact's entries it is.
+        /// The number of the entry in the artifact.
         number: u64,
-        /// The entry.
         entry: Entry,
-        /// For a file: the ordinal of its first chunk, and how many of its chunks this walk knows
-        /// without looking ahead (1 for a file of one chunk, else unknown).
+        /// For a file: the ordinal of its first chunk.
         first_ordinal: u64,
     },
-    /// A chunk of the file that began last.
+    /// A chunk of the last file.
     Chunk(ChunkRef, ChunkPosition),
 }
 
-/// An iterator over all of a manifest.
+/// An iterator over a complete manifest.
 pub struct Walk<'a, P: Pages + ?Sized> {
     pages: &'a P,
     root: &'a Root,
-    /// Pages still to read, with their depth (0: entry page), next last.
-    ahead: Vec<(PageRef, u8)>,
-    unfolding: Unfolding,
-    /// What is wrong with the root, until it is told.
-    refused: Option<Fault>,
-    /// The entry page that is read now.
+    /// Pages to read, with their depth (0: entry page); the next one is last.
+    pending: Vec<(PageRef, u8)>,
+    expansion: Expansion,
+    /// The fault of an invalid root, which the first step returns.
+    root_fault: Option<Fault>,
+    /// The entry page that is being read.
     page: Option<OpenPage>,
-    /// The chunk of a file of one chunk that began last.
+    /// The chunk of the last file, if that file has one chunk.
     only_chunk: Option<ChunkRef>,
     /// See [`Walk::once_each`].
     known: Known,
@@ -78,41 +77,41 @@ pub struct Walk<'a, P: Pages + ?Sized> {
     entries: u64,
     last: Option<RelPath>,
     open: Vec<String>,
-    /// Bytes of the last file that its chunks have not covered yet, and its size.
+    /// The bytes of the last file for which no chunk was read yet, and the size of the file.
     uncovered: u64,
     size: u64,
     failed: bool,
 }
 
 impl<'a, P: Pages + ?Sized> Walk<'a, P> {
-    /// A walk over all of it.
+    /// Creates a walk over a complete manifest.
     pub fn new(root: &'a Root, pages: &'a P) -> Self {
         Self::once_each(root, pages, 0)
     }
 
-    /// A walk that leaves out the chunks of a page that holds nothing else and was read before, and
-    /// only counts them: of a manifest that lists such a page very often it costs what its pages
-    /// have bytes. Up to `known_max` of those pages are remembered.
+    /// Creates a walk that skips the chunks of a page with only chunks that was read before; it
+    /// only counts them. If a manifest lists such a page many times, the cost depends on the size
+    /// of the pages and not on their repetition. Remembers at most `known_max` of these pages.
     pub(super) fn once_each(root: &'a Root, pages: &'a P, known_max: usize) -> Self {
-        let ahead = root
+        let pending = root
             .pages
             .iter()
             .rev()
             .map(|page| (*page, root.depth))
             .collect();
-        let refused = check_root(root).err();
+        let root_fault = check_root(root).err();
         let known = Known {
             pages: HashMap::new(),
             max: known_max,
         };
-        let (unfolding, page, only_chunk, seen, entries, last, open, uncovered, size, failed) =
+        let (expansion, page, only_chunk, seen, entries, last, open, uncovered, size, failed) =
             Default::default();
         Self {
             pages,
             root,
-            ahead,
-            unfolding,
-            refused,
+            pending,
+            expansion,
+            root_fault,
             page,
             only_chunk,
             known,
@@ -131,19 +130,19 @@ impl<'a, P: Pages + ?Sized> Walk<'a, P> {
             && let Some(&(chunks, bytes)) = self.known.pages.get(&page.id)
         {
             if (page.chunks, page.entries) != (chunks, 0) {
-                return Err(other_than_listed());
+                return Err(listing_mismatch());
             }
             self.uncovered = self
                 .uncovered
                 .checked_sub(bytes)
-                .ok_or_else(|| self.wrong("has chunks that are more than the file"))?;
+                .ok_or_else(|| self.entry_fault("has chunks with more bytes than the file"))?;
             self.seen.chunks += chunks;
             return Ok(());
         }
         let bytes = read_page(self.pages, &page)?;
         if depth > 0 {
-            let children = self.unfolding.open(&page, &bytes)?;
-            self.ahead
+            let children = self.expansion.open(&page, &bytes)?;
+            self.pending
                 .extend(children.into_iter().rev().map(|child| (child, depth - 1)));
             return Ok(());
         }
@@ -157,11 +156,11 @@ impl<'a, P: Pages + ?Sized> Walk<'a, P> {
         Ok(())
     }
 
-    /// Ends the page that was read.
+    /// Completes the page that was read.
     fn close(&mut self, page: &OpenPage) -> Result<(), Fault> {
         let entries = self.entries - page.before;
         if (u64::from(page.index), entries) != (page.listed.chunks, page.listed.entries) {
-            return Err(other_than_listed());
+            return Err(listing_mismatch());
         }
         if entries == 0 && self.known.pages.len() < self.known.max {
             self.known
@@ -172,7 +171,7 @@ impl<'a, P: Pages + ?Sized> Walk<'a, P> {
     }
 
     fn entry(&mut self, entry: Entry) -> Result<Step, Fault> {
-        self.covered()?;
+        self.check_covered()?;
         check_order(self.last.as_ref(), &mut self.open, &entry)?;
         self.last = Some(entry.path.clone());
         let (number, first_ordinal) = (self.entries, self.seen.chunks);
@@ -186,7 +185,7 @@ impl<'a, P: Pages + ?Sized> Walk<'a, P> {
                     .seen
                     .bytes
                     .checked_add(file.size)
-                    .ok_or_else(|| self.wrong("is larger than can be"))?;
+                    .ok_or_else(|| self.entry_fault("makes the total size overflow"))?;
                 (self.uncovered, self.size) = (file.size, file.size);
                 if is_one_chunk(&self.root.chunking, file.size) {
                     self.only_chunk = Some(ChunkRef {
@@ -206,7 +205,7 @@ impl<'a, P: Pages + ?Sized> Walk<'a, P> {
     fn chunk(&mut self, chunk: ChunkRef, page: &mut OpenPage) -> Result<Step, Fault> {
         let len = u64::from(chunk.len);
         if len == 0 || len > self.uncovered {
-            return Err(self.wrong("has chunks that are more than the file"));
+            return Err(self.entry_fault("has chunks with more bytes than the file"));
         }
         let spot = ChunkPosition {
             page: page.listed.id,
@@ -221,7 +220,7 @@ impl<'a, P: Pages + ?Sized> Walk<'a, P> {
         Ok(Step::Chunk(chunk, spot))
     }
 
-    /// The next step that the open page has; `None` at its end.
+    /// The next step of the open page; `None` at its end.
     fn step_of(&mut self, page: &mut OpenPage) -> Result<Option<Step>, Fault> {
         if let Some(chunk) = self.only_chunk.take() {
             return self.chunk(chunk, page).map(Some);
@@ -233,22 +232,22 @@ impl<'a, P: Pages + ?Sized> Walk<'a, P> {
         }
     }
 
-    fn covered(&self) -> Result<(), Fault> {
+    fn check_covered(&self) -> Result<(), Fault> {
         if self.uncovered == 0 {
             Ok(())
         } else {
-            Err(self.wrong("has chunks that are less than the file"))
+            Err(self.entry_fault("has chunks with fewer bytes than the file"))
         }
     }
 
-    fn wrong(&self, why: &str) -> Fault {
+    fn entry_fault(&self, why: &str) -> Fault {
         let path = self.last.as_ref().map_or("", |p| p.as_str());
         Fault::integrity(format!("the manifest entry {path:?} {why}"))
             .with_next("publish the artifact again")
     }
 
     fn step(&mut self) -> Result<Option<Step>, Fault> {
-        if let Some(fault) = self.refused.take() {
+        if let Some(fault) = self.root_fault.take() {
             return Err(fault);
         }
         loop {
@@ -261,15 +260,15 @@ impl<'a, P: Pages + ?Sized> Walk<'a, P> {
                     None => self.close(&page)?,
                 }
             }
-            let Some((page, depth)) = self.ahead.pop() else {
+            let Some((page, depth)) = self.pending.pop() else {
                 break;
             };
             self.open(page, depth)?;
         }
-        self.covered()?;
+        self.check_covered()?;
         if self.seen != self.root.totals {
             return Err(
-                Fault::integrity("the manifest does not hold what its totals say")
+                Fault::integrity("the content of the manifest does not match its totals")
                     .with_next("publish the artifact again"),
             );
         }
@@ -277,19 +276,19 @@ impl<'a, P: Pages + ?Sized> Walk<'a, P> {
     }
 }
 
-/// An entry page as it is read.
+/// The entry page that is being read.
 struct OpenPage {
     listed: PageRef,
     records: Records,
-    /// The chunks that were read of it…
+    /// The number of chunks read from it.
     index: u32,
-    /// …and their bytes.
+    /// The bytes of these chunks.
     bytes: u64,
-    /// The entries that were read before it.
+    /// The number of entries read before it.
     before: u64,
 }
 
-/// Pages of nothing but chunks: how many, and their bytes.
+/// Pages with only chunks: the number of chunks and their bytes.
 struct Known {
     pages: HashMap<Hash, (u64, u64)>,
     max: usize,
@@ -307,65 +306,63 @@ impl<P: Pages + ?Sized> Iterator for Walk<'_, P> {
     }
 }
 
-/// Opens index pages, and refuses a manifest that unfolds to far more than its bytes. An index page
-/// may be listed many times, as where a file holds nothing but zeros for very long, and each time
-/// all below it is there once more for a few bytes.
+/// Opens index pages, and rejects a manifest that expands to far more than its own size. An index
+/// page may be listed many times, for example in a file with a very long run of zeros, and each
+/// listing repeats everything below it for a few bytes.
 #[derive(Default)]
-struct Unfolding {
+struct Expansion {
     opened: HashSet<Hash>,
     repeated: usize,
 }
 
-impl Unfolding {
-    /// The pages that this one lists.
+impl Expansion {
+    /// The pages that this page lists.
     fn open(&mut self, page: &PageRef, bytes: &[u8]) -> Result<Vec<PageRef>, Fault> {
         let children = read_children(bytes)?;
         add_up(&children, page.chunks.into(), page.entries.into())?;
         if !self.opened.insert(page.id) {
             self.repeated += children.len();
             if self.repeated > REPEATED_PAGES_MAX {
-                return Err(impossible(
-                    "its index pages are listed so often that it unfolds without end",
-                ));
+                return Err(malformed_manifest("its index pages are repeated too often"));
             }
         }
         Ok(children)
     }
 }
 
-/// The page, if it is as long as is said where it is listed: whoever receives it compares that.
+/// Reads a page and checks its length against its listing.
 fn read_page<P: Pages + ?Sized>(pages: &P, page: &PageRef) -> Result<Bytes, Fault> {
     let bytes = pages.page(page.id)?;
     if bytes.len() == page.len as usize {
         return Ok(bytes);
     }
-    Err(impossible(&format!(
-        "page {} has {} bytes; where it is listed, it has {}",
+    Err(malformed_manifest(&format!(
+        "page {} has {} bytes, but its listing states {}",
         page.id,
         bytes.len(),
         page.len
     )))
 }
 
-fn other_than_listed() -> Fault {
-    impossible("a page does not hold what is said of it where it is listed")
+fn listing_mismatch() -> Fault {
+    malformed_manifest("the content of a page does not match its listing")
 }
 
-pub(super) fn impossible(why: &str) -> Fault {
+pub(super) fn malformed_manifest(why: &str) -> Fault {
     Fault::integrity(format!("the manifest is malformed: {why}"))
         .with_next("publish the artifact again")
 }
 
 fn check_root(root: &Root) -> Result<(), Fault> {
     if root.depth > DEPTH_MAX {
-        return Err(impossible(&format!(
-            "it has {} levels, over {DEPTH_MAX}",
+        return Err(malformed_manifest(&format!(
+            "it has {} levels, more than {DEPTH_MAX}",
             root.depth
         )));
     }
     if root.pages.len() > ROOT_PAGES_MAX {
-        return Err(impossible(&format!(
-            "its root lists {} pages, over {ROOT_PAGES_MAX}",
+        return Err(malformed_manifest(&format!(
+            "its root lists {} pages, more than {ROOT_PAGES_MAX}",
             root.pages.len()
         )));
     }
@@ -374,8 +371,8 @@ fn check_root(root: &Root) -> Result<(), Fault> {
         .iter()
         .find(|page| u64::from(page.len) > LISTED_BYTES_MAX)
     {
-        return Err(impossible(&format!(
-            "it lists a page of {} bytes, over {LISTED_BYTES_MAX}",
+        return Err(malformed_manifest(&format!(
+            "it lists a page of {} bytes, more than {LISTED_BYTES_MAX}",
             page.len
         )));
     }
@@ -384,12 +381,13 @@ fn check_root(root: &Root) -> Result<(), Fault> {
     add_up(&root.pages, totals.chunks.into(), entries)
 }
 
-/// Every page holds something, and all together what the root or the page says that lists them.
+/// Checks that every page has content, and that the sums equal the counts of the root or page that
+/// lists them.
 fn add_up(listed: &[PageRef], chunks: u128, entries: u128) -> Result<(), Fault> {
     let (mut all_chunks, mut all_entries) = (0, 0);
     for page in listed {
         if page.chunks == 0 && page.entries == 0 {
-            return Err(impossible("it lists a page that holds nothing"));
+            return Err(malformed_manifest("it lists an empty page"));
         }
         all_chunks += u128::from(page.chunks);
         all_entries += u128::from(page.entries);
@@ -397,34 +395,33 @@ fn add_up(listed: &[PageRef], chunks: u128, entries: u128) -> Result<(), Fault> 
     if (all_chunks, all_entries) == (chunks, entries) {
         Ok(())
     } else {
-        Err(impossible("its counts do not add up"))
+        Err(malformed_manifest("its counts are inconsistent"))
     }
 }
 
-/// Pages of one level that stand behind each other, and the index page that lists them (`None`: the
-/// root).
+/// Consecutive pages of one level, and the index page that lists them (`None`: the root).
 pub type Listed = (Option<Hash>, Vec<PageRef>);
 
-/// The uppermost level of a manifest.
+/// The top level of a manifest.
 pub fn top_level(root: &Root) -> Result<Vec<Listed>, Fault> {
     check_root(root)?;
     Ok(vec![(None, root.pages.clone())])
 }
 
-/// The level below this one, in order; reads the index pages that this one consists of.
+/// The next lower level, in order. Reads the index pages of this level.
 pub fn level_below(level: &[Listed], pages: &dyn Pages) -> Result<Vec<Listed>, Fault> {
-    let mut unfolding = Unfolding::default();
+    let mut expansion = Expansion::default();
     let mut below = Vec::new();
     for page in level.iter().flat_map(|(_, listed)| listed) {
         below.push((
             Some(page.id),
-            unfolding.open(page, &read_page(pages, page)?)?,
+            expansion.open(page, &read_page(pages, page)?)?,
         ));
     }
     Ok(below)
 }
 
-/// Calls `take` for every page of a manifest, index pages before what they list.
+/// Calls `take` for every page of a manifest; an index page comes before the pages that it lists.
 pub fn for_each_page(
     root: &Root,
     pages: &dyn Pages,
@@ -442,7 +439,7 @@ pub fn for_each_page(
     Ok(())
 }
 
-/// The entry pages of a manifest, in order; reads its index pages.
+/// The entry pages of a manifest, in order. Reads its index pages.
 pub fn entry_pages(root: &Root, pages: &dyn Pages) -> Result<Vec<PageRef>, Fault> {
     let mut level = top_level(root)?;
     for _ in 0..root.depth {
@@ -451,8 +448,8 @@ pub fn entry_pages(root: &Root, pages: &dyn Pages) -> Result<Vec<PageRef>, Fault
     Ok(level.into_iter().flat_map(|(_, listed)| listed).collect())
 }
 
-/// The children of one page, as a fetch request counts them: chunks of an entry page, pages of an
-/// index page.
+/// The children of one page in the numbering of fetch requests: chunks of an entry page, pages of
+/// an index page.
 pub fn children(page: &Bytes, root: &Root) -> Result<Vec<ChunkRef>, Fault> {
     if page.first() == Some(&b'I') {
         return Ok(read_children(page)?

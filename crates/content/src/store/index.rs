@@ -1,4 +1,4 @@
-//! Where each chunk lies: a B-tree on disk (redb), half a chunk id → pack, offset, length.
+//! The index of the store: a B-tree on disk (redb) from half a chunk id to pack, offset and length.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -9,17 +9,17 @@ use crate::chunk::{Hash, ShortHash};
 use crate::redb_file::Tree;
 use base::fault::{Code, Fault};
 
-/// What to do when the index is damaged or missing.
-pub(super) const REBUILD: &str = "stop the daemon, then run 'packhorse store rebuild-index --config FILE' with its configuration: it makes \
+/// What to do if the index is damaged or missing.
+pub(super) const REBUILD: &str = "stop the daemon, then run 'packhorse store rebuild-index --config FILE' with its configuration: it \
                                   the index again from the packs; then start the daemon";
-/// What the index keeps in memory at the most.
+/// The limit on the memory of the index.
 pub const INDEX_CACHE_BYTES: usize = 16 << 20;
 
 const CHUNKS: TableDefinition<'_, &ShortHash, (u32, u32, u32)> = TableDefinition::new("chunks");
-/// Pack → bytes of it that are synced and indexed.
+/// Pack → the number of its bytes that are synced and indexed.
 const PACKS: TableDefinition<'_, u32, u64> = TableDefinition::new("packs");
 
-/// Where a frame lies.
+/// The position of a frame.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Location {
     pub(super) pack: u32,
@@ -43,8 +43,8 @@ pub(super) struct Index {
 
 impl Index {
     pub(super) fn open(path: &Path) -> Result<Self, Fault> {
-        // A daemon that does not start because the index is damaged ends with the code of one whose
-        // index is missing.
+        // A daemon that cannot start because its index is damaged exits with the same code as one
+        // whose index is missing.
         let tree = Tree::open(path, "the chunk index", REBUILD.into(), INDEX_CACHE_BYTES).map_err(
             |not| match not.is_damaged {
                 true => Fault {
@@ -55,7 +55,7 @@ impl Index {
             },
         )?;
         if tree.is_rolled_back() {
-            tracing::warn!(path = %path.display(), "the chunk index was damaged: an older state of it is used, and what it lacks is read from the packs");
+            tracing::warn!(path = %path.display(), "the chunk index was damaged: an older state was restored, and missing entries are read from the packs");
         }
         tree.write(|write| {
             write.open_table(CHUNKS)?;
@@ -99,8 +99,8 @@ impl Index {
         })
     }
 
-    /// Takes chunks in, of packs that are synced up to these lengths. In the order of their names:
-    /// neighbours share a leaf.
+    /// Adds chunks of packs that are synced up to these lengths. The chunks are inserted in order
+    /// of their ids, because neighbours share a leaf.
     pub(super) fn commit(
         &self,
         found: &[(Hash, Location)],
@@ -121,7 +121,7 @@ impl Index {
         })
     }
 
-    /// Shows every chunk with its place.
+    /// Calls `see` for every chunk.
     pub(super) fn scan(&self, mut see: impl FnMut(ShortHash, Location)) -> Result<(), Fault> {
         self.tree.read(|read| {
             for row in read.open_table(CHUNKS)?.iter()? {
@@ -132,16 +132,16 @@ impl Index {
         })
     }
 
-    /// Forgets these chunks, as far as they still lie there: one that was moved or stored anew
-    /// meanwhile stays known.
-    pub(super) fn forget_chunks(&self, lying: &[(Hash, Location)]) -> Result<(), Fault> {
+    /// Removes these chunks if they are still at these positions. A chunk that was moved or stored
+    /// again meanwhile stays.
+    pub(super) fn forget_chunks(&self, positions: &[(Hash, Location)]) -> Result<(), Fault> {
         self.tree.write(|write| {
             let mut chunks = write.open_table(CHUNKS)?;
-            for (id, at) in lying {
-                let there = chunks
+            for (id, at) in positions {
+                let is_unmoved = chunks
                     .get(&id.short())?
                     .is_some_and(|row| Location::from_row(row.value()) == *at);
-                if there {
+                if is_unmoved {
                     chunks.remove(&id.short())?;
                 }
             }
@@ -149,7 +149,7 @@ impl Index {
         })
     }
 
-    /// Forgets these chunks, as far as they are still placed in these packs, and the packs.
+    /// Removes these packs, and these chunks if they are still in them.
     pub(super) fn forget(&self, ids: &[ShortHash], packs: &[u32]) -> Result<(), Fault> {
         self.tree.write(|write| {
             let mut chunks = write.open_table(CHUNKS)?;

@@ -1,18 +1,17 @@
-//! Leases: what a collection must leave alone because somebody counts on it.
+//! Leases: protect content in use from garbage collection.
 //!
-//! Whoever publishes holds a lease ([`Store::leased`](super::Store::leased)) from before the first
-//! look at the store until the artifact is in the catalogue. Two things are safe from collections
-//! meanwhile:
-//! - what is put: it goes to the open pack or a later one, and no collection touches these packs
-//!   (the lease's *floor*);
-//! - what is found: the pack in which it lies is *pinned* at the same moment. Packs that a
-//!   collection has chosen already are *gone*: what lies in them counts as not found, and is put
-//!   again.
+//! A publisher holds a lease ([`Store::leased`](super::Store::leased)) from before its first lookup
+//! in the store until the artifact is in the catalogue. The lease protects two things from
+//! collections:
+//! - Content that is put: it goes to the open pack or a later one, and no collection touches these
+//!   packs (the *floor* of the lease).
+//! - Content that is found: its pack is *pinned* at the same moment. Packs that a collection has
+//!   already selected are *gone*: their content counts as missing and is put again.
 //!
-//! A collection spares what was leased at any time since it began, because it may have read the
-//! catalogue before an artifact was added. It never waits for a lease, nor does a lease wait for
-//! it. A pinned pack keeps its dead weight until a later collection. All of it is in memory: after
-//! a crash nobody counts on anything.
+//! A collection also protects what was leased at any time since it began, because it may have read
+//! the catalogue before an artifact was added. A collection never waits for a lease, and a lease
+//! never waits for a collection. A pinned pack keeps its garbage until a later collection. In
+//! memory only: after a crash there are no publishers with leases.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -22,15 +21,15 @@ use parking_lot::Mutex;
 use super::index::Location;
 use base::fault::Fault;
 
-/// Counts what is put through the handle of a lease, and may refuse it.
+/// Counts the bytes that are put through a leased handle, and can reject them.
 pub trait Meter: Send + Sync {
-    /// Counts bytes that are about to be stored, or refuses them.
+    /// Counts bytes before they are stored, or rejects them.
     fn take(&self, bytes: u64) -> Result<(), Fault>;
-    /// Bytes that were counted and not stored after all.
+    /// Returns bytes that were counted but not stored.
     fn give_back(&self, bytes: u64);
 }
 
-/// All leases of a store. Its lock is taken after that of the open pack, never before.
+/// All leases of a store. Its lock is taken after the lock of the open pack, never before.
 #[derive(Default)]
 pub(super) struct Leases {
     state: Mutex<State>,
@@ -40,11 +39,11 @@ pub(super) struct Leases {
 struct State {
     next: u64,
     active: HashMap<u64, LeaseState>,
-    /// Collections that have begun and not ended.
+    /// The number of running collections.
     collections: usize,
-    /// Packs that were pinned by leases which ended since the collection began.
-    spared: HashSet<u32>,
-    /// Packs that a collection takes away, or took away: their numbers are never used again.
+    /// Packs pinned by leases that ended since the collection began.
+    pinned_since_start: HashSet<u32>,
+    /// Packs that a collection removes or has removed. Their numbers are never reused.
     gone: HashSet<u32>,
 }
 
@@ -54,8 +53,8 @@ struct LeaseState {
 }
 
 impl Leases {
-    /// Begins a lease. `floor` is the number of the open pack, or of the next; the caller holds the
-    /// open pack's lock.
+    /// Starts a lease. `floor` is the number of the open pack or of the next pack. The caller holds
+    /// the lock of the open pack.
     pub(super) fn begin(self: &Arc<Self>, floor: u32, meter: Option<Arc<dyn Meter>>) -> Lease {
         let mut state = self.state.lock();
         state.next += 1;
@@ -74,8 +73,9 @@ impl Leases {
         }
     }
 
-    /// Begins a collection, and says from which pack on it must touch nothing. `first_new` is the
-    /// number of the next pack, with none open; the caller holds the open pack's lock.
+    /// Starts a collection. Returns the number of the first pack that it must not touch.
+    /// `first_new` is the number of the next pack; no pack is open. The caller holds the lock of
+    /// the open pack.
     pub(super) fn begin_collection(&self, first_new: u32) -> u32 {
         let mut state = self.state.lock();
         state.collections += 1;
@@ -91,15 +91,16 @@ impl Leases {
         let mut state = self.state.lock();
         state.collections -= 1;
         if state.collections == 0 {
-            state.spared.clear();
+            state.pinned_since_start.clear();
         }
     }
 
-    /// Of these packs those that nobody has pinned; from now on nothing is found in them.
-    pub(super) fn take_away(&self, packs: &[u32]) -> Vec<u32> {
+    /// Selects those of these packs that are not pinned. From now on their content counts as
+    /// missing.
+    pub(super) fn select_packs(&self, packs: &[u32]) -> Vec<u32> {
         let mut state = self.state.lock();
         let is_pinned = |pack: &u32| {
-            state.spared.contains(pack)
+            state.pinned_since_start.contains(pack)
                 || state.active.values().any(|held| held.pins.contains(pack))
         };
         let free: Vec<u32> = packs
@@ -111,8 +112,8 @@ impl Leases {
         free
     }
 
-    /// These packs stay after all.
-    pub(super) fn leave(&self, packs: &[u32]) {
+    /// Undoes the selection of these packs.
+    pub(super) fn deselect_packs(&self, packs: &[u32]) {
         let mut state = self.state.lock();
         packs.iter().for_each(|pack| {
             state.gone.remove(pack);
@@ -120,11 +121,11 @@ impl Leases {
     }
 }
 
-/// Keeps what its holder puts and finds from being collected, until it is dropped.
+/// Protects what its holder puts and finds. Dropping it ends the protection.
 pub(super) struct Lease {
     leases: Arc<Leases>,
     id: u64,
-    /// Dropped with the last handle, after the lease ended.
+    /// Dropped with the last handle, after the end of the lease.
     meter: Option<Arc<dyn Meter>>,
 }
 
@@ -133,7 +134,7 @@ impl Lease {
         self.meter.as_deref()
     }
 
-    /// Pins what was found. What lies in a pack that goes away counts as not found.
+    /// Pins what was found. A position in a selected pack counts as missing.
     pub(super) fn pin(&self, found: &mut [Option<Location>]) {
         let mut state = self.leases.state.lock();
         let State { active, gone, .. } = &mut *state;
@@ -158,7 +159,7 @@ impl Drop for Lease {
         if let Some(held) = state.active.remove(&self.id)
             && state.collections > 0
         {
-            state.spared.extend(held.pins);
+            state.pinned_since_start.extend(held.pins);
         }
     }
 }

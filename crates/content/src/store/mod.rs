@@ -1,16 +1,18 @@
-//! The store: chunks in packs, and the index that says where each lies.
+//! The store: chunks in packs, and an index of their positions.
 //!
-//! The hub keeps everything here; a site keeps manifest pages here (its files and blobs are its
-//! chunk store, see `places`). A chunk is written as a [`Frame`], appended to the open pack.
-//! [`Store::flush`] syncs it and then commits its index entries, so the index never names bytes
-//! that a power cut could take. A pack that is full is synced by whoever begins the next, who tells
-//! the index as well once there is enough to tell; the others go on putting meanwhile. Chunks put
-//! but not flushed can be read at once by this process.
+//! The hub keeps all content here. A site keeps only manifest pages here; its delivered files and
+//! blobs are its chunk store (see `chunk_index`). A chunk is written as a [`Frame`] and appended to
+//! the open pack. [`Store::flush`] syncs the pack and then commits its index entries, so the index
+//! never names bytes that a power failure could lose. A full pack is synced by the thread that
+//! starts the next pack. That thread also updates the index if enough entries have accumulated;
+//! other threads continue to put meanwhile. This process can read chunks immediately after they are
+//! put, before the flush.
 //!
-//! On disk, under the store's folder: `packs/00000001.pack …` (a header of 8 bytes, then frames)
-//! and `index.redb`. After a crash what the index does not know of the last packs is scanned: whole
-//! frames are kept, the torn rest is cut off. The index costs 35 to 71 bytes of disk a chunk and no
-//! memory but its cache ([`INDEX_CACHE_BYTES`]); [`rebuild_index`] makes it again from the packs.
+//! On disk, in the directory of the store: `packs/00000001.pack …` (a header of 8 bytes, then
+//! frames) and `index.redb`. After a crash, the part of the last packs that is not in the index is
+//! scanned: complete frames are kept, the incomplete rest is cut off. The index takes 35 to 71
+//! bytes of disk per chunk, and memory only for its cache ([`INDEX_CACHE_BYTES`]).
+//! [`rebuild_index`] rebuilds it from the packs.
 
 mod index;
 mod lease;
@@ -38,20 +40,20 @@ use index::{Index, Location, REBUILD};
 use lease::{Lease, Leases};
 
 pub use lease::Meter;
-use pack::{MAKE_ROOM, Packs, Unsynced, Writer};
+use pack::{FREE_SPACE, Packs, Unsynced, Writer};
 pub use rebuild::{Rebuilt, rebuild_index};
 
 const INDEX: &str = "index.redb";
 
-/// Packs that are synced and closed before the index is written. What a crash leaves of them is
-/// read at the next start: 2 GiB at the most…
+/// The number of packs that are synced and closed before the index is written. After a crash, at
+/// most this many packs (2 GiB) are scanned at the next start.
 const PACKS_A_COMMIT: usize = 64;
-/// …and chunks that wait for the index, in about 10 MB of memory.
+/// The number of chunks that wait for the index; they take about 10 MB of memory.
 const ROWS_A_COMMIT: usize = 100_000;
-/// Packs that a collection rewrites for one look through the index.
+/// The number of packs that a collection rewrites per scan of the index.
 const COLLECT_TOGETHER: usize = 256;
 
-/// A store. Cheap to clone.
+/// A handle to a store. Cheap to clone.
 #[derive(Clone)]
 pub struct Store {
     inner: Arc<Inner>,
@@ -62,12 +64,11 @@ pub struct Store {
 struct Inner {
     packs: Packs,
     index: Index,
-    /// Held while packs are synced and the index is told, by one at a time. Always taken before
-    /// `open`.
+    /// Held by one thread while it syncs packs and updates the index. Always taken before `open`.
     syncing: Mutex<()>,
-    /// Held for as long as an append takes, never over a sync.
+    /// Held during an append, never during a sync.
     open: Mutex<Open>,
-    /// From this length on a pack is full.
+    /// The size from which a pack is full.
     pack_bytes: u64,
     /// See [`Store::losses`].
     losses: AtomicU64,
@@ -75,25 +76,25 @@ struct Inner {
     leases: Arc<Leases>,
 }
 
-/// The pack being written, and what the index does not know yet.
+/// The open pack, and the entries that the index does not have yet.
 struct Open {
     writer: Option<Writer>,
     /// Packs that are full and not synced.
     full: VecDeque<Unsynced>,
-    /// How far packs were synced since the index was written.
+    /// The length to which each pack was synced since the index was written.
     synced: HashMap<u32, u64>,
     pending: HashMap<Hash, Location>,
     next_pack: u32,
 }
 
 impl Open {
-    /// Ends the open pack.
+    /// Closes the open pack.
     fn seal(&mut self) {
         self.full
             .extend(self.writer.take().map(|writer| writer.unsynced()));
     }
 
-    /// The rows of what was synced.
+    /// The entries of synced bytes.
     fn synced_rows(&self) -> Vec<(Hash, Location)> {
         let is_synced = |at: &Location| {
             self.synced
@@ -108,11 +109,11 @@ impl Open {
     }
 }
 
-/// Frames that lie behind each other in one pack: read at once, sent as they are.
+/// Consecutive frames of one pack, which are read at once and sent unchanged.
 type Extent = (Location, u64);
 
 impl Store {
-    /// Opens or makes the store in this folder, and mends what a crash left.
+    /// Opens or creates the store in this directory, and recovers it after a crash.
     pub fn open(dir: &Path) -> Result<Self, Fault> {
         Self::open_with(dir, PACK_BYTES)
     }
@@ -123,15 +124,14 @@ impl Store {
         let path = dir.join(INDEX);
         if !path.exists() && !packs.list()?.is_empty() {
             return Err(Fault::config(format!(
-                "{} is missing, and there are packs beside it: the chunk index is lost",
+                "{} is missing although there are packs: the chunk index is lost",
                 path.display()
             ))
             .with_next(REBUILD));
         }
         let index = Index::open(&path)?;
         let known = index.packs()?;
-        // A pack that was lost leaves its number to the chunks that the index still looks for in
-        // it.
+        // The number of a lost pack is not reused: the index may still have chunks in it.
         let mut next_pack = known.keys().next_back().map_or(1, |last| last + 1);
         for number in packs.list()? {
             next_pack = next_pack.max(number + 1);
@@ -176,7 +176,7 @@ impl Store {
         })
     }
 
-    /// Packs that the index counts on and that are gone.
+    /// Packs that the index names but that do not exist.
     pub fn lost_packs(&self) -> Result<Vec<u32>, Fault> {
         let there = self.inner.packs.list()?;
         Ok(self
@@ -188,12 +188,12 @@ impl Store {
             .collect())
     }
 
-    /// Whether the index was found damaged since it was opened.
+    /// Whether damage of the index was detected since it was opened.
     pub fn is_damaged(&self) -> bool {
         self.inner.index.is_damaged()
     }
 
-    /// The folder of the packs, for what is said to people.
+    /// The directory of the packs, for messages.
     pub fn path(&self) -> PathBuf {
         self.inner.packs.dir().to_owned()
     }
@@ -205,10 +205,10 @@ impl Store {
         self.inner.index.get(id)
     }
 
-    /// What is pending is looked up first: a flush puts chunks into the index before it forgets
-    /// them here, so that the other order would miss those that are flushed in between. A pending
-    /// copy goes first: the row may name an older one in a pack that a collection takes away, and
-    /// only what is found is pinned.
+    /// Looks up pending chunks first: a flush adds chunks to the index before it removes them from
+    /// `pending`, so the reverse order could miss them. A pending copy takes precedence: the index
+    /// may name an older copy in a pack that a collection removes, and only the returned position
+    /// is pinned.
     fn locate_many(&self, ids: &[Hash]) -> Result<Vec<Option<Location>>, Fault> {
         let pending: Vec<Option<Location>> = {
             let open = self.inner.open.lock();
@@ -221,14 +221,15 @@ impl Store {
             .collect())
     }
 
-    /// A handle for whoever will count on what he puts and finds: no collection takes it away while
-    /// this handle or a clone of it is there. It is to be taken before the first look, and kept
+    /// Returns a handle with a lease: no collection removes what is put or found through this
+    /// handle and its clones while one of them exists. Take it before the first lookup and keep it
     /// until the artifact is in the catalogue.
     pub fn leased(&self) -> Self {
         self.lease(None)
     }
 
-    /// [`Store::leased`], with a meter for all that is put through this handle and its clones.
+    /// Like [`Store::leased`], with a meter for everything that is put through this handle and its
+    /// clones.
     pub fn leased_with(&self, meter: Arc<dyn Meter>) -> Self {
         self.lease(Some(meter))
     }
@@ -243,7 +244,7 @@ impl Store {
         }
     }
 
-    /// Whether the chunk is here.
+    /// Whether the store has the chunk.
     pub fn has(&self, id: Hash) -> Result<bool, Fault> {
         let mut found = [self.locate(id)?];
         if let Some(lease) = &self.lease {
@@ -252,10 +253,10 @@ impl Store {
         Ok(found[0].is_some())
     }
 
-    /// The raw length of a chunk as its frame names it; `None` when the chunk is not here. Reads no
-    /// more than the frame's header.
+    /// The raw length of a chunk as stated in its frame; `None` if the store does not have the
+    /// chunk. Reads only the header of the frame.
     pub fn raw_len(&self, id: Hash) -> Result<Option<u32>, Fault> {
-        // As for every look of somebody with a lease.
+        // This lookup pins the chunk, as every lookup with a lease does.
         if !self.has(id)? {
             return Ok(None);
         }
@@ -273,7 +274,7 @@ impl Store {
         Ok(Some(header.raw_len))
     }
 
-    /// Which of these chunks are here.
+    /// For each of these chunks, whether the store has it.
     pub fn has_many(&self, ids: &[Hash]) -> Result<Vec<bool>, Fault> {
         let mut found = self.locate_many(ids)?;
         if let Some(lease) = &self.lease {
@@ -282,8 +283,8 @@ impl Store {
         Ok(found.into_iter().map(|found| found.is_some()).collect())
     }
 
-    /// Puts a frame whose BLAKE3 the caller verified. Returns the bytes it took, 0 when the chunk
-    /// was here already.
+    /// Stores a frame whose BLAKE3 the caller verified. Returns the bytes stored, 0 if the store
+    /// already had the chunk.
     pub fn put(&self, frame: &Frame) -> Result<u64, Fault> {
         if self.has(frame.id())? {
             return Ok(0);
@@ -291,13 +292,13 @@ impl Store {
         self.append(frame)
     }
 
-    /// [`Store::put`] for a caller that repairs: a chunk that is here is read and verified first,
-    /// and replaced if it is damaged.
+    /// Like [`Store::put`], but first reads and verifies an existing chunk, and replaces it if it
+    /// is damaged.
     pub fn put_over(&self, frame: &Frame) -> Result<u64, Fault> {
         if self.has(frame.id())? {
             match self.read(frame.id()) {
                 Ok(_) => return Ok(0),
-                // The read removed it from the index.
+                // The read removed the damaged chunk from the index.
                 Err(fault) if fault.code == Code::Integrity => {}
                 Err(fault) => return Err(fault),
             }
@@ -305,7 +306,7 @@ impl Store {
         self.append(frame)
     }
 
-    /// [`Store::put`] for many.
+    /// Like [`Store::put`], for many frames.
     pub fn put_all(&self, mut frames: Vec<Frame>) -> Result<u64, Fault> {
         let ids: Vec<Hash> = frames.iter().map(Frame::id).collect();
         let mut here = self.has_many(&ids)?.into_iter();
@@ -313,8 +314,8 @@ impl Store {
         self.append_all(&frames)
     }
 
-    /// [`Store::put`] for many whose frames are still to be made: asks only for those that are not
-    /// here, by their places in `ids`.
+    /// Like [`Store::put`], for many frames that are not created yet: calls `frame` only for
+    /// missing chunks, with their positions in `ids`.
     pub fn put_lacking(
         &self,
         ids: &[Hash],
@@ -328,8 +329,8 @@ impl Store {
         self.append_all(&frames)
     }
 
-    /// Fails as [`Store::append`] does for want of room, before what is to be put is fetched for
-    /// nothing.
+    /// Fails if [`Store::append`] would fail because of a full disk. Call this before fetching
+    /// content.
     pub fn check_room(&self) -> Result<(), Fault> {
         let open = self.inner.open.lock();
         match &open.writer {
@@ -344,7 +345,7 @@ impl Store {
         }
     }
 
-    /// Fails when so many bytes more will not fit, beside the room that the store leaves.
+    /// Fails if this many more bytes do not fit, in addition to the reserve of the store.
     pub fn check_room_for(&self, bytes: u64) -> Result<(), Fault> {
         let free = Space::of(self.inner.packs.dir())?.bytes.unwrap_or(u64::MAX);
         let room = free.saturating_sub(STORE_SPARE_BYTES + PACK_BYTES);
@@ -353,18 +354,19 @@ impl Store {
         }
         let path = self.inner.packs.dir().display();
         Err(Fault::no_space(format!(
-            "{bytes} bytes more will not fit in {path}, which has {room} to spare"
+            "{bytes} more bytes do not fit in {path}, which has {room} bytes available"
         ))
-        .with_next(MAKE_ROOM))
+        .with_next(FREE_SPACE))
     }
 
-    /// [`Store::put`] for a caller that knows that the index lacks the chunk.
+    /// Like [`Store::put`], for a caller that knows that the index does not have the chunk.
     pub fn append(&self, frame: &Frame) -> Result<u64, Fault> {
         self.append_all(std::slice::from_ref(frame))
     }
 
-    /// [`Store::append`] for many, which lie behind each other then. Returns the bytes that they
-    /// took. It may fail over an older pack that cannot be synced, though these were kept.
+    /// Like [`Store::append`], for many frames, which are stored one after the other. Returns the
+    /// bytes stored. Can fail because an older pack cannot be synced, although these frames were
+    /// stored.
     pub fn append_all(&self, frames: &[Frame]) -> Result<u64, Fault> {
         let Some(meter) = self.lease.as_ref().and_then(|lease| lease.meter()) else {
             return self.append_leaving(frames, STORE_SPARE_BYTES + PACK_BYTES);
@@ -372,8 +374,8 @@ impl Store {
         let bytes = frames.iter().map(|frame| frame.len() as u64).sum();
         meter.take(bytes)?;
         let appended = self.append_leaving(frames, STORE_SPARE_BYTES + PACK_BYTES);
-        // Where it is not known how much was kept, all of it counts, but for a full disk, which
-        // kept nothing.
+        // After most errors it is unknown how much was stored, so all of it counts. A full disk
+        // stores nothing.
         match &appended {
             Ok(kept) => meter.give_back(bytes.saturating_sub(*kept)),
             Err(fault) if fault.code == Code::NoSpace => meter.give_back(bytes),
@@ -382,7 +384,7 @@ impl Store {
         appended
     }
 
-    /// Appends, if a new pack would leave this much room on the disk, and syncs what became full.
+    /// Appends, if a new pack would leave `spare` bytes free on the disk. Then syncs full packs.
     fn append_leaving(&self, frames: &[Frame], spare: u64) -> Result<u64, Fault> {
         let mut open = self.inner.open.lock();
         let appended = self.append_to(&mut open, frames, spare);
@@ -421,7 +423,7 @@ impl Store {
             return Err(Fault::internal("no pack is open"));
         };
         let pieces: Vec<&[u8]> = frames.iter().flat_map(|frame| frame.pieces()).collect();
-        // A collection asks for nothing to stay free: it makes room.
+        // A collection requires no reserve: it frees space.
         let mut offset = writer.append(&pieces, spare.min(STORE_SPARE_BYTES))?;
         let (pack, begin) = (writer.number(), offset);
         for frame in frames {
@@ -436,7 +438,7 @@ impl Store {
         Ok(u64::from(offset - begin))
     }
 
-    /// Makes everything put so far durable.
+    /// Makes everything that was put so far durable.
     pub fn flush(&self) -> Result<(), Fault> {
         let _turn = self.inner.syncing.lock();
         let last = {
@@ -446,7 +448,8 @@ impl Store {
                 .filter(|_| !open.pending.is_empty())
                 .map(Writer::unsynced)
         };
-        // Before the full ones: at any moment it may become full itself, and be one of them.
+        // The open pack is synced before the full ones: it can become full meanwhile, and is then
+        // one of them.
         if let Some(last) = last {
             self.sync(&last)?;
         }
@@ -454,8 +457,8 @@ impl Store {
         self.commit()
     }
 
-    /// Makes the packs durable that are full. The index is told when there is enough to tell: each
-    /// time it copies most of its leaves.
+    /// Makes full packs durable. Updates the index only if enough entries have accumulated, because
+    /// each update copies most of its leaves.
     fn sync_full_packs(&self) -> Result<(), Fault> {
         let _turn = self.inner.syncing.lock();
         self.sync_all_full()?;
@@ -466,22 +469,23 @@ impl Store {
         if enough { self.commit() } else { Ok(()) }
     }
 
-    /// How often chunks were lost after they were put, because the disk failed when they were to be
-    /// made durable. That is told to whoever synced; everybody else who puts compares: this before
-    /// the first put, [`Store::flush_since`] after the last.
+    /// How often chunks were lost after a put, because the disk failed when they were synced. Only
+    /// the caller that synced gets the error. Other callers that put must compare this value: read
+    /// it before the first put and pass it to [`Store::flush_since`] after the last one.
     pub fn losses(&self) -> u64 {
         self.inner.losses.load(Ordering::SeqCst)
     }
 
-    /// [`Store::flush`], which fails as well if anything was lost since [`Store::losses`] said
-    /// `before`: it may have been what the caller put, or what he found here and did not put.
+    /// Like [`Store::flush`], but also fails if chunks were lost since [`Store::losses`] returned
+    /// `before`. The lost chunks may be those that the caller put, or those that it found and did
+    /// not put.
     pub fn flush_since(&self, before: u64) -> Result<(), Fault> {
         self.flush()?;
         if self.losses() == before {
             return Ok(());
         }
-        Err(Fault::internal(format!("the disk of {} failed while it was written: chunks were lost", self.inner.packs.dir().display()))
-            .with_next("look after that disk (the daemon's log has its error), then publish again: what was kept is not sent again"))
+        Err(Fault::internal(format!("writing to the disk of {} failed: chunks were lost", self.inner.packs.dir().display()))
+            .with_next("check that disk (the daemon's log contains the error), then publish again: content that is already stored is not sent again"))
     }
 
     fn sync_all_full(&self) -> Result<(), Fault> {
@@ -493,7 +497,7 @@ impl Store {
         }
     }
 
-    /// Syncs a pack. After that its bytes may be named by the index.
+    /// Syncs a pack. Afterwards the index may name its bytes.
     fn sync(&self, pack: &Unsynced) -> Result<(), Fault> {
         let number = pack.number;
         let synced = pack.sync();
@@ -502,29 +506,30 @@ impl Store {
             open.synced.insert(number, pack.len);
             return Ok(());
         };
-        // A sync that failed may have lost any of the pack's new bytes: forget them all, they will
-        // be sent again. The next one would say that all is well.
+        // A failed sync may have lost any of the new bytes of the pack, and a second sync would
+        // succeed. Therefore remove all of its entries; the chunks must be put again.
         open.pending.retain(|_, at| at.pack != number);
         open.full.retain(|other| other.number != number);
         open.synced.remove(&number);
         open.writer.take_if(|writer| writer.number() == number);
-        // After that: whoever reads the new count finds none of them here.
+        // Update the counter last: a caller that reads the new value no longer finds any of these
+        // chunks.
         self.inner.losses.fetch_add(1, Ordering::SeqCst);
         drop(open);
-        tracing::error!(pack = number, error = %fault, "chunks were lost: the disk failed as they were to be made durable");
-        // Nor may the next start take them for whole: they may be so in memory only.
+        tracing::error!(pack = number, error = %fault, "chunks were lost: syncing the pack failed");
+        // Cut the pack, so that the next start does not accept frames that may be only in memory.
         let cut = self.inner.index.packs().and_then(|known| {
             self.inner
                 .packs
                 .cut(number, known.get(&number).copied().unwrap_or(0))
         });
         if let Err(fault) = cut {
-            tracing::error!(pack = number, error = %fault, "the pack cannot be cut back to what is durable of it");
+            tracing::error!(pack = number, error = %fault, "the pack cannot be truncated to its durable length");
         }
         Err(fault)
     }
 
-    /// Tells the index of all that was synced.
+    /// Adds all synced entries to the index.
     fn commit(&self) -> Result<(), Fault> {
         let (found, packs) = {
             let open = self.inner.open.lock();
@@ -547,24 +552,23 @@ impl Store {
         Ok(())
     }
 
-    /// The frames of these chunks in this order, neighbours joined into one piece, every sum
-    /// checked. A chunk that is not here is `not_found`; a damaged one is `integrity` and is never
-    /// given out.
+    /// Reads the frames of these chunks, in this order, and checks every checksum. Consecutive
+    /// frames of one pack are returned in one buffer. A missing chunk is `not_found`; a damaged
+    /// chunk is `integrity` and is never returned.
     pub fn read_frames(&self, ids: &[Hash]) -> Result<Vec<Bytes>, Fault> {
         self.read_some(ids, None)
     }
 
-    /// [`Store::read_frames`] of chunks as a manifest names them: a frame that has another raw
-    /// length than the manifest names is `integrity` as well, because whoever receives it refuses
-    /// it.
+    /// Like [`Store::read_frames`], for chunks as a manifest lists them. A frame whose raw length
+    /// differs from the manifest is `integrity`, because the receiver would reject it.
     pub fn read_listed(&self, chunks: &[ChunkRef]) -> Result<Vec<Bytes>, Fault> {
         let ids: Vec<Hash> = chunks.iter().map(|chunk| chunk.id).collect();
         self.read_some(&ids, Some(chunks))
     }
 
     fn read_some(&self, ids: &[Hash], listed: Option<&[ChunkRef]>) -> Result<Vec<Bytes>, Fault> {
-        // A collection may take a pack away between the look at the index and the read: the second
-        // failure is believed.
+        // A collection may remove a pack between the lookup and the read. Therefore only a second
+        // failure counts.
         let read = || self.read_located(ids, listed);
         read()
             .or_else(|_| read())
@@ -610,7 +614,7 @@ impl Store {
                 let expected = wanted.next().copied();
                 if Some(frame.id()) != expected {
                     return Err(Fault::integrity(format!(
-                        "the pack {} holds chunk {} where the index says another",
+                        "the pack {} contains chunk {} at the position of a different chunk in the index",
                         first.pack,
                         frame.id()
                     )));
@@ -624,24 +628,23 @@ impl Store {
         Ok(out)
     }
 
-    /// One chunk's raw bytes, verified.
+    /// Reads and verifies one chunk.
     pub fn read(&self, id: Hash) -> Result<Verified, Fault> {
-        // As in `read_frames`.
-        self.read_unforgiving(id)
-            .or_else(|_| self.read_unforgiving(id))
+        // Two attempts, as in `read_some`.
+        self.read_once(id)
+            .or_else(|_| self.read_once(id))
             .inspect_err(|fault| self.forget_damaged(&[id], fault))
     }
 
-    /// [`Store::read`] of a chunk as a manifest names it: another length than the manifest names is
-    /// `integrity` as well.
+    /// Like [`Store::read`], for a chunk as a manifest lists it. A different length is `integrity`.
     pub fn read_chunk(&self, chunk: ChunkRef) -> Result<Verified, Fault> {
         let read = self.read(chunk.id)?;
         check_len(&chunk, read.bytes.len() as u32)?;
         Ok(read)
     }
 
-    /// Reads and verifies these chunks as far as they are here, and removes those from the index
-    /// that do not verify. Returns how many those were.
+    /// Reads and verifies those of these chunks that the store has, and removes damaged ones from
+    /// the index. Returns the number of damaged chunks.
     pub fn recheck(&self, ids: &[Hash]) -> Result<usize, Fault> {
         let mut bad = 0;
         for id in ids {
@@ -655,8 +658,8 @@ impl Store {
         Ok(bad)
     }
 
-    /// A chunk that turned out damaged is as good as not there: forgotten, it is stored anew by the
-    /// next publish of it.
+    /// Removes damaged chunks from the index, so that the next publish of the same content stores
+    /// them again.
     fn forget_damaged(&self, ids: &[Hash], fault: &Fault) {
         if fault.code != Code::Integrity {
             return;
@@ -666,9 +669,9 @@ impl Store {
         if damaged.is_empty() {
             return;
         }
-        tracing::error!(chunks = damaged.len(), error = %fault, "damage in the store");
+        tracing::error!(chunks = damaged.len(), error = %fault, "damaged chunks in the store");
         {
-            // What is not flushed yet stands there only.
+            // A chunk that was not flushed is only in `pending`.
             let mut open = self.inner.open.lock();
             for (id, at) in &damaged {
                 if open.pending.get(id) == Some(at) {
@@ -677,11 +680,11 @@ impl Store {
             }
         }
         if let Err(fault) = self.inner.index.forget_chunks(&damaged) {
-            tracing::error!(error = %fault, "the chunk index cannot be written");
+            tracing::error!(error = %fault, "the chunk index cannot be updated");
         }
     }
 
-    /// The chunk and where it lies, if it is damaged there.
+    /// The chunk and its position, if it is damaged.
     fn damaged(&self, id: Hash) -> Option<(Hash, Location)> {
         let at = self.locate(id).ok().flatten()?;
         self.read_at(id, at)
@@ -689,7 +692,7 @@ impl Store {
             .then_some((id, at))
     }
 
-    fn read_unforgiving(&self, id: Hash) -> Result<Verified, Fault> {
+    fn read_once(&self, id: Hash) -> Result<Verified, Fault> {
         let Some(at) = self.locate(id)? else {
             return Err(missing(id));
         };
@@ -705,12 +708,12 @@ impl Store {
         Ok(frame.verify(id, frame.raw_len())?)
     }
 
-    /// To be called now and then: an idle daemon keeps no buffers.
+    /// Frees unused buffers. Call this periodically.
     pub fn rest(&self) {
         self.inner.packs.rest();
     }
 
-    /// Bytes that the packs take on the disk.
+    /// The size of all packs on disk.
     pub fn stored_bytes(&self) -> Result<u64, Fault> {
         self.inner
             .packs
@@ -720,15 +723,15 @@ impl Store {
             .sum()
     }
 
-    /// Removes every chunk for which `live` says no; see [`Store::begin_collection`]. Returns the
-    /// bytes freed.
+    /// Removes every chunk that is not `live`; see [`Store::begin_collection`]. Returns the bytes
+    /// freed.
     pub fn collect(&self, live: &dyn Fn(ShortHash) -> bool) -> Result<u64, Fault> {
         self.begin_collection()?.sweep(live, &|| Ok(()))
     }
 
-    /// Begins a collection. What is put from here on stays, and what is leased from here on or was
-    /// before; so what is alive is to be worked out after this call. Others go on putting and
-    /// finding meanwhile.
+    /// Starts a collection. Content that is put after this call, and content with a lease from
+    /// before or after it, is kept. Therefore determine the live chunks after this call. Other
+    /// threads continue to put and look up meanwhile.
     pub fn begin_collection(&self) -> Result<Collection, Fault> {
         let collection = {
             let mut open = self.inner.open.lock();
@@ -738,17 +741,17 @@ impl Store {
                 store: self.clone(),
             }
         };
-        // The index does not know yet what lives in the packs that others write meanwhile; of the
-        // older ones it knows all.
+        // The index does not have the content of the packs that others write meanwhile, but it must
+        // have the content of all older packs.
         self.flush()?;
         Ok(collection)
     }
 }
 
-/// A collection that has begun.
+/// A running collection.
 pub struct Collection {
     store: Store,
-    /// Packs from this number on are let be.
+    /// Packs from this number on are not touched.
     end_before: u32,
 }
 
@@ -759,14 +762,14 @@ impl Drop for Collection {
 }
 
 impl Collection {
-    /// Removes every chunk for which `live` says no. Packs of which less than 70 % lives are
-    /// written anew; the others, and those in which somebody with a lease found something, keep
-    /// their dead weight. `go_on` is asked now and then, and ends the collection when it fails;
-    /// what was done until then is whole. Returns the bytes freed.
+    /// Removes every chunk that is not `live`. A pack with less than 70 % live bytes is rewritten.
+    /// Other packs, and packs that are pinned by a lease, keep their garbage. Calls `check_cancelled`
+    /// repeatedly and stops if it fails; the work done until then is valid. Returns the bytes
+    /// freed.
     pub fn sweep(
         self,
         live: &dyn Fn(ShortHash) -> bool,
-        go_on: &dyn Fn() -> Result<(), Fault>,
+        check_cancelled: &dyn Fn() -> Result<(), Fault>,
     ) -> Result<u64, Fault> {
         let store = &self.store;
         let before = store.stored_bytes()?;
@@ -788,14 +791,14 @@ impl Collection {
                 sparse.push(number);
             }
         }
-        for some in sparse.chunks(COLLECT_TOGETHER) {
-            let packs = store.inner.leases.take_away(some);
+        for batch in sparse.chunks(COLLECT_TOGETHER) {
+            let packs = store.inner.leases.select_packs(batch);
             let dead = store
-                .move_out(&packs, live, go_on)
-                .inspect_err(|_| store.inner.leases.leave(&packs))?;
-            // The index forgets the packs before the files go: a crash between leaves packs that
-            // nothing names, and the next start takes their frames in again, which costs room and
-            // no harm.
+                .copy_live(&packs, live, check_cancelled)
+                .inspect_err(|_| store.inner.leases.deselect_packs(&packs))?;
+            // Remove the packs from the index before their files. A crash in between leaves packs
+            // that the index does not name. The next start adds their frames again, which only
+            // costs space.
             store.inner.index.forget(&dead, &packs)?;
             packs
                 .iter()
@@ -814,14 +817,14 @@ impl Pages for Store {
 }
 
 impl Store {
-    /// Moves what lives out of these packs, and makes it durable. Returns the chunks that are to be
-    /// forgotten. What is damaged is lost already, and would else stand in the way of every
-    /// collection to come.
-    fn move_out(
+    /// Copies the live chunks out of these packs and makes the copies durable. Returns the chunks
+    /// to remove from the index. A damaged chunk is already lost; it is removed too, so that it
+    /// does not block later collections.
+    fn copy_live(
         &self,
         packs: &[u32],
         live: &dyn Fn(ShortHash) -> bool,
-        go_on: &dyn Fn() -> Result<(), Fault>,
+        check_cancelled: &dyn Fn() -> Result<(), Fault>,
     ) -> Result<Vec<ShortHash>, Fault> {
         let losses = self.losses();
         let mut chunks: Vec<(ShortHash, Location)> = Vec::new();
@@ -833,30 +836,30 @@ impl Store {
         chunks.sort_unstable_by_key(|(_, at)| (at.pack, at.offset));
         let mut dead: Vec<ShortHash> = Vec::new();
         for (id, at) in chunks {
-            go_on()?;
+            check_cancelled()?;
             if !live(id) {
                 dead.push(id);
                 continue;
             }
             match self.read_named(id, at) {
-                // A collection may use the room that is kept free: it makes more.
+                // A collection may use the reserve, because it frees more space.
                 Ok(frame) => {
                     self.append_leaving(&[frame], 0)?;
                 }
                 Err(fault) if fault.code == Code::Integrity => {
-                    tracing::error!(chunk = hex::encode(id), error = %fault, "damage in the store: the chunk is forgotten");
+                    tracing::error!(chunk = hex::encode(id), error = %fault, "damaged chunk in the store: it was removed from the index");
                     dead.push(id);
                 }
                 Err(fault) => return Err(fault),
             }
         }
-        // A flush of somebody else may have failed over what was moved: then it lives in the old
-        // packs only.
+        // A concurrent flush may have failed for the copied chunks. Then the only copies are in the
+        // old packs.
         self.flush_since(losses)?;
         Ok(dead)
     }
 
-    /// The frame that lies there, if it is the one of that name and undamaged.
+    /// Reads the frame at this position, and checks its id and checksum.
     fn read_named(&self, id: ShortHash, at: Location) -> Result<Frame, Fault> {
         let frame = Frame::parse(self.inner.packs.read(
             at.pack,
@@ -868,7 +871,7 @@ impl Store {
         })?;
         if frame.id().short() != id {
             return Err(Fault::integrity(format!(
-                "the pack {} holds another chunk where {}… should be",
+                "the pack {} contains a different chunk at the position of {}…",
                 at.pack,
                 hex::encode(id)
             )));
@@ -877,20 +880,20 @@ impl Store {
     }
 }
 
-/// A frame may be sound and still not be what a manifest names: then it is the manifest that is
+/// Checks the length. A frame can be valid and still differ from the manifest; then the manifest is
 /// wrong.
 fn check_len(listed: &ChunkRef, len: u32) -> Result<(), Fault> {
     if listed.len == len {
         return Ok(());
     }
-    Err(Fault::integrity(format!("chunk {} has {len} bytes; the manifest says {}", listed.id, listed.len))
-        .with_next("run 'packhorse verify' on the artifact, then publish the content again; if that finds the same, under a new version"))
+    Err(Fault::integrity(format!("chunk {} has {len} bytes, but the manifest states {}", listed.id, listed.len))
+        .with_next("run 'packhorse verify' on the artifact, then publish the content again; if the error occurs again, publish it under a new version"))
 }
 
-/// An artifact names the chunk, so it was here once.
+/// The fault of a chunk that an artifact references but the store does not have.
 fn missing(id: Hash) -> Fault {
-    Fault::integrity(format!("chunk {id} is not in the store: it was lost or damaged"))
-        .with_next("run 'packhorse verify' on the artifacts, publish those hit again, then retry their transfers")
+    Fault::integrity(format!("chunk {id} is missing from the store: it was lost or damaged"))
+        .with_next("run 'packhorse verify' on the artifacts, publish the affected ones again, then retry their transfers")
 }
 
 #[cfg(test)]

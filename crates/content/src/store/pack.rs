@@ -1,4 +1,4 @@
-//! Packs: files of frames, appended to, then never changed.
+//! Packs: files of frames. Frames are appended; a full pack never changes.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -23,46 +23,47 @@ use base::space::Space;
 
 use super::index::Location;
 
-/// What to do where the store's disk is full.
-pub(super) const MAKE_ROOM: &str = "make room on that disk: 'packhorse gc' frees what failed publishes left; then run the command again";
+/// What to do if the disk of the store is full.
+pub(super) const FREE_SPACE: &str = "free space on that disk ('packhorse gc' removes what failed publishes left), then run the command again";
 const MAGIC: &[u8; 8] = b"PHPACK01";
-/// Read buffers kept, more than a site has answers under way: 32 MiB at the most.
+/// The number of read buffers that are kept, more than the concurrent answers to one site: at most
+/// 32 MiB.
 const BUFFERS_KEPT: usize = 16;
-/// The smallest buffer worth keeping.
+/// The smallest buffer that is kept.
 const BUFFER_BYTES_MIN: usize = 128 << 10;
 /// The largest buffer that is kept.
 const BUFFER_BYTES_MAX: usize = 2 << 20;
-/// Bytes that a scan reads at once.
+/// The number of bytes that a scan reads at once.
 const SCAN_BYTES: usize = 2 << 20;
-/// Packs kept open for reading.
+/// The number of packs that are kept open for reading.
 const OPEN_PACKS_MAX: usize = 64;
 
 pub(super) struct Packs {
     dir: PathBuf,
-    /// Most recently used last.
+    /// Ordered by last use, most recent last.
     open: Mutex<VecDeque<(u32, Arc<File>)>>,
     buffers: Buffers,
 }
 
-/// The pack being appended to.
+/// The pack that is being appended to.
 pub(super) struct Writer {
     number: u32,
     file: Arc<File>,
     len: u64,
-    /// Bytes that may be appended before the free space is checked again.
-    checked: u64,
+    /// The bytes that may be appended before the free space is checked again.
+    unchecked_left: u64,
     path: PathBuf,
-    /// Whether its folder was synced since it is there.
-    named: Arc<AtomicBool>,
+    /// Whether the directory was synced since the pack was created.
+    is_dir_synced: Arc<AtomicBool>,
 }
 
-/// What was written to a pack up to some moment, to be synced.
+/// The bytes written to a pack up to some moment, to be synced.
 pub(super) struct Unsynced {
     pub(super) number: u32,
     pub(super) len: u64,
     file: Arc<File>,
     path: PathBuf,
-    named: Arc<AtomicBool>,
+    is_dir_synced: Arc<AtomicBool>,
 }
 
 impl Packs {
@@ -75,7 +76,7 @@ impl Packs {
         }
     }
 
-    /// Gives kept buffers back to the system, if nobody read since the last call.
+    /// Frees unused buffers, if there was no read since the last call.
     pub(super) fn rest(&self) {
         self.buffers.rest();
     }
@@ -98,7 +99,7 @@ impl Packs {
                 .to_str()
                 .and_then(|n| n.strip_suffix(".pack"))
                 .and_then(|n| n.parse().ok());
-            // Others may have put things here that only look like packs.
+            // The directory may contain other files whose names only resemble packs.
             out.extend(number.filter(|number| {
                 self.path(*number).file_name() == Some(&name) && self.path(*number).is_file()
             }));
@@ -112,11 +113,11 @@ impl Packs {
         Ok(std::fs::metadata(&path).at(path.display())?.len())
     }
 
-    /// A new pack, if the disk has at least `spare` bytes free.
+    /// Creates a pack, if the disk has at least `spare` bytes free.
     pub(super) fn create(&self, number: u32, spare: u64) -> Result<Writer, Fault> {
         self.check_room(number, spare)?;
         let path = self.path(number);
-        let what = || format!("make the pack {}", path.display());
+        let what = || format!("create the pack {}", path.display());
         let mut file = File::options()
             .write(true)
             .create_new(true)
@@ -131,13 +132,13 @@ impl Packs {
             number,
             file: Arc::new(file),
             len: MAGIC.len() as u64,
-            checked: APPEND_LOOK_BYTES,
+            unchecked_left: APPEND_LOOK_BYTES,
             path,
-            named: Arc::default(),
+            is_dir_synced: Arc::default(),
         })
     }
 
-    /// Fails when the disk has less than `spare` bytes free for this pack.
+    /// Fails if the disk has less than `spare` bytes free for this pack.
     pub(super) fn check_room(&self, number: u32, spare: u64) -> Result<(), Fault> {
         let path = self.path(number);
         Space::check(
@@ -146,17 +147,17 @@ impl Packs {
             STATE_INODES_SPARE,
             format_args!("the pack {}", path.display()),
         )
-        .map_err(|fault| fault.with_next(MAKE_ROOM))
+        .map_err(|fault| fault.with_next(FREE_SPACE))
     }
 
     pub(super) fn remove(&self, number: u32) -> Result<(), Fault> {
         durable::remove_all(&self.path(number))?;
-        // After that nobody can open it any more: one kept open would keep its room on the disk.
+        // Close the file after its removal: an open file would keep its space on the disk.
         self.open.lock().retain(|(n, _)| *n != number);
         Ok(())
     }
 
-    /// Cuts a pack back to this length, or takes it away where nothing is left of it.
+    /// Truncates a pack to this length, or removes it if the length is 0.
     pub(super) fn cut(&self, number: u32, len: u64) -> Result<(), Fault> {
         if len == 0 {
             return self.remove(number);
@@ -166,14 +167,15 @@ impl Packs {
             .write(true)
             .open(&path)
             .and_then(|file| file.set_len(len))
-            .at(format_args!("cut back the pack {}", path.display()))
+            .at(format_args!("truncate the pack {}", path.display()))
     }
 
-    /// A pack that the index names and that is not there is damage, not an I/O error.
+    /// Opens a pack. A pack that the index names but that does not exist is damage, not an I/O
+    /// error.
     fn file(&self, number: u32) -> Result<Arc<File>, Fault> {
         let mut open = self.open.lock();
         if let Some(at) = open.iter().position(|(n, _)| *n == number) {
-            // Reads come in runs from one pack: nearly always the last.
+            // Consecutive reads usually use the same pack, the last one.
             if at + 1 != open.len()
                 && let Some(hit) = open.remove(at)
             {
@@ -188,8 +190,8 @@ impl Packs {
             Ok(file) => Arc::new(file),
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
                 return Err(
-                    Fault::integrity(format!("the pack {} is gone", path.display())).with_next(
-                        "run 'packhorse verify' on the artifacts, then publish those hit again",
+                    Fault::integrity(format!("the pack {} is missing", path.display())).with_next(
+                        "run 'packhorse verify' on the artifacts, then publish the affected ones again",
                     ),
                 );
             }
@@ -207,17 +209,19 @@ impl Packs {
         Ok(file)
     }
 
-    /// Bytes of a pack. A pack that is shorter than the index says is damage, not an I/O error.
+    /// Reads bytes of a pack. A pack that is too short for the index is damage, not an I/O error.
     pub(super) fn read(&self, number: u32, offset: u64, len: usize) -> Result<Bytes, Fault> {
         let mut out = self.buffers.room(len);
         match self.file(number)?.read_exact_at(&mut out[..len], offset) {
             Ok(()) => Ok(self.buffers.lend(out).slice(..len)),
             Err(e) if e.kind() == std::io::ErrorKind::UnexpectedEof => {
                 Err(Fault::integrity(format!(
-                    "the pack {} is cut off: nothing at {offset}",
+                    "the pack {} is truncated: there is no data at offset {offset}",
                     self.path(number).display()
                 ))
-                .with_next("run 'packhorse verify' on the artifacts, then publish those hit again"))
+                .with_next(
+                    "run 'packhorse verify' on the artifacts, then publish the affected ones again",
+                ))
             }
             Err(e) => Err(Fault::io(
                 format_args!("read the pack {}", self.path(number).display()),
@@ -226,11 +230,13 @@ impl Packs {
         }
     }
 
-    /// Takes the first frame off `bytes`, its sum checked.
+    /// Splits the first frame off `bytes` and checks its checksum.
     pub(super) fn split_frame(&self, number: u32, bytes: &mut Bytes) -> Result<Frame, Fault> {
         let damaged = |error: crate::frame::FrameError| {
             Fault::integrity(format!("the pack {}: {error}", self.path(number).display()))
-                .with_next("run 'packhorse verify' on the artifacts, then publish those hit again")
+                .with_next(
+                    "run 'packhorse verify' on the artifacts, then publish the affected ones again",
+                )
         };
         let head = bytes
             .first_chunk::<HEADER_BYTES>()
@@ -243,10 +249,10 @@ impl Packs {
         Frame::parse(bytes.split_to(len)).map_err(damaged)
     }
 
-    /// Puts a file aside that is no pack, under a name that no pack has. The header is synced with
-    /// the first frames only: it may be cut short, or never have been written, which leaves zeros.
-    /// Where other bytes stand, a power cut on a disk that keeps old blocks left them, or somebody
-    /// put the file there: it is kept for whoever misses it. `false`: it may be a pack.
+    /// Renames a file that is not a pack to a name that no pack has. The header of a pack is synced
+    /// only with its first frames, so after a power failure it may be truncated or zero. Other
+    /// bytes come from old disk blocks after a power failure, or from a person; the file is kept in
+    /// case somebody needs it. Returns `false` if the file may be a pack.
     pub(super) fn put_aside(&self, number: u32) -> Result<bool, Fault> {
         if self.len(number)? < MAGIC.len() as u64 {
             return Ok(false);
@@ -262,12 +268,12 @@ impl Packs {
         );
         durable::rename_noreplace(&path, &aside)?;
         self.open.lock().retain(|(n, _)| *n != number);
-        tracing::warn!(path = %path.display(), aside = %aside.display(), "a file among the packs is none, and was put aside");
+        tracing::warn!(path = %path.display(), aside = %aside.display(), "a file among the packs is not a pack and was renamed");
         Ok(true)
     }
 
-    /// Reads the frames behind `synced` and cuts off what is torn. Every one is verified by its
-    /// BLAKE3: what a power cut left may be anything.
+    /// Reads the frames after `synced`, and cuts off the incomplete rest. Every frame is verified
+    /// by its BLAKE3, because a power failure can leave any content.
     pub(super) fn recover(
         &self,
         number: u32,
@@ -311,8 +317,8 @@ impl Packs {
 }
 
 impl Packs {
-    /// Shows every whole frame of a pack, wherever it begins. Returns the bytes behind the header
-    /// that belong to none.
+    /// Calls `see` for every complete frame of a pack, at any position. Returns the number of bytes
+    /// after the header that belong to no frame.
     pub(super) fn scan(
         &self,
         number: u32,
@@ -320,19 +326,19 @@ impl Packs {
     ) -> Result<u64, Fault> {
         let total = self.len(number)?;
         let (mut at, mut damaged) = (MAGIC.len() as u64, 0);
-        // What was read ahead, and where it begins: a frame, or a stretch in which the next one is
-        // looked for.
-        let (mut ahead, mut begin) = (Bytes::new(), at);
+        // The buffer and its position in the pack. It contains a frame, or bytes in which the next
+        // frame is searched.
+        let (mut buffer, mut buffer_start) = (Bytes::new(), at);
         while at + HEADER_BYTES as u64 <= total {
-            let have = |ahead: &Bytes, begin: u64, len: usize| {
-                at - begin + len as u64 <= ahead.len() as u64
+            let is_buffered = |buffer: &Bytes, buffer_start: u64, len: usize| {
+                at - buffer_start + len as u64 <= buffer.len() as u64
             };
-            if !have(&ahead, begin, HEADER_BYTES) {
+            if !is_buffered(&buffer, buffer_start, HEADER_BYTES) {
                 let len = (total - at).min(SCAN_BYTES as u64) as usize;
-                (ahead, begin) = (self.read(number, at, len)?, at);
+                (buffer, buffer_start) = (self.read(number, at, len)?, at);
             }
-            let from = (at - begin) as usize;
-            let header = ahead[from..].first_chunk().map(Header::parse);
+            let from = (at - buffer_start) as usize;
+            let header = buffer[from..].first_chunk().map(Header::parse);
             let Some(Ok(header)) = header.filter(|header| {
                 header
                     .as_ref()
@@ -343,14 +349,14 @@ impl Packs {
                 continue;
             };
             let len = header.frame_len();
-            if !have(&ahead, begin, len) {
-                (ahead, begin) = (
+            if !is_buffered(&buffer, buffer_start, len) {
+                (buffer, buffer_start) = (
                     self.read(number, at, ((total - at) as usize).min(SCAN_BYTES.max(len)))?,
                     at,
                 );
             }
-            let from = (at - begin) as usize;
-            let frame = Frame::parse(ahead.slice(from..from + len))
+            let from = (at - buffer_start) as usize;
+            let frame = Frame::parse(buffer.slice(from..from + len))
                 .and_then(|frame| frame.verify(header.id, header.raw_len));
             match (frame, u32::try_from(at)) {
                 (Ok(_), Ok(offset)) => {
@@ -383,12 +389,12 @@ impl Writer {
         self.len
     }
 
-    /// Appends these pieces behind each other; returns where they begin. What a failure leaves
-    /// behind its end is written over. Fails where the disk would have less than `spare` bytes free
-    /// then: several packs may be open on one disk, and others write there.
+    /// Appends these pieces one after the other. Returns the offset of the first. The next append
+    /// overwrites what a failed append left. Fails if the disk would have less than `spare` bytes
+    /// free afterwards, because other packs and other programs write to the same disk.
     pub(super) fn append(&mut self, pieces: &[&[u8]], spare: u64) -> Result<u32, Fault> {
         let bytes = pieces.iter().map(|piece| piece.len() as u64).sum::<u64>();
-        if self.checked < bytes && spare > 0 {
+        if self.unchecked_left < bytes && spare > 0 {
             let need = spare + bytes + APPEND_LOOK_BYTES;
             Space::check(
                 &self.path,
@@ -396,10 +402,10 @@ impl Writer {
                 0,
                 format_args!("the pack {}", self.path.display()),
             )
-            .map_err(|fault| fault.with_next(MAKE_ROOM))?;
-            self.checked = bytes + APPEND_LOOK_BYTES;
+            .map_err(|fault| fault.with_next(FREE_SPACE))?;
+            self.unchecked_left = bytes + APPEND_LOOK_BYTES;
         }
-        self.checked = self.checked.saturating_sub(bytes);
+        self.unchecked_left = self.unchecked_left.saturating_sub(bytes);
         if let Err(error) = write_parts(&self.file, pieces, self.len) {
             let _ = self.file.set_len(self.len);
             return Err(Fault::io(
@@ -412,27 +418,27 @@ impl Writer {
         Ok(offset)
     }
 
-    /// All that was appended so far.
+    /// The state up to the last append, to be synced.
     pub(super) fn unsynced(&self) -> Unsynced {
         let Self {
             number,
             len,
             file,
             path,
-            named,
-            checked: _,
+            is_dir_synced,
+            unchecked_left: _,
         } = self;
         Unsynced {
             number: *number,
             len: *len,
             file: file.clone(),
             path: path.clone(),
-            named: named.clone(),
+            is_dir_synced: is_dir_synced.clone(),
         }
     }
 
-    /// Makes the next sync fail, as a disk does that has lost a write: what is written goes where
-    /// nothing can be synced.
+    /// Makes the next sync fail, as a disk does that has lost a write: replaces the file by one
+    /// that cannot be synced.
     #[cfg(test)]
     pub(super) fn break_sync(&mut self) -> std::io::Result<()> {
         self.file = Arc::new(File::options().write(true).open("/dev/null")?);
@@ -441,14 +447,14 @@ impl Writer {
 }
 
 impl Unsynced {
-    /// Syncs its bytes, and the first time its name.
+    /// Syncs the bytes, and the first time also the directory.
     pub(super) fn sync(&self) -> Result<(), Fault> {
         self.file
             .sync_data()
             .at(format_args!("sync the pack {}", self.path.display()))?;
-        if !self.named.load(Ordering::SeqCst) {
+        if !self.is_dir_synced.load(Ordering::SeqCst) {
             self.path.parent().map_or(Ok(()), durable::sync_dir)?;
-            self.named.store(true, Ordering::SeqCst);
+            self.is_dir_synced.store(true, Ordering::SeqCst);
         }
         Ok(())
     }

@@ -1,10 +1,10 @@
-//! Makes the index of a store again from its packs, while no daemon uses the store.
+//! Rebuilds the index of a store from its packs. No daemon may use the store meanwhile.
 //!
-//! Each pack is read from its first byte to its last. A frame counts when its sum and its BLAKE3
-//! are right; bytes that are no such frame are passed over one by one, so damage in a pack costs
-//! the chunks that it hit. No pack is changed. The new index is written beside the old one, which
-//! keeps its content under another name; a crash leaves the old one in place and a file that the
-//! next run removes.
+//! Each pack is read completely. A frame counts if its checksum and its BLAKE3 are correct. All
+//! other bytes are skipped one by one, so damage in a pack costs only the chunks that it affects.
+//! No pack is changed. The new index is written to a new file, and the old index is kept under
+//! another name. After a crash, the old index is still in place, and the next run removes the
+//! incomplete file.
 
 use std::path::{Path, PathBuf};
 
@@ -16,22 +16,22 @@ use base::clock;
 use base::durable;
 use base::fault::Fault;
 
-/// What was found in the packs of a store.
+/// The result of a rebuild.
 #[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize)]
 pub struct Rebuilt {
-    /// The store's folder.
+    /// The directory of the store.
     pub store: PathBuf,
-    /// Packs that hold chunks.
+    /// The number of packs with chunks.
     pub packs: u64,
-    /// Chunks in them; one that is there twice counts twice.
+    /// The number of chunks; a chunk that is stored twice counts twice.
     pub chunks: u64,
-    /// Bytes in packs that belong to no whole chunk.
+    /// The number of bytes in packs that belong to no complete chunk.
     pub damaged_bytes: u64,
-    /// Where the index from before is; `None`: there was none.
+    /// The path of the previous index, if there was one.
     pub kept: Option<PathBuf>,
 }
 
-/// Makes the index of the store in this folder again.
+/// Rebuilds the index of the store in this directory.
 pub fn rebuild_index(dir: &Path) -> Result<Rebuilt, Fault> {
     let (path, new) = (dir.join(INDEX), dir.join(format!("{INDEX}.new")));
     durable::remove_all(&new)?;
@@ -49,8 +49,8 @@ pub fn rebuild_index(dir: &Path) -> Result<Rebuilt, Fault> {
             out.chunks += 1;
             found.push((id, at));
             if found.len() >= ROWS_A_COMMIT {
-                // The pack itself is noted once all of it was read: what a crash cut short is made
-                // again as a whole.
+                // The pack itself is recorded after all of it was read. After a crash, the rebuild
+                // starts again.
                 index.commit(&found, &[])?;
                 found.clear();
             }

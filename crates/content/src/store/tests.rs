@@ -29,7 +29,7 @@ fn chunks_are_kept_once_and_read_back() {
     assert_eq!(
         store.put(&Frame::encode(&chunks[3])).unwrap(),
         0,
-        "a second put takes no room"
+        "a second put stores nothing"
     );
     assert_eq!(
         store.read(chunks[7].id).unwrap().bytes,
@@ -42,7 +42,7 @@ fn chunks_are_kept_once_and_read_back() {
     assert_eq!(
         store.read_frames(&ids).unwrap().len(),
         1,
-        "neighbours come in one piece"
+        "consecutive frames are returned in one buffer"
     );
     let odd: Vec<Hash> = ids.iter().copied().step_by(2).collect();
     assert_eq!(store.read_frames(&odd).unwrap().len(), 25);
@@ -52,7 +52,7 @@ fn chunks_are_kept_once_and_read_back() {
 }
 
 #[test]
-fn what_is_here_is_not_squeezed_again() {
+fn existing_chunks_are_not_compressed_again() {
     let dir = tempfile::tempdir().unwrap();
     let store = Store::open(dir.path()).unwrap();
     let chunks: Vec<Verified> = (0..10).map(|seed| chunk(seed, 10_000)).collect();
@@ -71,7 +71,7 @@ fn what_is_here_is_not_squeezed_again() {
     assert_eq!(
         put(0..8),
         (vec![], 0),
-        "publishing again costs reading and hashing"
+        "publishing again only reads and hashes"
     );
     assert_eq!(put(0..10).0, [8, 9]);
     assert!(
@@ -82,7 +82,7 @@ fn what_is_here_is_not_squeezed_again() {
 }
 
 #[test]
-fn a_pack_of_which_a_power_cut_left_nothing_is_dropped() {
+fn a_pack_without_content_after_a_power_failure_is_removed() {
     let dir = tempfile::tempdir().unwrap();
     let store = Store::open(dir.path()).unwrap();
     let chunks = fill(&store, 0..3);
@@ -106,7 +106,7 @@ fn a_pack_of_which_a_power_cut_left_nothing_is_dropped() {
     let more = fill(&store, 3..6);
     store.flush().unwrap();
     drop(store);
-    // What is not ours is neither removed nor in the way.
+    // A file that is not a pack is neither removed nor a problem.
     let left = dir.path().join("packs/00000009.pack");
     durable::replace(&left, b"GIF89a, perhaps").unwrap();
     let store = Store::open(dir.path()).unwrap();
@@ -124,7 +124,7 @@ fn a_pack_of_which_a_power_cut_left_nothing_is_dropped() {
 }
 
 #[test]
-fn a_crash_loses_at_most_the_torn_tail() {
+fn a_crash_loses_at_most_the_incomplete_tail() {
     let dir = tempfile::tempdir().unwrap();
     let store = Store::open(dir.path()).unwrap();
     let first = fill(&store, 0..10);
@@ -140,16 +140,19 @@ fn a_crash_loses_at_most_the_torn_tail() {
             .iter()
             .chain(&second[..9])
             .all(|c| store.read(c.id).is_ok()),
-        "whole frames are kept"
+        "complete frames are kept"
     );
-    assert!(!store.has(second[9].id).unwrap(), "the torn one is gone");
+    assert!(
+        !store.has(second[9].id).unwrap(),
+        "the incomplete frame is removed"
+    );
     fill(&store, 19..25);
     store.flush().unwrap();
     assert!(store.read(second[9].id).is_ok());
 }
 
 #[test]
-fn packs_that_the_index_did_not_hear_of_are_read_again() {
+fn packs_that_are_not_in_the_index_are_scanned() {
     let dir = tempfile::tempdir().unwrap();
     let store = Store::open(dir.path()).unwrap();
     let frames: Vec<Frame> = (0..80)
@@ -173,7 +176,7 @@ fn packs_that_the_index_did_not_hear_of_are_read_again() {
 }
 
 #[test]
-fn damage_is_noticed_and_never_given_out() {
+fn damage_is_detected_and_never_returned() {
     let dir = tempfile::tempdir().unwrap();
     let store = Store::open(dir.path()).unwrap();
     let chunks = fill(&store, 0..3);
@@ -193,7 +196,7 @@ fn damage_is_noticed_and_never_given_out() {
 }
 
 #[test]
-fn collecting_frees_what_nothing_names() {
+fn a_collection_frees_unreferenced_chunks() {
     let dir = tempfile::tempdir().unwrap();
     let store = Store::open(dir.path()).unwrap();
     let chunks = fill(&store, 0..100);
@@ -210,7 +213,7 @@ fn collecting_frees_what_nothing_names() {
 }
 
 #[test]
-fn a_put_beside_a_collection_takes_nothing_away() {
+fn a_put_during_a_collection_loses_nothing() {
     let dir = tempfile::tempdir().unwrap();
     let store = Store::open(dir.path()).unwrap();
     let chunks = fill(&store, 0..100);
@@ -233,14 +236,14 @@ fn a_put_beside_a_collection_takes_nothing_away() {
 }
 
 #[test]
-fn what_is_leased_stays() {
+fn leased_content_is_kept() {
     let dir = tempfile::tempdir().unwrap();
     let store = Store::open(dir.path()).unwrap();
     let chunks = fill(&store, 0..100);
     store.flush().unwrap();
     let frames = |chunk: &Verified| Frame::encode(chunk);
-    // Found and put by a publish that runs all the while, and by one that ended after the
-    // collection had begun.
+    // Found and put by a publish that is still running, and by one that ended after the start of
+    // the collection.
     let (running, ending) = (store.leased(), store.leased());
     assert!(running.has(chunks[3].id).unwrap());
     let put = chunk(1_000, 10_000);
@@ -251,7 +254,7 @@ fn what_is_leased_stays() {
     assert_eq!(
         collection.sweep(&|_| false, &|| Ok(())).unwrap(),
         0,
-        "all of it lies in packs that are counted on"
+        "all of it is in pinned packs"
     );
     assert!(
         [&chunks[3], &chunks[5], &put]
@@ -261,13 +264,13 @@ fn what_is_leased_stays() {
     drop(running);
     assert!(
         store.collect(&|_| false).unwrap() > 900_000,
-        "nobody counts on it any more"
+        "nothing is pinned any more"
     );
     assert!(!store.has(put.id).unwrap());
 }
 
 #[test]
-fn what_is_being_taken_away_is_put_again() {
+fn content_of_selected_packs_is_put_again() {
     let dir = tempfile::tempdir().unwrap();
     let store = Store::open(dir.path()).unwrap();
     let chunks = fill(&store, 0..100);
@@ -275,7 +278,7 @@ fn what_is_being_taken_away_is_put_again() {
     let stored = std::cell::Cell::new(0);
     let late = std::cell::RefCell::new(None);
     let collection = store.begin_collection().unwrap();
-    // The pack was chosen by now: the first look at a chunk of it comes too late.
+    // The pack is already selected, so the first lookup of its chunk comes too late.
     let go_on = || {
         if late.borrow().is_none() {
             let lease = store.leased();
@@ -285,14 +288,17 @@ fn what_is_being_taken_away_is_put_again() {
         Ok(())
     };
     collection.sweep(&|_| false, &go_on).unwrap();
-    assert!(stored.get() > 0, "it was not believed to be here");
+    assert!(
+        stored.get() > 0,
+        "the chunk was missing and is stored again"
+    );
     assert!(store.read(chunks[7].id).is_ok());
     store.flush().unwrap();
     assert!(store.read(chunks[7].id).is_ok() && !store.has(chunks[8].id).unwrap());
 }
 
 #[test]
-fn a_collection_that_is_ended_takes_nothing_away() {
+fn a_cancelled_collection_loses_nothing() {
     let dir = tempfile::tempdir().unwrap();
     let store = Store::open(dir.path()).unwrap();
     let chunks = fill(&store, 0..20);
@@ -311,10 +317,10 @@ fn a_collection_that_is_ended_takes_nothing_away() {
     );
 }
 
-/// Publishes that put and find the same chunks again and again, each with its own, while one
-/// collection follows the other.
+/// Publishers put and find the same chunks again and again, each with its own lease, while
+/// collections run.
 #[test]
-fn nothing_that_a_publish_counted_on_is_ever_collected() {
+fn content_of_a_running_publish_is_never_collected() {
     use std::sync::atomic::AtomicBool;
     let dir = tempfile::tempdir().unwrap();
     let store = Store::open_with(dir.path(), 64 << 10).unwrap();
@@ -323,7 +329,7 @@ fn nothing_that_a_publish_counted_on_is_ever_collected() {
     let publish = |who: u64| {
         for round in 0..40 {
             let store = store.leased();
-            // Half of them others put as well, so that they are found as often as they are put.
+            // Half of the chunks are shared, so that they are found as often as they are put.
             let shared = (0..10).map(|n| (round % 5) * 10 + n);
             let chunks: Vec<Verified> = shared
                 .chain((0..10).map(|n| 1_000 * (who + 1) + round * 10 + n))
@@ -333,7 +339,7 @@ fn nothing_that_a_publish_counted_on_is_ever_collected() {
                 store.put(&Frame::encode(chunk)).unwrap();
             }
             store.flush().unwrap();
-            // Only some become artifacts; what the others put is garbage.
+            // Only some publishes become artifacts; the content of the others is garbage.
             if round % 3 == 0 {
                 named.lock().extend(chunks.iter().map(|chunk| chunk.id));
             }
@@ -402,7 +408,7 @@ fn a_damaged_chunk_does_not_stop_a_collection() {
 }
 
 #[test]
-fn what_a_lost_pack_held_is_stored_anew() {
+fn content_of_a_lost_pack_is_stored_again() {
     let dir = tempfile::tempdir().unwrap();
     let store = Store::open(dir.path()).unwrap();
     let chunks = fill(&store, 0..3);
@@ -425,7 +431,7 @@ fn what_a_lost_pack_held_is_stored_anew() {
 }
 
 #[test]
-fn a_failed_sync_is_told_to_all_who_put() {
+fn all_who_put_learn_of_a_failed_sync() {
     let dir = tempfile::tempdir().unwrap();
     let store = Store::open(dir.path()).unwrap();
     let before = store.losses();
@@ -449,10 +455,10 @@ fn a_failed_sync_is_told_to_all_who_put() {
     assert!(chunks.iter().all(|c| store.read(c.id).is_ok()));
 }
 
-/// Packs are filled and synced all the while by somebody else: what was put before a flush is
-/// durable after it.
+/// Another thread fills and syncs packs all the time. What was put before a flush is durable after
+/// it.
 #[test]
-fn a_flush_holds_for_what_was_put_before_it_whoever_syncs() {
+fn a_flush_covers_earlier_puts_even_if_another_thread_syncs() {
     let dir = tempfile::tempdir().unwrap();
     let store = Store::open_with(dir.path(), 300).unwrap();
     let ends = AtomicU64::new(0);
@@ -473,7 +479,7 @@ fn a_flush_holds_for_what_was_put_before_it_whoever_syncs() {
                 }
             });
         }
-        // Nothing panics before the others are told to end.
+        // Stop the other threads before any assertion can panic.
         let unknown = (0..300).find(|n| {
             let id = put(*n);
             store
@@ -486,16 +492,16 @@ fn a_flush_holds_for_what_was_put_before_it_whoever_syncs() {
         ends.store(1, Ordering::SeqCst);
         assert_eq!(
             unknown, None,
-            "the index does not know what was put before a flush"
+            "the index lacks chunks that were put before a flush"
         );
     });
     assert_eq!(store.lost_packs().unwrap(), Vec::<u32>::new());
 }
 
-/// Who puts the first chunk of the next pack finds out that the last one is lost, and so does who
-/// put into that.
+/// The thread that starts the next pack learns that the last pack is lost, and so do those that put
+/// into that pack.
 #[test]
-fn a_full_pack_that_cannot_be_synced_is_told_to_whoever_put_into_it() {
+fn all_who_put_into_a_full_pack_learn_that_it_cannot_be_synced() {
     let dir = tempfile::tempdir().unwrap();
     let store = Store::open_with(dir.path(), 100).unwrap();
     let before = store.losses();
@@ -516,7 +522,7 @@ fn a_full_pack_that_cannot_be_synced_is_told_to_whoever_put_into_it() {
         store.has_many(&[mine[0].id, other.id]).unwrap(),
         [false, true]
     );
-    // What may be there in memory only is not taken for whole by the next start.
+    // The next start does not accept bytes that may be only in memory.
     drop(store);
     let store = Store::open(dir.path()).unwrap();
     assert_eq!(
@@ -549,7 +555,7 @@ fn index_of_millions() {
         index.commit(&found, &[(pack as u32, 1)]).unwrap();
     }
     let took = begin.elapsed();
-    // What is there while it is open is what a crash leaves.
+    // A copy of the open file is what a crash leaves.
     let crashed = dir.path().join("crashed.redb");
     std::fs::copy(&path, &crashed).unwrap();
     let begin = Instant::now();
@@ -573,7 +579,7 @@ fn index_of_millions() {
 }
 
 #[test]
-fn what_was_put_is_found_while_it_is_flushed() {
+fn chunks_are_found_during_a_flush() {
     let dir = tempfile::tempdir().unwrap();
     let store = Store::open(dir.path()).unwrap();
     for round in 0..60u32 {
@@ -596,7 +602,7 @@ fn what_was_put_is_found_while_it_is_flushed() {
     }
 }
 
-/// A store with some chunks in several packs, closed.
+/// A closed store with some chunks in several packs.
 fn closed_store(dir: &Path) -> Vec<Verified> {
     let store = Store::open_with(dir, 40_000).unwrap();
     let chunks = fill(&store, 0..20);
@@ -610,7 +616,7 @@ fn all_here(dir: &Path, chunks: &[Verified]) {
     for chunk in chunks {
         assert_eq!(store.read(chunk.id).unwrap().bytes, chunk.bytes);
     }
-    // What is put now begins a new pack and loses nothing of the old ones.
+    // New chunks go to a new pack and damage none of the old ones.
     let more = fill(&store, 100..103);
     store.flush().unwrap();
     assert!(
@@ -622,7 +628,7 @@ fn all_here(dir: &Path, chunks: &[Verified]) {
 }
 
 #[test]
-fn a_missing_index_is_refused_with_what_to_do_and_made_again() {
+fn a_missing_index_is_reported_and_can_be_rebuilt() {
     let dir = tempfile::tempdir().unwrap();
     let chunks = closed_store(dir.path());
     std::fs::remove_file(dir.path().join(INDEX)).unwrap();
@@ -632,7 +638,10 @@ fn a_missing_index_is_refused_with_what_to_do_and_made_again() {
             && fault.next.contains("packhorse store rebuild-index"),
         "{fault:?}"
     );
-    assert!(!dir.path().join(INDEX).exists(), "no empty one is begun");
+    assert!(
+        !dir.path().join(INDEX).exists(),
+        "no empty index is created"
+    );
     let rebuilt = rebuild_index(dir.path()).unwrap();
     assert_eq!(
         (rebuilt.chunks, rebuilt.damaged_bytes, rebuilt.kept),
@@ -642,7 +651,7 @@ fn a_missing_index_is_refused_with_what_to_do_and_made_again() {
 }
 
 #[test]
-fn a_damaged_index_never_panics_and_is_made_again() {
+fn a_damaged_index_never_panics_and_can_be_rebuilt() {
     let dir = tempfile::tempdir().unwrap();
     let chunks = closed_store(dir.path());
     let index = dir.path().join(INDEX);
@@ -664,7 +673,7 @@ fn a_damaged_index_never_panics_and_is_made_again() {
             refused += 1;
         }
     }
-    assert!(refused > 0, "no page was missed");
+    assert!(refused > 0, "at least one damaged page is detected");
     std::fs::File::create(&index)
         .unwrap()
         .write_all(&sound[..sound.len() / 3])
@@ -690,7 +699,8 @@ fn a_rebuild_finds_the_chunks_on_both_sides_of_damage() {
     let chunks = closed_store(dir.path());
     let pack = dir.path().join("packs/00000001.pack");
     let mut bytes = std::fs::read(&pack).unwrap();
-    // The length in the second frame's header: where the third begins is not known any more.
+    // Damages the length in the header of the second frame, so that the start of the third is
+    // unknown.
     let second = 8 + 10_000 + HEADER_BYTES + 36;
     bytes[second] ^= 0xff;
     std::fs::File::create(&pack)
@@ -713,7 +723,7 @@ fn a_rebuild_finds_the_chunks_on_both_sides_of_damage() {
     let store = Store::open(dir.path()).unwrap();
     assert!(
         !store.has(chunks[1].id).unwrap(),
-        "so that publishing it again stores it again"
+        "so that a new publish stores it again"
     );
 }
 
@@ -739,12 +749,12 @@ fn a_chunk_with_a_wrong_raw_length_is_stored_again() {
         assert_eq!(
             store.put(&Frame::encode(&chunk)).unwrap(),
             0,
-            "nobody has read it yet"
+            "the chunk has not been read yet"
         );
         assert_eq!(
             store.read_listed(&[listed]).unwrap_err().code,
             Code::Integrity,
-            "a delivery finds it"
+            "a delivery detects it"
         );
         assert!(
             store.put(&Frame::encode(&chunk)).unwrap() > 0,
@@ -756,8 +766,8 @@ fn a_chunk_with_a_wrong_raw_length_is_stored_again() {
                 && store.recheck(&[chunk.id]).unwrap() == 0
         );
     }
-    // The liar's own manifest names the length of the frame: the bytes are given out, whoever
-    // receives them refuses them and says so.
+    // The manifest of the malicious publisher names the length of the frame. The hub sends the
+    // bytes; the receiver rejects and reports them.
     let chunk = chunk(3, 10_000);
     store.append(&Frame::lying(&chunk, 10_777)).unwrap();
     store
@@ -776,7 +786,7 @@ fn a_chunk_with_a_wrong_raw_length_is_stored_again() {
         store.put_over(&Frame::encode(&chunk)).unwrap() > 0,
         "an import repairs"
     );
-    // A manifest that names another length than an honest chunk has costs that chunk nothing.
+    // A manifest that names a wrong length for a valid chunk does not affect that chunk.
     for read in [
         store
             .read_listed(&[ChunkRef {
@@ -796,7 +806,7 @@ fn a_chunk_with_a_wrong_raw_length_is_stored_again() {
             fault.code == Code::Integrity
                 && fault
                     .message
-                    .contains("has 10000 bytes; the manifest says 9"),
+                    .contains("has 10000 bytes, but the manifest states 9"),
             "{fault}"
         );
     }

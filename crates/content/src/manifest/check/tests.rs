@@ -1,5 +1,5 @@
-//! Manifests written byte by byte: each that is malformed is refused, and a survey of it still
-//! finds what it names.
+//! Tests with manifests written byte by byte: each malformed manifest is refused, and a survey
+//! still finds what it names.
 
 use proptest::prelude::*;
 
@@ -17,7 +17,7 @@ fn number(out: &mut Vec<u8>, mut n: u64) {
     out.push(n as u8);
 }
 
-/// An entry page of which nothing is checked, and what it adds to the totals.
+/// An entry page that is not checked, and its contribution to the totals.
 #[derive(Clone, Default)]
 struct Page {
     bytes: Vec<u8>,
@@ -93,7 +93,7 @@ impl Page {
         }
     }
 
-    /// A manifest of this page, so many times.
+    /// A manifest that lists this page so many times.
     fn times(&self, memory: &Memory, times: u64) -> Root {
         let t = self.totals;
         let totals = Totals {
@@ -137,7 +137,7 @@ fn refused(name: &str, root: &Root, memory: &Memory, why: &str) {
         "{name}: {} bytes",
         fault.message.len()
     );
-    // Whoever must not lose what it may need reads it all the same.
+    // A survey still reads the malformed manifest.
     survey(root, memory, &mut Default::default(), &mut |_| ()).unwrap();
 }
 
@@ -158,7 +158,7 @@ fn malformed_paths_and_orders_are_refused() {
         ("nul", page().file("a\0b", 1), "NUL"),
         ("long", page().file(&long, 1), "longer than 255"),
         ("long path", page().file(&too_long, 1), "longer than 4096"),
-        ("deep", page().file(&deep, 1), "not inside a folder"),
+        ("deep", page().file(&deep, 1), "not inside a directory"),
         ("not utf-8", page().file(b"\xff\xfe", 1), "not UTF-8"),
         ("dot", page().file("a/./b", 1), "contains \".\""),
         ("empty", page().file("", 1), "empty"),
@@ -166,23 +166,23 @@ fn malformed_paths_and_orders_are_refused() {
         (
             "through a link",
             page().link("d", "x").file("d/evil", 1),
-            "not inside a folder",
+            "not inside a directory",
         ),
         (
             "under a file",
             page().file("d", 1).file("d/evil", 1),
-            "not inside a folder",
+            "not inside a directory",
         ),
         ("order", page().file("b", 1).file("a", 1), "out of order"),
         (
             "twice",
             page().file("a", 1).file("a", 1),
-            "out of order or there twice",
+            "out of order or listed twice",
         ),
         (
             "folder and file",
             page().dir("a").file("a", 1),
-            "out of order or there twice",
+            "out of order or listed twice",
         ),
         ("mode", page().file_as("a", 1, 0o10644), "mode"),
         ("huge mode", page().file_as("a", 1, u64::MAX), "mode"),
@@ -194,7 +194,7 @@ fn malformed_paths_and_orders_are_refused() {
         "7,800 times",
         &page().file("a", 1).times(&memory, 7_800),
         &memory,
-        "out of order or there twice",
+        "out of order or listed twice",
     );
 }
 
@@ -214,7 +214,7 @@ fn totals_and_sizes_that_do_not_fit_are_refused() {
             with(&|r| (r.totals.chunks, r.pages[0].chunks) = (1 << 63, 1 << 63)),
         ),
         (
-            "a page that lies",
+            "wrong counts of a page",
             with(&|r| (r.totals.chunks, r.pages[0].chunks) = (7, 7)),
         ),
         (
@@ -247,12 +247,12 @@ fn totals_and_sizes_that_do_not_fit_are_refused() {
         (
             "uncovered",
             page().file("big", 1 << 50).chunk(b"x", 1),
-            "less than the file",
+            "fewer bytes than the file",
         ),
         (
             "u64max",
             page().file("max", u64::MAX).chunk(b"x", 1),
-            "less than the file",
+            "fewer bytes than the file",
         ),
         (
             "overflow",
@@ -262,22 +262,22 @@ fn totals_and_sizes_that_do_not_fit_are_refused() {
         (
             "chunks of an empty file",
             page().file("a", 0).chunk(b"x", 1),
-            "more than the file",
+            "more bytes than the file",
         ),
         (
             "chunk without a file",
             page().chunk(b"x", 1),
-            "more than the file",
+            "more bytes than the file",
         ),
         (
             "chunk of a folder",
             page().dir("a").chunk(b"x", 1),
-            "more than the file",
+            "more bytes than the file",
         ),
         (
             "empty chunk",
             page().file("a", 300 << 10).chunk(b"x", 0),
-            "more than the file",
+            "more bytes than the file",
         ),
         (
             "too much",
@@ -285,7 +285,7 @@ fn totals_and_sizes_that_do_not_fit_are_refused() {
                 .file("a", 300 << 10)
                 .chunk(b"x", 256 << 10)
                 .chunk(b"y", 256 << 10),
-            "more than the file",
+            "more bytes than the file",
         ),
         (
             "large chunk",
@@ -303,31 +303,31 @@ fn totals_and_sizes_that_do_not_fit_are_refused() {
 }
 
 #[test]
-fn links_that_leave_or_cannot_be_made_are_refused() {
+fn links_that_leave_the_artifact_or_are_invalid_are_refused() {
     let memory = Memory::default();
     let long = "x".repeat(4096);
     for (name, page, why) in [
         ("absolute", page().link("l", "/etc/passwd"), "absolute path"),
-        ("up", page().link("l", "../x"), "leaves the folder"),
+        ("up", page().link("l", "../x"), "leaves the directory"),
         (
             "up from within",
             page().dir("a").link("a/l", "../../x"),
-            "leaves the folder",
+            "leaves the directory",
         ),
         (
             "through a link",
             page().link("k", ".").link("l", "k/../x"),
-            "steps back from",
+            "uses '..'",
         ),
         (
             "through nothing",
             page().link("l", "nowhere/../x"),
-            "steps back from",
+            "uses '..'",
         ),
         (
             "through a file",
             page().file("a", 1).link("l", "a/../x"),
-            "steps back from",
+            "uses '..'",
         ),
         ("no target", page().link("l", ""), "0 bytes"),
         ("nul", page().link("l", "a\0b"), "NUL"),
@@ -346,7 +346,7 @@ fn links_that_leave_or_cannot_be_made_are_refused() {
 }
 
 #[test]
-fn what_does_not_fit_the_kind_is_refused() {
+fn entries_that_do_not_match_the_kind_are_refused() {
     let memory = Memory::default();
     let as_kind = |page: &Page, kind, info: &KindInfo| Root {
         kind,
@@ -442,13 +442,13 @@ fn what_does_not_fit_the_kind_is_refused() {
     let dataset = page().file("a", 1).times(&memory, 1);
     let fault = check(&"model/x:1".parse().unwrap(), &dataset, &memory).unwrap_err();
     assert!(
-        fault.message.contains("the manifest of a dataset"),
+        fault.message.contains("manifest is that of a dataset"),
         "{fault}"
     );
 }
 
 #[test]
-fn a_page_that_is_listed_often_is_read_once() {
+fn a_page_that_is_listed_many_times_is_read_once() {
     struct Counting(Memory, std::cell::Cell<u64>);
     impl Pages for Counting {
         fn page(&self, id: Hash) -> Result<bytes::Bytes, Fault> {
@@ -475,11 +475,14 @@ fn a_page_that_is_listed_often_is_read_once() {
     root.pages.pop();
     root.totals.chunks -= 100;
     let fault = check(&"dataset/x:1".parse().unwrap(), &root, &pages).unwrap_err();
-    assert!(fault.message.contains("less than the file"), "{fault}");
+    assert!(
+        fault.message.contains("fewer bytes than the file"),
+        "{fault}"
+    );
 }
 
 #[test]
-fn no_more_than_the_permission_bits_are_read() {
+fn only_the_permission_bits_of_a_mode_are_read() {
     let memory = Memory::default();
     let root = page()
         .file_as("a", 1, 0o6755)
@@ -494,7 +497,7 @@ fn no_more_than_the_permission_bits_are_read() {
 }
 
 #[test]
-fn a_survey_finds_what_malformed_and_torn_pages_name() {
+fn a_survey_finds_what_malformed_and_truncated_pages_name() {
     let memory = Memory::default();
     let named = |root: &Root| {
         let mut out = Vec::new();
@@ -530,7 +533,7 @@ fn a_survey_finds_what_malformed_and_torn_pages_name() {
         file(b"/", 7),
     ];
     assert_eq!((found.as_slice(), faults.len()), (&all[..], 0));
-    // A page that breaks off, one that is gone, and one behind them.
+    // A truncated page, a missing page, and a page after them.
     let mut torn = bad;
     torn.bytes.extend([3, 0, 9]);
     let mut root = torn.times(&memory, 1);
@@ -549,7 +552,7 @@ fn a_survey_finds_what_malformed_and_torn_pages_name() {
             chunk(b"3", 3)
         ]
     );
-    // Nothing that was read before is read again, and whoever cannot read its disk is told.
+    // Pages that were read before are not read again. A disk error is returned.
     let mut seen = root.pages.iter().map(|page| page.id).collect();
     let mut again = 0;
     survey(&root, &memory, &mut seen, &mut |_| again += 1).unwrap();
@@ -566,7 +569,7 @@ fn a_survey_finds_what_malformed_and_torn_pages_name() {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(128))]
     #[test]
-    fn a_changed_manifest_is_sound_or_refused(
+    fn a_changed_manifest_is_valid_or_refused(
         files in 1u64..400,
         changes in proptest::collection::vec((any::<prop::sample::Index>(), any::<prop::sample::Index>(), any::<u8>()), 1..4),
         cut in proptest::option::of(any::<prop::sample::Index>()),
@@ -574,7 +577,7 @@ proptest! {
         let memory = Memory::default();
         let mut root = build(&numbered(files), &memory);
         for (page, at, with) in changes {
-            // The page keeps its place under the name that its new bytes have.
+            // The page is stored under the id of its new bytes.
             let which = page.index(root.pages.len());
             let mut bytes = memory.page(root.pages[which].id).unwrap().to_vec();
             let at = at.index(bytes.len());
@@ -589,7 +592,7 @@ proptest! {
         if let Err(fault) = checked(&root, &memory) {
             prop_assert_eq!(fault.code, Code::Integrity);
         } else {
-            prop_assert!(Walk::new(&root, &memory).all(|step| step.is_ok()), "sound is sound for a site too");
+            prop_assert!(Walk::new(&root, &memory).all(|step| step.is_ok()), "a site accepts what the hub accepts");
         }
         let mut count = 0u64;
         survey(&root, &memory, &mut Default::default(), &mut |_| count += 1).unwrap();
