@@ -1,9 +1,9 @@
-//! What a registry's refusals and silences mean: the one table from status, error code and body to
-//! a [`Fault`].
+//! The meaning of a registry's errors and timeouts: converts status, error code and body to a
+//! [`Fault`].
 //!
-//! Registries, Harbor and the proxies before them say the same thing in many ways; whoever needs to
-//! branch looks at [`Answer`], everybody else takes its fault. Addresses of uploads and tokens
-//! never get into a message.
+//! Registries, Harbor and the proxies in front of them report the same condition in many ways. A
+//! caller that needs to branch uses [`Answer`]; all others use its fault. Upload addresses and
+//! tokens never appear in a message.
 
 use std::error::Error as _;
 use std::fmt;
@@ -16,17 +16,17 @@ use base::fault::{Code, Fault, Reason, Retry};
 use base::limits;
 use base::text::is_unsafe;
 
-/// A request that did not do what was asked.
+/// A failed request.
 #[derive(Debug)]
 pub enum Error {
-    /// The registry, or something before it, answered otherwise.
+    /// The registry, or a proxy in front of it, returned an error.
     Answer(Box<Answer>),
-    /// It did not answer, or something here failed.
+    /// There was no answer, or a local operation failed.
     Fault(Fault),
 }
 
 impl Error {
-    /// What a person is told; `doing` says what was tried and where.
+    /// The fault for a user; `doing` names the operation and its target.
     pub fn fault(self, doing: impl fmt::Display) -> Fault {
         match self {
             Error::Answer(answer) => answer.fault(doing),
@@ -34,7 +34,7 @@ impl Error {
         }
     }
 
-    /// The answer's status, when there was an answer.
+    /// The HTTP status, if there was an answer.
     pub fn status(&self) -> Option<u16> {
         match self {
             Error::Answer(answer) => Some(answer.status),
@@ -42,7 +42,7 @@ impl Error {
         }
     }
 
-    /// The pause that the answer asks for.
+    /// The pause that the answer requests.
     pub fn retry_after(&self) -> Option<Duration> {
         match self {
             Error::Answer(answer) => answer.retry_after,
@@ -50,14 +50,14 @@ impl Error {
         }
     }
 
-    /// Whether the registry asks to come back later.
+    /// Whether the registry asks for a pause.
     pub fn asks_for_pause(&self) -> bool {
         matches!(self.status(), Some(429 | 503))
     }
 
-    /// Whether the same request may well succeed a moment later: a server's own error, or no
+    /// Whether the same request may succeed a little later: after a server error, or without an
     /// answer.
-    pub fn is_passing(&self) -> bool {
+    pub fn is_transient(&self) -> bool {
         match self {
             Error::Answer(answer) => {
                 (answer.status >= 500 || matches!(answer.status, 408 | 425 | 429))
@@ -82,20 +82,19 @@ impl From<Answer> for Error {
     }
 }
 
-/// An answer that is not the one hoped for.
+/// An unsuccessful answer.
 #[derive(Debug, Clone, Default)]
 pub struct Answer {
-    /// The HTTP status.
     pub status: u16,
-    /// The first error code in the body (`DENIED`, …), or nothing.
+    /// The first error code in the body (`DENIED`, …), or empty.
     pub code: String,
-    /// What the body says, in one short line.
+    /// The message in the body, as one short line.
     pub message: String,
-    /// Whether the body is a page for people, so it was a proxy that answered.
+    /// Whether the body is an HTML page, which means that a proxy answered.
     pub html: bool,
-    /// Whether the storage driver reports that its disk or its quota is full.
+    /// Whether the storage driver reports a full disk or quota.
     pub storage_full: bool,
-    /// The pause that was asked for.
+    /// The requested pause.
     pub retry_after: Option<Duration>,
 }
 
@@ -115,7 +114,7 @@ struct BodyError {
 }
 
 impl Answer {
-    /// Reads what is left of an answer.
+    /// Reads the rest of an answer.
     pub async fn read(response: reqwest::Response) -> Self {
         let (status, headers) = (response.status().as_u16(), response.headers().clone());
         let body = super::read_capped(response, limits::REGISTRY_BODY_BYTES_MAX)
@@ -124,7 +123,7 @@ impl Answer {
         Self::from_parts(status, &headers, &body)
     }
 
-    /// The same from parts.
+    /// Creates an answer from its parts.
     pub fn from_parts(status: u16, headers: &HeaderMap, body: &[u8]) -> Self {
         let content_type = headers
             .get(CONTENT_TYPE)
@@ -146,8 +145,8 @@ impl Answer {
             if let Some(first) = body.errors.into_iter().next() {
                 answer.code = one_line(&first.code, 60);
                 answer.message = one_line(&first.message, 300);
-                // A full disk stands in the detail only, where docker-registry puts what its
-                // storage driver said.
+                // Only the detail reports a full disk: docker-registry puts the error of its
+                // storage driver there.
                 if status >= 500 && !first.detail.is_null() {
                     answer.storage_full = names_full_disk(&first.detail);
                     answer.message =
@@ -160,13 +159,12 @@ impl Answer {
         answer
     }
 
-    /// Whether a proxy before the registry finds the request too large; the registry itself says so
-    /// in JSON.
+    /// Whether a proxy rejected the request as too large. The registry itself would answer in JSON.
     pub fn is_proxy_limit(&self) -> bool {
         self.status == 413 && self.code.is_empty()
     }
 
-    /// Whether the upload session is gone, so that a new one has to start from the first byte.
+    /// Whether the upload session is gone, so that a new one must start from the first byte.
     pub fn is_session_gone(&self) -> bool {
         self.status == 404
             && matches!(
@@ -177,14 +175,14 @@ impl Answer {
             || self.status == 416
     }
 
-    /// Whether a read was refused by a policy of the registry, though what was asked for is there:
-    /// Harbor answers so to GET and HEAD of an image without a scan report or a signature. To HEAD
-    /// without words; a PUT that meets an immutable tag has some.
+    /// Whether a policy of the registry blocks a read of an existing object. Harbor answers so to
+    /// GET and HEAD of an image without a scan report or signature; a HEAD has no message. A PUT on
+    /// an immutable tag has a message.
     pub fn is_policy(&self) -> bool {
         self.status == 412 && (self.code == "PROJECTPOLICYVIOLATION" || self.code.is_empty())
     }
 
-    /// Whether a manifest was refused because something that it names is not there.
+    /// Whether a manifest was rejected because a blob or manifest that it references is missing.
     pub fn is_blob_unknown(&self) -> bool {
         matches!(self.code.as_str(), "MANIFEST_BLOB_UNKNOWN" | "BLOB_UNKNOWN")
             && matches!(self.status, 400 | 404)
@@ -201,7 +199,7 @@ impl Answer {
                 && (message.contains("upper limit") || message.contains("quota"))
     }
 
-    fn said(&self) -> String {
+    fn summary(&self) -> String {
         let name = reqwest::StatusCode::from_u16(self.status)
             .ok()
             .and_then(|s| s.canonical_reason())
@@ -209,7 +207,7 @@ impl Answer {
         let mut out = format!(
             "{} answered {} {name}",
             if self.html {
-                "a proxy before the registry"
+                "a proxy in front of the registry"
             } else {
                 "the registry"
             },
@@ -223,72 +221,72 @@ impl Answer {
         out
     }
 
-    /// What it means.
+    /// Converts the answer to a fault.
     pub fn fault(&self, doing: impl fmt::Display) -> Fault {
-        let text = format!("{doing}: {}", self.said());
+        let text = format!("{doing}: {}", self.summary());
         let lower = self.message.to_ascii_lowercase();
         let backoff = |fault: Fault| match self.retry_after {
             Some(pause) => fault.with_retry_after(pause),
             None => fault,
         };
-        let refused = |next: &str| Fault::conflict(text.clone()).with_next(next);
+        let rejected = |next: &str| Fault::conflict(text.clone()).with_next(next);
         if self.is_full() {
             return backoff(Fault::no_space(text.clone()))
-                .with_next("raise the project's quota or make room at the registry; the transfer goes on by itself");
+                .with_next("raise the project's quota or free space at the registry; the transfer resumes automatically");
         }
         if lower.contains("read only") || lower.contains("read-only") || lower.contains("readonly")
         {
             return Fault::unreachable(text)
                 .with_retry_after(self.retry_after.unwrap_or(limits::REGISTRY_READ_ONLY_PAUSE))
-                .with_next("end the registry's read-only mode; this is tried again by itself");
+                .with_next("end the registry's read-only mode; this is retried automatically");
         }
         match (self.status, self.code.as_str()) {
-            (403, _) if lower.contains("proxy") => refused("choose a project that is not a proxy cache"),
+            (403, _) if lower.contains("proxy") => rejected("choose a project that is not a proxy cache"),
             (401, _) => Fault::not_allowed(text).with_next(
-                "check username and password_file (a robot account that expired looks the same), its right to push, and that the project exists",
+                "check username and password_file (an expired robot account gives the same error), the permission to push, and that the project exists",
             ),
             (403, _) | (_, "DENIED" | "UNAUTHORIZED") => {
-                Fault::not_allowed(text).with_next("give the registry user the right to pull and push there, then 'packhorse retry'")
+                Fault::not_allowed(text).with_next("give the registry user permission to pull and push there, then run 'packhorse retry'")
             }
             (404, "NAME_UNKNOWN" | "NAME_INVALID") => no_project(text),
             (404, _) if lower.contains("project") => no_project(text),
             (404, _) if self.is_session_gone() => {
-                Fault::unreachable(text).with_next("the registry lost the upload; it starts again by itself")
+                Fault::unreachable(text).with_next("the registry lost the upload; it is restarted automatically")
             }
             (404, _) => backoff(Fault::unreachable(text))
-                .with_next("the registry may be collecting garbage, or this is no registry; it is tried again by itself"),
-            (405, _) => refused("allow this at the registry, or use another one"),
+                .with_next("the registry may be collecting garbage, or this is not a registry; this is retried automatically"),
+            (405, _) => rejected("allow this operation at the registry, or use another registry"),
             (409, _) => {
-                Fault::conflict(text).with_reason(Reason::SinkUnavailable).with_retry(Retry::Backoff).with_next("it is tried again by itself")
+                Fault::conflict(text).with_reason(Reason::SinkUnavailable).with_retry(Retry::Backoff).with_next("no action is needed: this is retried automatically")
             }
             (412, _) if self.is_policy() => Fault::not_allowed(text).with_retry(Retry::Backoff).with_next(
-                "a policy of the registry does not give the image out until it is scanned or signed; it is there: leave it as it is, and see the project's policies in Harbor",
+                "a policy of the registry blocks the image until it is scanned or signed; the image is complete and must not be deleted; see the project's policies in Harbor",
             ),
-            (412, _) => refused("the tag is immutable and names another image: publish under another version"),
+            (412, _) => rejected("the tag is immutable and refers to a different image: publish under another version"),
             (413, _) if self.is_proxy_limit() => {
-                refused("raise the proxy's limit on request bodies (nginx: client_max_body_size), then 'packhorse retry'")
+                rejected("raise the proxy's limit on request bodies (nginx: client_max_body_size), then run 'packhorse retry'")
             }
-            (413, _) => refused("the manifest is larger than the registry takes; make the image of fewer layers or platforms"),
+            (413, _) => rejected("the manifest is too large for the registry; build the image with fewer layers or platforms"),
             (400, "DIGEST_INVALID" | "SIZE_INVALID") => Fault::integrity(text).with_next("publish the image again"),
             (400, _) if self.is_blob_unknown() => Fault::conflict(text)
                 .with_reason(Reason::SinkUnavailable)
                 .with_retry(Retry::Backoff)
-                .with_next("the registry lost a blob meanwhile (garbage collection); it is pushed again by itself"),
+                .with_next("the registry removed a blob (garbage collection); it is pushed again automatically"),
             (400, _) if lower.contains("https server") => {
-                Fault::config(text).with_reason(Reason::SinkUnavailable).with_next("write the registry's url with https://")
+                Fault::config(text).with_reason(Reason::SinkUnavailable).with_next("use https:// in the registry's url")
             }
-            (408 | 425 | 429, _) => backoff(Fault::unreachable(text)).with_next("the registry asks for a pause; it is tried again by itself"),
-            (500.., _) => backoff(Fault::unreachable(text)).with_next("look at the registry's log; this is tried again by itself"),
+            (408 | 425 | 429, _) => backoff(Fault::unreachable(text)).with_next("the registry asks for a pause; this is retried automatically"),
+            (500.., _) => backoff(Fault::unreachable(text)).with_next("check the registry's log; this is retried automatically"),
             (300..400, _) => {
-                Fault::config(text).with_reason(Reason::SinkUnavailable).with_next("write the address that the registry redirects to")
+                Fault::config(text).with_reason(Reason::SinkUnavailable).with_next("use the address that the registry redirects to")
             }
-            _ => refused("look at the registry's log, then 'packhorse retry'"),
+            _ => rejected("check the registry's log, then run 'packhorse retry'"),
         }
     }
 }
 
-/// Whether a storage driver's error holds the number of ENOSPC or EDQUOT: docker-registry writes
-/// `"Err":28` and no words.
+/// Whether the error of a storage driver contains the number of ENOSPC or EDQUOT: docker-registry
+/// writes `"Err":28` without text.
 fn names_full_disk(detail: &serde_json::Value) -> bool {
     match detail {
         serde_json::Value::Object(map) => {
@@ -306,10 +304,10 @@ fn no_project(text: String) -> Fault {
         code: Code::Config,
         ..Fault::not_allowed(text)
     }
-    .with_next("make the project at the registry, or set create_project = true")
+    .with_next("create the project at the registry, or set create_project = true")
 }
 
-/// The pause that an answer asks for.
+/// The pause requested by the headers of an answer.
 pub(super) fn retry_after(headers: &HeaderMap) -> Option<Duration> {
     let text = headers.get(RETRY_AFTER)?.to_str().ok()?.trim();
     let pause = match text.parse::<u64>() {
@@ -327,7 +325,7 @@ pub(super) fn retry_after(headers: &HeaderMap) -> Option<Duration> {
     Some(pause.min(limits::REGISTRY_RETRY_AFTER_MAX))
 }
 
-/// A server's words, safe to print: one line, no control characters, bounded.
+/// Text of a server, safe to print: one line, no control characters, limited length.
 fn one_line(text: &str, chars_max: usize) -> String {
     let clean: String = text
         .chars()
@@ -342,7 +340,7 @@ fn one_line(text: &str, chars_max: usize) -> String {
         .collect()
 }
 
-/// A request that got no answer at all.
+/// The fault of a request without an answer.
 pub fn no_answer(error: &reqwest::Error) -> Fault {
     if error.is_timeout() {
         return Fault::unreachable("no answer in time");
@@ -352,19 +350,19 @@ pub fn no_answer(error: &reqwest::Error) -> Fault {
     while let Some(this) = cause {
         last = one_line(&this.to_string(), 300);
         if last.starts_with("dns error") || last.contains("failed to lookup address") {
-            return Fault::unreachable("its name cannot be resolved")
+            return Fault::unreachable("its host name cannot be resolved")
                 .with_next("check the registry's host name and this machine's DNS");
         }
         if let Some(tls) = this.downcast_ref::<rustls::Error>() {
             return tls_fault(tls);
         }
         if let Some(io) = this.downcast_ref::<std::io::Error>() {
-            if let Some(tls) = tls_inside(io) {
+            if let Some(tls) = inner_tls_error(io) {
                 return tls_fault(tls);
             }
             if io.kind() == std::io::ErrorKind::ConnectionRefused {
                 return Fault::unreachable("connection refused")
-                    .with_next("check that the registry runs and that the port is right");
+                    .with_next("check that the registry is running and that the port is correct");
             }
         }
         cause = this.source();
@@ -372,12 +370,12 @@ pub fn no_answer(error: &reqwest::Error) -> Fault {
     Fault::unreachable(last)
 }
 
-/// The TLS error in an I/O error, which may be wrapped more than once and is no `source` of it.
-fn tls_inside(error: &std::io::Error) -> Option<&rustls::Error> {
+/// The TLS error inside an I/O error. It may be wrapped several times and is not a `source`.
+fn inner_tls_error(error: &std::io::Error) -> Option<&rustls::Error> {
     let inner = error.get_ref()?;
     match inner.downcast_ref::<rustls::Error>() {
         Some(tls) => Some(tls),
-        None => tls_inside(inner.downcast_ref::<std::io::Error>()?),
+        None => inner_tls_error(inner.downcast_ref::<std::io::Error>()?),
     }
 }
 
@@ -385,7 +383,7 @@ fn tls_fault(error: &rustls::Error) -> Fault {
     use rustls::CertificateError as C;
     let (why, next) = match error {
         rustls::Error::InvalidCertificate(C::UnknownIssuer) => (
-            "its certificate is signed by nobody this machine trusts".into(),
+            "its certificate is not signed by a trusted authority".into(),
             "set ca_file to the certificate of the authority that signed it",
         ),
         rustls::Error::InvalidCertificate(C::Expired | C::ExpiredContext { .. }) => (
@@ -395,12 +393,12 @@ fn tls_fault(error: &rustls::Error) -> Fault {
         rustls::Error::InvalidCertificate(
             C::NotValidForName | C::NotValidForNameContext { .. },
         ) => (
-            "its certificate is for another name".into(),
-            "use the name that stands in the registry's certificate",
+            "its certificate is for a different name".into(),
+            "use the name in the registry's certificate",
         ),
         rustls::Error::InvalidMessage(_) => (
-            "it does not speak TLS".into(),
-            "write the registry's url with http:// if that is meant",
+            "it does not use TLS".into(),
+            "if the registry has no TLS, use http:// in its url",
         ),
         other => (
             one_line(&other.to_string(), 200),
@@ -427,7 +425,7 @@ mod tests {
     }
 
     #[test]
-    fn the_table() {
+    fn answers_become_faults() {
         use Code as C;
         use Reason as R;
         let html = "<html><body>413 Request Entity Too Large</body></html>";
@@ -508,7 +506,7 @@ mod tests {
     }
 
     #[test]
-    fn retry_after_is_obeyed_in_both_forms() {
+    fn retry_after_is_parsed_in_both_forms() {
         assert_eq!(
             answer(429, &[("retry-after", "7")], "").fault("x").retry,
             Retry::AfterMs(7_000)
@@ -526,7 +524,7 @@ mod tests {
     }
 
     #[test]
-    fn pages_are_not_repeated_but_named() {
+    fn html_pages_are_reported_but_not_quoted() {
         let page = answer(
             504,
             &[("content-type", "text/html")],
@@ -534,7 +532,7 @@ mod tests {
         );
         assert_eq!(
             page.fault("push blob x").message,
-            "push blob x: a proxy before the registry answered 504 Gateway Timeout"
+            "push blob x: a proxy in front of the registry answered 504 Gateway Timeout"
         );
         assert!(
             answer(413, &[], "<html>").is_proxy_limit()

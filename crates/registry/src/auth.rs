@@ -1,9 +1,8 @@
-//! Who we are to a registry: credentials, the challenge it sets, and the tokens got for it.
+//! Authentication at a registry: credentials, the challenge of the registry, and tokens.
 //!
-//! The challenge is asked for once and tokens are kept per scope until shortly before they end, so
-//! that a large body is never sent only to be refused. After a 401 the challenge is read anew, the
-//! secret is read anew from its file, and the token is fetched anew, once. Nothing here is ever
-//! written down or printed.
+//! The challenge is requested once. Tokens are kept per scope until shortly before they expire, so
+//! that a large body is not sent and then rejected. After a 401, the challenge, the secret file and
+//! the token are read again, once. No secret is stored or printed.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -23,15 +22,15 @@ use base::durable;
 use base::fault::Fault;
 use base::limits;
 
-/// A token without a stated life has this one, by the token specification.
+/// The lifetime of a token without a stated lifetime, according to the token specification.
 const TOKEN_LIFE_DEFAULT: Duration = Duration::from_secs(60);
 
-/// A user and a secret. `Debug` shows neither.
+/// A user name and a secret. `Debug` prints neither.
 #[derive(Clone)]
 pub struct Credentials {
     username: String,
     secret: Secret,
-    /// Hosts that the password is sent to besides the registry's own.
+    /// Hosts other than the registry to which the password may be sent.
     realm_hosts: Vec<String>,
 }
 
@@ -48,7 +47,7 @@ impl fmt::Debug for Credentials {
 }
 
 impl Credentials {
-    /// From a password at hand.
+    /// Creates credentials from a password.
     pub fn new(username: impl Into<String>, password: impl Into<String>) -> Self {
         Self {
             username: username.into(),
@@ -57,8 +56,8 @@ impl Credentials {
         }
     }
 
-    /// From a file, which is read when it is needed: a secret that is replaced there is used from
-    /// then on. It must be readable now.
+    /// Creates credentials from a password file, which must be readable now. The file is read
+    /// whenever the password is needed, so a new password is used without a restart.
     pub fn from_file(username: impl Into<String>, path: PathBuf) -> Result<Self, Fault> {
         durable::open_regular(&path).map_err(|e| {
             Fault::config(format!(
@@ -73,7 +72,7 @@ impl Credentials {
         })
     }
 
-    /// From the two keys of the configuration.
+    /// Creates credentials from the two keys of the configuration.
     pub fn from_config(
         username: Option<&str>,
         password_file: Option<&PathBuf>,
@@ -82,13 +81,13 @@ impl Credentials {
             (Some(user), Some(file)) => Self::from_file(user, file.clone()).map(Some),
             (None, None) => Ok(None),
             _ => Err(
-                Fault::config("of a registry's username and password_file only one is set")
+                Fault::config("only one of a registry's username and password_file is set")
                     .with_next("set both, or neither"),
             ),
         }
     }
 
-    /// Sends the password also to these hosts (`HOST` for every port of it, or `HOST:PORT`) where
+    /// Also allows the password to be sent to these hosts (`HOST` for all ports, or `HOST:PORT`) if
     /// the registry names one of them as its token service.
     #[must_use]
     pub fn with_realm_hosts(self, hosts: &[String]) -> Self {
@@ -98,26 +97,26 @@ impl Credentials {
         }
     }
 
-    /// Refuses to send the password anywhere but to the registry itself or to a listed host, and
-    /// never without TLS where the registry has it.
+    /// Allows the password to be sent only to the registry itself or to a listed host, and never
+    /// without TLS if the registry uses TLS.
     fn may_go_to(&self, url: &reqwest::Url, origin: &Origin) -> Result<(), Fault> {
         if origin.https && url.scheme() != "https" {
             return Err(Fault::not_allowed("the registry asks for the password over plain http at its token service")
-                .with_next("correct the registry's external address (Harbor: external_url), so that its token service is at https"));
+                .with_next("correct the registry's external address (Harbor: external_url), so that its token service uses https"));
         }
         let host = url.host_str().unwrap_or_default().to_ascii_lowercase();
         let with_port = format!("{host}:{}", url.port_or_known_default().unwrap_or_default());
-        let is_own = origin.base().parse::<reqwest::Url>().is_ok_and(|own| {
+        let is_registry = origin.base().parse::<reqwest::Url>().is_ok_and(|own| {
             (own.host_str(), own.port_or_known_default())
                 == (url.host_str(), url.port_or_known_default())
         });
-        // Docker Hub's token service has a host of its own, for everybody.
-        let is_hub = matches!(
+        // The token service of Docker Hub has its own host name.
+        let is_docker_hub = matches!(
             origin.authority.as_str(),
             "registry-1.docker.io" | "index.docker.io" | "docker.io"
         ) && host == "auth.docker.io";
-        if is_own
-            || is_hub
+        if is_registry
+            || is_docker_hub
             || self
                 .realm_hosts
                 .iter()
@@ -125,7 +124,7 @@ impl Credentials {
         {
             return Ok(());
         }
-        Err(Fault::not_allowed(format!("the registry {origin} wants its password sent to another host, {with_port}")).with_next(format!(
+        Err(Fault::not_allowed(format!("the registry {origin} asks for its password to be sent to a different host, {with_port}")).with_next(format!(
             "if that is the registry's token service, add \"{with_port}\" to realm_hosts where its password_file is configured: [sink.images] or [registry.\"{origin}\"]"
         )))
     }
@@ -152,25 +151,26 @@ impl Credentials {
 }
 
 fn sensitive(text: String) -> Result<HeaderValue, Fault> {
-    let mut value = HeaderValue::try_from(text)
-        .map_err(|_| Fault::config("a registry secret has bytes that HTTP does not carry"))?;
+    let mut value = HeaderValue::try_from(text).map_err(|_| {
+        Fault::config("a registry secret contains bytes that are not allowed in an HTTP header")
+    })?;
     value.set_sensitive(true);
     Ok(value)
 }
 
-/// What is asked of a registry, as its token service is told it.
+/// The requested access, as sent to the token service.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(super) struct Scope {
-    /// Nothing in particular when empty.
+    /// Empty if the request concerns no repository.
     pub(super) repository: String,
     /// `pull`, `pull,push` or `pull,push,delete`.
     pub(super) actions: &'static str,
-    /// A repository to mount from, which takes the right to pull there.
+    /// A repository to mount from, which requires permission to pull there.
     pub(super) mount_from: Option<String>,
 }
 
 impl Scope {
-    fn words(&self) -> Vec<String> {
+    fn scopes(&self) -> Vec<String> {
         let mut out = Vec::new();
         if !self.repository.is_empty() {
             out.push(format!("repository:{}:{}", self.repository, self.actions));
@@ -182,26 +182,26 @@ impl Scope {
     }
 }
 
-/// How a registry wants to know who asks.
+/// The authentication method that a registry requires.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Challenge {
-    /// Not at all.
+    /// None.
     None,
-    /// By password.
+    /// A password.
     Basic,
-    /// By a token from a service.
+    /// A token from a token service.
     Bearer {
-        /// The service's address.
+        /// The address of the token service.
         realm: String,
-        /// The name it knows the registry by.
+        /// The name of the registry at the token service.
         service: String,
     },
 }
 
 impl Challenge {
-    /// Reads the `WWW-Authenticate` headers; Bearer is chosen before Basic.
+    /// Parses the `WWW-Authenticate` headers. Prefers Bearer over Basic.
     pub(super) fn parse(headers: &HeaderMap) -> Self {
-        let mut best = Challenge::None;
+        let mut chosen = Challenge::None;
         for value in headers.get_all(WWW_AUTHENTICATE) {
             for (scheme, parameters) in challenges(value.to_str().unwrap_or_default()) {
                 let get = |key: &str| {
@@ -218,15 +218,15 @@ impl Challenge {
                             service: get("service"),
                         };
                     }
-                    "basic" => best = Challenge::Basic,
+                    "basic" => chosen = Challenge::Basic,
                     _ => {}
                 }
             }
         }
-        best
+        chosen
     }
 
-    /// Whether it is Harbor that asks.
+    /// Whether the challenge comes from Harbor.
     pub(super) fn is_harbor(&self) -> bool {
         matches!(self, Challenge::Bearer { realm, service } if service == "harbor-registry" || realm.ends_with("/service/token"))
     }
@@ -290,7 +290,7 @@ fn unquote(text: &str) -> (String, &str) {
 #[derive(Clone)]
 struct Token {
     header: HeaderValue,
-    ends: Instant,
+    expires: Instant,
 }
 
 #[derive(Deserialize)]
@@ -314,8 +314,8 @@ struct Access {
     actions: Option<Vec<String>>,
 }
 
-/// Whether a token grants what was asked for. A token service may answer 200 with a token that
-/// grants nothing; a token that cannot be looked into is given the benefit of the doubt.
+/// Whether a token grants the requested access. A token service may answer 200 with a token that
+/// grants nothing. A token that cannot be decoded is assumed to grant it.
 fn grants(token: &str, scope: &Scope) -> bool {
     let claims = token
         .split('.')
@@ -340,7 +340,7 @@ fn grants(token: &str, scope: &Scope) -> bool {
             .all(|wanted| granted.iter().any(|g| g == wanted))
 }
 
-/// The state of one client's right to ask.
+/// The authentication state of one client.
 pub(super) struct Auth {
     pub(super) credentials: Option<Credentials>,
     state: Mutex<State>,
@@ -351,8 +351,7 @@ pub(super) struct Auth {
 #[derive(Default)]
 struct State {
     challenge: Option<Challenge>,
-    /// Sent with every request where the password itself is asked for, so it is not read from its
-    /// file each time.
+    /// The password header, kept so that the file is not read for each request.
     basic: Option<HeaderValue>,
     tokens: HashMap<Scope, Token>,
 }
@@ -366,17 +365,18 @@ impl Auth {
         }
     }
 
-    /// The challenge, once it is known.
+    /// The challenge, if it is known.
     pub(super) fn challenge(&self) -> Option<Challenge> {
         self.state.lock().challenge.clone()
     }
 
-    pub(super) fn learn(&self, challenge: Challenge) {
+    pub(super) fn set_challenge(&self, challenge: Challenge) {
         self.state.lock().challenge = Some(challenge);
     }
 
-    /// The registry did not take what it was sent for this scope: read everything anew.
-    pub(super) fn refused(&self, scope: &Scope, headers: &HeaderMap) {
+    /// Called when the registry rejected a request of this scope: discards the challenge, the
+    /// password and the token.
+    pub(super) fn on_rejected(&self, scope: &Scope, headers: &HeaderMap) {
         let challenge = Challenge::parse(headers);
         let mut state = self.state.lock();
         if challenge != Challenge::None {
@@ -386,12 +386,12 @@ impl Auth {
         state.tokens.remove(scope);
     }
 
-    /// A token got before a project existed says nothing of it.
+    /// Discards all tokens. A token issued before a project existed grants nothing in it.
     pub(super) fn forget_tokens(&self) {
         self.state.lock().tokens.clear();
     }
 
-    /// The password as a header, read anew; `None` for a nameless client.
+    /// The password as a header, read from its source; `None` for an anonymous client.
     pub(super) async fn basic(&self) -> Result<Option<HeaderValue>, Fault> {
         match &self.credentials {
             Some(credentials) => credentials.basic().await.map(Some),
@@ -399,7 +399,7 @@ impl Auth {
         }
     }
 
-    /// What to send with a request for this scope.
+    /// The authorization header for a request of this scope.
     pub(super) async fn header(
         &self,
         http: &reqwest::Client,
@@ -417,18 +417,18 @@ impl Auth {
                 Ok(value)
             }
             Some(Challenge::Bearer { realm, service }) => {
-                let held = |state: &State| {
+                let cached = |state: &State| {
                     state
                         .tokens
                         .get(scope)
-                        .filter(|t| t.ends > Instant::now())
+                        .filter(|t| t.expires > Instant::now())
                         .map(|t| t.header.clone())
                 };
-                if let Some(header) = held(&self.state.lock()) {
+                if let Some(header) = cached(&self.state.lock()) {
                     return Ok(Some(header));
                 }
                 let _one_at_a_time = self.fetching.lock().await;
-                if let Some(header) = held(&self.state.lock()) {
+                if let Some(header) = cached(&self.state.lock()) {
                     return Ok(Some(header));
                 }
                 let token = self.fetch(http, origin, &realm, &service, scope).await?;
@@ -451,14 +451,14 @@ impl Auth {
         service: &str,
         scope: &Scope,
     ) -> Result<Token, Error> {
-        let url = realm
-            .parse::<reqwest::Url>()
-            .map_err(|_| Fault::config("the registry names a token service that is no address"))?;
+        let url = realm.parse::<reqwest::Url>().map_err(|_| {
+            Fault::config("the registry names a token service with an invalid address")
+        })?;
         if let Some(credentials) = &self.credentials {
             credentials.may_go_to(&url, origin)?;
         }
         let mut query: Vec<(&str, String)> = scope
-            .words()
+            .scopes()
             .into_iter()
             .map(|word| ("scope", word))
             .collect();
@@ -469,14 +469,14 @@ impl Auth {
         if let Some(basic) = self.basic().await? {
             request = request.header(AUTHORIZATION, basic);
         }
-        let asked = Instant::now();
+        let requested_at = Instant::now();
         let response = tokio::time::timeout(limits::REGISTRY_SILENCE_MAX, request.send())
             .await
             .map_err(|_| Fault::unreachable("the registry's token service: no answer in time"))?
             .map_err(|e| no_answer(&e).context("the registry's token service"))?;
         if !response.status().is_success() {
             let answer = Answer::read(response).await;
-            // A token service may refuse a client in three ways; they mean the same.
+            // Token services reject a client with one of three statuses, which mean the same.
             let status = if matches!(answer.status, 400 | 403) {
                 401
             } else {
@@ -487,16 +487,16 @@ impl Auth {
         let body = super::read_capped(response, limits::REGISTRY_BODY_BYTES_MAX).await?;
         let reply: TokenReply = serde_json::from_slice(&body).map_err(|_| {
             Fault::unreachable(
-                "the registry's token service answered with something that is no token",
+                "the registry's token service returned an answer that is not a token",
             )
         })?;
         let token = reply.token.or(reply.access_token).filter(|t| !t.is_empty());
         let token = token.ok_or_else(|| {
-            Fault::unreachable("the registry's token service answered without a token")
+            Fault::unreachable("the registry's token service returned an answer without a token")
         })?;
         if !grants(&token, scope) {
             let message = format!(
-                "the token service grants no {} on {}",
+                "the token service does not grant {} on {}",
                 scope.actions, scope.repository
             );
             return Err(Answer {
@@ -507,14 +507,15 @@ impl Auth {
             }
             .into());
         }
-        let life = reply
+        let lifetime = reply
             .expires_in
             .map_or(TOKEN_LIFE_DEFAULT, Duration::from_secs)
             .min(Duration::from_secs(24 * 3600));
-        // A tenth is left unused, so that a token does not end under a request that is on its way.
+        // The last tenth of the lifetime is not used, so that a token does not expire during a
+        // request.
         Ok(Token {
             header: sensitive(format!("Bearer {token}"))?,
-            ends: asked + life.mul_f64(0.9),
+            expires: requested_at + lifetime.mul_f64(0.9),
         })
     }
 }
@@ -533,7 +534,7 @@ mod tests {
     }
 
     #[test]
-    fn challenges_are_understood() {
+    fn challenges_are_parsed() {
         let bearer = |realm: &str, service: &str| Challenge::Bearer {
             realm: realm.into(),
             service: service.into(),
@@ -561,7 +562,7 @@ mod tests {
     }
 
     #[test]
-    fn a_token_without_rights_is_noticed() {
+    fn a_token_without_access_is_detected() {
         let token = |claims: &str| format!("h.{}.s", URL_SAFE_NO_PAD.encode(claims));
         let scope = Scope {
             repository: "op/seg".into(),
@@ -636,7 +637,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_password_file_that_is_gone_for_a_while_is_waited_for() {
+    async fn a_missing_password_file_is_retried() {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("password");
         durable::replace_secret(&file, b"hunter2\n").unwrap();

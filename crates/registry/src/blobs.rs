@@ -1,10 +1,10 @@
 //! Blobs: look up, read, mount, and upload from a file.
 //!
-//! An upload holds a few buffers whatever the blob's size, and may go on while its file is still
-//! being written. It is sent whole; where a proxy refuses that by its size, in chunks that shrink
-//! until they pass. A session that broke goes on only where the registry says that it stands
-//! exactly at the end of a chunk; everything else starts again from the first byte, after a look
-//! whether the blob is there after all.
+//! An upload uses a few buffers for a blob of any size, and may run while its file is still being
+//! written. A blob is sent with one request. If a proxy rejects its size, it is sent in chunks,
+//! which are halved until they pass. An interrupted session continues only if the registry reports
+//! a position exactly at the end of a chunk. Otherwise the upload first checks whether the blob
+//! exists, and then starts again.
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
@@ -25,27 +25,27 @@ use crate::{Answer, Error, Progress, Registry, Wait, next_piece};
 use base::fault::{Fault, IoContext};
 use base::limits;
 
-/// A blob that lies in a file, to be uploaded.
+/// A blob in a local file, to be uploaded.
 #[derive(Debug, Clone)]
 pub struct LocalBlob {
-    /// Its name, which the registry checks.
+    /// The digest, which the registry checks.
     pub digest: Sha256,
-    /// Its bytes.
+    /// In bytes.
     pub size: u64,
-    /// Where it lies.
+    /// The path of the file.
     pub file: PathBuf,
 }
 
-/// Where an upload goes on.
+/// An open upload session.
 struct Session(Url);
 
 enum Opened {
-    /// The blob is there now, without any upload.
+    /// The blob exists now, without an upload.
     Mounted,
     Session(Session),
 }
 
-/// A blob on its way in.
+/// A blob that is being read.
 pub struct BlobStream {
     response: Response,
     skip: u64,
@@ -73,9 +73,9 @@ impl Registry {
         self.url(&format!("{repository}/blobs/{digest}"))
     }
 
-    /// The size of a blob; `None` when the repository does not hold it.
+    /// The size of a blob; `None` if the repository does not have it.
     pub async fn blob_size(&self, repository: &str, digest: &Sha256) -> Result<Option<u64>, Error> {
-        // The same rights as for the upload that may follow, so that one token serves both.
+        // Requests the same access as the upload that may follow, so that one token serves both.
         let scope = Self::scope(repository, "pull,push");
         let response = self
             .send(
@@ -105,7 +105,7 @@ impl Registry {
         self.read_blob(repository, digest, offset, None).await
     }
 
-    /// Reads `len` bytes of a blob from `offset` on; fewer are an error.
+    /// Reads exactly `len` bytes of a blob from `offset`.
     pub async fn blob_range(
         &self,
         repository: &str,
@@ -162,7 +162,7 @@ impl Registry {
             .await?;
         match response.status() {
             StatusCode::PARTIAL_CONTENT => Ok(BlobStream { response, skip: 0 }),
-            // It does not know ranges and sends all.
+            // The registry does not support ranges and sends everything.
             StatusCode::OK => Ok(BlobStream {
                 response,
                 skip: offset,
@@ -171,7 +171,8 @@ impl Registry {
         }
     }
 
-    /// Makes a blob of another repository appear in this one, if the registry can. No bytes move.
+    /// Makes a blob of another repository available in this one, if the registry supports it. No
+    /// bytes are transferred.
     pub async fn mount(
         &self,
         repository: &str,
@@ -187,14 +188,14 @@ impl Registry {
         }
     }
 
-    /// Whether uploads to a repository are taken at all: opens one and gives it up again.
+    /// Checks that the repository accepts uploads: opens a session and cancels it.
     pub async fn try_upload(&self, repository: &str) -> Result<(), Error> {
         let session = self.session_for(repository).await?;
         self.cancel(repository, session).await;
         Ok(())
     }
 
-    /// Makes sure that a repository holds a blob. Says whether its bytes had to be sent.
+    /// Ensures that a repository has a blob. Returns whether its bytes had to be sent.
     pub async fn push_blob(&self, repository: &str, blob: &LocalBlob) -> Result<bool, Fault> {
         let doing = || format!("push blob {} to {}/{repository}", blob.digest, self.origin);
         match self
@@ -207,8 +208,8 @@ impl Registry {
         }
     }
 
-    /// Takes a blob out of a repository; whether the registry could. Its storage may keep it for
-    /// others.
+    /// Deletes a blob from a repository. Returns whether the registry did so. Its storage may keep
+    /// the blob for other repositories.
     pub async fn delete_blob(&self, repository: &str, digest: &Sha256) -> Result<bool, Error> {
         let scope = Self::scope(repository, "pull,push,delete");
         let response = self
@@ -223,7 +224,7 @@ impl Registry {
         Ok(response.status().is_success())
     }
 
-    /// Sends a blob whatever the repository holds.
+    /// Sends a blob even if the repository has it.
     pub async fn push_again(&self, repository: &str, blob: &LocalBlob) -> Result<bool, Fault> {
         let doing = || format!("push blob {} to {}/{repository}", blob.digest, self.origin);
         self.check_file(blob).await?;
@@ -243,15 +244,15 @@ impl Registry {
             };
             if answer.is_some_and(|a| a.is_proxy_limit()) {
                 if self.shrink_chunks(chunk, blob.size) {
-                    continue; // not a failure: the size that passes is being found
+                    continue; // not a failure: the search for an accepted size goes on
                 }
                 return Err(error.fault(doing()));
             }
-            let restart = answer.is_some_and(|a| a.is_session_gone());
-            if !restart && !error.is_passing() {
+            let is_session_gone = answer.is_some_and(|a| a.is_session_gone());
+            if !is_session_gone && !error.is_transient() {
                 return Err(error.fault(doing()));
             }
-            if self.appears(repository, blob, error.status()).await {
+            if self.exists_now(repository, blob, error.status()).await {
                 return Ok(true);
             }
             let pause = error
@@ -268,9 +269,9 @@ impl Registry {
         }
     }
 
-    /// [`Registry::push_blob`] for a blob whose file is still being written: `grown` says how much
-    /// of it is there. It is sent as it grows, and once more when that breaks. Says whether its
-    /// bytes had to be sent.
+    /// Like [`Registry::push_blob`], for a file that is still being written: `grown` is the number
+    /// of bytes that exist. The blob is sent while it grows, and once more if that fails. Returns
+    /// whether its bytes had to be sent.
     pub async fn push_growing(
         &self,
         repository: &str,
@@ -278,16 +279,16 @@ impl Registry {
         mut grown: watch::Receiver<u64>,
     ) -> Result<bool, Fault> {
         let doing = || format!("push blob {} to {}/{repository}", blob.digest, self.origin);
-        let held = self
+        let existing = self
             .blob_size(repository, &blob.digest)
             .await
             .map_err(|e| e.fault(doing()))?;
-        // In chunks it goes once it is there: how large they may be is not known before.
-        if held != Some(blob.size) && self.chunk_bytes.load(Ordering::Relaxed) == 0 {
+        // In chunk mode, wait for the complete file: the allowed chunk size is not known before.
+        if existing != Some(blob.size) && self.chunk_bytes.load(Ordering::Relaxed) == 0 {
             match self.put_whole(repository, blob, Some(&grown)).await {
                 Ok(()) => return Ok(true),
                 Err(error) => {
-                    tracing::debug!(error = %error.fault(doing()), "a blob was not taken as it came");
+                    tracing::debug!(error = %error.fault(doing()), "a blob could not be sent while it arrived");
                 }
             }
         }
@@ -296,30 +297,33 @@ impl Registry {
             .await
             .map(|_| ());
         whole.map_err(|_| {
-            Fault::unreachable(format!("{}: the rest of it does not come now", doing()))
+            Fault::unreachable(format!(
+                "{}: the rest of the file is not available",
+                doing()
+            ))
         })?;
         self.push_blob(repository, blob).await
     }
 
-    /// Registries accept a descriptor that lies about a size, so it is checked here.
+    /// Checks the size, because registries accept a descriptor with a wrong size.
     async fn check_file(&self, blob: &LocalBlob) -> Result<(), Fault> {
         let size = tokio::fs::metadata(&blob.file)
             .await
-            .at(format_args!("look at {}", blob.file.display()))?
+            .at(format_args!("read the metadata of {}", blob.file.display()))?
             .len();
         if size == blob.size {
             return Ok(());
         }
         Err(Fault::integrity(format!(
-            "image blob {}: its manifest says {} bytes, the file has {size}",
+            "image blob {}: its manifest states {} bytes, but the file has {size}",
             blob.digest, blob.size
         )))
     }
 
-    /// After an error of the far end: is the blob there after all? A gateway that gave up on the
-    /// closing request says nothing of the registry behind it, which may be hashing still.
-    async fn appears(&self, repository: &str, blob: &LocalBlob, status: Option<u16>) -> bool {
-        let patience = match status {
+    /// After a server error: checks whether the blob exists. If a gateway timed out on the closing
+    /// request, the registry behind it may still be hashing.
+    async fn exists_now(&self, repository: &str, blob: &LocalBlob, status: Option<u16>) -> bool {
+        let wait_max = match status {
             Some(502..=504) => Duration::from_secs(blob.size >> 26).min(Duration::from_secs(300)), // at 64 MiB/s
             _ => Duration::ZERO,
         };
@@ -330,7 +334,7 @@ impl Registry {
             {
                 return true;
             }
-            if waited >= patience {
+            if waited >= wait_max {
                 return false;
             }
             tokio::time::sleep(pause).await;
@@ -338,7 +342,7 @@ impl Registry {
         }
     }
 
-    /// Halves the chunks after `used` was too large. False when there is nothing left to halve.
+    /// Halves the chunk size after `used` was too large. Returns false at the minimum.
     fn shrink_chunks(&self, used: u64, blob_bytes: u64) -> bool {
         let tried = if used == 0 {
             blob_bytes
@@ -352,7 +356,7 @@ impl Registry {
         if tried <= limits::REGISTRY_CHUNK_BYTES_MIN {
             return false;
         }
-        // Another blob may have found a smaller size meanwhile; then that one is tried next.
+        // Another blob may have found a smaller size meanwhile; then that size is used next.
         if self
             .chunk_bytes
             .compare_exchange(used, next, Ordering::Relaxed, Ordering::Relaxed)
@@ -399,7 +403,7 @@ impl Registry {
         match self.open_session(repository, None).await? {
             Opened::Session(session) => Ok(session),
             Opened::Mounted => {
-                Err(Fault::unreachable("the registry mounted what nobody asked for").into())
+                Err(Fault::unreachable("the registry mounted a blob without a request").into())
             }
         }
     }
@@ -488,20 +492,20 @@ impl Registry {
             match sent {
                 Ok(response) => {
                     offset += len;
-                    // Absent or odd ranges are common; one that contradicts us means lost or
-                    // doubled bytes.
-                    if held(response.headers()).is_some_and(|bytes| bytes != offset) {
+                    // Missing or unusual ranges are common. A range that contradicts ours means
+                    // lost or duplicated bytes.
+                    if session_bytes(response.headers()).is_some_and(|bytes| bytes != offset) {
                         return Err(Fault::unreachable(
-                            "the registry holds another part of the upload than was sent",
+                            "the registry reports a position in the upload that differs from the sent bytes",
                         )
                         .into());
                     }
                     session = self.session(response.headers())?;
                     resumed = false;
                 }
-                Err(error) if error.is_passing() && !resumed && offset > 0 => {
-                    // Only where not one byte of the chunk was taken does the session go on.
-                    session = self.stands_at(&scope, session, offset).await.ok_or(error)?;
+                Err(error) if error.is_transient() && !resumed && offset > 0 => {
+                    // The session continues only if not a single byte of the chunk was accepted.
+                    session = self.resume_at(&scope, session, offset).await.ok_or(error)?;
                     resumed = true;
                 }
                 Err(error) => return Err(error),
@@ -510,8 +514,7 @@ impl Registry {
         let mut url = session.0;
         url.query_pairs_mut()
             .append_pair("digest", &blob.digest.to_string());
-        // Empty: Harbor takes the length of this body for the size of the whole blob when it counts
-        // the quota.
+        // Empty body: Harbor uses its length as the size of the blob for the quota.
         let response = self
             .send(
                 &scope,
@@ -524,20 +527,23 @@ impl Registry {
         closed(response, &blob.digest).await
     }
 
-    /// Asks where a session stands; the session to go on with when that is exactly `offset`.
-    async fn stands_at(&self, scope: &Scope, session: Session, offset: u64) -> Option<Session> {
+    /// Asks for the position of a session. Returns the session to continue with if the position is
+    /// exactly `offset`.
+    async fn resume_at(&self, scope: &Scope, session: Session, offset: u64) -> Option<Session> {
         let response = self
             .send(scope, Method::GET, session.0.clone(), &|r| r, &Wait::Quick)
             .await
             .ok()?;
-        if response.status() != StatusCode::NO_CONTENT || held(response.headers()) != Some(offset) {
+        if response.status() != StatusCode::NO_CONTENT
+            || session_bytes(response.headers()) != Some(offset)
+        {
             return None;
         }
         Some(self.session(response.headers()).unwrap_or(session))
     }
 
     async fn cancel(&self, repository: &str, session: Session) {
-        // Best effort: a registry drops old sessions by itself.
+        // Best effort: registries remove old sessions.
         let _ = self
             .send(
                 &Self::scope(repository, "pull,push"),
@@ -555,8 +561,8 @@ async fn closed(response: Response, digest: &Sha256) -> Result<(), Error> {
         return Err(Answer::read(response).await.into());
     }
     match header(response.headers(), "docker-content-digest") {
-        Some(theirs) if theirs != digest.to_string() => Err(Fault::integrity(format!(
-            "the registry stored blob {digest} under another digest"
+        Some(stored) if stored != digest.to_string() => Err(Fault::integrity(format!(
+            "the registry stored blob {digest} under a different digest"
         ))
         .into()),
         _ => Ok(()),
@@ -567,9 +573,9 @@ fn header<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
     headers.get(name).and_then(|v| v.to_str().ok())
 }
 
-/// The bytes that a session holds by its `Range: 0-<last>`. `0-0` says nothing: it stands for none
-/// and for one.
-fn held(headers: &HeaderMap) -> Option<u64> {
+/// The number of bytes that a session has, from `Range: 0-<last>`. `0-0` is ambiguous: it means
+/// none or one.
+fn session_bytes(headers: &HeaderMap) -> Option<u64> {
     let (_, last) = header(headers, RANGE.as_str())?
         .trim_start_matches("bytes=")
         .split_once('-')?;
@@ -580,8 +586,8 @@ fn held(headers: &HeaderMap) -> Option<u64> {
         .map(|last| last + 1)
 }
 
-/// A part of a file as a request's body: read ahead by a few buffers, on a thread of its own, for
-/// it waits for the registry. `grown`: how much of the file is there.
+/// A part of a file as a request body. A separate thread reads it a few buffers ahead, because it
+/// waits for the registry. `grown` is the number of bytes that exist in the file.
 fn file_body(
     path: &Path,
     offset: u64,
@@ -599,12 +605,12 @@ fn file_body(
             let mut file = None;
             let mut left = len;
             while left > 0 {
-                let want = usize::try_from(left)
+                let wanted = usize::try_from(left)
                     .unwrap_or(usize::MAX)
                     .min(limits::REGISTRY_READ_BYTES);
-                let end = offset + len - left + want as u64;
+                let end = offset + len - left + wanted as u64;
                 if let Some(grown) = &mut grown
-                    && !runtime.block_on(reaches(grown, end, &send))?
+                    && !runtime.block_on(wait_until_grown(grown, end, &send))?
                 {
                     return Ok(()); // the request is over
                 }
@@ -612,9 +618,9 @@ fn file_body(
                     Some(file) => file,
                     None => file.insert(open_at(&path, offset)?),
                 };
-                let mut buffer = BytesMut::zeroed(want);
+                let mut buffer = BytesMut::zeroed(wanted);
                 file.read_exact(&mut buffer)?;
-                left -= want as u64;
+                left -= wanted as u64;
                 if send.blocking_send(Ok(buffer.freeze())).is_err() {
                     return Ok(()); // the request is over
                 }
@@ -630,7 +636,7 @@ fn file_body(
         .spawn(read_ahead)
     {
         // The body then ends too early, and the request fails.
-        tracing::warn!(%error, "a thread that reads a blob could not be started");
+        tracing::warn!(%error, "the thread that reads a blob could not be started");
     }
     let progress = progress.clone();
     Body::wrap_stream(futures::stream::unfold(
@@ -651,18 +657,18 @@ fn open_at(path: &Path, offset: u64) -> std::io::Result<File> {
     Ok(file)
 }
 
-/// Waits until a file has grown so far; `false` when nobody takes what is read of it any more.
-async fn reaches(
+/// Waits until a file has grown to `end`. Returns `false` if nobody reads the body any more.
+async fn wait_until_grown(
     grown: &mut watch::Receiver<u64>,
     end: u64,
-    taken: &mpsc::Sender<std::io::Result<Bytes>>,
+    body: &mpsc::Sender<std::io::Result<Bytes>>,
 ) -> std::io::Result<bool> {
     tokio::select! {
         reached = grown.wait_for(|grown| *grown >= end) => match reached {
             Ok(_) => Ok(true),
-            Err(_) => Err(std::io::Error::new(std::io::ErrorKind::UnexpectedEof, "the rest of the file does not come now")),
+            Err(_) => Err(std::io::Error::new(std::io::ErrorKind::UnexpectedEof, "the rest of the file is not available")),
         },
-        () = taken.closed() => Ok(false),
+        () = body.closed() => Ok(false),
     }
 }
 
@@ -679,12 +685,12 @@ mod tests {
         let of = |text: &str| {
             let mut map = HeaderMap::new();
             map.insert(RANGE, text.parse().unwrap());
-            held(&map)
+            session_bytes(&map)
         };
         assert_eq!(
             (of("0-9"), of("bytes=0-9"), of("0-0"), of("x")),
             (Some(10), Some(10), None, None)
         );
-        assert_eq!(held(&HeaderMap::new()), None);
+        assert_eq!(session_bytes(&HeaderMap::new()), None);
     }
 }

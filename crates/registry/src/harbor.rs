@@ -1,4 +1,5 @@
-//! Harbor's own ways: projects that must exist first, and a refusal that may mean three things.
+//! Harbor's API: projects, which must exist before a push, and the explanation of its ambiguous
+//! 401.
 
 use reqwest::StatusCode;
 use reqwest::header::CONTENT_TYPE;
@@ -9,12 +10,12 @@ use crate::{Answer, Error, Registry, read_capped};
 use base::fault::{Code, Fault};
 use base::limits;
 
-/// What Harbor says of a project.
+/// The state of a project.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Project {
     Exists,
     Missing,
-    /// Not ours to know, or this is not Harbor.
+    /// Not permitted to know, or not Harbor.
     Unknown,
 }
 
@@ -22,7 +23,7 @@ impl Registry {
     fn api(&self, path: &str) -> Result<Url, Fault> {
         let text = format!("{}/api/v2.0/{path}", self.origin.base());
         text.parse()
-            .map_err(|_| Fault::config(format!("{} is not a registry's address", self.origin)))
+            .map_err(|_| Fault::config(format!("{} is not a valid registry address", self.origin)))
     }
 
     async fn project(&self, name: &str) -> Result<Project, Error> {
@@ -39,9 +40,9 @@ impl Registry {
         }
     }
 
-    /// Makes a Harbor project unless it is there. A registry that knows no projects is left alone.
+    /// Creates a Harbor project if it does not exist. Does nothing at a registry without projects.
     pub async fn ensure_project(&self, name: &str) -> Result<(), Fault> {
-        let doing = || format!("make project {name:?} at {}", self.origin);
+        let doing = || format!("create project {name:?} at {}", self.origin);
         if self.project(name).await.map_err(|e| e.fault(doing()))? != Project::Missing {
             return Ok(());
         }
@@ -57,24 +58,23 @@ impl Registry {
             .await
             .map_err(|e| e.fault(doing()))?;
         let result = match response.status() {
-            // Somebody else may have been faster.
+            // Another client may have created it meanwhile.
             StatusCode::CREATED | StatusCode::OK | StatusCode::CONFLICT => Ok(()),
             StatusCode::NOT_FOUND | StatusCode::METHOD_NOT_ALLOWED => {
-                tracing::debug!(registry = %self.origin, "the registry knows no projects");
+                tracing::debug!(registry = %self.origin, "the registry has no projects");
                 Ok(())
             }
             StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => Err(Answer::read(response)
                 .await
                 .fault(doing())
-                .with_next("make the project by hand, or give the registry user the right to make projects")),
+                .with_next("create the project manually, or give the registry user permission to create projects")),
             _ => Err(Answer::read(response).await.fault(doing())),
         };
         self.auth.forget_tokens();
         result
     }
 
-    /// Says which of the things that a 401 may mean it is: a wrong password, a missing project, or
-    /// a missing right.
+    /// Determines the cause of a 401: a wrong password, a missing project, or a missing permission.
     pub async fn explain_denied(
         &self,
         project: Option<&str>,
@@ -85,18 +85,18 @@ impl Registry {
             return fault;
         }
         let Ok(base) = self.url("") else { return fault };
-        let good = self
+        let status = self
             .send_basic(self.http.get(base))
             .await
             .map(|r: Response| r.status());
-        if matches!(good, Ok(StatusCode::UNAUTHORIZED)) && self.auth.credentials.is_some() {
+        if matches!(status, Ok(StatusCode::UNAUTHORIZED)) && self.auth.credentials.is_some() {
             return Fault {
                 next:
                     "check username and password_file; the robot account may be expired or disabled"
                         .into(),
                 ..fault
             }
-            .context("the registry does not take the credentials");
+            .context("the registry rejects the credentials");
         }
         let Some(name) = project else { return fault };
         match self.project(name).await {
@@ -109,21 +109,21 @@ impl Registry {
                 self.origin
             ))
             .with_next(format!(
-                "make the project {name:?} in Harbor, or set create_project = true"
+                "create the project {name:?} in Harbor, or set create_project = true"
             )),
             Ok(Project::Exists) => fault
                 .context(format_args!(
-                    "the registry user has no right to push to {repository}"
+                    "the registry user has no permission to push to {repository}"
                 ))
                 .with_next(format!(
-                    "give it the right to pull and push in project {name:?}, then 'packhorse retry'"
+                    "give it permission to pull and push in project {name:?}, then run 'packhorse retry'"
                 )),
             _ => fault,
         }
     }
 
-    /// The digest of the image that a tag names, by Harbor's own API, which no pull policy applies
-    /// to. `None`: it does not say.
+    /// The digest of the image that a tag refers to, from Harbor's API, which is not subject to
+    /// pull policies. `None`: unknown.
     pub async fn artifact_digest(&self, project: &str, name: &str, tag: &str) -> Option<Sha256> {
         #[derive(serde::Deserialize)]
         struct Artifact {
@@ -147,13 +147,13 @@ impl Registry {
             .map(|artifact| artifact.digest)
     }
 
-    /// Takes one tag away and leaves the image to its other tags, which only Harbor's own API can.
-    /// False when it cannot.
+    /// Deletes one tag and keeps the image for its other tags. Only Harbor's API can do this.
+    /// Returns false if it is not possible.
     pub async fn delete_tag(&self, project: &str, name: &str, tag: &str) -> Result<bool, Error> {
         if !self.is_harbor() {
             return Ok(false);
         }
-        // Harbor wants the slashes of a repository name encoded twice.
+        // Harbor requires the slashes of a repository name to be encoded twice.
         let name = name.replace('/', "%252F");
         let url = self.api(&format!(
             "projects/{project}/repositories/{name}/artifacts/{tag}/tags/{tag}"

@@ -1,8 +1,8 @@
-//! What an OCI image is made of: digests, descriptors, manifests and indexes, and the walk from the
-//! top to every blob.
+//! The parts of an OCI image: digests, descriptors, manifests and indexes, and the walk from the
+//! top manifest to every blob.
 //!
-//! Pure but for [`walk`], which asks its caller for the bytes. Both the media types of OCI and
-//! Docker's own are understood.
+//! Pure except [`walk`], which asks its caller for the bytes. Supports the media types of OCI and
+//! of Docker.
 
 use std::collections::HashSet;
 use std::future::Future;
@@ -14,36 +14,34 @@ use base::fault::Fault;
 use base::limits;
 pub use base::sha256::Sha256;
 
-/// OCI's index.
+/// The media type of an OCI index.
 pub const OCI_INDEX: &str = "application/vnd.oci.image.index.v1+json";
-/// OCI's manifest.
+/// The media type of an OCI manifest.
 pub const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
-/// Docker's index.
+/// The media type of a Docker index.
 pub const DOCKER_INDEX: &str = "application/vnd.docker.distribution.manifest.list.v2+json";
-/// Docker's manifest.
+/// The media type of a Docker manifest.
 pub const DOCKER_MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+json";
 
-/// The annotation by which an OCI layout names an image.
+/// The annotation with the name of an image in an OCI layout.
 pub const REF_NAME: &str = "org.opencontainers.image.ref.name";
 
-/// What points at a blob or a manifest.
+/// A reference to a blob or manifest.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Descriptor {
-    /// What it is.
     #[serde(default)]
     pub media_type: String,
-    /// Its name.
     pub digest: Sha256,
-    /// Its bytes.
+    /// In bytes.
     pub size: u64,
-    /// Where else it may be had: such layers are often in no registry at all.
+    /// Other locations of the content; such layers are often not in any registry.
     #[serde(default)]
     pub urls: Option<Vec<String>>,
 }
 
 impl Descriptor {
-    /// Whether it points at a manifest or an index, to be pushed as such.
+    /// Whether it refers to a manifest or index, which is pushed as such.
     pub fn is_manifest(&self) -> bool {
         [OCI_INDEX, OCI_MANIFEST, DOCKER_INDEX, DOCKER_MANIFEST].contains(&self.media_type.as_str())
     }
@@ -54,14 +52,14 @@ impl Descriptor {
     }
 }
 
-/// A manifest or an index, as far as it points at things.
+/// A manifest or index, reduced to its references.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Document {
-    /// What it says of itself, or what its shape says.
+    /// The stated media type, or the one implied by the fields.
     pub media_type: String,
-    /// Manifests and indexes below it.
+    /// References to manifests and indexes.
     pub manifests: Vec<Descriptor>,
-    /// Blobs: the configuration and the layers.
+    /// References to blobs: the configuration and the layers.
     pub blobs: Vec<Descriptor>,
 }
 
@@ -77,7 +75,7 @@ struct Raw {
 }
 
 impl Document {
-    /// Reads one. `digest` is for the message only.
+    /// Parses a document. `digest` is only for messages.
     pub fn parse(bytes: &[u8], digest: &Sha256) -> Result<Self, Fault> {
         let raw: Raw = serde_json::from_slice(bytes)
             .map_err(|e| Fault::integrity(format!("image manifest {digest}: {e}")))?;
@@ -117,31 +115,30 @@ impl Document {
     }
 }
 
-/// One manifest or index with its bytes as they were.
+/// One manifest or index with its original bytes.
 #[derive(Debug, Clone)]
 pub struct Node {
-    /// Its name.
     pub digest: Sha256,
-    /// What a registry is told that it is.
+    /// The media type for the registry.
     pub media_type: String,
-    /// Verbatim.
+    /// The original bytes.
     pub bytes: Bytes,
 }
 
-/// All that belongs to an image.
+/// All parts of an image.
 #[derive(Debug, Clone)]
 pub struct Tree {
-    /// Every manifest after those below it; the top one is last.
+    /// Every manifest after those that it references; the top manifest is last.
     pub manifests: Vec<Node>,
     /// Every blob once.
     pub blobs: Vec<Descriptor>,
-    /// Manifests that are listed but not there.
+    /// Manifests that are listed but do not exist.
     pub absent: Vec<Sha256>,
 }
 
-/// Follows an image from its top manifest to its last blob. `load` gives a manifest's bytes, or
-/// `None` when it is not there, which only a manifest below the top may be. Digests and sizes of
-/// manifests are checked here.
+/// Collects an image from its top manifest to its last blob. `load` returns the bytes of a
+/// manifest, or `None` if it does not exist, which is allowed only below the top. Checks the
+/// digests and sizes of manifests.
 pub async fn walk<F, Fut>(top: &Descriptor, mut load: F) -> Result<Tree, Fault>
 where
     F: FnMut(Descriptor) -> Fut,
@@ -183,7 +180,7 @@ where
         let Some(bytes) = load(descriptor.clone()).await? else {
             if digest == top.digest {
                 return Err(Fault::not_found(format!(
-                    "image {digest}: its top manifest is not there"
+                    "image {digest}: its top manifest does not exist"
                 )));
             }
             tree.absent.push(digest);
@@ -195,13 +192,13 @@ where
         total += bytes.len();
         if total > limits::IMAGE_MANIFESTS_BYTES_MAX {
             return Err(Fault::integrity(format!(
-                "image {}: its manifests are larger than {total} bytes together",
+                "image {}: its manifests have more than {total} bytes in total",
                 top.digest
             )));
         }
         if bytes.len() as u64 != descriptor.size || Sha256::of(&bytes) != digest {
             return Err(Fault::integrity(format!(
-                "image manifest {digest}: the bytes are not those of its digest and size ({} bytes, {} expected)",
+                "image manifest {digest}: the content does not match its digest and size ({} bytes, {} expected)",
                 bytes.len(),
                 descriptor.size
             )));
@@ -213,8 +210,8 @@ where
                 .into_iter()
                 .filter(|blob| blobs_seen.insert(blob.digest)),
         );
-        // The descriptor's word goes before the document's own: a registry must be told what the
-        // index says.
+        // The media type of the descriptor takes precedence, because the registry must get what the
+        // index states.
         let media_type = if descriptor.is_manifest() {
             descriptor.media_type
         } else {
@@ -232,7 +229,7 @@ where
 
 fn too_large(digest: &Sha256) -> Fault {
     Fault::integrity(format!(
-        "image manifest {digest}: larger than {} bytes, which no registry takes",
+        "image manifest {digest}: larger than {} bytes, the limit of registries",
         limits::IMAGE_MANIFEST_BYTES_MAX
     ))
 }
@@ -252,7 +249,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn walks_children_first_and_shared_things_once() {
+    async fn children_come_first_and_shared_parts_once() {
         let config = descriptor("application/vnd.oci.image.config.v1+json", b"{}");
         let layer = descriptor("application/vnd.oci.image.layer.v1.tar", b"layer");
         let manifest = format!(

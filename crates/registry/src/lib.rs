@@ -1,10 +1,10 @@
-//! A client of OCI registries (distribution specification 1.1, and Harbor's ways), made for few
-//! large blobs: streamed from and to files in bounded memory, looked up before they are sent, and
-//! refused with an answer a person can use.
+//! A client of OCI registries (distribution specification 1.1, and Harbor), optimised for few large
+//! blobs: it streams from and to files with bounded memory, checks for existing blobs before it
+//! sends them, and returns errors that a user can act on.
 //!
 //! The image sink pushes with it, the image source pulls with it. It keeps tokens in memory and
-//! nothing on disk: after a crash the caller asks again, and what a registry already holds is not
-//! sent again.
+//! nothing on disk: after a crash the caller repeats the request, and blobs that the registry has
+//! are not sent again.
 
 pub mod answer;
 mod auth;
@@ -42,21 +42,21 @@ use auth::{Auth, Challenge, Scope};
 use base::durable;
 use base::fault::Fault;
 use base::limits;
-use silence::{Owed, Silence};
+use silence::{Pending, Silence};
 
-/// One registry, with one set of credentials. Cheap to share behind an `Arc`.
+/// One registry with one set of credentials. Share it in an `Arc`.
 pub struct Registry {
     http: reqwest::Client,
     origin: Origin,
     auth: Auth,
-    /// The size of an upload's chunks; 0 sends blobs whole, until a proxy refuses that.
+    /// The chunk size of an upload; 0 sends complete blobs, until a proxy rejects that.
     chunk_bytes: AtomicU64,
-    /// How long one request waits in all where the registry asks for pauses.
-    patience: Duration,
+    /// The longest total wait of one request if the registry asks for pauses.
+    pause_max: Duration,
     silence: Silence,
 }
 
-/// How far a body has got, for telling a slow upload from a dead one.
+/// The progress of a request body, which distinguishes a slow upload from a stalled one.
 #[derive(Debug, Default)]
 struct Progress {
     sent: AtomicU64,
@@ -65,24 +65,24 @@ struct Progress {
 
 /// How long to wait for an answer.
 enum Wait {
-    /// A request without a body to speak of.
+    /// For a request without a large body.
     Quick,
-    /// A large body is on its way: as long as it moves, and then as long as a registry may take to
+    /// For a large body: as long as it makes progress, and then as long as a registry may take to
     /// hash it.
     Upload(Arc<Progress>),
-    /// The closing request of an upload.
+    /// For the closing request of an upload.
     Close,
 }
 
 impl Registry {
-    /// A client for a registry. `ca` is a file of PEM certificates to trust besides the system's.
+    /// Creates a client for a registry. `ca` is a file with PEM certificates that are trusted in
+    /// addition to those of the system.
     pub fn new(
         origin: Origin,
         credentials: Option<Credentials>,
         ca: Option<&Path>,
     ) -> Result<Self, Fault> {
-        // Other parts of the program may have chosen the same provider already; either way it is
-        // ring's.
+        // Other parts of the program may have installed the same provider already.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let mut certificates = Vec::new();
         if let Some(path) = ca {
@@ -91,7 +91,7 @@ impl Registry {
             certificates = reqwest::Certificate::from_pem_bundle(&pem).unwrap_or_default();
             if certificates.is_empty() {
                 return Err(Fault::config(format!(
-                    "ca_file {} holds no PEM certificate",
+                    "ca_file {} contains no PEM certificate",
                     path.display()
                 )));
             }
@@ -111,52 +111,50 @@ impl Registry {
             }
         };
         let built = match builder().tls_certs_merge(certificates).build() {
-            // A bare machine may have no certificates at all, which matters only to whoever speaks
-            // TLS.
+            // A minimal machine may have no certificates, which only matters for TLS.
             Err(_) if !origin.https => builder().tls_certs_only([]).build(),
             other => other,
         };
         let http = built.map_err(|e| {
             Fault::config(format!("set up TLS for {origin}: {}", e.without_url()))
-                .with_next("install ca-certificates, or set ca_file to the authority's certificate")
+                .with_next("install the package ca-certificates, or set ca_file to the certificate of the authority")
         })?;
         Ok(Self {
             http,
             origin,
             auth: Auth::new(credentials),
             chunk_bytes: AtomicU64::new(0),
-            patience: limits::REGISTRY_PAUSE_IN_PLACE_MAX,
+            pause_max: limits::REGISTRY_PAUSE_IN_PLACE_MAX,
             silence: Silence::default(),
         })
     }
 
-    /// Sends blobs in chunks of this many bytes instead of whole (0: whole).
+    /// Sends blobs in chunks of this many bytes (0: complete).
     pub fn with_chunk_bytes(self, bytes: u64) -> Self {
         self.chunk_bytes.store(bytes, Ordering::Relaxed);
         self
     }
 
-    /// Waits this long in all for one request where the registry asks for pauses (429, 503).
-    pub fn with_patience(self, patience: Duration) -> Self {
-        Self { patience, ..self }
+    /// Sets the longest total wait of one request if the registry asks for pauses (429, 503).
+    pub fn with_patience(self, pause_max: Duration) -> Self {
+        Self { pause_max, ..self }
     }
 
-    /// How long the registry has owed an answer, or has taken no more of an upload.
+    /// How long a request has been waiting for an answer or for progress of its upload.
     pub fn silent_for(&self) -> Option<Duration> {
         self.silence.longest()
     }
 
-    /// Which registry this is.
     pub fn origin(&self) -> &Origin {
         &self.origin
     }
 
-    /// Whether it is Harbor, as far as its challenge tells. Known after the first request.
+    /// Whether the registry is Harbor according to its challenge. Known after the first request.
     pub fn is_harbor(&self) -> bool {
         self.auth.challenge().is_some_and(|c| c.is_harbor())
     }
 
-    /// Whether the registry answers and takes the credentials.
+    /// Checks that the registry answers and accepts the credentials.
     pub async fn ping(&self) -> Result<(), Error> {
         let scope = Scope {
             repository: String::new(),
@@ -173,25 +171,25 @@ impl Registry {
         }
     }
 
-    /// `/v2/<path>`.
+    /// The URL `/v2/<path>`.
     fn url(&self, path: &str) -> Result<Url, Fault> {
         let text = format!("{}/v2/{path}", self.origin.base());
         text.parse()
-            .map_err(|_| Fault::config(format!("{} is not a registry's address", self.origin)))
+            .map_err(|_| Fault::config(format!("{} is not a valid registry address", self.origin)))
     }
 
-    /// An address that the registry answered with. Behind a proxy that ends TLS it may say http and
-    /// mean https.
+    /// Resolves an address from an answer of the registry. Behind a proxy that terminates TLS, the
+    /// registry may send http instead of https.
     fn follow(&self, location: &str) -> Result<Url, Fault> {
         let base = self.url("")?;
         let mut url = base.join(location).map_err(|_| {
-            Fault::unreachable("the registry answered with a Location that is no address")
+            Fault::unreachable("the registry returned a Location that is not a valid address")
         })?;
         if self.origin.https && url.scheme() == "http" && url.host_str() == base.host_str() {
             let _ = url.set_scheme("https");
         }
         if self.origin.https && url.scheme() != "https" {
-            return Err(Fault::not_allowed("the registry, which has TLS, sends on to an address without TLS")
+            return Err(Fault::not_allowed("the registry uses TLS but redirects to an address without TLS")
                 .with_next("correct the registry's external address (Harbor: external_url) or that of its storage"));
         }
         Ok(url)
@@ -205,8 +203,8 @@ impl Registry {
         }
     }
 
-    /// Sends one request with the right to do so. Where the registry asks for a pause it waits, as
-    /// long as its patience lasts; a large body is not sent again here.
+    /// Sends one authorized request. Waits if the registry asks for a pause, within the limit. Does
+    /// not repeat a large body.
     async fn send(
         &self,
         scope: &Scope,
@@ -228,7 +226,7 @@ impl Registry {
             let pause = pause.unwrap_or_else(|| {
                 (limits::BACKOFF_FIRST * 2u32.pow(pauses)).min(limits::REGISTRY_PAUSE_MAX)
             });
-            if matches!(wait, Wait::Upload(_)) || waited + pause > self.patience {
+            if matches!(wait, Wait::Upload(_)) || waited + pause > self.pause_max {
                 return answered;
             }
             tracing::info!(registry = %self.origin, wait_ms = pause.as_millis() as u64, "the registry asks for a pause");
@@ -238,8 +236,8 @@ impl Registry {
         }
     }
 
-    /// The same without pauses: once more with fresh rights after a 401. `fill` adds headers and
-    /// the body, for each try anew.
+    /// Like `send`, without pauses: repeats the request once with a new authorization after a 401.
+    /// `fill` adds headers and the body for each attempt.
     async fn send_now(
         &self,
         scope: &Scope,
@@ -251,22 +249,24 @@ impl Registry {
         if self.auth.challenge().is_none() {
             self.ask_challenge().await?;
         }
-        // Uploads may be sent to another host (a storage service), which has no business with our
-        // secrets.
+        // An upload may be sent to another host (a storage service), which must not get the
+        // credentials.
         let base = self.url("")?;
-        let ours = url.scheme() == base.scheme() && url.authority() == base.authority();
-        let mut fresh = false;
+        let is_registry = url.scheme() == base.scheme() && url.authority() == base.authority();
+        let mut is_retry = false;
         loop {
             let mut request = fill(self.http.request(method.clone(), url.clone()));
-            if ours && let Some(header) = self.auth.header(&self.http, &self.origin, scope).await? {
+            if is_registry
+                && let Some(header) = self.auth.header(&self.http, &self.origin, scope).await?
+            {
                 request = request.header(AUTHORIZATION, header);
             }
             let response = wait.answer(request, &self.silence).await?;
-            if response.status() != StatusCode::UNAUTHORIZED || fresh || !ours {
+            if response.status() != StatusCode::UNAUTHORIZED || is_retry || !is_registry {
                 return Ok(response);
             }
-            self.auth.refused(scope, response.headers());
-            fresh = true;
+            self.auth.on_rejected(scope, response.headers());
+            is_retry = true;
         }
     }
 
@@ -278,13 +278,14 @@ impl Registry {
             StatusCode::TOO_MANY_REQUESTS => Err(Answer::read(response).await.into()),
             status if status.is_server_error() => Err(Answer::read(response).await.into()),
             _ => {
-                self.auth.learn(Challenge::parse(response.headers()));
+                self.auth
+                    .set_challenge(Challenge::parse(response.headers()));
                 Ok(())
             }
         }
     }
 
-    /// Sends a request that Harbor's own API takes, which knows passwords only.
+    /// Sends a request to Harbor's API, which accepts only passwords.
     async fn send_basic(&self, request: RequestBuilder) -> Result<Response, Error> {
         let request = match self.auth.basic().await? {
             Some(header) => request.header(AUTHORIZATION, header),
@@ -294,8 +295,8 @@ impl Registry {
     }
 }
 
-/// Redirects are followed, but never from TLS to plain HTTP. To another host or port the client
-/// sends no Authorization.
+/// Follows redirects, but never from TLS to plain HTTP. The HTTP client sends no Authorization
+/// header to another host or port.
 fn redirects() -> reqwest::redirect::Policy {
     reqwest::redirect::Policy::custom(|attempt| {
         let had_tls = attempt.previous().iter().any(|url| url.scheme() == "https");
@@ -303,7 +304,7 @@ fn redirects() -> reqwest::redirect::Policy {
             return attempt.error("the registry redirects from https to http");
         }
         if attempt.previous().len() > limits::REGISTRY_REDIRECTS_MAX {
-            return attempt.error("the registry redirects without end");
+            return attempt.error("the registry redirects too often");
         }
         attempt.follow()
     })
@@ -311,7 +312,7 @@ fn redirects() -> reqwest::redirect::Policy {
 
 impl Wait {
     async fn answer(&self, request: RequestBuilder, registry: &Silence) -> Result<Response, Error> {
-        let owed = registry.begin();
+        let pending = registry.begin();
         let silence = || Error::Fault(Fault::unreachable("no answer in time"));
         let answer = match self {
             Wait::Quick => tokio::time::timeout(limits::REGISTRY_SILENCE_MAX, request.send())
@@ -322,7 +323,7 @@ impl Wait {
                 .map_err(|_| silence())?,
             Wait::Upload(progress) => tokio::select! {
                 answer = request.send() => answer,
-                () = progress.stands_still(&owed) => return Err(silence()),
+                () = progress.stalled(&pending) => return Err(silence()),
             },
         };
         answer.map_err(|e| no_answer(&e).into())
@@ -332,37 +333,37 @@ impl Wait {
 use answer::no_answer;
 
 impl Progress {
-    /// Ends when nothing has moved for too long.
-    async fn stands_still(&self, owed: &Owed<'_>) {
+    /// Returns when there was no progress for too long.
+    async fn stalled(&self, pending: &Pending<'_>) {
         let (mut last, mut since) = (0, Instant::now());
         loop {
             tokio::time::sleep(Duration::from_secs(1)).await;
             let sent = self.sent.load(Ordering::Relaxed);
             if sent != last {
                 (last, since) = (sent, Instant::now());
-                owed.moved();
+                pending.progressed();
             }
-            let patience = if sent >= self.total {
+            let timeout = if sent >= self.total {
                 limits::REGISTRY_CLOSE_MAX
             } else {
                 limits::REGISTRY_SILENCE_MAX
             };
-            if since.elapsed() > patience {
+            if since.elapsed() > timeout {
                 return;
             }
         }
     }
 }
 
-/// The next piece of a body, or an end, or silence.
+/// The next piece of a body; `None` at the end. Fails after a timeout.
 async fn next_piece(response: &mut Response) -> Result<Option<Bytes>, Fault> {
     tokio::time::timeout(limits::REGISTRY_SILENCE_MAX, response.chunk())
         .await
-        .map_err(|_| Fault::unreachable("the answer stopped in its middle"))?
+        .map_err(|_| Fault::unreachable("the answer was interrupted"))?
         .map_err(|e| no_answer(&e))
 }
 
-/// A whole body that must not be larger than this.
+/// Reads a complete body of at most this size.
 async fn read_capped(mut response: Response, bytes_max: usize) -> Result<Bytes, Fault> {
     let mut out = BytesMut::new();
     while let Some(piece) = next_piece(&mut response).await? {

@@ -1,4 +1,4 @@
-//! Manifests and tags: bytes go and come verbatim, so that a digest is the same everywhere.
+//! Manifests and tags. Bytes are never changed, so that a digest is the same everywhere.
 
 use bytes::Bytes;
 use reqwest::header::{ACCEPT, CONTENT_TYPE, LINK};
@@ -10,24 +10,24 @@ use crate::{Answer, Error, Registry, Wait, read_capped};
 use base::fault::Fault;
 use base::limits;
 
-/// A manifest as a registry gave it.
+/// A manifest from a registry.
 #[derive(Debug, Clone)]
 pub struct Manifest {
-    /// Verbatim.
+    /// The original bytes.
     pub bytes: Bytes,
-    /// What points at it: the media type as the registry says it, and the digest and size of these
+    /// Its descriptor: the media type that the registry states, and the digest and size of these
     /// bytes.
     pub descriptor: Descriptor,
 }
 
-/// What became of a deletion.
+/// The result of a deletion.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Deleted {
-    /// It is gone.
+    /// It was deleted.
     Gone,
-    /// It was not there.
+    /// It did not exist.
     Absent,
-    /// The registry does not delete.
+    /// The registry does not support deletion.
     Unsupported,
 }
 
@@ -51,8 +51,8 @@ pub(super) fn digest_header(response: &Response) -> Option<Sha256> {
 }
 
 impl Registry {
-    /// Reads the manifest that a tag or digest names; `None` when there is none. What is read by
-    /// digest is checked.
+    /// Reads the manifest of a tag or digest; `None` if there is none. Checks the digest of what is
+    /// read by digest.
     pub async fn get_manifest(
         &self,
         repository: &str,
@@ -74,7 +74,7 @@ impl Registry {
             StatusCode::NOT_FOUND => return Ok(None),
             _ => return Err(Answer::read(response).await.into()),
         }
-        let said = digest_header(&response);
+        let stated = digest_header(&response);
         let media_type = response
             .headers()
             .get(CONTENT_TYPE)
@@ -88,7 +88,11 @@ impl Registry {
             .to_owned();
         let bytes = read_capped(response, limits::IMAGE_MANIFEST_BYTES_MAX).await?;
         let digest = Sha256::of(&bytes);
-        let wanted = reference.parse::<Sha256>().ok().or(said).unwrap_or(digest);
+        let wanted = reference
+            .parse::<Sha256>()
+            .ok()
+            .or(stated)
+            .unwrap_or(digest);
         if wanted != digest {
             return Err(Fault::integrity(format!(
                 "the registry's manifest {reference} is {digest}, not {wanted}"
@@ -106,7 +110,7 @@ impl Registry {
         }))
     }
 
-    /// The digest of the manifest that a tag or digest names; `None` when there is none.
+    /// The digest of the manifest of a tag or digest; `None` if there is none.
     pub async fn head_manifest(
         &self,
         repository: &str,
@@ -136,8 +140,8 @@ impl Registry {
         }
     }
 
-    /// Writes a manifest under a tag or its digest, and compares the digest that the registry made
-    /// of it.
+    /// Stores a manifest under a tag or its digest, and compares the digest that the registry
+    /// returns.
     pub async fn put_manifest(
         &self,
         repository: &str,
@@ -164,14 +168,14 @@ impl Registry {
         }
         match digest_header(&response) {
             Some(theirs) if theirs != *digest => {
-                Err(Fault::integrity(format!("the registry stored manifest {digest} as {theirs}: something changes bytes on the way"))
+                Err(Fault::integrity(format!("the registry stored manifest {digest} as {theirs}: a proxy or the registry changes the bytes"))
                     .into())
             }
             _ => Ok(()),
         }
     }
 
-    /// Deletes a manifest, and with it every tag that names it.
+    /// Deletes a manifest and every tag that refers to it.
     pub async fn delete_manifest(
         &self,
         repository: &str,
@@ -195,7 +199,7 @@ impl Registry {
         }
     }
 
-    /// Every tag of a repository.
+    /// All tags of a repository.
     pub async fn tags(&self, repository: &str) -> Result<Vec<String>, Error> {
         let mut out = Vec::new();
         let mut url = self.url(&format!("{repository}/tags/list?n=1000"))?;
@@ -221,8 +225,9 @@ impl Registry {
                 .and_then(next_link)
                 .map(str::to_owned);
             let body = read_capped(response, limits::REGISTRY_BODY_BYTES_MAX).await?;
-            let page: Tags = serde_json::from_slice(&body)
-                .map_err(|_| Fault::unreachable("the registry's list of tags is not one"))?;
+            let page: Tags = serde_json::from_slice(&body).map_err(|_| {
+                Fault::unreachable("the registry returned a malformed list of tags")
+            })?;
             out.extend(page.tags.unwrap_or_default());
             match next {
                 Some(next) => url = self.follow(&next)?,

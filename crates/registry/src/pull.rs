@@ -1,9 +1,9 @@
-//! Pulls an image out of a registry into an OCI layout folder, for the image source to normalise.
+//! Pulls an image from a registry into an OCI layout directory, which the image source reads.
 //!
-//! Blobs go to disk as they come, hashed on the way, in bounded memory; one that breaks off
-//! continues where it stood. Where the registry asks for a pause the pull waits. Blobs stand in a
-//! folder of the caller's too, which may outlive a pull that failed: the next one fetches only the
-//! rest. Nothing is synced: what a crash leaves is removed at the next start.
+//! Blobs are written to disk and hashed while they arrive, with bounded memory. An interrupted blob
+//! continues at its last byte. The pull waits if the registry asks for a pause. Blobs are also kept
+//! in a directory of the caller, which may survive a failed pull; the next pull fetches only the
+//! rest. Nothing is synced: the next start removes what a crash leaves.
 
 use std::fs::File;
 use std::io::Write;
@@ -26,11 +26,11 @@ use base::omitted::Omitted;
 use base::space::Reservation;
 
 /// Pulls an image (a manifest, or an index with all its platforms) to an OCI layout in `dir`, which
-/// is made if missing. The layout's `index.json` has one entry, the manifest that `reference`
-/// names. Platforms that the index lists but the registry does not hold are left out; the index
-/// stays as it was. The manifests state the size of the image: the space for it is reserved before
-/// the first byte is written. Where it lacks, `wanted` is set to what is needed. Returns what stays
-/// in the registry of what refers to the image.
+/// is created if it does not exist. The `index.json` of the layout has one entry, the manifest of
+/// `reference`. Platforms that the index lists but the registry does not have are left out; the
+/// index is not changed. The manifests state the size of the image, and its space is reserved
+/// before the first byte is written. If there is not enough space, `wanted` is set to the required
+/// bytes. Returns the referrers of the image that stay in the registry.
 pub async fn pull_to_layout(
     reference: &Reference,
     auth: Option<Credentials>,
@@ -41,8 +41,8 @@ pub async fn pull_to_layout(
     pull_keeping(reference, auth, ca, dir, &dir.join("blobs/sha256"), wanted).await
 }
 
-/// The same; fetched blobs, and parts of blobs, are kept in `kept`, on the same disk. What an
-/// earlier try left there is not fetched again.
+/// Like [`pull_to_layout`], but keeps fetched blobs, and parts of blobs, in `kept` on the same
+/// disk. Content from an earlier attempt is not fetched again.
 pub async fn pull_keeping(
     reference: &Reference,
     auth: Option<Credentials>,
@@ -63,8 +63,8 @@ pub async fn pull_keeping(
             let fault = match (fault.reason, fault.retry) {
                 (Reason::SinkUnavailable, Retry::Backoff | Retry::AfterMs(_)) => Fault {
                     next: format!(
-                        "{}; what was fetched is kept: run the command again later",
-                        once(&fault.next)
+                        "{}; the fetched content is kept: run the command again later",
+                        without_retry(&fault.next)
                     ),
                     ..fault
                 },
@@ -76,10 +76,10 @@ pub async fn pull_keeping(
         })
 }
 
-/// What to do, without the promise that a delivery keeps: nobody repeats a publish.
-fn once(next: &str) -> &str {
+/// The advice without the promise of an automatic retry: a publish is not repeated automatically.
+fn without_retry(next: &str) -> &str {
     next.split_once("; ").map_or(next, |(first, rest)| {
-        if rest.contains("again by itself") {
+        if rest.contains("automatically") {
             first
         } else {
             next
@@ -97,15 +97,16 @@ async fn pull(
     let repository = reference.repository.as_str();
     tokio::fs::create_dir_all(dir.join("blobs/sha256"))
         .await
-        .at(format_args!("make {}", dir.display()))?;
-    let got = registry
+        .at(format_args!("create {}", dir.display()))?;
+    let manifest = registry
         .get_manifest(repository, &reference.pick.to_string(), "pull")
         .await;
-    let top = got
+    let top = manifest
         .map_err(|e| e.fault("read the manifest"))?
         .ok_or_else(|| {
-            Fault::not_found("the registry holds no such image")
-                .with_next("check the repository and the tag; a private one needs credentials")
+            Fault::not_found("the registry does not have this image").with_next(
+                "check the repository and the tag; a private repository needs credentials",
+            )
         })?;
     let tree = walk(&top.descriptor, |wanted| {
         let top = &top;
@@ -113,17 +114,17 @@ async fn pull(
             if wanted.digest == top.descriptor.digest {
                 return Ok(Some(top.bytes.clone()));
             }
-            let got = registry
+            let manifest = registry
                 .get_manifest(repository, &wanted.digest.to_string(), "pull")
                 .await;
-            Ok(got
+            Ok(manifest
                 .map_err(|e| e.fault(format_args!("read manifest {}", wanted.digest)))?
                 .map(|m| m.bytes))
         }
     })
     .await?;
     if !tree.absent.is_empty() {
-        tracing::info!(image = %reference, manifests = tree.absent.len(), "the registry lacks some of the platforms that the index lists");
+        tracing::info!(image = %reference, manifests = tree.absent.len(), "the registry does not have some platforms that the index lists");
     }
     let needed = space_needed(&tree).saturating_sub(bytes_kept(&tree, kept));
     let space = Arc::new(
@@ -150,8 +151,8 @@ async fn pull(
     Ok(referrers)
 }
 
-/// The bytes that a pull needs: the image once, and its largest blob once more, because each blob
-/// is removed after it was read into the store. What the store adds to its chunks is below a 256th.
+/// The bytes that a pull needs: the image once, plus its largest blob, because each blob is removed
+/// after it was read into the store. The overhead of the store is less than 1/256.
 fn space_needed(tree: &Tree) -> u64 {
     let sizes = || {
         tree.blobs
@@ -165,15 +166,15 @@ fn space_needed(tree: &Tree) -> u64 {
         .saturating_add(total / 256)
 }
 
-/// The bytes of this image that an earlier try left.
+/// The bytes of this image that an earlier attempt left.
 fn bytes_kept(tree: &Tree, kept: &Path) -> u64 {
     let length = |name: String| std::fs::metadata(kept.join(name)).map_or(0, |meta| meta.len());
-    let of = |blob: &Descriptor| {
+    let kept_bytes = |blob: &Descriptor| {
         length(blob.digest.hex())
             .max(length(format!("{}.part", blob.digest.hex())))
             .min(blob.size)
     };
-    tree.blobs.iter().map(of).sum()
+    tree.blobs.iter().map(kept_bytes).sum()
 }
 
 fn reserve(tree: &Tree, bytes: u64, dir: &Path) -> Result<Reservation, Fault> {
@@ -211,7 +212,8 @@ fn write_layout(dir: &Path, tree: &Tree, top: &Descriptor, name: &str) -> Result
     )
 }
 
-/// Fetches one blob into the layout: from what an earlier try kept, and the rest from the registry.
+/// Fetches one blob into the layout: the part that an earlier attempt kept, and the rest from the
+/// registry.
 async fn fetch(
     registry: &Registry,
     repository: &str,
@@ -230,21 +232,21 @@ async fn fetch(
         .await
         .is_ok_and(|meta| meta.len() == blob.size)
     {
-        return put_in(&whole, &wanted).await;
+        return link_into(&whole, &wanted).await;
     }
     loop {
         let (send, receive) = mpsc::channel::<Bytes>(limits::REGISTRY_READ_AHEAD_MAX * 8); // pieces are of 64 KiB at most
-        let (begin, begun) = oneshot::channel();
+        let (start, started) = oneshot::channel();
         let writer = tokio::task::spawn_blocking({
             let (part, size, space) = (part.clone(), blob.size, space.clone());
-            move || write_blob(&part, size, begin, receive, &space)
+            move || write_blob(&part, size, start, receive, &space)
         });
         let joined = async || {
             writer
                 .await
-                .unwrap_or_else(|_| Err(Fault::internal("a worker thread ended early")))
+                .unwrap_or_else(|_| Err(Fault::internal("a worker thread ended unexpectedly")))
         };
-        let Ok(from) = begun.await else {
+        let Ok(from) = started.await else {
             return joined().await.map(|_| ());
         };
         let mut offset = from;
@@ -260,7 +262,7 @@ async fn fetch(
                     .await
                     .at(format_args!("remove {}", part.display()));
             }
-            // A full disk here is the cause where both failed.
+            // If both failed, the local error (a full disk) is the cause.
             Err(error) => return Err(written.err().unwrap_or_else(|| error.fault(doing()))),
         }
         let written = written?;
@@ -271,23 +273,24 @@ async fn fetch(
                 durable::rename_noreplace(&from, &to)
             })
             .await?;
-            return put_in(&whole, &wanted).await;
+            return link_into(&whole, &wanted).await;
         }
         tokio::fs::remove_file(&part)
             .await
             .at(format_args!("remove {}", part.display()))?;
         if from == 0 {
             return Err(Fault::integrity(format!(
-                "blob {}: the registry sent {} bytes of {}, {} bytes were expected",
+                "blob {}: the registry sent {} bytes with the digest {}, but {} bytes were expected",
                 blob.digest, written.0, written.1, blob.size
             )));
         }
-        // What was kept is no beginning of it: all is fetched again, once.
+        // The kept part was not the beginning of the blob, so the complete blob is fetched again,
+        // once.
     }
 }
 
-/// The blob stands in both folders, once on the disk.
-async fn put_in(whole: &Path, wanted: &Path) -> Result<(), Fault> {
+/// Links the blob into the layout; both names share one copy on the disk.
+async fn link_into(whole: &Path, wanted: &Path) -> Result<(), Fault> {
     match tokio::fs::hard_link(whole, wanted).await {
         Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => Ok(()), // the two folders are one
         linked => linked.at(format_args!(
@@ -298,12 +301,12 @@ async fn put_in(whole: &Path, wanted: &Path) -> Result<(), Fault> {
     }
 }
 
-/// Appends what is received to what is there of a blob, and hashes all of it. `begin` takes the
-/// bytes that are there.
+/// Appends received bytes to the existing part of a blob, and hashes all of it. Sends the number of
+/// existing bytes to `begin`.
 fn write_blob(
     path: &Path,
     size_max: u64,
-    begin: oneshot::Sender<u64>,
+    start: oneshot::Sender<u64>,
     mut receive: mpsc::Receiver<Bytes>,
     space: &Reservation,
 ) -> Result<(u64, Sha256), Fault> {
@@ -320,7 +323,7 @@ fn write_blob(
     }
     let mut size = std::io::copy(&mut file, &mut HashWriter(&mut hash))
         .at(format_args!("read {}", path.display()))?;
-    let _ = begin.send(size);
+    let _ = start.send(size);
     while let Some(piece) = receive.blocking_recv() {
         file.write_all(&piece).at(what())?;
         hash.update(&piece);

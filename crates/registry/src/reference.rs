@@ -1,6 +1,6 @@
-//! Where an image is: parsing of registry addresses, repositories and references.
+//! Parses registry addresses, repositories and image references.
 //!
-//! Nothing here does I/O. A reference that parsed cannot name anything outside its repository.
+//! This module does no I/O. A parsed reference cannot refer to anything outside its repository.
 
 use std::fmt;
 use std::net::IpAddr;
@@ -9,13 +9,13 @@ use std::str::FromStr;
 use crate::image::Sha256;
 use base::fault::Fault;
 
-/// The longest repository name that registries take.
+/// The longest repository name that registries accept.
 const REPOSITORY_BYTES_MAX: usize = 255;
 
 /// A registry: scheme, host and port.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Origin {
-    /// Whether TLS is spoken.
+    /// Whether the registry uses TLS.
     pub https: bool,
     /// `host[:port]`.
     pub authority: String,
@@ -31,8 +31,8 @@ impl Origin {
         )
     }
 
-    /// Splits `[scheme://]host[:port][/rest]`. Without a scheme TLS is meant, but for this
-    /// machine's own addresses, which is what every container tool does.
+    /// Splits `[scheme://]host[:port][/rest]`. Without a scheme, TLS is used, except for addresses
+    /// of this machine, as in all container tools.
     pub fn split(text: &str) -> Result<(Self, &str), Fault> {
         let schemes = [
             ("https://", Some(true)),
@@ -46,8 +46,9 @@ impl Origin {
             .unwrap_or((None, text));
         let (authority, rest) = rest.split_once('/').unwrap_or((rest, ""));
         if authority.contains('@') {
-            // Not repeated in the message: what stands before the @ may be a password.
-            return Err(Fault::config("a registry address carries a user name")
+            // The message does not contain the address, because the part before the @ may be a
+            // password.
+            return Err(Fault::config("a registry address contains a user name")
                 .with_next("set username and password_file instead"));
         }
         let host_ok = !authority.is_empty()
@@ -56,10 +57,11 @@ impl Origin {
                 .all(|c| c.is_ascii_alphanumeric() || ".-_:[]".contains(c))
             && port(authority).is_none_or(|p| p.parse::<u16>().is_ok());
         if !host_ok {
-            return Err(
-                Fault::config(format!("{:?} is not a registry's host", clip(authority)))
-                    .with_next("write it as host[:port]/repository"),
-            );
+            return Err(Fault::config(format!(
+                "{:?} is not a valid registry host",
+                clip(authority)
+            ))
+            .with_next("write it as host[:port]/repository"));
         }
         let https = scheme.unwrap_or_else(|| !is_loopback(authority));
         Ok((
@@ -71,7 +73,7 @@ impl Origin {
         ))
     }
 
-    /// Whether this is the machine itself, which no proxy can reach.
+    /// Whether this is an address of this machine, which a proxy cannot reach.
     pub fn is_loopback(&self) -> bool {
         is_loopback(&self.authority)
     }
@@ -103,8 +105,8 @@ fn clip(text: &str) -> String {
     text.chars().take(200).collect()
 }
 
-/// Checks a repository name by the distribution specification: components of `[a-z0-9]+`, joined
-/// inside by one `.`, one or two `_` or any number of `-`, and separated by `/`.
+/// Checks a repository name according to the distribution specification: components of `[a-z0-9]+`,
+/// with single `.`, one or two `_` or any number of `-` between them, separated by `/`.
 pub fn check_repository(name: &str) -> Result<(), String> {
     if name.is_empty() {
         return Err("it is empty".into());
@@ -121,7 +123,7 @@ pub fn check_repository(name: &str) -> Result<(), String> {
         for separator in component.split(|c: char| c.is_ascii_lowercase() || c.is_ascii_digit()) {
             if !matches!(separator, "" | "." | "_" | "__") && separator.bytes().any(|b| b != b'-') {
                 return Err(format!(
-                    "{component:?} contains {separator:?}, which registries do not take"
+                    "{component:?} contains {separator:?}, which registries do not accept"
                 ));
             }
         }
@@ -141,12 +143,12 @@ fn check_tag(tag: &str) -> bool {
             .all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))
 }
 
-/// Which manifest of a repository.
+/// Selects a manifest of a repository.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Pick {
-    /// The one a tag names now.
+    /// The manifest of this tag.
     Tag(String),
-    /// This very one.
+    /// The manifest with this digest.
     Digest(Sha256),
 }
 
@@ -162,11 +164,9 @@ impl fmt::Display for Pick {
 /// `[scheme://]host[:port]/repository[:tag|@digest]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Reference {
-    /// The registry.
     pub origin: Origin,
-    /// The repository in it.
     pub repository: String,
-    /// The manifest in that; `latest` when nothing is said.
+    /// The manifest; `latest` if none is stated.
     pub pick: Pick,
 }
 
@@ -196,7 +196,7 @@ impl FromStr for Reference {
         };
         let (mut origin, rest) = Origin::split(text)?;
         if rest.is_empty() {
-            return Err(refuse("it names no repository".into()));
+            return Err(refuse("it contains no repository".into()));
         }
         let (rest, digest) = match rest.split_once('@') {
             Some((rest, digest)) => (rest, Some(digest.parse::<Sha256>().map_err(&refuse)?)),

@@ -1,9 +1,9 @@
-//! What refers to an image in a registry: signatures, SBOMs and attestations. A pull does not fetch
-//! it, so it is counted.
+//! Counts the objects that refer to an image in a registry: signatures, SBOMs and attestations. A
+//! pull does not fetch them.
 //!
-//! Asked are the referrers API (OCI 1.1), the tag `sha256-<hex>` where a registry has no such API,
-//! and the tags of cosign. All of it has one short deadline, beside the transfer of the blobs: a
-//! registry that does not answer these questions neither fails nor delays a pull.
+//! The sources are the referrers API (OCI 1.1), the tag `sha256-<hex>` if the registry has no such
+//! API, and the tags of cosign. All requests share one short deadline and run in parallel with the
+//! transfer of the blobs, so a registry that does not answer them neither fails nor delays a pull.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -24,15 +24,15 @@ use base::limits::{
 };
 use base::omitted::{Category, Omitted};
 
-/// The tags that cosign puts beside an image, and what they name.
+/// The tags that cosign adds to an image, and their meanings.
 const COSIGN_TAGS: [(&str, &str); 3] = [
     ("sig", "signature"),
     ("att", "attestation"),
     ("sbom", "SBOM"),
 ];
 
-/// A page of referrers, as far as it is needed. Lenient: what a registry lists may bear digests of
-/// any kind.
+/// A page of referrers, reduced to the needed fields. Lenient, because a registry may list digests
+/// of any kind.
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Page {
@@ -47,29 +47,31 @@ struct Listed {
     artifact_type: Option<String>,
 }
 
-/// What was found, by digest: one object may be found in several ways.
+/// The found objects by digest, because one object may be found in several ways.
 #[derive(Default)]
 struct FoundReferrers(Mutex<BTreeMap<String, String>>);
 
 impl FoundReferrers {
     fn add(&self, digest: &str, what: &str) {
-        let short = |text: &str| {
+        let shorten = |text: &str| {
             text.chars()
                 .take(OMITTED_EXAMPLE_CHARS_MAX)
                 .collect::<String>()
         };
         let mut found = self.0.lock();
         if found.len() < REGISTRY_REFERRERS_COUNTED_MAX {
-            found.entry(short(digest)).or_insert_with(|| short(what));
+            found
+                .entry(shorten(digest))
+                .or_insert_with(|| shorten(what));
         }
     }
 }
 
-/// One question.
+/// One request.
 enum Question {
-    /// The referrers of a manifest; where the registry has no such list, by the fallback tag.
+    /// The referrers of a manifest; if the registry has no such list, the fallback tag.
     List(Sha256, Fallback),
-    /// A tag of cosign, and what it names.
+    /// A tag of cosign and its meaning.
     Tag(String, &'static str),
 }
 
@@ -80,8 +82,9 @@ enum Fallback {
 }
 
 impl Registry {
-    /// Counts what refers to these manifests of a repository and is none of them. The first is the
-    /// image's top one. What the registry did not answer `within` this time does not count.
+    /// Counts the objects that refer to these manifests of a repository and are not among them. The
+    /// first manifest is the top manifest of the image. Answers that arrive after `within` do not
+    /// count.
     pub(super) async fn referrers(
         &self,
         repository: &str,
@@ -93,10 +96,10 @@ impl Registry {
             .iter()
             .take(REGISTRY_REFERRER_SUBJECTS_MAX)
             .enumerate();
-        let lists = lists.map(|(at, subject)| {
+        let lists = lists.map(|(position, subject)| {
             Question::List(
                 *subject,
-                if at == 0 {
+                if position == 0 {
                     Fallback::Tag
                 } else {
                     Fallback::None
@@ -111,11 +114,11 @@ impl Registry {
         let all = futures::stream::iter(questions).for_each_concurrent(REGISTRY_REFERRER_QUESTIONS_MAX, |question| async {
             if let Err(error) = self.ask(repository, question, &found).await {
                 let why = error.fault("ask for referrers");
-                tracing::debug!(registry = %self.origin, repository, error = %why, "it is not known what refers to the image");
+                tracing::debug!(registry = %self.origin, repository, error = %why, "the referrers of the image are unknown");
             }
         });
         if tokio::time::timeout(within, all).await.is_err() {
-            tracing::info!(registry = %self.origin, repository, "the registry did not say in time what refers to the image");
+            tracing::info!(registry = %self.origin, repository, "the registry did not list the referrers of the image in time");
         }
         let mut omitted = Omitted::default();
         let is_carried = |digest: &str| {
@@ -180,7 +183,7 @@ impl Registry {
         }
     }
 
-    /// Reads a list of referrers; `false` when there is none.
+    /// Reads a list of referrers. Returns `false` if there is none.
     async fn read_list(
         &self,
         repository: &str,

@@ -1,52 +1,59 @@
-//! How long a registry has owed an answer: requests that wait, each since it was sent or since its
-//! body last moved.
+//! Measures how long a registry has not answered: the pending requests, each with the time when it
+//! was sent or when its body last made progress.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
-/// The requests of one client that wait for an answer.
+/// The pending requests of one client.
 #[derive(Debug, Default)]
 pub(super) struct Silence(Mutex<Waiting>);
 
 #[derive(Debug, Default)]
 struct Waiting {
-    last: u64,
+    last_number: u64,
     since: HashMap<u64, Instant>,
 }
 
-/// One request that waits; it ends when this is dropped.
-pub(super) struct Owed<'a> {
-    of: &'a Silence,
+/// One pending request. Dropping it ends the measurement.
+pub(super) struct Pending<'a> {
+    silence: &'a Silence,
     number: u64,
 }
 
 impl Silence {
-    /// A request is sent.
-    pub(super) fn begin(&self) -> Owed<'_> {
+    /// Records that a request is sent.
+    pub(super) fn begin(&self) -> Pending<'_> {
         let mut waiting = self.0.lock();
-        waiting.last += 1;
-        let number = waiting.last;
+        waiting.last_number += 1;
+        let number = waiting.last_number;
         waiting.since.insert(number, Instant::now());
-        Owed { of: self, number }
+        Pending {
+            silence: self,
+            number,
+        }
     }
 
-    /// The longest wait of them all.
+    /// The longest current wait.
     pub(super) fn longest(&self) -> Option<Duration> {
         self.0.lock().since.values().map(Instant::elapsed).max()
     }
 }
 
-impl Owed<'_> {
-    /// Its body moved.
-    pub(super) fn moved(&self) {
-        self.of.0.lock().since.insert(self.number, Instant::now());
+impl Pending<'_> {
+    /// Records progress of the body.
+    pub(super) fn progressed(&self) {
+        self.silence
+            .0
+            .lock()
+            .since
+            .insert(self.number, Instant::now());
     }
 }
 
-impl Drop for Owed<'_> {
+impl Drop for Pending<'_> {
     fn drop(&mut self) {
-        self.of.0.lock().since.remove(&self.number);
+        self.silence.0.lock().since.remove(&self.number);
     }
 }

@@ -1,5 +1,5 @@
-//! Reading a whole blob: it continues after a break with the byte that it reached, and waits where
-//! the registry asks for that.
+//! Reads a complete blob: continues after an interruption at the last received byte, and waits if
+//! the registry asks for a pause.
 
 use bytes::Bytes;
 use sha2::Digest as _;
@@ -11,8 +11,8 @@ use base::fault::Fault;
 use base::limits;
 
 impl Registry {
-    /// Sends a blob's bytes from `offset` on; `offset` is where it ended. The receiver may end it.
-    /// Gives up when several tries in a row brought nothing.
+    /// Sends the bytes of a blob from `offset`, and advances `offset`. Ends when the receiver is
+    /// dropped. Fails after several consecutive attempts without progress.
     pub(super) async fn send_blob(
         &self,
         repository: &str,
@@ -22,16 +22,20 @@ impl Registry {
     ) -> Result<(), Error> {
         let mut tries = 1;
         while *offset < blob.size && !to.is_closed() {
-            let before = *offset;
+            let offset_before = *offset;
             let error = match self.send_rest(repository, blob, offset, to).await {
-                Ok(()) if *offset == before => {
-                    Fault::unreachable("the registry sent nothing more of it").into()
+                Ok(()) if *offset == offset_before => {
+                    Fault::unreachable("the registry sent no more bytes of the blob").into()
                 }
                 Ok(()) => continue,
                 Err(error) => error,
             };
-            tries = if *offset > before { 1 } else { tries + 1 };
-            if !error.is_passing()
+            tries = if *offset > offset_before {
+                1
+            } else {
+                tries + 1
+            };
+            if !error.is_transient()
                 || error.asks_for_pause()
                 || tries > limits::REGISTRY_BLOB_TRIES_MAX
             {
@@ -54,20 +58,21 @@ impl Registry {
             *offset += piece.len() as u64;
             if *offset > blob.size {
                 return Err(Fault::integrity(format!(
-                    "it is larger than the {} bytes that its manifest says",
+                    "it is larger than the {} bytes that its manifest states",
                     blob.size
                 ))
                 .into());
             }
             if to.send(piece).await.is_err() {
-                break; // the receiver failed, and says why when it is asked
+                break; // the receiver failed; its own result states why
             }
         }
         Ok(())
     }
 
-    /// Reads a whole blob and compares it with its digest; gives each number of bytes to `read`.
-    /// `None`: it is intact. Otherwise why not. An error: nothing can be said of it.
+    /// Reads a complete blob and compares it with its digest; calls `read` with each number of
+    /// bytes read. Returns `None` if it is intact, otherwise the reason. Fails if the content could
+    /// not be read.
     pub async fn check_blob(
         &self,
         repository: &str,
@@ -98,8 +103,8 @@ impl Registry {
         let (sent, ()) = tokio::join!(sending, counting);
         match sent {
             Ok(()) => {}
-            Err(error) if error.status() == Some(404) => return Ok(Some("it is gone".into())),
-            // More bytes than its manifest says.
+            Err(error) if error.status() == Some(404) => return Ok(Some("it is missing".into())),
+            // More bytes than its manifest states.
             Err(Error::Fault(fault)) if fault.code == base::fault::Code::Integrity => {
                 return Ok(Some(fault.message));
             }
@@ -107,7 +112,7 @@ impl Registry {
         }
         let found = hasher
             .await
-            .map_err(|_| Fault::internal("a worker thread ended early"))?;
+            .map_err(|_| Fault::internal("a worker thread ended unexpectedly"))?;
         Ok((found != blob.digest)
             .then(|| format!("its content is damaged: the {offset} bytes that the registry sent have the digest {found}")))
     }

@@ -1,4 +1,4 @@
-//! The client against real registries, and what the sinks' tests share.
+//! The client against real registries, and helpers shared with the tests of sinks.
 
 mod referrers;
 
@@ -118,7 +118,7 @@ async fn blobs_with_a_password() {
 async fn blobs_with_tokens_and_in_chunks() {
     let service = TokenService::start().await;
     let server = RealRegistry::start(&Access::Bearer(service.clone()));
-    // The token service listens at another port, which nobody has named yet: it gets no password.
+    // The token service uses another port, which is not configured yet, so it gets no password.
     let fault = Registry::new(origin(&server.address), credentials(), None)
         .unwrap()
         .ping()
@@ -140,7 +140,7 @@ async fn blobs_with_tokens_and_in_chunks() {
         .with_chunk_bytes(1 << 20);
     round_trip(&registry, server.dir.path()).await;
     let asked = service.asked.load(Ordering::Relaxed);
-    assert!(asked <= 8, "tokens are kept: {asked} were asked for");
+    assert!(asked <= 8, "tokens are kept: {asked} were requested");
 
     service.grant_nothing.store(true, Ordering::Relaxed);
     let denied = Registry::new(origin(&server.address), credentials(), None).unwrap();
@@ -153,13 +153,13 @@ async fn blobs_with_tokens_and_in_chunks() {
         (Code::NotAllowed, Reason::SinkDenied)
     );
     assert!(
-        fault.message.contains("grants no pull,push on op/a"),
+        fault.message.contains("does not grant pull,push on op/a"),
         "{fault}"
     );
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn tls_faults_are_clear() {
+async fn tls_faults_state_their_cause() {
     let key = rcgen::KeyPair::generate().unwrap();
     let certificate = rcgen::CertificateParams::new(vec!["127.0.0.1".to_owned()])
         .unwrap()
@@ -218,7 +218,7 @@ async fn tls_faults_are_clear() {
 }
 
 #[tokio::test]
-async fn nobody_there() {
+async fn a_missing_registry_is_unreachable() {
     let address = std::net::TcpListener::bind("127.0.0.1:0")
         .unwrap()
         .local_addr()
@@ -322,7 +322,7 @@ async fn pulls_what_skopeo_pushed() {
 }
 
 #[tokio::test]
-async fn a_pull_skips_absent_platforms_and_notices_wrong_bytes() {
+async fn a_pull_skips_absent_platforms_and_detects_wrong_bytes() {
     let server = standin::StandIn::start().await;
     let dir = tempfile::tempdir().unwrap();
     let made = image(
@@ -357,7 +357,7 @@ async fn a_pull_skips_absent_platforms_and_notices_wrong_bytes() {
     pull_to_layout(&reference, credentials(), None, &got, &AtomicU64::default())
         .await
         .unwrap();
-    assert_eq!(server.held.lock().cuts, 0, "what broke off went on");
+    assert_eq!(server.held.lock().cuts, 0, "interrupted blobs continued");
     assert!(
         !got.join(arm.unwrap().parse::<Sha256>().unwrap().layout_path())
             .exists()
@@ -385,7 +385,7 @@ async fn a_pull_skips_absent_platforms_and_notices_wrong_bytes() {
     );
 }
 
-/// An image that the stand-in holds as `op/a:v1`.
+/// Stores an image in the stand-in as `op/a:v1`.
 fn held_by(server: &standin::StandIn, made: &fixture::Image) {
     let mut held = server.held.lock();
     for entry in std::fs::read_dir(made.dir.join("blobs/sha256")).unwrap() {
@@ -404,7 +404,7 @@ fn held_by(server: &standin::StandIn, made: &fixture::Image) {
 }
 
 #[tokio::test]
-async fn a_pull_waits_where_the_registry_asks_for_a_pause() {
+async fn a_pull_waits_if_the_registry_asks_for_a_pause() {
     let server = standin::StandIn::start().await;
     let dir = tempfile::tempdir().unwrap();
     let made = image(
@@ -445,13 +445,13 @@ async fn a_pull_waits_where_the_registry_asks_for_a_pause() {
             .script
             .iter()
             .all(|scripted| scripted.times == 0),
-        "every pause was met"
+        "every scripted pause was used"
     );
     assert!(got.join(made.layers[1].layout_path()).exists());
 }
 
 #[tokio::test]
-async fn what_a_failed_pull_fetched_is_not_fetched_again() {
+async fn content_of_a_failed_pull_is_not_fetched_again() {
     let server = standin::StandIn::start().await;
     let dir = tempfile::tempdir().unwrap();
     let made = image(
@@ -505,7 +505,7 @@ async fn what_a_failed_pull_fetched_is_not_fetched_again() {
         "{fetched} of {blobs} fetched, {had} layers were kept"
     );
 
-    // The beginning of a blob is kept too, and only if it is its beginning.
+    // The beginning of a blob is kept too, and used only if it matches.
     for (beginning, name) in [
         (noise(6, 60_000), "third"),
         (noise(1, 60_000), "fourth"),
@@ -562,7 +562,7 @@ async fn a_pull_that_does_not_fit_writes_no_byte() {
     );
     assert!(
         fault.message.contains(got.to_str().unwrap()),
-        "it names the disk: {fault:?}"
+        "the message names the disk: {fault:?}"
     );
     assert!(
         wanted.load(Ordering::Relaxed) >= 2 * large,
@@ -571,6 +571,6 @@ async fn a_pull_that_does_not_fit_writes_no_byte() {
     assert_eq!(
         std::fs::read_dir(got.join("blobs/sha256")).unwrap().count(),
         0,
-        "nothing is written of what does not fit"
+        "nothing is written if the image does not fit"
     );
 }

@@ -1,21 +1,21 @@
-//! Files on the NAS: an immutable folder a version, and a small text file that names the active
-//! one.
+//! Files on the NAS: one immutable directory per version, and a small text file that names the
+//! active version.
 //!
 //! ```text
 //! <root>/<kind>/<name>/<version>/…           appears by one rename, never changes
 //! <root>/<kind>/<name>/CURRENT               "<version>\n", replaced by rename
-//! <root>/<kind>/<name>/current               a link beside it, where there are links and names do not fold case
-//! <root>/.packhorse/staging/<transfer>/…     what is on its way in (same mount)
+//! <root>/<kind>/<name>/current               a link to the active version, if the filesystem has links and does not fold case
+//! <root>/.packhorse/staging/<transfer>/…     incoming files (same mount)
 //! <root>/.packhorse/sites/<owner>            one file for each daemon that uses the root
-//! <root>/.packhorse/versions/<kind>/<name>/<version>.json    the digest of what stands there
+//! <root>/.packhorse/versions/<kind>/<name>/<version>.json    the note: the digest of a version
 //! ```
-//! The note of the digest is durable before the rename: after a crash between the two, a commit
-//! that is asked again finds either the staged folder or its own finished one, and knows which. It
-//! is created exclusively: of two sites that commit different contents under one version, one
-//! creates it, and the other claims nothing. Of a version of which something was found gone or
-//! damaged only that is replaced, file by file (see `repair`). Several sites may use one root: each
-//! removes only what it staged itself, a version that another one has committed is used as it is,
-//! and none removes a version from a shared root.
+//! The note is durable before the rename. After a crash between the two, a repeated commit finds
+//! either the staged directory or its own finished one, and can distinguish them. The note is
+//! created exclusively: if two sites commit different content under one version, only one creates
+//! it, and the other does not proceed. If content of a committed version is missing or damaged,
+//! only that content is replaced, file by file (see `repair`). Several sites may use one root. Each
+//! site removes only what it staged itself. A site uses a version that another site committed, and
+//! no site removes a version from a shared root.
 
 mod mount;
 mod notes;
@@ -48,17 +48,16 @@ use base::text;
 pub use mount::Mount;
 pub(crate) use mount::trial;
 
-/// The folder of Packhorse's own things in a root.
+/// The directory in a root for the files of Packhorse itself.
 pub const HIDDEN: &str = ".packhorse";
-/// The folder in [`HIDDEN`] with a file for each daemon that uses the root.
+/// The directory in [`HIDDEN`] with one file for each daemon that uses the root.
 const SITES: &str = "sites";
-/// What such a file says of a daemon that writes it anew each day.
-const SAID_EACH_DAY: &str = "written anew each day";
-/// The folder in [`HIDDEN`] that holds what is on its way in.
+/// The second line of such a file, which states that the daemon rewrites the file each day.
+const REWRITTEN_DAILY: &str = "rewritten each day";
+/// The directory in [`HIDDEN`] for incoming files.
 const STAGING: &str = "staging";
-/// Daemons that are named of those that use the same root, and the bytes that each may say of
-/// itself.
-const SITES_TOLD_MAX: usize = 16;
+/// The number of other daemons that a message names, and the size limit of the file of each.
+const SITES_LISTED_MAX: usize = 16;
 const SITE_BYTES_MAX: u64 = 256;
 
 /// Writes datasets, operators and models. Cheap to clone.
@@ -66,46 +65,48 @@ const SITE_BYTES_MAX: u64 = 256;
 pub struct FilesSink {
     root: PathBuf,
     staging: PathBuf,
-    /// Whether the configuration names the root, so that it may be a mount and others may use it.
+    /// Whether the configuration names the root. Then it may be a mount, and other daemons may use
+    /// it.
     configured: bool,
-    /// Keeps what the root is known by.
+    /// The file with the id of the root.
     id_file: PathBuf,
-    /// Names this daemon among those that use the root.
+    /// Identifies this daemon among those that use the root.
     owner: String,
-    /// What `<root>/.packhorse/id` must hold, once the root was seen.
+    /// The expected content of `<root>/.packhorse/id`, after the root was seen once.
     id: Arc<Mutex<Option<String>>>,
-    /// When the root was last told that this daemon uses it.
+    /// When this daemon last registered in the root.
     registered: Arc<Mutex<Option<Instant>>>,
-    /// Known from the first check on: at the start the NAS may not be mounted yet.
+    /// Set by the first check, because the NAS may not be mounted at the start.
     mount: Arc<OnceLock<Mount>>,
     threads: Threads,
     heartbeat: Heartbeat,
 }
 
 impl FilesSink {
-    /// A root that is missing is a NAS that is not mounted: making it would fill the wrong disk.
+    /// Fails if the root does not exist. It is not created, because a missing root means a NAS that
+    /// is not mounted, and the wrong disk would be filled.
     pub fn check_root(root: &Path) -> Result<(), Fault> {
         if root.is_dir() {
             return Ok(());
         }
         Err(Fault::config(format!(
-            "[sink.files] root {} is not a folder",
+            "[sink.files] root {} is not a directory",
             root.display()
         ))
-        .with_next("mount the NAS there, or make the folder"))
+        .with_next("mount the NAS there, or create the directory"))
     }
 
-    /// Whether versions can be put into the root by whoever runs this.
+    /// Fails if the current user cannot write to the root.
     pub fn check_writable(root: &Path) -> Result<(), Fault> {
         use rustix::fs::Access;
         rustix::fs::access(root, Access::WRITE_OK | Access::EXEC_OK).map_err(|e| {
-            Fault::config(format!("[sink.files] root {} cannot be written to: {}", root.display(), std::io::Error::from(e)))
-                .with_next("mount it for writing, let the daemon's user write there, and check again as that user")
+            Fault::config(format!("[sink.files] root {} is not writable: {}", root.display(), std::io::Error::from(e)))
+                .with_next("mount it writable, give the daemon's user write permission, and repeat the check as that user")
         })
     }
 
-    /// Opens the root that the config names (default: `<data_dir>/artifacts`). A root that is away
-    /// now is waited for.
+    /// Opens the configured root (default: `<data_dir>/artifacts`). A root that is unavailable now
+    /// is used when it becomes available.
     pub fn open(config: Option<&settings::FilesSink>, data_dir: &Path) -> Result<Self, Fault> {
         let root = config.map_or_else(|| data_dir.join("artifacts"), |config| config.root.clone());
         let owner_file = data_dir.join("sink-files-owner");
@@ -131,8 +132,8 @@ impl FilesSink {
             heartbeat: Heartbeat::default(),
         };
         if !sink.id_file.exists() {
-            // A root that is there at the first start is marked now: later it might be an empty
-            // mount point.
+            // Mark a root that exists at the first start now; later it could be an empty mount
+            // point.
             let (this, (marked, seen)) = (sink.clone(), sync_channel(1));
             let mark = move || drop(marked.try_send(this.mounted()));
             std::thread::Builder::new()
@@ -146,7 +147,7 @@ impl FilesSink {
         Ok(sink)
     }
 
-    /// Runs a call for a transfer. What is missing or refused in the root now is waited for.
+    /// Runs a call for a transfer. A missing path or a denied permission in the root is retried.
     async fn run<T: Send + 'static>(
         &self,
         work: impl FnOnce(&Self) -> Result<T, Fault> + Send + 'static,
@@ -157,13 +158,13 @@ impl FilesSink {
             .await
     }
 
-    /// What the root is known by. Marks it if this site sees it for the first time.
+    /// The id of the root. Marks the root with a new id if this site sees it for the first time.
     fn id(&self) -> Result<String, Fault> {
         let mut known = self.id.lock();
         if let Some(id) = &*known {
             return Ok(id.clone());
         }
-        let there = self.root.join(HIDDEN).join("id");
+        let existing = self.root.join(HIDDEN).join("id");
         let id = match std::fs::read_to_string(&self.id_file) {
             Ok(id) => id,
             Err(e) if e.kind() != ErrorKind::NotFound => {
@@ -174,21 +175,23 @@ impl FilesSink {
             }
             Err(_) => {
                 if self.configured && !self.root.is_dir() {
-                    return Err(self.away("it is not a folder"));
+                    return Err(self.not_mounted("it is not a directory"));
                 }
-                let id = match std::fs::read_to_string(&there) {
+                let id = match std::fs::read_to_string(&existing) {
                     Ok(id) => id,
                     Err(e) if e.kind() == ErrorKind::NotFound => {
                         durable::create_dir_all(&self.staging)?;
-                        // Another site may mark it at the same moment: what is there counts.
+                        // Another site may mark it at the same time; the id in the file is used.
                         durable::create(
-                            &there,
+                            &existing,
                             format!("{:032x}\n", rand::random::<u128>()).as_bytes(),
                         )?;
-                        std::fs::read_to_string(&there)
-                            .at(format_args!("read {}", there.display()))?
+                        std::fs::read_to_string(&existing)
+                            .at(format_args!("read {}", existing.display()))?
                     }
-                    Err(e) => return Err(Fault::io(format_args!("read {}", there.display()), &e)),
+                    Err(e) => {
+                        return Err(Fault::io(format_args!("read {}", existing.display()), &e));
+                    }
                 };
                 durable::replace(&self.id_file, id.as_bytes())?;
                 id
@@ -197,14 +200,14 @@ impl FilesSink {
         Ok(known.insert(id).clone())
     }
 
-    fn away(&self, why: &str) -> Fault {
-        Fault::unreachable(format!("the NAS is not at {}: {why}", self.root.display())).with_next(
-            "mount the NAS there; transfers go on by themselves. If the NAS is a new one on purpose, remove sink-files-id from data_dir and restart",
+    fn not_mounted(&self, why: &str) -> Fault {
+        Fault::unreachable(format!("the NAS is not mounted at {}: {why}", self.root.display())).with_next(
+            "mount the NAS there; transfers resume automatically. If the NAS was replaced intentionally, remove sink-files-id from data_dir and restart the daemon",
         )
     }
 
-    /// Notes in the root that this daemon uses it, at the start and then each day. Where that fails
-    /// it is done at a later call.
+    /// Registers this daemon in the root, at the start and then each day. A failure is retried at a
+    /// later call.
     fn register(&self) {
         let mut last = self.registered.lock();
         if !self.configured || last.is_some_and(|last| last.elapsed() < ROOT_USE_SAID_EVERY) {
@@ -218,16 +221,16 @@ impl FilesSink {
                 .into_owned(),
             self.id_file.with_file_name(""),
         );
-        let text = format!("{node} {}\n{SAID_EACH_DAY}\n", data_dir.display());
-        let noted = durable::create_dir_all(mine.parent().unwrap_or(&self.root))
+        let text = format!("{node} {}\n{REWRITTEN_DAILY}\n", data_dir.display());
+        let result = durable::create_dir_all(mine.parent().unwrap_or(&self.root))
             .and_then(|()| durable::replace(&mine, text.as_bytes()));
-        *last = noted.is_ok().then(Instant::now);
+        *last = result.is_ok().then(Instant::now);
     }
 
-    /// The other daemons that use this root: the machine and the data folder of each.
+    /// The other daemons that use this root: the machine and the data directory of each.
     fn others(&self) -> Result<Vec<String>, Fault> {
         let folder = self.root.join(HIDDEN).join(SITES);
-        // A folder that cannot be read does not say that nobody else is there.
+        // An unreadable directory does not mean that there are no other daemons.
         let sites: Vec<_> = match std::fs::read_dir(&folder).and_then(Iterator::collect) {
             Ok(sites) => sites,
             Err(error) if error.kind() == ErrorKind::NotFound => Vec::new(),
@@ -237,7 +240,7 @@ impl FilesSink {
             !entry.file_name().to_string_lossy().starts_with('.')
                 && *entry.file_name() != *self.owner
         });
-        // By the clock of the NAS, which wrote both times.
+        // Both times are from the clock of the NAS.
         let written = |path: &Path| {
             std::fs::metadata(path)
                 .and_then(|meta| meta.modified())
@@ -252,22 +255,22 @@ impl FilesSink {
             let text = String::from_utf8_lossy(&text);
             let mut lines = text.trim().lines();
             let who = lines.next().unwrap_or_default();
-            // One of an earlier revision says it once.
+            // A daemon of an earlier version writes its file only once.
             let silent = now
                 .zip(written(&entry.path()))
-                .and_then(|(now, said)| now.duration_since(said).ok());
-            let has_ended = lines.next() == Some(SAID_EACH_DAY)
+                .and_then(|(now, written_at)| now.duration_since(written_at).ok());
+            let has_ended = lines.next() == Some(REWRITTEN_DAILY)
                 && silent.is_some_and(|silent| silent >= ROOT_USE_ENDS_AFTER);
             (!has_ended).then(|| text::line(who, SITE_BYTES_MAX as usize))
         };
-        Ok(others.filter_map(read).take(SITES_TOLD_MAX).collect())
+        Ok(others.filter_map(read).take(SITES_LISTED_MAX).collect())
     }
 
     fn mount(&self) -> Mount {
         self.mount.get().copied().unwrap_or_default()
     }
 
-    /// The sink as it is on such a filesystem.
+    /// The sink with the properties of such a filesystem.
     #[cfg(any(test, feature = "testing"))]
     pub fn assuming(self, mount: Mount) -> Self {
         Self {
@@ -284,40 +287,45 @@ impl FilesSink {
         self.series(artifact).join(artifact.version())
     }
 
-    /// The active version, as `CURRENT` names it. A link or a folder of that name is no such file.
+    /// The active version according to `CURRENT`. A link or directory of that name is ignored.
     fn current(&self, artifact: &ArtifactRef) -> Result<Option<String>, Fault> {
         let file = self.series(artifact).join("CURRENT");
         if std::fs::symlink_metadata(&file).is_ok_and(|meta| !meta.is_file()) {
             return Ok(None);
         }
-        Ok(read_if_there(&file)?.map(|text| text.trim().to_owned()))
+        Ok(read_if_exists(&file)?.map(|text| text.trim().to_owned()))
     }
 
-    /// Whether the version stands already: ours or, as a fault, somebody else's.
-    fn is_there(&self, incoming: &Incoming) -> Result<bool, Fault> {
+    /// Whether the version exists with the same content. Other content is a fault.
+    fn is_committed(&self, incoming: &Incoming) -> Result<bool, Fault> {
         let folder = self.folder(&incoming.artifact);
         match std::fs::symlink_metadata(&folder) {
             Ok(_) => {}
             Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
                 return Ok(false);
             }
-            // A NAS that fails for a moment says nothing of what it holds.
-            Err(e) => return Err(Fault::io(format_args!("look at {}", folder.display()), &e)),
+            // A NAS that fails temporarily does not report what it holds.
+            Err(e) => {
+                return Err(Fault::io(
+                    format_args!("read the metadata of {}", folder.display()),
+                    &e,
+                ));
+            }
         }
         match self.note(&incoming.artifact)? {
             Some(note) if note.digest == incoming.digest => Ok(true),
             Some(note) => Err(Fault::conflict(format!(
-                "{} is there already with another content of {}: {} there, {} now",
+                "{} already exists with different content of {}: the existing digest is {}, the new digest is {}",
                 folder.display(),
                 incoming.artifact,
                 note.digest,
                 incoming.digest
             ))
-            .with_next("publish it under another version, or move that folder away, then retry the transfer")),
+            .with_next("publish it under another version, or move that directory to another location, then retry the transfer")),
             None => {
-                Err(Fault::conflict(format!("{} stands in the way: packhorse did not put {} there", folder.display(), incoming.artifact))
+                Err(Fault::conflict(format!("{} already exists, but packhorse did not create it for {}", folder.display(), incoming.artifact))
                     .with_reason(Reason::SinkRefused)
-                    .with_next("move that folder away, then retry the transfer"))
+                    .with_next("move that directory to another location, then retry the transfer"))
             }
         }
     }
@@ -331,8 +339,8 @@ impl FilesSink {
         }
     }
 
-    /// Whether this version was asked for after the one that is active: a large old version that
-    /// arrives late, or one that is delivered again, must not take readers back.
+    /// Whether this version was requested after the active one. A large old version that arrives
+    /// late, or one that is delivered again, must not become the active version.
     fn is_newest(&self, artifact: &ArtifactRef) -> Result<bool, Fault> {
         let current = self.current(artifact)?.unwrap_or_default();
         let Ok(active) = ArtifactRef::new(artifact.kind, artifact.name(), &current) else {
@@ -344,8 +352,8 @@ impl FilesSink {
         })
     }
 
-    /// Whether the root is the one that this site has always had. An empty mount point must not be
-    /// filled.
+    /// Checks that the root is the one that this site has always used. An empty mount point must
+    /// not be filled.
     fn mounted(&self) -> Result<(), Fault> {
         let id = self.id()?;
         self.is_ours(
@@ -356,11 +364,11 @@ impl FilesSink {
         Ok(())
     }
 
-    fn is_ours(&self, id: &str, there: std::io::Result<String>) -> Result<(), Fault> {
-        match there {
-            Ok(there) if there == id => Ok(()),
-            Ok(_) => Err(self.away(&format!("its {HIDDEN}/id is another"))),
-            Err(e) => Err(self.away(&format!("its {HIDDEN}/id cannot be read: {e}"))),
+    fn is_ours(&self, id: &str, existing: std::io::Result<String>) -> Result<(), Fault> {
+        match existing {
+            Ok(existing) if existing == id => Ok(()),
+            Ok(_) => Err(self.not_mounted(&format!("its {HIDDEN}/id differs"))),
+            Err(e) => Err(self.not_mounted(&format!("its {HIDDEN}/id cannot be read: {e}"))),
         }
     }
 
@@ -371,7 +379,7 @@ impl FilesSink {
         if self.current(artifact)?.as_deref() != Some(artifact.version()) {
             write()?;
         }
-        // Where names fold case the link would replace the file.
+        // If names fold case, the link would replace the file.
         if self.folding().case || is_same_entry(&file, &link)? {
             return Ok(());
         }
@@ -386,36 +394,36 @@ impl FilesSink {
         }
     }
 
-    /// Every step may be repeated, and is skipped once it is done. It succeeds only after `CURRENT`
-    /// names the version that it is to name.
+    /// Commits. Every step may be repeated and is skipped if it is done. Succeeds only after
+    /// `CURRENT` names the correct version.
     fn commit_blocking(&self, incoming: &Incoming, staged: &Path) -> Result<Landed, Fault> {
         let artifact = &incoming.artifact;
         self.mounted()?;
-        let mut stood = self.is_there(incoming)?;
-        if !stood {
+        let mut exists = self.is_committed(incoming)?;
+        if !exists {
             if !staged.try_exists().at(staged.display())? {
                 return Err(nothing_staged(staged));
             }
             self.claim(incoming)?;
             durable::create_dir_all(&self.series(artifact))?;
             if let Err(fault) = durable::rename_noreplace(staged, &self.folder(artifact)) {
-                // A rename that a network filesystem reports as failed may have happened, or
+                // A rename that a network filesystem reports as failed may have succeeded, or
                 // another site was faster.
-                stood = self.is_there(incoming)?;
-                if !stood {
+                exists = self.is_committed(incoming)?;
+                if !exists {
                     return Err(fault);
                 }
             }
         }
-        // What is staged is whole and checked: a version is staged again only when the one that
-        // stands is not.
-        if stood && staged.try_exists().at(staged.display())? {
+        // The staged content is complete and verified. A version is only staged again if the
+        // committed one is not intact.
+        if exists && staged.try_exists().at(staged.display())? {
             repair::merge(staged, &self.folder(artifact))?;
             self.write_note(incoming)?;
         }
         durable::remove_all(staged)?;
-        if stood {
-            // An earlier try may have renamed it and not got as far as this.
+        if exists {
+            // An earlier attempt may have renamed the version and stopped before this step.
             durable::sync_dir(&self.series(artifact))?;
         }
         if self.is_newest(artifact)? {
@@ -424,51 +432,51 @@ impl FilesSink {
         Ok(self.landed(artifact))
     }
 
-    /// The version of the same series that was asked for last, of those that stand.
-    fn newest_left(&self, artifact: &ArtifactRef) -> Result<Option<ArtifactRef>, Fault> {
+    /// Of the existing versions of the same series, the one that was requested last.
+    fn newest_remaining(&self, artifact: &ArtifactRef) -> Result<Option<ArtifactRef>, Fault> {
         let path = self.note_path(artifact);
         let notes = path.parent().unwrap_or(&self.root);
         let mut newest: Option<(String, ArtifactRef)> = None;
         for entry in std::fs::read_dir(notes).at(notes.display())? {
             let name = entry.at(notes.display())?.file_name();
             let version = name.to_str().and_then(|name| name.strip_suffix(".json"));
-            let Some(Ok(left)) =
+            let Some(Ok(remaining)) =
                 version.map(|version| ArtifactRef::new(artifact.kind, artifact.name(), version))
             else {
                 continue;
             };
-            if let Some(note) = self.note(&left)?
-                && is_folder(&self.folder(&left))?
+            if let Some(note) = self.note(&remaining)?
+                && is_folder(&self.folder(&remaining))?
                 && newest
                     .as_ref()
                     .is_none_or(|(transfer, _)| *transfer < note.transfer)
             {
-                newest = Some((note.transfer, left));
+                newest = Some((note.transfer, remaining));
             }
         }
-        Ok(newest.map(|(_, left)| left))
+        Ok(newest.map(|(_, remaining)| remaining))
     }
 
-    /// Takes a version out of sight by one rename. Returns where it is now, to be removed.
-    fn move_away(&self, artifact: &ArtifactRef) -> Result<PathBuf, Fault> {
-        let away = self.staging.join(format!(
+    /// Hides a version by one rename. Returns its new path, to be removed.
+    fn hide(&self, artifact: &ArtifactRef) -> Result<PathBuf, Fault> {
+        let not_mounted = self.staging.join(format!(
             "removed-{}-{}-{:08x}",
             self.owner,
             artifact.version(),
             rand::random::<u32>()
         ));
-        durable::rename_noreplace(&self.folder(artifact), &away)?;
-        Ok(away)
+        durable::rename_noreplace(&self.folder(artifact), &not_mounted)?;
+        Ok(not_mounted)
     }
 
     fn remove_blocking(&self, artifact: &ArtifactRef) -> Result<Option<String>, Fault> {
-        // Where nothing is mounted nothing would be found, and all of it be taken for removed.
+        // Without a mount, everything would be missing and count as removed.
         self.mounted()?;
         let others = self.others()?;
         if !others.is_empty() {
             let folder = self.root.join(HIDDEN).join(SITES);
             return Ok(Some(format!(
-                "other sites use {} too ({}); a file in {} names each",
+                "other sites also use {} ({}); {} contains one file for each",
                 self.root.display(),
                 others.join(", "),
                 folder.display()
@@ -478,16 +486,16 @@ impl FilesSink {
         let series = self.series(artifact);
         let current = self.current(artifact)?;
         if self.note(artifact)?.is_some() && folder.try_exists().at(folder.display())? {
-            let away = self.move_away(artifact)?;
-            // It is out of sight; what cannot be removed now is tried again.
-            if let Err(fault) = durable::remove_all(&away) {
-                tracing::warn!(error = %fault, "a version that was removed is not wholly removed yet; tried again");
+            let not_mounted = self.hide(artifact)?;
+            // The version is hidden; a failed removal is retried later.
+            if let Err(fault) = durable::remove_all(&not_mounted) {
+                tracing::warn!(error = %fault, "a removed version could not be deleted completely yet; this is retried");
             }
         }
         durable::remove_all(&self.note_path(artifact))?;
         if current.as_deref() == Some(artifact.version()) {
-            match self.newest_left(artifact)? {
-                Some(left) => self.set_current(&left)?,
+            match self.newest_remaining(artifact)? {
+                Some(remaining) => self.set_current(&remaining)?,
                 None => {
                     durable::remove_all(&series.join("CURRENT"))?;
                     durable::remove_all(&series.join("current"))?;
@@ -498,27 +506,34 @@ impl FilesSink {
     }
 }
 
-/// Whether this is a folder, or a link to one. A NAS that fails does not say that it is none.
+/// Whether this is a directory, or a link to one. A failing NAS is an error, not a missing
+/// directory.
 fn is_folder(path: &Path) -> Result<bool, Fault> {
     match std::fs::metadata(path) {
         Ok(meta) => Ok(meta.is_dir()),
         Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => Ok(false),
-        Err(e) => Err(Fault::io(format_args!("look at {}", path.display()), &e)),
+        Err(e) => Err(Fault::io(
+            format_args!("read the metadata of {}", path.display()),
+            &e,
+        )),
     }
 }
 
-/// Whether two names are of one entry. One that is not there is no other's.
+/// Whether two names refer to one entry. A missing entry equals no other.
 fn is_same_entry(one: &Path, other: &Path) -> Result<bool, Fault> {
     let entry = |path: &Path| match std::fs::symlink_metadata(path) {
         Ok(meta) => Ok(Some((meta.dev(), meta.ino()))),
         Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
-        Err(e) => Err(Fault::io(format_args!("look at {}", path.display()), &e)),
+        Err(e) => Err(Fault::io(
+            format_args!("read the metadata of {}", path.display()),
+            &e,
+        )),
     };
-    Ok(entry(other)?.is_some_and(|there| entry(one).is_ok_and(|one| one == Some(there))))
+    Ok(entry(other)?.is_some_and(|existing| entry(one).is_ok_and(|one| one == Some(existing))))
 }
 
-/// A small file's text; `None` if it is not there.
-fn read_if_there(path: &Path) -> Result<Option<String>, Fault> {
+/// The text of a small file; `None` if it does not exist.
+fn read_if_exists(path: &Path) -> Result<Option<String>, Fault> {
     match std::fs::read_to_string(path) {
         Ok(text) => Ok(Some(text)),
         Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => Ok(None),
@@ -536,7 +551,7 @@ impl Sink for FilesSink {
     fn staging(&self) -> Result<StagingRoot, Fault> {
         let id = self.id().map_err(Fault::of_sink)?;
         let root = StagingRoot::open_there(&self.root).map_err(|fault| match fault.code {
-            Code::NotFound => self.away("it is not a folder"),
+            Code::NotFound => self.not_mounted("it is not a directory"),
             _ => fault.of_sink(),
         })?;
         self.is_ours(&id, root.read(&format!("{HIDDEN}/id")))?;
@@ -549,8 +564,8 @@ impl Sink for FilesSink {
 
     fn held_up(&self) -> Option<Fault> {
         let root = self.root.clone();
-        // What the kernel does not answer from its caches: the size of the filesystem, and a file
-        // that is opened.
+        // Calls that the kernel does not answer from its caches: the size of the filesystem, and
+        // opening a file.
         let call = move || {
             let _ = rustix::fs::statvfs(&root);
             let _ = std::fs::read(root.join(HIDDEN).join("id"));
@@ -562,13 +577,13 @@ impl Sink for FilesSink {
             rounded_secs(silent)
         );
         Some(Fault::unreachable(message).with_next(
-            "check the NAS and the network to it; the transfer goes on by itself when it answers",
+            "check the NAS and the network to it; the transfer resumes automatically when the NAS responds",
         ))
     }
 
     fn may_remove(&self, name: &str) -> bool {
-        // Those without an owner, `removed-<version>-<random>`, are of a daemon that had the root
-        // to itself.
+        // A name without owner, `removed-<version>-<random>`, is from a daemon version that used
+        // the root exclusively.
         let is_owned = |rest: &str| {
             let (owner, rest) = rest.split_once('-').unwrap_or((rest, ""));
             owner.len() == self.owner.len()
@@ -617,7 +632,7 @@ impl Sink for FilesSink {
             this.mounted()?;
             durable::create_dir_all(&this.staging)?;
             if this.mount.get().is_none() {
-                // Two at once find the same.
+                // Two concurrent probes give the same result.
                 let folder = this.staging.join(format!(
                     "removed-{}-probe-{:08x}",
                     this.owner,
@@ -625,7 +640,7 @@ impl Sink for FilesSink {
                 ));
                 let _ = this.mount.set(Mount::probe(&folder)?);
             }
-            this.is_there(&incoming).map(|_| ())
+            this.is_committed(&incoming).map(|_| ())
         })
         .await
     }
@@ -639,7 +654,7 @@ impl Sink for FilesSink {
                 .chars()
                 .find(|c| "<>:\"|?*\\".contains(*c) || c.is_control())
             {
-                return Some(format!("the NAS takes no {c:?} in names"));
+                return Some(format!("the NAS does not allow {c:?} in names"));
             }
             let stem = name.split('.').next().unwrap_or(name).to_ascii_uppercase();
             let reserved = matches!(stem.as_str(), "CON" | "PRN" | "AUX" | "NUL")
@@ -648,7 +663,7 @@ impl Sink for FilesSink {
                     && stem.ends_with(|c: char| c.is_ascii_digit()));
             if name.ends_with(['.', ' ']) || reserved {
                 return Some(
-                    "the NAS takes no reserved names, nor names that end in a dot or a space"
+                    "the NAS does not allow reserved names or names that end in a dot or a space"
                         .into(),
                 );
             }
@@ -676,7 +691,7 @@ impl Sink for FilesSink {
             .run(move || {
                 if this.note(&artifact)?.is_none() || !is_folder(&this.folder(&artifact))? {
                     return Err(Fault::not_found(format!(
-                        "{artifact} is not in {}",
+                        "{artifact} does not exist in {}",
                         this.root.display()
                     )));
                 }
@@ -712,7 +727,7 @@ impl Sink for FilesSink {
 
     async fn stands(&self, incoming: &Incoming) -> Result<bool, Fault> {
         let incoming = incoming.clone();
-        self.run(move |this| this.mounted().and_then(|()| this.is_there(&incoming)))
+        self.run(move |this| this.mounted().and_then(|()| this.is_committed(&incoming)))
             .await
     }
 
@@ -735,13 +750,16 @@ impl Sink for FilesSink {
     ) -> Result<Vec<String>, Fault> {
         let incoming = incoming.clone();
         self.run(move |this| {
-            // Where nothing is mounted nothing would be found, and all of it be taken for gone.
+            // Without a mount, everything would be reported missing.
             this.mounted()?;
             let folder = this.folder(&incoming.artifact);
             Ok(match this.note(&incoming.artifact)? {
-                _ if !is_folder(&folder)? => vec![format!("{} is gone", folder.display())],
+                _ if !is_folder(&folder)? => vec![format!("{} is missing", folder.display())],
                 Some(note) if note.digest == incoming.digest => vec![],
-                _ => vec![format!("{} has no note of its digest", folder.display())],
+                _ => vec![format!(
+                    "the note with the digest of {} is missing",
+                    folder.display()
+                )],
             })
         })
         .await
@@ -766,8 +784,8 @@ impl Sink for FilesSink {
                 ));
                 durable::replace(&file, b"probe")?;
                 durable::remove_all(&file)?;
-                // Versions are renamed into folders of their kinds, which may have other owners
-                // than the staging.
+                // Versions are renamed into the directories of their kinds, which may have other
+                // owners than the staging directory.
                 let kinds = ["dataset", "operator", "model"].map(|kind| this.root.join(kind));
                 for folder in
                     std::iter::once(&this.root).chain(kinds.iter().filter(|kind| kind.exists()))
@@ -780,7 +798,7 @@ impl Sink for FilesSink {
                 let space = Space::of(&this.root)?;
                 if space.inodes == Some(0) {
                     return Err(Fault::no_space(format!(
-                        "files at {}: no inode is free",
+                        "files at {}: there are no free inodes",
                         this.root.display()
                     )));
                 }
@@ -791,7 +809,7 @@ impl Sink for FilesSink {
                 let shared = if others.is_empty() {
                     String::new()
                 } else {
-                    format!(", used by other sites too ({})", others.join(", "))
+                    format!(", also used by other sites ({})", others.join(", "))
                 };
                 Ok(format!(
                     "files at {}: writable, {free}{shared}",

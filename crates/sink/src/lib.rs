@@ -1,9 +1,9 @@
-//! Sinks: write an artifact out at a site.
+//! Sinks: write artifacts at a site.
 //!
-//! The transfer engine stages an artifact's files in the folder that the sink names, every byte
-//! checked against its hash first, and then asks the sink to commit. No sink sees a byte that was
-//! not verified. Every call is idempotent: after a crash the engine simply asks again. `stage` owns
-//! the staging folder; transfers and the site call this crate.
+//! The transfer engine stages the files of an artifact in the directory that the sink names. Every
+//! byte is checked against its hash first. Then the engine asks the sink to commit. A sink never
+//! receives an unverified byte. Every call is idempotent: after a crash the engine repeats it.
+//! `stage` owns the staging directory; transfers and the site call this crate.
 
 pub mod files;
 pub mod images;
@@ -31,61 +31,60 @@ pub use look::Look;
 pub use threads::{Heartbeat, Threads, rounded_secs};
 pub use waits::Waits;
 
-/// An artifact on its way in, as a sink is shown it.
+/// An incoming artifact, as a sink receives it.
 #[derive(Debug, Clone)]
 pub struct Incoming {
-    /// Its name.
     pub artifact: ArtifactRef,
     /// The BLAKE3 of its root manifest.
     pub digest: Digest,
-    /// The root manifest: totals and what its kind needs.
+    /// The root manifest: totals and the metadata of the kind.
     pub root: Root,
-    /// The transfer that brings it; names the staging folder.
+    /// The transfer that delivers it; its id is the name of the staging directory.
     pub transfer: TransferId,
-    /// Where a call on it reports what it waits for.
+    /// A call for this artifact reports here what it waits for.
     pub waits: Waits,
 }
 
-/// Where the files of a committed artifact can be read again, so that later transfers need not
-/// fetch their chunks.
+/// The location from which the files of a committed artifact can be read, so that later transfers
+/// need not fetch their chunks.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", tag = "at")]
 pub enum StorageLocation {
-    /// A folder that holds each file at its path in the artifact.
+    /// A directory with each file at its path in the artifact.
     Folder {
-        /// Absolute.
+        /// An absolute path.
         path: PathBuf,
     },
-    /// The registry: a file `blobs/sha256/<hex>` is the blob of that digest in this repository.
+    /// A repository in the registry: a file `blobs/sha256/<hex>` is the blob with that digest.
     Registry {
-        /// The repository, without host.
+        /// The repository, without the host.
         repository: String,
     },
 }
 
-/// What a commit left behind.
+/// The result of a commit.
 #[derive(Debug, Clone)]
 pub struct Landed {
-    /// Where the files can be read from now on.
+    /// The location from which the files can be read.
     pub place: StorageLocation,
-    /// Where people find it: a path, `host/repo:tag@digest`, or a table and version.
+    /// The location for users: a path, `host/repo:tag@digest`, or a table and version.
     pub location: String,
-    /// What there is to know about it although it is complete.
+    /// Additional information about the complete artifact.
     pub note: Option<String>,
 }
 
-/// Which names are one name to a sink, though they differ.
+/// Which different names a sink treats as equal.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Folding {
-    /// Those that differ in case only.
+    /// Names that differ only in case.
     pub case: bool,
-    /// Those that differ in their Unicode normalization only: an accent may be a part of its letter
+    /// Names that differ only in their Unicode normalization: an accent may be part of its letter
     /// (NFC) or follow it (NFD).
     pub unicode: bool,
 }
 
 impl Folding {
-    /// What all names have in common that are one name to the sink.
+    /// The common form of all names that the sink treats as equal.
     pub fn fold(self, name: &str) -> String {
         let name: String = if self.unicode {
             name.nfd().collect()
@@ -96,99 +95,102 @@ impl Folding {
     }
 }
 
-/// The fault of a commit for which nothing is staged: the artifact must be brought again. See
+/// The fault of a commit without staged content: the artifact must be delivered again. See
 /// [`must_be_brought_again`].
 fn nothing_staged(staged: &Path) -> Fault {
-    Fault::integrity(format!("what was staged in {} is gone", staged.display()))
-        .with_retry(Retry::Backoff)
-        .with_next("no action is needed: it is brought again by itself")
+    Fault::integrity(format!(
+        "the staged content in {} is missing",
+        staged.display()
+    ))
+    .with_retry(Retry::Backoff)
+    .with_next("no action is needed: the artifact is delivered again automatically")
 }
 
-/// Whether a commit that failed can succeed only after the artifact was brought again. All else
-/// that passes by itself has to be waited for.
+/// Whether a failed commit can succeed only after the artifact was delivered again. All other
+/// temporary failures must be waited for.
 pub fn must_be_brought_again(fault: &Fault) -> bool {
     fault.retry == Retry::Never || matches!(fault.code, Code::Integrity | Code::Conflict)
 }
 
-/// Writes artifacts of some kinds out.
+/// Writes artifacts of some kinds.
 #[async_trait]
 pub trait Sink: Send + Sync {
-    /// The folder in which the engine makes `<transfer>/` and stages files, on the same mount as
-    /// the end where it matters.
+    /// The directory in which the engine creates `<transfer>/` and stages files. It is on the same
+    /// mount as the target if that matters.
     fn staging_root(&self) -> &Path;
 
-    /// The same folder, held open and made if it is not there: what was mounted when it was opened
-    /// is what is written to. May block.
+    /// The same directory, opened and created if necessary: later writes go to what was mounted
+    /// when it was opened. May block.
     fn staging(&self) -> Result<StagingRoot, Fault> {
         StagingRoot::open(self.staging_root())
     }
 
-    /// The threads on which all that can block in this sink's folders or far end runs.
+    /// The threads for all calls of this sink that can block in its directories or its target.
     fn threads(&self) -> &Threads;
 
-    /// Why the calls that run now take so long; `None` while the far end answers. Returns at once.
-    /// A transfer asks once a second while it waits for a call of the sink, and shows the answer as
-    /// its reason until the call returns.
+    /// Why the running calls take so long; `None` while the target responds. Returns immediately. A
+    /// transfer calls this once a second while it waits for the sink, and shows the result as its
+    /// reason until the call returns.
     fn held_up(&self) -> Option<Fault> {
         None
     }
 
-    /// Where a committed artifact is, if that can be told from its name alone.
+    /// The location of a committed artifact, if its name determines it.
     fn place_of(&self, _artifact: &ArtifactRef) -> Option<StorageLocation> {
         None
     }
 
-    /// Whether permission bits cannot be changed in the staging folder: then files keep those that
-    /// they get there.
+    /// Whether permission bits cannot be changed in the staging directory; files then keep those
+    /// that they get there.
     fn fixed_modes(&self) -> bool {
         false
     }
 
-    /// Writes a little, and reads it back. Called after a failure, before bytes are sent again that
-    /// could not be stored.
+    /// Writes a small amount of data and reads it back. Called after a failure, before the transfer
+    /// sends data again.
     async fn trial(&self) -> Result<(), Fault> {
         Ok(())
     }
 
-    /// Whether something in [`Sink::staging_root`] was put aside there by this sink, to be removed.
+    /// Whether this sink has set aside the entry of this name in [`Sink::staging_root`] for
+    /// removal.
     fn may_remove(&self, name: &str) -> bool {
         name.starts_with("removed-")
     }
 
-    /// Whether other daemons may stage in [`Sink::staging_root`]: then only what this daemon surely
-    /// made may be removed there.
+    /// Whether other daemons may stage in [`Sink::staging_root`]. Then only what this daemon
+    /// certainly created may be removed there.
     fn is_shared(&self) -> bool {
         false
     }
 
-    /// Says to others that use the same folder that this daemon does. Called at the start and each
-    /// day. May block.
+    /// Registers this daemon for other daemons that use the same directory. Called at the start and
+    /// each day. May block.
     fn renew(&self) -> Result<(), Fault> {
         Ok(())
     }
 
-    /// Refuses early what cannot be committed later: no rights, no room at the far end, an
-    /// immutable tag with another digest. Called before any byte moves.
+    /// Rejects early what cannot be committed later: no permissions, no space at the target, an
+    /// immutable tag with a different digest. Called before any byte is transferred.
     async fn check(&self, incoming: &Incoming) -> Result<(), Fault>;
 
-    /// Every name the sink cannot hold, with the reason, judged one path at a time. `None` when the
-    /// path is fine.
+    /// The reason why the sink cannot store this path; `None` if it can.
     fn refuse_path(&self, _path: &RelPath) -> Option<String> {
         None
     }
 
-    /// Which names are one name to the sink.
+    /// Which different names the sink treats as equal.
     fn folding(&self) -> Folding {
         Folding::default()
     }
 
-    /// Whether it can hold symbolic links.
+    /// Whether the sink supports symbolic links.
     fn takes_links(&self) -> bool {
         true
     }
 
-    /// Whether the far end already holds this very file (an image blob in the registry), so that it
-    /// need not be staged at all.
+    /// Whether the target already has exactly this file (an image blob in the registry), so that it
+    /// need not be staged.
     async fn holds(
         &self,
         _incoming: &Incoming,
@@ -198,10 +200,10 @@ pub trait Sink: Send + Sync {
         Ok(false)
     }
 
-    /// A large file begins to grow in the staging folder: what takes long at the far end may begin.
-    /// `grown` says how many bytes lie there from its beginning on, and closes too early when the
-    /// rest does not come now. A hint, which need not come; what fails is tried again, and told, by
-    /// the commit.
+    /// Called when a large file starts to grow in the staging directory, so that a slow upload can
+    /// start early. `grown` is the number of bytes that exist from its beginning; it closes early
+    /// if the rest does not arrive. Only a hint, which may be missing; the commit retries and
+    /// reports what fails here.
     async fn arriving(
         &self,
         _incoming: &Incoming,
@@ -212,17 +214,17 @@ pub trait Sink: Send + Sync {
     ) {
     }
 
-    /// Makes the staged artifact visible, whole, and durable. `staged` is
-    /// `<staging_root>/<transfer>`; files for which [`Sink::holds`] said yes are absent from it. On
-    /// success the staged folder is gone.
+    /// Makes the staged artifact visible, complete and durable. `staged` is
+    /// `<staging_root>/<transfer>`; it does not contain files for which [`Sink::holds`] returned
+    /// true. After a success, the staging directory is removed.
     async fn commit(&self, incoming: &Incoming, staged: &Path) -> Result<Landed, Fault>;
 
-    /// Makes a committed artifact the active version of its series. Commits do this by themselves;
-    /// this is for going back to an older one.
+    /// Makes a committed artifact the active version of its series. A commit does this itself; this
+    /// call is for activating an older version.
     async fn activate(&self, artifact: &ArtifactRef) -> Result<(), Fault>;
 
-    /// Reads `len` bytes at `offset` of a committed file. Short or failing reads are errors; the
-    /// caller verifies.
+    /// Reads `len` bytes at `offset` of a committed file. A short or failed read is an error; the
+    /// caller verifies the bytes.
     async fn read_at(
         &self,
         place: &StorageLocation,
@@ -231,23 +233,22 @@ pub trait Sink: Send + Sync {
         len: u32,
     ) -> Result<Bytes, Fault>;
 
-    /// Whether a committed artifact is there still, by a quick look.
+    /// Whether a committed artifact still exists, by a quick check.
     async fn stands(&self, incoming: &Incoming) -> Result<bool, Fault>;
 
-    /// The version of this artifact's series that readers use, if that is known.
+    /// The version of this artifact's series that readers use, if it is known.
     async fn active(&self, _artifact: &ArtifactRef) -> Result<Option<String>, Fault> {
         Ok(None)
     }
 
-    /// When a committed artifact was committed, by the clock of its filesystem: what was written to
-    /// later was changed. May block.
+    /// When a committed artifact was committed, by the clock of its filesystem; files with a later
+    /// time were changed. May block.
     fn committed_at(&self, _artifact: &ArtifactRef) -> Option<std::time::SystemTime> {
         None
     }
 
-    /// Compares what lies at the far end with the manifest where the engine cannot do it file by
-    /// file (rows, registry manifests and blobs). Returns one line per fault found; empty means
-    /// sound.
+    /// Compares the target with the manifest if the engine cannot do that file by file (rows,
+    /// registry manifests and blobs). Returns one line per problem; an empty list means intact.
     async fn verify(
         &self,
         incoming: &Incoming,
@@ -255,17 +256,16 @@ pub trait Sink: Send + Sync {
         look: &Look,
     ) -> Result<Vec<String>, Fault>;
 
-    /// Takes away what would be taken for sound when an artifact is committed again, of which
-    /// [`Sink::verify`] or the engine found something gone or damaged. The commit puts back what
-    /// lacks, and replaces the rest.
+    /// Removes the content for which [`Sink::verify`] or the engine found a problem, so that a
+    /// repeated commit does not accept it. The commit adds what is missing and replaces the rest.
     async fn clear(&self, _incoming: &Incoming) -> Result<(), Fault> {
         Ok(())
     }
 
-    /// Takes a committed artifact away. Removing what is not there succeeds. Says why it stays
-    /// where the far end takes nothing away, however often it is asked.
+    /// Removes a committed artifact. Removing a missing artifact succeeds. Returns the reason if
+    /// the target does not support removal.
     async fn remove(&self, artifact: &ArtifactRef) -> Result<Option<String>, Fault>;
 
-    /// Whether the far end answers and the credentials are good; for `doctor` and `/readyz`.
+    /// Checks that the target responds and accepts the credentials; for `doctor` and `/readyz`.
     async fn probe(&self) -> Result<String, Fault>;
 }

@@ -1,14 +1,14 @@
-//! How closely an artifact is verified, and what a verification reports beside its findings.
+//! The options of a verification, and what it reports in addition to its findings.
 
 use std::fmt;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
 
-/// One verification. Cheap to clone; all clones report to the same place.
+/// One verification. Cheap to clone; all clones share their reports.
 #[derive(Clone, Default)]
 pub struct Look {
-    /// Compare names and sizes only, and read no content.
+    /// Compares only names and sizes, and reads no content.
     pub quick: bool,
     shared: Arc<LookState>,
 }
@@ -31,7 +31,7 @@ impl fmt::Debug for Look {
 }
 
 impl Look {
-    /// A verification that gives each number of bytes read to `read`.
+    /// Creates a verification that passes each number of bytes read to `read`.
     pub fn new(quick: bool, read: impl Fn(u64) + Send + Sync + 'static) -> Self {
         Self {
             quick,
@@ -42,30 +42,30 @@ impl Look {
         }
     }
 
-    /// So many bytes were read.
+    /// Records that this many bytes were read.
     pub fn read(&self, bytes: u64) {
         if let Some(read) = &self.shared.read {
             read(bytes);
         }
     }
 
-    /// Reports what is no fault.
+    /// Reports information that is not a problem.
     pub fn note(&self, text: impl Into<String>) {
         self.shared.notes.lock().push(text.into());
     }
 
-    /// Reports that the content cannot be read now, and why: nothing is known to be wrong, and
-    /// nothing was verified.
+    /// Reports that the content cannot be read at the moment, with the reason. No problem is known,
+    /// and nothing was verified.
     pub fn cannot_read(&self, why: impl Into<String>) {
         self.shared.unread.lock().get_or_insert(why.into());
     }
 
-    /// Takes why the content could not be read, if that was reported.
+    /// Takes the reason why the content could not be read.
     pub fn take_unread(&self) -> Option<String> {
         self.shared.unread.lock().take()
     }
 
-    /// Takes the notes so far.
+    /// Takes the notes.
     pub fn take_notes(&self) -> Vec<String> {
         std::mem::take(&mut self.shared.notes.lock())
     }

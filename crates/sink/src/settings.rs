@@ -1,4 +1,4 @@
-//! The settings of the sinks, as `[sink.*]` of the configuration gives them.
+//! The settings of the sinks, from `[sink.*]` of the configuration.
 
 use std::path::PathBuf;
 
@@ -8,7 +8,7 @@ use serde::Deserialize;
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct FilesSink {
-    /// The folder on the NAS.
+    /// The directory on the NAS.
     pub root: PathBuf,
 }
 
@@ -18,7 +18,7 @@ pub struct FilesSink {
 pub struct LabelsSink {
     /// `postgres://user@host/db` or `sqlite:///path`.
     pub url: String,
-    /// A file that holds the password.
+    /// The path of a file with the password.
     pub password_file: Option<PathBuf>,
 }
 
@@ -28,17 +28,17 @@ pub struct LabelsSink {
 pub struct ImagesSink {
     /// `https://host/project`, `http://host:port/project`, or `oci-layout:/path`.
     pub url: String,
-    /// The registry user.
     pub username: Option<String>,
-    /// A file that holds the password.
+    /// The path of a file with the password.
     pub password_file: Option<PathBuf>,
-    /// A file of PEM certificates to trust besides the system's.
+    /// The path of a file with PEM certificates that are trusted in addition to those of the
+    /// system.
     pub ca_file: Option<PathBuf>,
-    /// Other hosts than the registry's own that the password is sent to, where the registry names
-    /// them as its token service.
+    /// Hosts other than the registry to which the password may be sent, if the registry names them
+    /// as its token service.
     #[serde(default)]
     pub realm_hosts: Vec<String>,
-    /// Whether a missing Harbor project may be made.
+    /// Whether a missing Harbor project is created.
     #[serde(default)]
     pub create_project: bool,
 }

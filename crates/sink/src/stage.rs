@@ -1,9 +1,9 @@
-//! A staging folder: where an artifact's files grow before a sink takes them.
+//! A staging directory, in which the files of an artifact are written before a sink takes them.
 //!
-//! Every write goes through a handle that was opened on the folder, so no path from a manifest can
-//! reach outside it, whatever links stand around. Links of the artifact itself are made last. After
-//! a crash the folder is found again under its transfer's id, and the journal (see `places`) says
-//! which of its bytes are durable.
+//! All writes use a handle of the directory, so no path in a manifest can reach outside it, even
+//! with symbolic links in the directory. Links of the artifact itself are created last. After a
+//! crash the directory is found under the id of its transfer, and the journal (see `chunk_index`)
+//! states which bytes are durable.
 
 use std::fs::File;
 use std::io::Read;
@@ -23,12 +23,12 @@ use base::limits::{STATE_INODES_SPARE, STATE_ROOM_BYTES_MIN};
 use base::names::{RelPath, TransferId};
 use base::space::Space;
 
-/// The mode files are staged with; others are set at the end.
+/// The mode of staged files; other modes are set at the end.
 pub const FILE_MODE: u32 = 0o644;
-/// The number of a tmpfs among filesystems.
+/// The filesystem number of tmpfs.
 const TMPFS: rustix::fs::FsWord = 0x0102_1994;
-/// The numbers of the filesystems on which syncfs(2) writes everything down: ext4, XFS, btrfs,
-/// tmpfs, F2FS, ZFS, bcachefs.
+/// The numbers of the filesystems on which syncfs(2) writes everything: ext4, XFS, btrfs, tmpfs,
+/// F2FS, ZFS, bcachefs.
 const SYNCED_WHOLE: [rustix::fs::FsWord; 7] = [
     0xef53,
     0x5846_5342,
@@ -38,56 +38,56 @@ const SYNCED_WHOLE: [rustix::fs::FsWord; 7] = [
     0x2fc1_2fc1,
     0xca45_1a4e,
 ];
-/// The first version of Linux whose syncfs(2) reports a lost write.
+/// The first version of Linux in which syncfs(2) reports a lost write.
 const SYNCFS_REPORTS_FROM: (u32, u32) = (5, 8);
-/// Bytes of a small file that a staging root is known by.
+/// The size limit of the small file that identifies a staging root.
 const MARK_BYTES_MAX: u64 = 256;
-/// Files of this size and more get their room at once.
+/// Files of at least this size are preallocated.
 const PREALLOCATE_BYTES: u64 = 1 << 20;
-/// Bytes of one call that has the filesystem copy.
+/// The bytes per call that copies within the filesystem.
 const COPY_WITHIN_BYTES: usize = 64 << 20;
 
-/// How a file came to be the same as another.
+/// How a file got the same content as another.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Sharing {
-    /// They share their blocks: nothing was written.
+    /// The files share their blocks: nothing was written.
     Blocks,
-    /// They are one file, which is durable already where files are synced one by one.
+    /// Both names refer to one file, which is already durable if files are synced one by one.
     Link,
-    /// Its bytes were written by the filesystem.
+    /// The filesystem copied the bytes.
     Copy,
-    /// It did not: the filesystem can do neither.
+    /// Not possible: the filesystem supports none of these.
     Not,
 }
 
-/// One staging folder.
+/// One staging directory.
 pub struct Stage {
-    /// What all paths are opened below.
+    /// The directory below which all paths are opened.
     dir: Dir,
-    /// The same folder, open for reading: a filesystem is synced through it, and `dir` may be a
-    /// mere path handle.
+    /// The same directory, opened for reading. A filesystem is synced through it, because `dir` may
+    /// be a path-only handle.
     handle: File,
     path: PathBuf,
-    /// Whether the filesystem may know reflinks: until it has said no.
+    /// Whether the filesystem may support reflinks; false after it rejected one.
     reflinks: AtomicBool,
-    /// Whether room can be had without touching it: a tmpfs would take and clear every page, while
-    /// all writers wait.
+    /// Whether preallocation is cheap. A tmpfs would allocate and clear every page while all
+    /// writers wait.
     preallocates: bool,
-    /// Whether one call syncs all of the filesystem and reports each lost write.
+    /// Whether one call syncs the complete filesystem and reports each lost write.
     syncs_whole: bool,
     /// Whether permission bits cannot be changed here.
     fixed_modes: bool,
 }
 
-/// The folder in which staging folders are made, held open: what is mounted or unmounted there
-/// later changes nothing of what is done through it.
+/// The directory of the staging directories, held open: a later mount or unmount does not affect
+/// operations through it.
 pub struct StagingRoot {
     handle: File,
     path: PathBuf,
 }
 
 impl StagingRoot {
-    /// Opens the folder, making it if it is not there.
+    /// Opens the directory and creates it if necessary.
     pub fn open(path: &Path) -> Result<Self, Fault> {
         durable::create_dir_all(path).map_err(Fault::of_sink)?;
         Ok(Self {
@@ -96,7 +96,7 @@ impl StagingRoot {
         })
     }
 
-    /// Opens a folder that must be there.
+    /// Opens a directory that must exist.
     pub fn open_there(path: &Path) -> Result<Self, Fault> {
         let handle = File::open(path).at(format_args!("open {}", path.display()))?;
         Ok(Self {
@@ -105,7 +105,7 @@ impl StagingRoot {
         })
     }
 
-    /// The text of a small file in it.
+    /// The text of a small file in the directory.
     pub fn read(&self, name: &str) -> std::io::Result<String> {
         let mut text = String::new();
         let file = openat(
@@ -120,14 +120,14 @@ impl StagingRoot {
         Ok(text)
     }
 
-    /// A folder in it, made if it is not there.
+    /// A subdirectory, created if necessary.
     pub fn folder(&self, name: &str) -> Result<Self, Fault> {
         let path = self.path.join(name);
-        let what = |doing: &str| format!("{doing} the folder {}", path.display());
+        let what = |doing: &str| format!("{doing} the directory {}", path.display());
         match mkdirat(&self.handle, name, Mode::RWXU | Mode::RWXG | Mode::RWXO) {
-            Ok(()) => durable::sync_folder(&self.handle).at_sink(what("make"))?,
+            Ok(()) => durable::sync_folder(&self.handle).at_sink(what("create"))?,
             Err(Errno::EXIST) => {}
-            Err(error) => return Err(refused(what("make"), error)),
+            Err(error) => return Err(sink_fault(what("create"), error)),
         }
         let opened = openat(
             &self.handle,
@@ -136,25 +136,29 @@ impl StagingRoot {
             Mode::empty(),
         );
         Ok(Self {
-            handle: opened.map_err(|error| refused(what("open"), error))?.into(),
+            handle: opened
+                .map_err(|error| sink_fault(what("open"), error))?
+                .into(),
             path,
         })
     }
 
-    /// Whether a transfer has a staging folder. A NAS that does not answer does not say that there
-    /// is none.
+    /// Whether a transfer has a staging directory. A NAS that does not respond is an error.
     pub fn has(&self, transfer: &TransferId) -> Result<bool, Fault> {
         match statat(&self.handle, transfer.as_str(), AtFlags::SYMLINK_NOFOLLOW) {
             Ok(stat) => Ok(FileType::from_raw_mode(stat.st_mode) == FileType::Directory),
             Err(Errno::NOENT) => Ok(false),
-            Err(error) => Err(refused(
-                format_args!("look at {}", transfer.in_dir(&self.path).display()),
+            Err(error) => Err(sink_fault(
+                format_args!(
+                    "read the metadata of {}",
+                    transfer.in_dir(&self.path).display()
+                ),
                 error,
             )),
         }
     }
 
-    /// The staging folder of a transfer, made if it is not there.
+    /// The staging directory of a transfer, created if necessary.
     pub fn stage(&self, transfer: &TransferId) -> Result<Stage, Fault> {
         let Self { handle, path } = self.folder(transfer.as_str())?;
         Stage::new(handle, path)
@@ -184,7 +188,7 @@ impl Stage {
         })
     }
 
-    /// The same where permission bits cannot be changed.
+    /// The same directory on a filesystem where permission bits cannot be changed.
     pub fn with_fixed_modes(self, fixed_modes: bool) -> Self {
         Self {
             fixed_modes,
@@ -197,13 +201,12 @@ impl Stage {
         self.fixed_modes
     }
 
-    /// Whether [`Stage::sync_filesystem`] makes everything durable and reports what was lost.
-    /// Through FUSE it never reaches the server.
+    /// Whether [`Stage::sync_filesystem`] makes everything durable and reports losses. Through
+    /// FUSE, the call never reaches the server.
     pub fn syncs_whole(&self) -> bool {
         self.syncs_whole
     }
 
-    /// Where it is.
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -212,15 +215,15 @@ impl Stage {
         format!("{doing} {}", path.in_dir(&self.path).display())
     }
 
-    /// Makes a folder; one that is there is fine.
+    /// Creates a directory; an existing one is accepted.
     pub fn make_dir(&self, path: &RelPath) -> Result<(), Fault> {
         match self.dir.create_dir_with(path.as_str(), &DirBuilder::new()) {
             Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => Ok(()),
-            other => other.at_sink(self.what("make the folder", path)),
+            other => other.at_sink(self.what("create the directory", path)),
         }
     }
 
-    /// Opens a file for writing at offsets, making it if it is not there.
+    /// Opens a file for writing at offsets, and creates it if necessary.
     pub fn open_file(&self, path: &RelPath, size: u64) -> Result<File, Fault> {
         let mut options = OpenOptions::new();
         options
@@ -234,13 +237,13 @@ impl Stage {
             .at_sink(self.what("open", path))?
             .into_std();
         if size >= PREALLOCATE_BYTES && self.preallocates {
-            // Where it is not supported the room is found out about later.
+            // If preallocation is not supported, a lack of space is detected later.
             if let Err(Errno::NOSPC | Errno::DQUOT) =
                 rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, size)
             {
                 return Err(Fault::no_space(format!(
-                    "{}: no room for its {size} bytes",
-                    self.what("make", path)
+                    "{}: not enough space for its {size} bytes",
+                    self.what("create", path)
                 )));
             }
         }
@@ -256,7 +259,7 @@ impl Stage {
             .into_std())
     }
 
-    /// Writes a whole small file.
+    /// Writes a complete small file.
     pub fn write_file(&self, path: &RelPath, bytes: &[u8]) -> Result<(), Fault> {
         let file = self.open_file(path, 0)?;
         file.write_all_at(bytes, 0)
@@ -264,17 +267,17 @@ impl Stage {
             .at_sink(self.what("write", path))
     }
 
-    /// The size of a regular file; `None` when there is none.
+    /// The size of a regular file; `None` if there is none.
     pub fn size(&self, path: &RelPath) -> Result<Option<u64>, Fault> {
         Ok(self.stat(path)?.map(|stat| stat.st_size as u64))
     }
 
-    /// Whether anything has this name, a link that leads nowhere too.
+    /// Whether an entry of this name exists, including a dangling link.
     pub fn exists(&self, path: &RelPath) -> bool {
         self.dir.symlink_metadata(path.as_str()).is_ok()
     }
 
-    /// Bytes of room that a file has on the disk, written or not.
+    /// The disk space allocated for a file, in bytes.
     pub fn allocated(&self, path: &RelPath) -> Result<u64, Fault> {
         Ok(self
             .stat(path)?
@@ -282,17 +285,17 @@ impl Stage {
     }
 
     fn stat(&self, path: &RelPath) -> Result<Option<rustix::fs::Stat>, Fault> {
-        // One call instead of three: nothing is opened, so a link on the way does no harm.
+        // One call instead of three. Nothing is opened, so a link in the path does no harm.
         match statat(self.dir.as_fd(), path.as_str(), AtFlags::SYMLINK_NOFOLLOW) {
             Ok(stat) => Ok(
                 (FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile).then_some(stat),
             ),
             Err(Errno::NOENT | Errno::NOTDIR) => Ok(None),
-            Err(e) => Err(refused(self.what("look at", path), e)),
+            Err(e) => Err(sink_fault(self.what("read the metadata of", path), e)),
         }
     }
 
-    /// Takes a file away; one that is not there is fine.
+    /// Removes a file; a missing file is accepted.
     pub fn remove_file(&self, path: &RelPath) -> Result<(), Fault> {
         match self.dir.remove_file(path.as_str()) {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),
@@ -300,9 +303,9 @@ impl Stage {
         }
     }
 
-    /// Makes `path` the same as `from`, which `source` has open, without its bytes passing through
-    /// here: by reflink, else by hard link when it has the wanted mode and `link` allows it, else
-    /// by a copy that the filesystem makes itself.
+    /// Gives `path` the same content as `from`, which is open as `source`, without reading its
+    /// bytes here: by reflink; otherwise by hard link if the mode matches and `link` allows it;
+    /// otherwise by a copy within the filesystem.
     pub fn share(
         &self,
         from: &Path,
@@ -319,18 +322,19 @@ impl Stage {
                     durable::close(into).at_sink(self.what("close", path))?;
                     return Ok(Sharing::Blocks);
                 }
-                // Both are on this filesystem, and it cannot: no need to try with every file.
+                // Both files are on this filesystem, which does not support it; do not try again
+                // for each file.
                 Err(Errno::NOTSUP | Errno::NOTTY) => self.reflinks.store(false, Ordering::Relaxed),
                 Err(_) => {}
             }
             self.remove_file(path)?;
         }
-        let stat = rustix::fs::fstat(source).map_err(|e| refused(from.display(), e))?;
-        // Where modes are fixed a copy would get no other than the link has.
+        let stat = rustix::fs::fstat(source).map_err(|e| sink_fault(from.display(), e))?;
+        // If modes are fixed, a copy would get the same mode as the link has.
         if !link || stat.st_mode & 0o7777 != mode && !self.fixed_modes {
             return self.copy_within(source, path, stat.st_size as u64);
         }
-        let make = || {
+        let link_now = || {
             rustix::fs::linkat(
                 rustix::fs::CWD,
                 from,
@@ -339,32 +343,33 @@ impl Stage {
                 AtFlags::empty(),
             )
         };
-        let made = match make() {
+        let linked = match link_now() {
             Err(Errno::EXIST) => {
                 self.remove_file(path)?;
-                make()
+                link_now()
             }
-            made => made,
+            linked => linked,
         };
-        match made {
+        match linked {
             Ok(()) => {
-                // Not by its new name: an SMB server may refuse to open that while the file is open
-                // by the other.
+                // Not by its new name: an SMB server may refuse to open it while the file is open
+                // under the other name.
                 if !self.syncs_whole {
                     source.sync_all().at_sink(self.what("sync", path))?;
                 }
                 Ok(Sharing::Link)
             }
             Err(Errno::NOSPC | Errno::DQUOT) => {
-                Err(Fault::no_space(self.what("make the link", path)))
+                Err(Fault::no_space(self.what("create the link", path)))
             }
-            // Another filesystem, too many links, or none at all, which servers say in several
-            // ways.
+            // A different filesystem, too many links, or no support for links, which servers report
+            // in several ways.
             Err(_) => self.copy_within(source, path, stat.st_size as u64),
         }
     }
 
-    /// Has the filesystem copy a whole file: of a NAS the bytes then cross no network.
+    /// Copies a complete file within the filesystem; on a NAS the bytes then do not cross the
+    /// network.
     fn copy_within(&self, source: &File, path: &RelPath, size: u64) -> Result<Sharing, Fault> {
         self.remove_file(path)?;
         let into = self.open_file(path, size)?;
@@ -382,36 +387,36 @@ impl Stage {
             ) {
                 Ok(copied) if copied > 0 => {}
                 Err(Errno::INTR) => {}
-                // Another filesystem, one that cannot, or a file that became shorter.
+                // A different filesystem, no support, or a file that became shorter.
                 Ok(_)
                 | Err(Errno::XDEV | Errno::NOSYS | Errno::NOTSUP | Errno::INVAL | Errno::PERM) => {
                     return Ok(Sharing::Not);
                 }
-                Err(e) => return Err(refused(self.what("copy", path), e)),
+                Err(e) => return Err(sink_fault(self.what("copy", path), e)),
             }
         }
         durable::close(into).at_sink(self.what("copy", path))?;
         Ok(Sharing::Copy)
     }
 
-    /// Makes a symbolic link; another that is there is replaced.
+    /// Creates a symbolic link; replaces an existing one.
     pub fn make_symlink(&self, path: &RelPath, target: &str) -> Result<(), Fault> {
-        let there = rustix::fs::readlinkat(self.dir.as_fd(), path.as_str(), Vec::new());
-        if there.is_ok_and(|there| there.as_bytes() == target.as_bytes()) {
+        let current = rustix::fs::readlinkat(self.dir.as_fd(), path.as_str(), Vec::new());
+        if current.is_ok_and(|current| current.as_bytes() == target.as_bytes()) {
             return Ok(());
         }
         self.remove_file(path)?;
         rustix::fs::symlinkat(target, self.dir.as_fd(), path.as_str())
-            .map_err(|e| refused(self.what("make the link", path), e))
+            .map_err(|e| sink_fault(self.what("create the link", path), e))
     }
 
-    /// Sets an entry's mode, if it has another. A folder keeps what it got from the folder that it
-    /// is in, as the group on a shared NAS.
+    /// Sets the mode of an entry if it differs. A directory keeps the set-group-ID bit that it
+    /// inherits from its parent on a shared NAS.
     pub fn set_mode(&self, path: &RelPath, mode: u32) -> Result<(), Fault> {
         let meta = self
             .dir
             .symlink_metadata(path.as_str())
-            .at_sink(self.what("look at", path))?;
+            .at_sink(self.what("read the metadata of", path))?;
         let now = meta.permissions().mode() & 0o7777;
         let mode = if meta.is_dir() {
             mode | (now & 0o2000)
@@ -424,7 +429,7 @@ impl Stage {
         let set = self
             .dir
             .set_permissions(path.as_str(), Permissions::from_mode(mode));
-        // The files are whole all the same, and `verify` notes the modes.
+        // The content is correct, and `verify` reports the modes as a note.
         if self.fixed_modes {
             Ok(())
         } else {
@@ -440,17 +445,17 @@ impl Stage {
             .at_sink(self.what("sync", path))
     }
 
-    /// Syncs one folder's entries; `None` is the staging folder itself.
+    /// Syncs the entries of one directory; `None` is the staging directory itself.
     pub fn sync_dir(&self, path: Option<&RelPath>) -> Result<(), Fault> {
         durable::sync_dir(&path.map_or(self.path.clone(), |p| p.in_dir(&self.path)))
             .map_err(Fault::of_sink)
     }
 
-    /// Syncs all of the filesystem: cheaper than many files one by one. Only where
+    /// Syncs the complete filesystem, which is cheaper than many single files. Only valid if
     /// [`Stage::syncs_whole`].
     pub fn sync_filesystem(&self) -> Result<(), Fault> {
         rustix::fs::syncfs(&self.handle)
-            .map_err(|e| refused(format_args!("sync {}", self.path.display()), e))
+            .map_err(|e| sink_fault(format_args!("sync {}", self.path.display()), e))
     }
 
     /// The free space of the filesystem.
@@ -459,11 +464,11 @@ impl Stage {
     }
 }
 
-fn refused(what: impl std::fmt::Display, errno: Errno) -> Fault {
+fn sink_fault(what: impl std::fmt::Display, errno: Errno) -> Fault {
     Fault::io(what, &errno.into()).of_sink()
 }
 
-/// What `doctor` says of the room for a daemon's own state.
+/// The line of `doctor` about the space for a daemon's own state.
 pub fn room_report(data_dir: &Path) -> Result<String, Fault> {
     let space = Space::of(data_dir)?;
     let at = format!("data_dir {}: {} free", data_dir.display(), space.text());
@@ -473,11 +478,11 @@ pub fn room_report(data_dir: &Path) -> Result<String, Fault> {
     );
     Ok(match space.has(STATE_ROOM_BYTES_MIN, STATE_INODES_SPARE) {
         true => format!("ok {at}"),
-        false => format!("fault {at}, {least}; make room there, or nothing can be written down"),
+        false => format!("fault {at}, {least}; free space there, otherwise no state can be stored"),
     })
 }
 
-/// Whether this Linux reports in syncfs(2) that a write was lost.
+/// Whether syncfs(2) of this Linux version reports a lost write.
 fn syncfs_reports() -> bool {
     let name = rustix::system::uname();
     let release = name.release().to_string_lossy().into_owned();

@@ -1,9 +1,9 @@
-//! The threads of one sink, and whether its far end answers.
+//! The threads of one sink, and the check whether its target responds.
 //!
-//! Every call that can hang in the far end of a sink (a NAS that is away, a disk that is dead) runs
-//! on a thread of that sink. The number of these threads is limited for each sink, so a sink that
-//! hangs takes nothing from the others. A caller may stop waiting at any moment; the thread ends
-//! when the call returns. No thread keeps the process alive.
+//! Every call that can hang in the target of a sink (an unavailable NAS, a dead disk) runs on a
+//! thread of that sink. The number of threads is limited for each sink, so a sink that hangs does
+//! not affect the others. A caller may stop waiting at any time; the thread ends when the call
+//! returns. No thread keeps the process alive.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -20,27 +20,26 @@ use base::limits::{SINK_SILENT_AFTER, SINK_THREADS_MAX};
 #[derive(Clone)]
 pub struct Threads {
     name: &'static str,
-    room: Arc<Semaphore>,
+    permits: Arc<Semaphore>,
 }
 
 impl Threads {
-    /// No thread yet; `name` is what the system shows.
+    /// Creates no thread; `name` is the name of the threads in the system.
     pub fn new(name: &'static str) -> Self {
         Self {
             name,
-            room: Arc::new(Semaphore::new(SINK_THREADS_MAX)),
+            permits: Arc::new(Semaphore::new(SINK_THREADS_MAX)),
         }
     }
 
-    /// Runs a call that may block, on a thread of its own. Dropping the future leaves the thread to
-    /// itself.
+    /// Runs a blocking call on its own thread. Dropping the future does not stop the thread.
     pub async fn run<T: Send + 'static>(
         &self,
         work: impl FnOnce() -> Result<T, Fault> + Send + 'static,
     ) -> Result<T, Fault> {
-        let room = self.reserve(1).await?;
-        let ended = self.start(&room, work)?;
-        drop(room);
+        let permits = self.reserve(1).await?;
+        let ended = self.start(&permits, work)?;
+        drop(permits);
         ended.await.unwrap_or_else(|_| {
             Err(Fault::internal(format!(
                 "a thread of {} panicked",
@@ -49,8 +48,8 @@ impl Threads {
         })
     }
 
-    /// [`Threads::run`] of a call that goes on while its caller does something else. Dropping the
-    /// handle leaves the thread to itself.
+    /// Like [`Threads::run`], for a call that runs while the caller does something else. Dropping
+    /// the handle does not stop the thread.
     pub fn spawn<T: Send + 'static>(
         &self,
         work: impl FnOnce() -> Result<T, Fault> + Send + 'static,
@@ -59,7 +58,7 @@ impl Threads {
         tokio::spawn(async move { this.run(work).await })
     }
 
-    /// [`Threads::run`] for at most so long. The call itself goes on.
+    /// Like [`Threads::run`], with a time limit for the wait. The call itself continues.
     pub async fn run_for<T: Send + 'static>(
         &self,
         time: Duration,
@@ -69,82 +68,83 @@ impl Threads {
             .await
             .unwrap_or_else(|_| {
                 Err(Fault::unreachable(format!(
-                    "{} has not answered for {} s",
+                    "{} has not responded for {} s",
                     self.name,
                     time.as_secs()
                 )))
             })
     }
 
-    /// Waits for room for several threads that wait for each other, and takes it at once.
+    /// Reserves several threads at once, for threads that wait for each other.
     pub async fn reserve(&self, threads: u32) -> Result<Arc<OwnedSemaphorePermit>, Fault> {
-        let room = self.room.clone().acquire_many_owned(threads).await;
-        room.map(Arc::new)
-            .map_err(|_| Fault::internal(format!("the threads of {} are gone", self.name)))
+        let permits = self.permits.clone().acquire_many_owned(threads).await;
+        permits
+            .map(Arc::new)
+            .map_err(|_| Fault::internal(format!("the threads of {} ended", self.name)))
     }
 
-    /// Starts a thread for which room was reserved. The receiver closes without a value if the
-    /// thread panics.
+    /// Starts a reserved thread. The receiver closes without a value if the thread panics.
     pub fn start<T: Send + 'static>(
         &self,
-        room: &Arc<OwnedSemaphorePermit>,
+        permits: &Arc<OwnedSemaphorePermit>,
         work: impl FnOnce() -> T + Send + 'static,
     ) -> Result<oneshot::Receiver<T>, Fault> {
         let (ended, receiver) = oneshot::channel();
-        let (room, runtime) = (room.clone(), tokio::runtime::Handle::try_current().ok());
-        let body = move || {
+        let (permits, runtime) = (permits.clone(), tokio::runtime::Handle::try_current().ok());
+        let run_work = move || {
             let _runtime = runtime.as_ref().map(tokio::runtime::Handle::enter);
             let done = work();
-            drop(room);
+            drop(permits);
             let _ = ended.send(done);
         };
         std::thread::Builder::new()
             .name(self.name.into())
-            .spawn(body)
+            .spawn(run_work)
             .map_err(|e| Fault::internal(format!("start a thread for {}: {e}", self.name)))?;
         Ok(receiver)
     }
 }
 
-/// Finds out whether the far end answers: a small call runs on a thread of its own, at most one at
-/// a time, and its age is looked at.
+/// Checks whether the target responds: a small call runs on its own thread, at most one at a time,
+/// and its age is measured.
 #[derive(Clone, Default)]
 pub struct Heartbeat {
-    begun: Arc<Mutex<Option<Instant>>>,
+    started: Arc<Mutex<Option<Instant>>>,
 }
 
 impl Heartbeat {
-    /// How long the far end has not answered, if that is long; begins a call if none runs. Returns
-    /// at once.
+    /// How long the target has not responded, if that is long. Starts a call if none is running.
+    /// Returns immediately.
     pub fn silent_for(
         &self,
         threads: &Threads,
         call: impl FnOnce() + Send + 'static,
     ) -> Option<Duration> {
-        let mut begun = self.begun.lock();
-        if let Some(since) = *begun {
+        let mut started = self.started.lock();
+        if let Some(since) = *started {
             return Some(since.elapsed()).filter(|age| *age >= SINK_SILENT_AFTER);
         }
-        *begun = Some(Instant::now());
-        let mine = self.begun.clone();
+        *started = Some(Instant::now());
+        let started_of_call = self.started.clone();
         let ended = move || {
             call();
-            *mine.lock() = None;
+            *started_of_call.lock() = None;
         };
-        // No room is reserved: a far end that hangs has all of it taken, and then this call matters
-        // most.
+        // The thread is not reserved: a target that hangs occupies all threads, and then this call
+        // is most important.
         if std::thread::Builder::new()
             .name(threads.name.into())
             .spawn(ended)
             .is_err()
         {
-            *begun = None;
+            *started = None;
         }
         None
     }
 }
 
-/// A time as it is shown in a message that is written again each second: it changes seldom.
+/// A duration for a message that is updated each second; it is rounded so that the message changes
+/// seldom.
 pub fn rounded_secs(time: Duration) -> u64 {
     const STEPS: [u64; 10] = [3, 5, 10, 20, 30, 60, 300, 600, 1800, 3600];
     let seconds = time.as_secs();
@@ -162,7 +162,7 @@ mod tests {
     use super::*;
 
     #[tokio::test(start_paused = true)]
-    async fn a_call_that_hangs_is_noticed_and_takes_nothing_from_others() {
+    async fn a_call_that_hangs_is_detected_and_does_not_affect_others() {
         let (threads, heartbeat) = (Threads::new("test"), Heartbeat::default());
         let (release, held) = std::sync::mpsc::sync_channel::<()>(0);
         assert_eq!(
@@ -174,7 +174,7 @@ mod tests {
         assert_eq!(
             heartbeat.silent_for(&threads, || unreachable!("one call at a time")),
             None,
-            "it has not been long"
+            "the call is still recent"
         );
         tokio::time::advance(SINK_SILENT_AFTER).await;
         assert_eq!(
@@ -184,16 +184,16 @@ mod tests {
         assert_eq!(
             threads.run(|| Ok(7)).await.unwrap(),
             7,
-            "another call goes through"
+            "another call succeeds"
         );
         drop(release);
-        while heartbeat.begun.lock().is_some() {
+        while heartbeat.started.lock().is_some() {
             std::thread::yield_now();
         }
         assert_eq!(
             heartbeat.silent_for(&threads, || ()),
             None,
-            "it answers again"
+            "the target responds again"
         );
     }
 

@@ -6,8 +6,8 @@ use tokio::sync::watch;
 
 use base::fault::Fault;
 
-/// A sink call reports through this what it waits for now. Cheap to clone; a report that nobody
-/// reads is dropped.
+/// A sink call reports here what it waits for. Cheap to clone; a report without a reader is
+/// discarded.
 #[derive(Debug, Clone)]
 pub struct Waits(Arc<watch::Sender<Option<Fault>>>);
 
@@ -18,22 +18,22 @@ impl Default for Waits {
 }
 
 impl Waits {
-    /// The call waits: `fault` states for what, and what the user can do.
+    /// Reports that the call waits: `fault` states for what, and what the user can do.
     pub fn report(&self, fault: Fault) {
         self.set(Some(fault));
     }
 
-    /// The call continues.
+    /// Reports that the call continues.
     pub fn clear(&self) {
         self.set(None);
     }
 
-    /// What it waits for now.
+    /// The current report.
     pub fn now(&self) -> Option<Fault> {
         self.0.borrow().clone()
     }
 
-    /// Follows the reports.
+    /// Subscribes to the reports.
     pub fn subscribe(&self) -> watch::Receiver<Option<Fault>> {
         self.0.subscribe()
     }

@@ -1,17 +1,17 @@
-//! A folder or a single file as a source: datasets, operator projects and models.
+//! A directory or a single file as a source: datasets, operator projects and models.
 //!
-//! Owns the walk and the rules for what may be published: names are UTF-8, links stay inside the
-//! folder, nothing is a device, a pipe or a socket, everything can be read. [`FilesSource::open`]
-//! walks the whole tree once for these rules alone, so that a publish is refused with all offenders
-//! together and before a byte was read; then `ingest` drives the second walk. Writes nothing, so a
-//! crash leaves nothing.
+//! This module owns the walk and the rules for what can be published: names are UTF-8, links stay
+//! inside the directory, there are no devices, pipes or sockets, and everything is readable.
+//! [`FilesSource::open`] first walks the complete tree for these rules only, so that a publish is
+//! rejected with a list of all offending entries before a byte is read. Then `ingest` drives the
+//! second walk. Writes nothing, so a crash leaves nothing.
 //!
-//! What an artifact does not carry (times, owners, hard links, …) is counted by `lost` while the
-//! second walk reads; for `--strict` by the first walk too, so that the refusal comes before any
+//! The second walk uses `lost` to count what an artifact does not contain (times, owners, hard
+//! links, …). For `--strict` the first walk counts it too, so that a publish is rejected before any
 //! content is read.
 //!
-//! Memory does not grow with the tree: of each folder on the way down only so many names are held
-//! as fit a budget that the whole walk shares. A folder with more of them is read again for the
+//! Memory does not grow with the tree: the directories on the current path hold only as many names
+//! as fit a budget that the whole walk shares. A directory with more names is read again for the
 //! next batch.
 
 use std::ffi::OsStr;
@@ -35,45 +35,45 @@ use content::manifest::KindInfo;
 
 mod lost;
 
-/// The least that one folder of a walk may hold in names, in bytes, however deep it lies.
+/// The smallest budget for the names of one directory of a walk in bytes, at any depth.
 const FOLDER_NAMES_BYTES_MIN: usize = 64 << 10;
-/// What holding a name costs beside its bytes.
+/// The memory overhead of a name.
 const NAME_OVERHEAD_BYTES: usize = size_of::<Name>();
-/// The permission bits of every symbolic link, which has none of its own.
+/// The permission bits recorded for symbolic links, which have none.
 const SYMLINK_MODE: u32 = 0o777;
 
-/// Reads a folder, or one file, in manifest order.
+/// Reads a directory, or one file, in manifest order.
 #[derive(Debug)]
 pub struct FilesSource {
     input: Input,
     lost: Lost,
-    /// What the first walk counted; `None` from the first entry on.
-    before: Option<Omitted>,
+    /// The result of the first walk; `None` after the first entry.
+    first_count: Option<Omitted>,
 }
 
 #[derive(Debug)]
 enum Input {
-    /// A single file: one entry under its own name.
+    /// A single file: one entry with its own name.
     File(Option<SourceEntry>),
-    /// A folder.
+    /// A directory.
     Folder(Walk),
 }
 
 impl FilesSource {
-    /// Checks everything below `path` by its metadata and makes ready to read it.
+    /// Checks everything below `path` by its metadata and prepares to read it.
     ///
-    /// A path that does not exist is `not_found`. Entries that cannot be published are refused
-    /// together, up to [`OFFENDERS_LISTED_MAX`] by name and the rest by count: `not_allowed` when
-    /// all that is wrong is that they cannot be read, `integrity` otherwise.
+    /// A path that does not exist is `not_found`. Entries that cannot be published are reported
+    /// together: up to [`OFFENDERS_LISTED_MAX`] by name and the rest by count. The fault is
+    /// `not_allowed` if all of them are only unreadable, otherwise `integrity`.
     pub fn open(path: &Path) -> Result<Self, Fault> {
         Self::open_for(path, Arc::default(), false)
     }
 
-    /// The same for a daemon, which publishes nothing that is its own: `not_allowed`, wherever in
-    /// the tree it lies. With `count_first` all that is left out is known before the first entry,
-    /// at the cost of a look at each file.
+    /// Like [`FilesSource::open`], for a daemon, which never publishes its own state:
+    /// `not_allowed`, anywhere in the tree. With `count_first`, everything that is left out is
+    /// known before the first entry, at the cost of reading the metadata of each file.
     pub fn open_for(path: &Path, own: Arc<Own>, count_first: bool) -> Result<Self, Fault> {
-        // Resolved once: below it no component is a link, so what is opened later is what was
+        // Resolved once: no component of the root is a link, so what is opened later is what was
         // checked.
         let root = fs::canonicalize(path).at(format_args!("open {}", path.display()))?;
         own.check_path(&root)?;
@@ -81,19 +81,19 @@ impl FilesSource {
         if meta.is_dir() {
             let mut first = count_first.then(|| Lost::of_folder(&root, &meta));
             refuse_offenders(&root, &own, first.as_mut())?;
-            let (before, lost) = (
+            let (first_count, lost) = (
                 first.map(|lost| lost.omitted().clone()),
                 Lost::of_folder(&root, &meta),
             );
             return Ok(Self {
                 input: Input::Folder(Walk::new(root, own)?),
                 lost,
-                before,
+                first_count,
             });
         }
         if let Some(what) = special(meta.file_type()) {
             return Err(Fault::integrity(format!(
-                "{} is {what}, not a file or a folder",
+                "{} is {what}, not a file or a directory",
                 path.display()
             )));
         }
@@ -109,15 +109,15 @@ impl FilesSource {
         Ok(Self {
             input: Input::File(Some(file_entry(rel, &meta, root))),
             lost,
-            before: None,
+            first_count: None,
         })
     }
 }
 
 impl Source for FilesSource {
     fn next(&mut self) -> Result<Option<SourceEntry>, Fault> {
-        self.before = None;
-        self.lost.settle();
+        self.first_count = None;
+        self.lost.finish_pending();
         match &mut self.input {
             Input::File(entry) => Ok(entry.take()),
             Input::Folder(walk) => next_entry(walk, &mut self.lost),
@@ -133,7 +133,10 @@ impl Source for FilesSource {
     }
 
     fn omitted(&self) -> Omitted {
-        self.before.as_ref().unwrap_or(self.lost.omitted()).clone()
+        self.first_count
+            .as_ref()
+            .unwrap_or(self.lost.omitted())
+            .clone()
     }
 }
 
@@ -150,14 +153,14 @@ fn file_entry(path: RelPath, meta: &Metadata, file: PathBuf) -> SourceEntry {
     }
 }
 
-/// No file is published to be run as somebody else. Of a folder all bits are recorded, as ever: its
-/// digest must not change. No site sets more than 0777.
+/// Set-user-ID and similar bits of files are not published. All bits of directories are recorded,
+/// because the digest of existing directories must not change. A site never sets more than 0777.
 fn mode(meta: &Metadata) -> u32 {
     meta.permissions().mode() & if meta.is_dir() { 0o7777 } else { 0o777 }
 }
 
-/// The next entry of the second walk. The tree may have changed since the first, so every rule
-/// holds here as well.
+/// The next entry of the second walk. The tree may have changed since the first walk, so all rules
+/// are checked again.
 fn next_entry(walk: &mut Walk, lost: &mut Lost) -> Result<Option<SourceEntry>, Fault> {
     let Some(found) = walk.step()? else {
         return Ok(None);
@@ -174,20 +177,20 @@ fn next_entry(walk: &mut Walk, lost: &mut Lost) -> Result<Option<SourceEntry>, F
     let meta = match fs::symlink_metadata(&full) {
         Ok(meta) => meta,
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            return Err(refuse("it vanished while the folder was read".into())
-                .with_next("publish again once nothing writes there"));
+            return Err(refuse("it disappeared while the directory was read".into())
+                .with_next("publish again after all writers have finished"));
         }
         Err(error) => return Err(Fault::io(format_args!("read {}", full.display()), &error)),
     };
     if let Some(what) = special(meta.file_type()) {
         return Err(refuse(format!("it is {what}")));
     }
-    // Before anything of it is read.
+    // Before anything is read from it.
     walk.own.check(&meta).map_err(|_| own::refusal(&full))?;
     lost.note(path.as_str(), &full, &meta);
     if meta.is_dir() {
         walk.enter(&found.rel)
-            .at(format_args!("read folder {}", full.display()))?;
+            .at(format_args!("read the directory {}", full.display()))?;
         return Ok(Some(SourceEntry {
             path,
             mode: mode(&meta),
@@ -207,8 +210,8 @@ fn next_entry(walk: &mut Walk, lost: &mut Lost) -> Result<Option<SourceEntry>, F
     Ok(Some(file_entry(path, &meta, full)))
 }
 
-/// The first walk: by metadata alone, everything that cannot be published; and what is lost of the
-/// rest, where that is asked.
+/// The first walk: finds by metadata everything that cannot be published, and counts what is left
+/// out if requested.
 fn refuse_offenders(root: &Path, own: &Arc<Own>, mut lost: Option<&mut Lost>) -> Result<(), Fault> {
     let mut offenders = Offenders::default();
     let mut walk = Walk::new(root.to_path_buf(), own.clone())?;
@@ -219,10 +222,10 @@ fn refuse_offenders(root: &Path, own: &Arc<Own>, mut lost: Option<&mut Lost>) ->
             && let Ok(meta) = fs::symlink_metadata(&full)
         {
             lost.note(path.as_str(), &full, &meta);
-            lost.settle();
+            lost.finish_pending();
         }
         if let Err(why) = path {
-            offenders.add(&found.rel, &why); // what lies below it would only repeat the complaint
+            offenders.add(&found.rel, &why); // its content would only repeat the problem
         } else if let Some(what) = special(found.kind) {
             offenders.add(&found.rel, &format!("it is {what}"));
         } else if found.kind.is_symlink() {
@@ -240,13 +243,13 @@ fn refuse_offenders(root: &Path, own: &Arc<Own>, mut lost: Option<&mut Lost>) ->
     offenders.finish(root)
 }
 
-/// What could not be published, the first of them by name.
+/// The entries that cannot be published; the first ones by name.
 #[derive(Debug, Default)]
 struct Offenders {
     listed: Vec<String>,
     total: u64,
     unreadable: u64,
-    /// Those that are the daemon's own.
+    /// The number of entries that belong to the daemon itself.
     own: u64,
 }
 
@@ -284,7 +287,7 @@ impl Offenders {
         Err(if self.own > 0 {
             Fault::not_allowed(message).with_next(own::NEXT)
         } else if self.unreadable == self.total {
-            Fault::not_allowed(message).with_next("give the daemon's user the right to read them")
+            Fault::not_allowed(message).with_next("give the daemon's user read permission for them")
         } else {
             Fault::integrity(message)
                 .with_next("rename, correct or move these entries, then publish again")
@@ -306,8 +309,8 @@ fn rel_path(rel: &[u8]) -> Result<RelPath, String> {
         .map_err(|e: base::names::NameError| e.to_string())
 }
 
-/// A name for people: as it is, and where it is not plain text, with the bytes that are not spelled
-/// out.
+/// A name for people: unchanged if it is plain text, otherwise also with its unprintable bytes
+/// escaped.
 fn printable(rel: &[u8]) -> String {
     let mut escaped = String::new();
     let mut plain = true;
@@ -357,7 +360,7 @@ fn readable(path: &Path) -> io::Result<()> {
     Ok(rustix::fs::access(path, Access::READ_OK)?)
 }
 
-/// The target of the link at `rel`, or why it must not be published.
+/// The target of the link at `rel`, or the reason why it cannot be published.
 fn link_target(root: &Path, rel: &[u8]) -> Result<String, String> {
     let target = fs::read_link(root.join(OsStr::from_bytes(rel)))
         .map_err(|e| format!("the link cannot be read: {e}"))?;
@@ -371,46 +374,45 @@ fn link_target(root: &Path, rel: &[u8]) -> Result<String, String> {
     let is_folder =
         |path: &str| fs::symlink_metadata(root.join(path)).is_ok_and(|meta| meta.is_dir());
     stays_inside(&rel_path(rel)?, text, is_folder)
-        .map_err(|why| format!("it links to {}, which {why}", printable(target)))?;
+        .map_err(|why| format!("its link target {} {why}", printable(target)))?;
     Ok(text.to_owned())
 }
 
-/// Something a walk came by.
+/// An entry that a walk found.
 #[derive(Debug)]
 struct WalkEntry {
-    /// Its path below the root, not yet checked.
+    /// The path below the root, not checked yet.
     rel: Vec<u8>,
     kind: FileType,
 }
 
-/// A walk in manifest order: depth first, the names of a folder by their bytes, a folder before
-/// what it holds.
+/// A walk in manifest order: depth first, the names of a directory sorted by bytes, a directory
+/// before its content.
 #[derive(Debug)]
 struct Walk {
     root: PathBuf,
     own: Arc<Own>,
     levels: Vec<Level>,
-    /// What the names held cost, in bytes.
+    /// The memory of the names in bytes.
     held: usize,
 }
 
-/// A folder on the way down.
+/// A directory on the current path.
 #[derive(Debug)]
 struct Level {
     rel: Vec<u8>,
     device: u64,
     names: Names,
-    /// How many of the names were given out.
-    given: usize,
+    /// The number of names that were returned.
+    returned: usize,
 }
 
-/// Sorted names of a folder, one behind the other in one piece of memory: millions of small
-/// allocations cost more.
+/// Sorted names of a directory in one buffer; millions of small allocations would cost more.
 #[derive(Debug, Default)]
 struct Names {
     bytes: Vec<u8>,
     list: Vec<Name>,
-    /// Whether the folder has more behind the last of these.
+    /// Whether the directory has more names after the last of these.
     more: bool,
 }
 
@@ -435,8 +437,8 @@ impl Names {
     }
 
     fn push(&mut self, name: &[u8], kind: FileType) {
-        // A folder's names stay under the walk's budget, and one name under what a filesystem
-        // allows.
+        // The names of a directory fit the budget of the walk, and a name fits the limit of the
+        // filesystem, so the casts are safe.
         self.list.push(Name {
             start: self.bytes.len() as u32,
             len: name.len() as u16,
@@ -476,12 +478,12 @@ impl Walk {
             held: 0,
         };
         walk.enter(b"")
-            .at(format_args!("read folder {}", walk.root.display()))?;
+            .at(format_args!("read the directory {}", walk.root.display()))?;
         Ok(walk)
     }
 
-    /// Refuses a file of the folder that is walked, if it is the daemon's own. Elsewhere than on
-    /// its disks no file is looked at.
+    /// Rejects a file of the current directory if it belongs to the daemon. Files on other devices
+    /// than the daemon's are not checked.
     fn check_file(&self, full: &Path) -> io::Result<()> {
         match self.levels.last() {
             Some(level) if self.own.may_lie_on(level.device) => {
@@ -499,11 +501,11 @@ impl Walk {
         }
     }
 
-    /// The next name; `None` at the end. A folder's own names follow only if [`Walk::enter`] is
-    /// called for it.
+    /// The next entry; `None` at the end. The content of a directory follows only if
+    /// [`Walk::enter`] is called for it.
     fn step(&mut self) -> Result<Option<WalkEntry>, Fault> {
         while let Some(mut level) = self.levels.pop() {
-            if let Some(name) = level.names.list.get(level.given) {
+            if let Some(name) = level.names.list.get(level.returned) {
                 let mut rel = level.rel.clone();
                 if !rel.is_empty() {
                     rel.push(b'/');
@@ -513,17 +515,17 @@ impl Walk {
                     rel,
                     kind: name.kind,
                 };
-                level.given += 1;
+                level.returned += 1;
                 self.levels.push(level);
                 return Ok(Some(found));
             }
             self.held -= level.names.cost();
             if level.names.more {
                 let after = level.names.last().map(<[u8]>::to_vec);
-                drop(level.names); // before the next batch of them takes its place
+                drop(level.names); // before the next batch is read
                 self.read(level.rel.clone(), after.as_deref())
                     .at(format_args!(
-                        "read folder {}",
+                        "read the directory {}",
                         self.full(&level.rel).display()
                     ))?;
             }
@@ -531,7 +533,7 @@ impl Walk {
         Ok(None)
     }
 
-    /// Goes down into the folder that was just found.
+    /// Descends into the directory that was found last.
     fn enter(&mut self, rel: &[u8]) -> io::Result<()> {
         self.read(rel.to_vec(), None)
     }
@@ -545,13 +547,13 @@ impl Walk {
             rel,
             device,
             names,
-            given: 0,
+            returned: 0,
         });
         Ok(())
     }
 }
 
-/// The smallest names of a folder behind `after`, sorted, as many as `budget` bytes hold.
+/// The smallest names of a directory after `after`, sorted, as many as fit in `budget` bytes.
 fn read_names(
     folder: &Path,
     after: Option<&[u8]>,
@@ -559,7 +561,7 @@ fn read_names(
     own: &Own,
 ) -> io::Result<(Names, u64)> {
     let mut names = Names::default();
-    // Names from here on are for a later batch.
+    // Names from here on belong to a later batch.
     let mut bound: Option<Vec<u8>> = None;
     let (entries, _opened, device) = own.read_dir(folder)?;
     for entry in entries {
@@ -602,7 +604,7 @@ mod tests {
     }
 
     #[test]
-    fn a_folder_comes_in_manifest_order_with_modes_links_and_empty_folders() {
+    fn a_directory_is_read_in_manifest_order_with_modes_links_and_empty_directories() {
         let dir = tempfile::tempdir().unwrap();
         let root = dir.path().join("set");
         put(&root.join("a/x.png"), b"12345");
@@ -642,7 +644,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_is_one_entry_under_its_name() {
+    fn a_file_is_one_entry_with_its_name() {
         let dir = tempfile::tempdir().unwrap();
         put(&dir.path().join("model.safetensors"), b"abc");
         let got = entries(&dir.path().join("model.safetensors"));
@@ -657,7 +659,7 @@ mod tests {
     }
 
     #[test]
-    fn all_offenders_are_named_at_once() {
+    fn all_offenders_are_reported_together() {
         let dir = tempfile::tempdir().unwrap();
         let root = dir.path();
         put(&root.join(OsStr::from_bytes(b"bad\xff.png")), b"");
@@ -674,7 +676,8 @@ mod tests {
         symlink("/etc/passwd", root.join("sub/absolute")).unwrap();
         symlink("../../out", root.join("sub/escapes")).unwrap();
         symlink("deep/../../fine", root.join("sub/fine")).unwrap();
-        // Textually inside, really outside: `up` is a link, so `..` behind it leads elsewhere.
+        // Inside according to the text but outside in reality: `up` is a link, so a `..` after it
+        // leads elsewhere.
         symlink("../..", root.join("sub/deep/up")).unwrap();
         symlink("deep/up/../x", root.join("sub/through")).unwrap();
         let fault = FilesSource::open(root).unwrap_err();
@@ -684,9 +687,9 @@ mod tests {
             "bad\u{fffd}.png (bad\\xff.png): its name is not UTF-8",
             "pipe: it is a named pipe",
             "socket: it is a socket",
-            "sub/absolute: it links to /etc/passwd, which is an absolute path",
-            "sub/escapes: it links to ../../out, which leaves the folder",
-            "sub/through: it links to deep/up/../x, which steps back from something that is not a folder",
+            "sub/absolute: its link target /etc/passwd is an absolute path",
+            "sub/escapes: its link target ../../out leaves the directory",
+            "sub/through: its link target deep/up/../x uses '..' after something that is not a directory",
         ] {
             assert!(
                 fault.message.contains(part),
@@ -712,7 +715,7 @@ mod tests {
     }
 
     #[test]
-    fn unreadable_entries_are_a_matter_of_rights() {
+    fn unreadable_entries_are_not_allowed() {
         if rustix::process::geteuid().is_root() {
             eprintln!("skipped: root reads everything");
             return;
@@ -734,7 +737,7 @@ mod tests {
     }
 
     #[test]
-    fn what_vanishes_or_turns_special_between_the_walks_is_noticed() {
+    fn changes_between_the_walks_are_detected() {
         let dir = tempfile::tempdir().unwrap();
         put(&dir.path().join("a"), b"x");
         put(&dir.path().join("b"), b"x");
@@ -742,7 +745,9 @@ mod tests {
         fs::remove_file(dir.path().join("a")).unwrap();
         let fault = source.next().unwrap_err();
         assert!(
-            fault.message.contains("a cannot be published: it vanished"),
+            fault
+                .message
+                .contains("a cannot be published: it disappeared"),
             "{}",
             fault.message
         );
@@ -752,7 +757,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_the_daemons_own_is_refused_wherever_the_walk_meets_it() {
+    fn the_state_of_the_daemon_is_rejected_anywhere_in_the_tree() {
         let dir = tempfile::tempdir().unwrap();
         let (state, above) = (dir.path().join("above/state"), dir.path().join("above"));
         put(&state.join("identity/ca.pem"), b"key");
@@ -777,7 +782,7 @@ mod tests {
                 .message
                 .contains("innocent: it is part of this daemon's own state")
         );
-        // It is looked for again by the second walk.
+        // The second walk checks again.
         let mut source =
             FilesSource::open_for(&dir.path().join("other/.."), Arc::default(), false).unwrap();
         let Input::Folder(walk) = &mut source.input else {
@@ -792,7 +797,7 @@ mod tests {
     }
 
     #[test]
-    fn a_folder_larger_than_the_budget_is_read_in_batches() {
+    fn a_directory_larger_than_the_budget_is_read_in_batches() {
         let dir = tempfile::tempdir().unwrap();
         for i in 0..500 {
             put(&dir.path().join(format!("{:03}", (i * 7) % 500)), b"");

@@ -1,8 +1,8 @@
-//! Reading of a folder, and of nothing outside of it: links are followed only as far as they stay
-//! inside.
+//! Reads a directory and nothing outside it: links are followed only while they stay inside.
 //!
-//! The label readers open every file by it, so that neither their result nor an error shows content
-//! from elsewhere. Paths are resolved by the handle of the folder (`cap-std`), not by their text.
+//! The label readers open every file through it, so that neither their result nor an error contains
+//! content from elsewhere. Paths are resolved relative to the handle of the directory (`cap-std`),
+//! not by their text.
 
 use std::fs::File;
 use std::io;
@@ -15,23 +15,23 @@ use cap_std::fs::{Dir, OpenOptions, OpenOptionsExt, ReadDir};
 use crate::own::{self, Own};
 use base::fault::{Fault, IoContext};
 
-/// A pipe without a writer must not hold the daemon up.
-const NEVER_WAITS: i32 = rustix::fs::OFlags::NONBLOCK.bits() as i32;
+/// Opening a pipe without a writer must not block the daemon.
+const NONBLOCK: i32 = rustix::fs::OFlags::NONBLOCK.bits() as i32;
 
-/// A folder that is read.
+/// A directory that is read.
 #[derive(Debug)]
 pub(super) struct Inside {
     dir: Dir,
-    /// Its path, for messages.
+    /// The path, for messages.
     root: PathBuf,
     own: Arc<Own>,
 }
 
 impl Inside {
-    /// Opens a folder. It may itself be named by a link.
+    /// Opens a directory. The path itself may be a link.
     pub(super) fn open(root: &Path, own: Arc<Own>) -> Result<Self, Fault> {
         let dir = Dir::open_ambient_dir(root, ambient_authority())
-            .at(format_args!("read folder {}", root.display()))?;
+            .at(format_args!("read the directory {}", root.display()))?;
         let inside = Self {
             dir,
             root: root.to_owned(),
@@ -63,57 +63,56 @@ impl Inside {
                 .symlink_metadata(rel)
                 .is_ok_and(|meta| meta.is_symlink());
             match error.kind() {
-                // cap-std's error for a path that leaves the folder.
+                // The error of cap-std for a path that leaves the directory.
                 io::ErrorKind::PermissionDenied if is_link && !own::is_refusal(&error) => {
                     Fault::integrity(format!(
-                        "{}: it is a link that leaves the folder, or leads to what cannot be read",
+                        "{}: it is a link that leaves the directory, or its target is unreadable",
                         path.display()
                     ))
-                    .with_next("put the file itself into the folder")
+                    .with_next("copy the file itself into the directory")
                 }
                 _ => own::fault(&path, &error),
             }
         })
     }
 
-    /// [`Inside::file`] where a file that cannot be read counts as none.
+    /// Like [`Inside::file`], for callers that treat an unreadable file as missing.
     pub(super) fn try_file(&self, rel: impl AsRef<Path>) -> io::Result<File> {
         let mut options = OpenOptions::new();
-        options.read(true).custom_flags(NEVER_WAITS);
+        options.read(true).custom_flags(NONBLOCK);
         let file = self.dir.open_with(rel, &options)?.into_std();
         self.own.check_opened(&file)?;
         Ok(file)
     }
 
-    /// Whether there is anything of this name, a link that leads nowhere or out of the folder
-    /// included.
+    /// Whether an entry of this name exists, including a link that is dangling or leaves the
+    /// directory.
     pub(super) fn exists(&self, rel: impl AsRef<Path>) -> bool {
         self.dir.symlink_metadata(rel).is_ok()
     }
 
-    /// Whether there is a regular file of this name, or a link to one inside.
+    /// Whether a regular file of this name exists, or a link to one inside the directory.
     pub(super) fn is_file(&self, rel: impl AsRef<Path>) -> bool {
         self.dir.metadata(rel).is_ok_and(|meta| meta.is_file())
     }
 
-    /// Whether there is a folder of this name. A link to a folder is none.
+    /// Whether a directory of this name exists. A link to a directory does not count.
     pub(super) fn is_dir(&self, rel: impl AsRef<Path>) -> bool {
         self.dir
             .symlink_metadata(rel)
             .is_ok_and(|meta| meta.is_dir())
     }
 
-    /// Whether this is a link to something that is a folder, wherever that lies; and where it
-    /// leads, for a message.
+    /// If this is a link to a directory anywhere: its target, for a message.
     pub(super) fn linked_folder(&self, rel: &Path) -> Option<PathBuf> {
         let target = self.dir.read_link_contents(rel).ok()?;
-        // Only whether it is a folder is asked outside; nothing of it is read.
+        // Only the type is checked outside the directory; nothing is read.
         std::fs::metadata(self.full(rel))
             .is_ok_and(|meta| meta.is_dir())
             .then_some(target)
     }
 
-    /// Lists a folder.
+    /// Lists a directory.
     pub(super) fn list(&self, rel: &Path) -> Result<ReadDir, Fault> {
         let open = || -> io::Result<ReadDir> {
             if rel.as_os_str().is_empty() {

@@ -1,9 +1,9 @@
-//! Readers of input formats: folders and files, images, labels.
+//! Readers of input formats: directories and files, images, labels.
 //!
-//! A source names things and says where their bytes are; it does not chunk, hash or store.
-//! `content::ingest` drives it on a blocking thread. What a source has to spill (a decompressed
-//! tar, sorted label rows) goes to the scratch folder it was given, which `ingest` removes
-//! afterwards, so a crash leaves nothing but a folder that the next start cleans.
+//! A source lists entries and the locations of their bytes; it does not chunk, hash or store.
+//! `content::ingest` drives it on a blocking thread. Temporary data of a source (a decompressed
+//! tar, sorted label rows) goes to the scratch directory that it receives. `ingest` removes that
+//! directory afterwards; after a crash, the next start removes it.
 
 pub mod files;
 pub mod image;

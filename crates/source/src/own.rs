@@ -1,9 +1,9 @@
-//! What belongs to the daemon itself: its state and its secrets, which are never a source and never
-//! overwritten by an export.
+//! Identifies the files of the daemon itself: its state and its secrets, which are never published
+//! and never overwritten by an export.
 //!
-//! Folders and files are compared by device and inode, so that a link, a bind mount or another path
-//! to them changes nothing. The identities are read anew for each publish, import and export
-//! ([`Own::of`]): files of the state come and go.
+//! Directories and files are compared by device and inode, so a link, a bind mount or another path
+//! makes no difference. The identities are read again for each publish, import and export
+//! ([`Own::of`]), because state files change.
 
 use std::collections::HashSet;
 use std::fs::{self, File, Metadata, ReadDir};
@@ -14,32 +14,32 @@ use std::path::{Path, PathBuf};
 
 use base::fault::{Fault, IoContext};
 
-/// A file or a folder, whatever its path.
+/// A file or directory, independent of its path.
 type Id = (u64, u64);
 
-/// What is refused of a path.
+/// The reason for a rejection.
 const WHY: &str = "it is part of this daemon's own state or configuration";
-/// What to do instead.
+/// The advice after a rejection.
 pub const NEXT: &str =
-    "name a path that holds nothing of this daemon's data_dir, configuration or password files";
-/// How a path to be read is opened: a pipe without a writer must not hold the daemon up.
-const NEVER_WAITS: i32 = rustix::fs::OFlags::NONBLOCK.bits() as i32;
+    "use a path that contains no part of this daemon's data_dir, configuration or password files";
+/// Opening a pipe without a writer must not block the daemon.
+const NONBLOCK: i32 = rustix::fs::OFlags::NONBLOCK.bits() as i32;
 
-/// The daemon's own folders and files.
+/// The directories and files of the daemon.
 #[derive(Debug, Clone, Default)]
 pub struct Own {
     folders: HashSet<Id>,
     files: HashSet<Id>,
-    /// Folders in the state that hold artifacts: they may be published.
+    /// Directories in the state that hold artifacts: they may be published.
     open: HashSet<Id>,
-    /// The folder of the training runs: what a trainer writes into folders below a run's own may be
-    /// published.
+    /// The directory of the training runs: what a trainer writes into directories below that of its
+    /// run may be published.
     runs: Option<Id>,
-    /// The devices that all of these lie on.
+    /// The devices of all these files.
     devices: HashSet<u64>,
 }
 
-/// Marks the refusal among other errors of a walk.
+/// Marks this rejection among other errors of a walk.
 #[derive(Debug, thiserror::Error)]
 #[error("{WHY}")]
 struct IsOwn;
@@ -52,29 +52,29 @@ fn of_path(path: &Path) -> Option<Id> {
     fs::metadata(path).ok().map(|meta| id(&meta))
 }
 
-/// The error for what is the daemon's own.
+/// The error for a file of the daemon.
 fn is_own() -> io::Error {
     io::Error::new(io::ErrorKind::PermissionDenied, IsOwn)
 }
 
-/// Whether an error of this module says that something is the daemon's own.
+/// Whether an error of this module is this rejection.
 pub fn is_refusal(error: &io::Error) -> bool {
     error.get_ref().is_some_and(|inner| inner.is::<IsOwn>())
 }
 
-/// The refusal as people read it.
+/// The rejection as users see it.
 pub fn refusal(path: &Path) -> Fault {
     Fault::not_allowed(format!("{}: {WHY}", path.display())).with_next(NEXT)
 }
 
 impl Own {
-    /// Nothing: a process that is no daemon reads what its user may read.
+    /// Nothing: for a process that is not a daemon and may read what its user may read.
     pub fn none() -> Self {
         Self::default()
     }
 
-    /// What belongs to the daemon with this state folder: the folder, except what lies in its
-    /// sinks, and its secret files.
+    /// The files of the daemon with this state directory: the directory, except its sinks, and its
+    /// secret files.
     pub fn of<'a>(
         data_dir: &Path,
         sinks: &[PathBuf],
@@ -97,8 +97,8 @@ impl Own {
         own
     }
 
-    /// What lies in a state folder: the folder, those in it and in its store, and the files that
-    /// lie in these.
+    /// The files in a state directory: the directory, its subdirectories and those of its store,
+    /// and the files directly in these.
     pub fn of_state(data_dir: &Path) -> Self {
         let mut own = Self::default();
         own.take_folder(data_dir, 2);
@@ -116,7 +116,7 @@ impl Own {
             return;
         };
         self.folders.insert(itself);
-        // These may hold millions of names, and none that is a secret by itself.
+        // These directories may contain millions of names, and no secret files.
         if ["packs", "runs", "labels", "published", "staging", "scratch"]
             .iter()
             .any(|name| folder.ends_with(name))
@@ -135,19 +135,19 @@ impl Own {
         }
     }
 
-    /// Refuses a path that is the daemon's own, or lies in what is. What it holds below is for
-    /// [`Own::read_dir`] and [`Own::check`].
+    /// Rejects a path that belongs to the daemon, or is inside a directory of the daemon.
+    /// [`Own::read_dir`] and [`Own::check`] check the content below it.
     pub fn check_path(&self, path: &Path) -> Result<(), Fault> {
         if self.folders.is_empty() && self.files.is_empty() {
             return Ok(());
         }
-        let whole = fs::canonicalize(path).at(format_args!("open {}", path.display()))?;
-        let meta = fs::metadata(&whole).at(format_args!("open {}", path.display()))?;
+        let resolved = fs::canonicalize(path).at(format_args!("open {}", path.display()))?;
+        let meta = fs::metadata(&resolved).at(format_args!("open {}", path.display()))?;
         if self.check(&meta).is_err() {
             return Err(refusal(path));
         }
-        // From the inside out: the first folder that is known decides.
-        let above: Vec<PathBuf> = whole.ancestors().map(Path::to_owned).collect();
+        // From the innermost directory outwards: the first known one decides.
+        let above: Vec<PathBuf> = resolved.ancestors().map(Path::to_owned).collect();
         for (depth, folder) in above.iter().enumerate() {
             let Some(folder) = of_path(folder) else {
                 continue;
@@ -164,7 +164,7 @@ impl Own {
         Ok(())
     }
 
-    /// Refuses a file or a folder that is the daemon's own.
+    /// Rejects a file or directory that belongs to the daemon.
     pub fn check(&self, meta: &Metadata) -> io::Result<()> {
         let own = if meta.is_dir() {
             &self.folders
@@ -178,13 +178,14 @@ impl Own {
         }
     }
 
-    /// Whether a file on this device may be the daemon's own: else nobody needs to look.
+    /// Whether a file on this device may belong to the daemon; otherwise no check is needed.
     pub fn may_lie_on(&self, device: u64) -> bool {
         self.devices.contains(&device)
     }
 
-    /// Lists a folder, which must not be the daemon's own: the folder that was opened is checked,
-    /// not its path. The listing is good while the handle lives. Returns the folder's device too.
+    /// Lists a directory, which must not belong to the daemon. The opened directory is checked, not
+    /// its path. The listing is valid while the handle exists. Also returns the device of the
+    /// directory.
     pub fn read_dir(&self, folder: &Path) -> io::Result<(ReadDir, File, u64)> {
         let flags = rustix::fs::OFlags::DIRECTORY.bits() as i32;
         let opened = File::options()
@@ -193,7 +194,7 @@ impl Own {
             .open(folder)?;
         let meta = opened.metadata()?;
         self.check(&meta)?;
-        // By the handle: what the path names may be another folder by now.
+        // By the handle, because the path may name a different directory now.
         Ok((
             fs::read_dir(format!("/proc/self/fd/{}", opened.as_raw_fd()))?,
             opened,
@@ -201,17 +202,17 @@ impl Own {
         ))
     }
 
-    /// Opens a regular file that is not the daemon's own.
+    /// Opens a regular file that does not belong to the daemon.
     pub fn open(&self, path: &Path) -> io::Result<File> {
         let file = File::options()
             .read(true)
-            .custom_flags(NEVER_WAITS)
+            .custom_flags(NONBLOCK)
             .open(path)?;
         self.check_opened(&file)?;
         Ok(file)
     }
 
-    /// Refuses an open file that is no regular file, or the daemon's own.
+    /// Rejects an open file that is not a regular file or belongs to the daemon.
     pub fn check_opened(&self, file: &File) -> io::Result<()> {
         let meta = file.metadata()?;
         self.check(&meta)?;
@@ -249,7 +250,7 @@ mod tests {
     }
 
     #[test]
-    fn state_and_secrets_are_own_by_whatever_path() {
+    fn state_and_secrets_are_recognised_by_any_path() {
         let dir = tempfile::tempdir().unwrap();
         let data = dir.path().join("data");
         let secret = dir.path().join("secret");
@@ -303,7 +304,7 @@ mod tests {
         }
         assert!(own.check_path(&dir.path().join("none")).is_err());
         Own::none().check_path(&data).unwrap();
-        // A walk that comes from above meets them.
+        // A walk that starts above finds them.
         own.read_dir(dir.path()).unwrap();
         assert!(
             is_refusal(&own.read_dir(&data).unwrap_err())
@@ -313,7 +314,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pipe_is_no_file_and_nobody_waits_for_it() {
+    fn a_pipe_is_rejected_without_blocking() {
         let dir = tempfile::tempdir().unwrap();
         let pipe = dir.path().join("pipe");
         rustix::fs::mknodat(

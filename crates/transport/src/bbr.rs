@@ -1,14 +1,24 @@
-//! The congestion control of long lines: a window of the measured bandwidth times the least round
-//! trip, and a half more.
+//! A BBR-style congestion control for connections with a long round trip: the window is the
+//! measured bandwidth times the smallest round trip (BDP), times a gain, normally 1.5.
 //!
-//! It goes by the model of BBR (the line is what it delivers, whatever is lost on it) without
-//! pacing gains, which quinn's pacer does not know: quinn's own BBR, whose window is two to three
-//! times what the line holds, sent half of all packets into a full queue on a 200 Mbit/s, 100 ms
-//! line. A window of 1.5 keeps the line full with half a round trip in its queue, also between
-//! machines that are busy, and finds freed bandwidth by itself: a line without any queue gets a
-//! window of 2 until it has one.
+//! It uses the model of BBR: the bandwidth is the best delivery rate of recent rounds, regardless
+//! of loss. It differs from the published BBR (v1) as follows:
+//! - It sets only the window. It has no pacing gains and no ProbeBW cycle: quinn's pacer sends at
+//!   1.25 windows per round trip.
+//! - The window gain in normal operation is 1.5, not 2. It is 2 if the path has no queue, rises
+//!   towards 2 if other senders keep a queue, and falls to 1 and then 1.25 after more than 1/12 of
+//!   a round was lost.
+//! - Startup grows by the acknowledged bytes up to 1.75 BDP, and also ends when the round trip
+//!   increases or 1/8 of a round is lost.
+//! - Instead of ProbeRTT with 4 packets, it halves the window for two rounds when the smallest
+//!   round trip was not seen for 10 s.
 //!
-//! All of it is arithmetic on the times and bytes that quinn reports; nothing is kept over
+//! Reason: quinn's BBR has a window of two to three BDP. On a connection of 200 Mbit/s and 100 ms
+//! it sent half of all packets into a full queue. A window of 1.5 BDP keeps the connection full
+//! with half a round trip of queue, also between busy machines, and uses bandwidth that becomes
+//! free.
+//!
+//! The module only computes with the times and bytes that quinn reports. No state is kept across
 //! connections.
 
 use std::any::Any;
@@ -18,48 +28,53 @@ use std::time::{Duration, Instant};
 use quinn::congestion::Controller;
 use quinn_proto::RttEstimator;
 
-/// The bandwidth is the best of so many round trips.
+/// The bandwidth is the best rate of this many rounds.
 const ROUNDS: usize = 10;
-/// The window is this times bandwidth times round trip, in quarters.
+/// The normal window, in quarters of a BDP.
 const GAIN_QUARTERS: u64 = 6;
-/// And this, in quarters, where a queue turned out to be short.
-const GAIN_QUARTERS_CAREFUL: u64 = 5;
-/// It rises to this, in quarters, while the line has no queue at all and so may carry more, and
-/// where others keep a queue: who does not hold his part of that gets nothing.
+/// The window after a short queue was detected, in quarters of a BDP.
+const GAIN_QUARTERS_SHORT_QUEUE: u64 = 5;
+/// The largest window, in quarters of a BDP. It is used while the path has no queue, because more
+/// bandwidth may be available, and while other senders keep a queue, because a sender with a
+/// smaller share of the queue gets no bandwidth.
 const GAIN_QUARTERS_MAX: u64 = 8;
-/// At the start it is at most this, in quarters: a last doubling would fill the queue of most lines
-/// to the brim, and more.
+/// The largest window during startup, in quarters of a BDP. A last doubling would overfill the
+/// queue of most paths.
 const START_QUARTERS: u64 = 7;
-/// The least round trip is measured anew when it was not seen for this long.
+/// The smallest round trip is measured again if it was not seen for this long.
 const LEAST_FOR: Duration = Duration::from_secs(10);
-/// Round trips with an emptied queue that it takes.
+/// The number of rounds with an empty queue for that measurement.
 const DRAIN_ROUNDS: u8 = 2;
-/// Round trips without more than the usual gain after one in twelve packets was lost: the queue is
-/// short.
+/// The number of rounds with a reduced gain after one in twelve packets was lost, which indicates a
+/// short queue.
 const CAREFUL_ROUNDS: u8 = 20;
-/// Round trips without growth that end the start.
+/// The number of rounds without growth that end startup.
 const FLAT_ROUNDS: u8 = 2;
-/// What a busy machine may add to a round trip.
+/// The delay that a busy machine may add to a round trip.
 const JITTER: Duration = Duration::from_millis(4);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Phase {
-    /// Nearly doubling, until the bandwidth grows no more or the queue does.
-    Start { best: u64, flat: u8 },
-    /// Full.
+    /// Nearly doubles the window per round, until the bandwidth stops growing or a queue builds up.
+    Start {
+        best: u64,
+        rounds_without_growth: u8,
+    },
+    /// The normal phase, at full bandwidth.
     Cruise,
-    /// Emptying the queue for so many more rounds, to see the bare round trip.
+    /// Empties the queue for this many more rounds, to measure the round trip without a queue.
     Drain { rounds: u8 },
 }
 
-/// One round trip: it ends with the first acknowledgement of a packet that was sent after it began.
+/// One round trip. It ends with the first acknowledgement of a packet that was sent after its
+/// start.
 #[derive(Debug, Clone, Copy)]
 struct Round {
     began: Instant,
     delivered: u64,
     lost: u64,
     limited: bool,
-    least: Duration,
+    min_rtt: Duration,
 }
 
 #[derive(Debug, Clone)]
@@ -69,19 +84,18 @@ pub(super) struct Bbr {
     first_window: u64,
     mtu: u64,
     gain_quarters: u64,
-    /// Whether the gain is high because the line had no queue, and not because somebody else has
-    /// one.
-    gain_was_for_empty: bool,
-    /// Rounds in which a queue that is too short for more is still remembered.
-    careful: u8,
-    /// Whether a round was measured in which there was enough to send: before that, the first
-    /// window stands.
+    /// Whether the gain is high because the path had no queue, rather than because of other
+    /// senders.
+    gain_is_for_empty_queue: bool,
+    /// The number of rounds for which a short queue is remembered.
+    careful_rounds: u8,
+    /// Whether a round with enough data was measured. Until then, the first window is used.
     measured: bool,
     delivered: u64,
-    /// Bytes a second of the last rounds.
+    /// The rates of the last rounds in bytes per second.
     rates: VecDeque<u64>,
-    least: Duration,
-    least_seen: Instant,
+    min_rtt: Duration,
+    min_rtt_seen: Instant,
     round: Option<Round>,
     ended: bool,
     acked: u64,
@@ -91,18 +105,21 @@ pub(super) struct Bbr {
 impl Bbr {
     pub(super) fn new(now: Instant, window: u64, mtu: u16) -> Self {
         Self {
-            phase: Phase::Start { best: 0, flat: 0 },
+            phase: Phase::Start {
+                best: 0,
+                rounds_without_growth: 0,
+            },
             window,
             first_window: window,
             mtu: mtu.into(),
             gain_quarters: GAIN_QUARTERS,
-            gain_was_for_empty: false,
-            careful: 0,
+            gain_is_for_empty_queue: false,
+            careful_rounds: 0,
             measured: false,
             delivered: 0,
             rates: VecDeque::with_capacity(ROUNDS),
-            least: Duration::MAX,
-            least_seen: now,
+            min_rtt: Duration::MAX,
+            min_rtt_seen: now,
             round: None,
             ended: false,
             acked: 0,
@@ -110,22 +127,22 @@ impl Bbr {
         }
     }
 
-    /// A packet that was sent at `sent` has arrived.
+    /// Processes the acknowledgement of a packet that was sent at `sent`.
     fn acked(&mut self, now: Instant, sent: Instant, bytes: u64, limited: bool) {
         self.delivered += bytes;
         self.acked += bytes;
         let trip = now.saturating_duration_since(sent);
         if trip
             <= self
-                .least
-                .saturating_add(self.least.min(Duration::from_secs(1)) / 50)
+                .min_rtt
+                .saturating_add(self.min_rtt.min(Duration::from_secs(1)) / 50)
         {
-            self.least_seen = now;
-            self.least = self.least.min(trip);
+            self.min_rtt_seen = now;
+            self.min_rtt = self.min_rtt.min(trip);
         }
         match &mut self.round {
             Some(round) => {
-                round.least = round.least.min(trip);
+                round.min_rtt = round.min_rtt.min(trip);
                 round.limited |= limited;
                 self.ended |= sent >= round.began;
             }
@@ -133,7 +150,7 @@ impl Bbr {
         }
     }
 
-    /// All packets of one acknowledgement were told.
+    /// Called after all packets of one acknowledgement were processed.
     fn end_acks(&mut self, now: Instant, limited: bool, smoothed: Duration) {
         let acked = std::mem::take(&mut self.acked);
         if std::mem::take(&mut self.ended) {
@@ -142,7 +159,7 @@ impl Bbr {
                 delivered: self.delivered,
                 lost: 0,
                 limited,
-                least: Duration::MAX,
+                min_rtt: Duration::MAX,
             };
             if let Some(round) = self.round.replace(next) {
                 self.end_round(now, &round);
@@ -151,40 +168,40 @@ impl Bbr {
         if let Phase::Start { .. } = self.phase {
             let queued = smoothed
                 > self
-                    .least
-                    .saturating_add(self.least / 4)
+                    .min_rtt
+                    .saturating_add(self.min_rtt / 4)
                     .saturating_add(JITTER);
             if queued && self.measured && !limited {
                 self.phase = Phase::Cruise;
-                self.note_part_of_round(now);
+                self.add_partial_round(now);
             } else if !limited {
                 let most = if !self.measured {
                     u64::MAX
                 } else {
-                    self.holds() / 4 * START_QUARTERS
+                    self.bdp() / 4 * START_QUARTERS
                 };
                 self.window = (self.window + acked).min(most.max(self.window));
                 return;
             }
         }
-        self.fit(acked, limited);
+        self.adjust_window(acked, limited);
     }
 
-    /// The start ends in the middle of a round, and the line carries what this round shows and not
-    /// what the last one did.
-    fn note_part_of_round(&mut self, now: Instant) {
+    /// Startup ends in the middle of a round. The rate of this round is that of the path; the rate
+    /// of the last round is outdated.
+    fn add_partial_round(&mut self, now: Instant) {
         let Some(round) = self.round else { return };
-        let took = now.saturating_duration_since(round.began);
-        if took >= self.least / 4 {
+        let elapsed = now.saturating_duration_since(round.began);
+        if elapsed >= self.min_rtt / 4 {
             self.rates
-                .push_back(per_second(self.delivered - round.delivered, took));
+                .push_back(per_second(self.delivered - round.delivered, elapsed));
         }
     }
 
     fn end_round(&mut self, now: Instant, round: &Round) {
         let delivered = self.delivered - round.delivered;
         let rate = per_second(delivered, now.saturating_duration_since(round.began));
-        // A round in which there was too little to send says only what the line carries at least.
+        // A round with too little data gives only a lower bound of the bandwidth.
         if !round.limited || rate > self.bandwidth() {
             while self.rates.len() >= ROUNDS {
                 self.rates.pop_front();
@@ -193,58 +210,62 @@ impl Bbr {
         }
         self.measured |= !round.limited;
         match &mut self.phase {
-            Phase::Start { best, flat } if !round.limited => {
+            Phase::Start {
+                best,
+                rounds_without_growth,
+            } if !round.limited => {
                 if rate > *best + *best / 4 {
-                    (*best, *flat) = (rate, 0);
+                    (*best, *rounds_without_growth) = (rate, 0);
                 } else {
-                    *flat += 1;
+                    *rounds_without_growth += 1;
                 }
-                if *flat >= FLAT_ROUNDS || round.lost > delivered / 8 {
+                if *rounds_without_growth >= FLAT_ROUNDS || round.lost > delivered / 8 {
                     self.phase = Phase::Cruise;
                 }
             }
             Phase::Start { .. } => {}
             Phase::Cruise => {
-                let quarters = |n: u64| self.least / 20 * (n * 5 + 7) as u32 + JITTER;
-                // More queue than this end's own: somebody else's.
-                let foreign = round.least > quarters(self.gain_quarters.max(GAIN_QUARTERS));
-                // Not even the queue that this end should have there: the line is not full, or the
-                // machines at its ends are too busy to keep it so with a window that just fits.
-                let empty = round.least < self.least + self.least / 12 + JITTER / 2;
-                self.careful = if round.lost > delivered / 12 {
+                let quarters = |n: u64| self.min_rtt / 20 * (n * 5 + 7) as u32 + JITTER;
+                // The queue is longer than that of this end: other senders keep a queue.
+                let others_keep_queue =
+                    round.min_rtt > quarters(self.gain_quarters.max(GAIN_QUARTERS));
+                // The queue is shorter than that of this end: the path is not full, or the machines
+                // at its ends are too busy to keep it full with a window that just fits.
+                let no_queue = round.min_rtt < self.min_rtt + self.min_rtt / 12 + JITTER / 2;
+                self.careful_rounds = if round.lost > delivered / 12 {
                     CAREFUL_ROUNDS
                 } else {
-                    self.careful.saturating_sub(1)
+                    self.careful_rounds.saturating_sub(1)
                 };
                 self.gain_quarters = if round.lost > delivered / 12 {
                     4
-                } else if self.careful > 0 {
-                    GAIN_QUARTERS_CAREFUL
-                } else if empty {
+                } else if self.careful_rounds > 0 {
+                    GAIN_QUARTERS_SHORT_QUEUE
+                } else if no_queue {
                     GAIN_QUARTERS_MAX
-                } else if foreign {
+                } else if others_keep_queue {
                     (self.gain_quarters + 1).clamp(GAIN_QUARTERS, GAIN_QUARTERS_MAX)
-                } else if self.gain_was_for_empty {
+                } else if self.gain_is_for_empty_queue {
                     GAIN_QUARTERS
                 } else {
                     self.gain_quarters.max(GAIN_QUARTERS)
                 };
-                self.gain_was_for_empty = empty;
-                let moved = foreign
+                self.gain_is_for_empty_queue = no_queue;
+                let path_changed = others_keep_queue
                     && self.gain_quarters == GAIN_QUARTERS_MAX
-                    && round.least > self.least * 5 / 2;
-                if moved || now.saturating_duration_since(self.least_seen) > LEAST_FOR {
-                    self.least = round.least;
+                    && round.min_rtt > self.min_rtt * 5 / 2;
+                if path_changed || now.saturating_duration_since(self.min_rtt_seen) > LEAST_FOR {
+                    self.min_rtt = round.min_rtt;
                     self.phase = Phase::Drain {
                         rounds: DRAIN_ROUNDS,
                     };
                 }
             }
             Phase::Drain { rounds } => {
-                self.least = self.least.min(round.least);
+                self.min_rtt = self.min_rtt.min(round.min_rtt);
                 *rounds -= 1;
                 if *rounds == 0 {
-                    (self.least_seen, self.gain_quarters) = (now, GAIN_QUARTERS);
+                    (self.min_rtt_seen, self.gain_quarters) = (now, GAIN_QUARTERS);
                     self.phase = Phase::Cruise;
                 }
             }
@@ -255,27 +276,27 @@ impl Bbr {
         self.rates.iter().copied().max().unwrap_or(0)
     }
 
-    /// Bytes that the line holds without a queue, as far as it is known.
-    fn holds(&self) -> u64 {
-        let least = if self.least == Duration::MAX {
+    /// The estimated BDP: the bytes that the path holds without a queue.
+    fn bdp(&self) -> u64 {
+        let min_rtt = if self.min_rtt == Duration::MAX {
             0
         } else {
-            self.least.as_nanos()
+            self.min_rtt.as_nanos()
         };
-        u64::try_from(u128::from(self.bandwidth()) * least / 1_000_000_000).unwrap_or(u64::MAX)
+        u64::try_from(u128::from(self.bandwidth()) * min_rtt / 1_000_000_000).unwrap_or(u64::MAX)
     }
 
-    /// Fits the window to what the line holds.
-    fn fit(&mut self, acked: u64, limited: bool) {
-        let holds = self.holds();
-        if holds == 0 || !self.measured || matches!(self.phase, Phase::Start { .. }) {
+    /// Adjusts the window to the BDP.
+    fn adjust_window(&mut self, acked: u64, limited: bool) {
+        let bdp = self.bdp();
+        if bdp == 0 || !self.measured || matches!(self.phase, Phase::Start { .. }) {
             return;
         }
         let target = match self.phase {
-            Phase::Drain { .. } => holds / 2,
-            _ => holds / 4 * self.gain_quarters + 4 * self.mtu,
+            Phase::Drain { .. } => bdp / 2,
+            _ => bdp / 4 * self.gain_quarters + 4 * self.mtu,
         };
-        let target = target.max(self.least_window());
+        let target = target.max(self.min_window());
         if target <= self.window {
             self.window = target;
         } else if !limited {
@@ -283,7 +304,7 @@ impl Bbr {
         }
     }
 
-    fn least_window(&self) -> u64 {
+    fn min_window(&self) -> u64 {
         16 * self.mtu
     }
 
@@ -292,17 +313,17 @@ impl Bbr {
             round.lost += bytes;
         }
         if persistent {
-            // Nothing at all arrived for long: what was known of the line is void.
+            // Nothing arrived for a long time: discard the measurements.
             *self = Self {
-                window: self.least_window(),
+                window: self.min_window(),
                 ..Self::new(now, self.first_window, self.mtu as u16)
             };
         }
     }
 }
 
-fn per_second(bytes: u64, took: Duration) -> u64 {
-    u64::try_from(u128::from(bytes) * 1_000_000_000 / took.as_nanos().max(1)).unwrap_or(u64::MAX)
+fn per_second(bytes: u64, elapsed: Duration) -> u64 {
+    u64::try_from(u128::from(bytes) * 1_000_000_000 / elapsed.as_nanos().max(1)).unwrap_or(u64::MAX)
 }
 
 impl Controller for Bbr {
@@ -363,30 +384,31 @@ impl Controller for Bbr {
 mod tests {
     use super::*;
 
-    /// A line in virtual time, with a queue that drops what does not fit, and a sender as quinn is
-    /// one.
+    /// A path in virtual time, whose queue drops what does not fit, and a sender that behaves like
+    /// quinn.
     struct Bench {
         rate: u64,
         trip: Duration,
         queue: u64,
-        /// One packet in so many is lost.
+        /// One packet in this number is lost.
         loss: u64,
-        /// The round trip is this from half the time on.
+        /// The round trip in the second half of the run.
         later_trip: Duration,
-        /// The sender looks at what came only once in so many steps of 200 µs.
+        /// The number of steps of 200 µs after which the sender processes received
+        /// acknowledgements.
         stall: u64,
     }
 
     const PACKET: u64 = 1450;
 
     impl Bench {
-        /// Sends for this long; returns the share of the line that was used, and the share of
-        /// packets that the queue dropped.
+        /// Sends for this long. Returns the used share of the bandwidth, and the share of packets
+        /// that the queue dropped.
         fn run(&self, first_window: u64, time: Duration) -> (f64, f64) {
             let start = Instant::now();
             let mut bbr = Bbr::new(start, first_window, PACKET as u16);
             let mut smoothed = self.trip;
-            // Sent at, acknowledged at; `None` is lost. In order of sending.
+            // Time sent, time acknowledged (`None`: lost). In the order of sending.
             let mut flying: VecDeque<(Instant, Option<Instant>)> = VecDeque::new();
             let (mut in_flight, mut sent, mut dropped, mut arrived) = (0u64, 0u64, 0u64, 0u64);
             let mut free_at = start;
@@ -426,7 +448,7 @@ mod tests {
                     }
                     bbr.end_acks(now, false, smoothed);
                 }
-                // quinn's pacer: a quarter more than the window in a round trip.
+                // quinn's pacer: 1.25 windows per round trip.
                 while next_send <= now && in_flight + PACKET <= bbr.window {
                     next_send = next_send.max(now - step)
                         + smoothed.mul_f64(PACKET as f64 / (1.25 * bbr.window as f64));
@@ -470,7 +492,7 @@ mod tests {
     };
 
     #[test]
-    fn a_long_line_is_full_and_its_queue_is_not() {
+    fn a_long_path_is_full_and_its_queue_is_not() {
         for loss in [0, 1000, 100] {
             let (used, dropped) = Bench { loss, ..LINE }.run(1_250_000, Duration::from_secs(9));
             let delivers = if loss == 100 { 0.99 } else { 1.0 };
@@ -486,7 +508,7 @@ mod tests {
     }
 
     #[test]
-    fn a_busy_machine_keeps_the_line_full() {
+    fn a_busy_machine_keeps_the_path_full() {
         for stall in [50, 150, 250] {
             let (used, dropped) = Bench { stall, ..LINE }.run(1_250_000, Duration::from_secs(9));
             assert!(
@@ -498,7 +520,7 @@ mod tests {
     }
 
     #[test]
-    fn a_line_much_faster_or_slower_than_thought_is_found_out() {
+    fn a_bandwidth_far_from_the_estimate_is_found() {
         let (used, _) = Bench {
             rate: 250_000_000,
             queue: 25_000_000,
@@ -519,7 +541,7 @@ mod tests {
     }
 
     #[test]
-    fn a_shallow_queue_and_a_path_that_becomes_longer_are_lived_with() {
+    fn a_shallow_queue_and_a_longer_path_are_handled() {
         let (used, dropped) = Bench {
             queue: 250_000,
             ..LINE

@@ -1,10 +1,11 @@
-//! Which congestion control a QUIC line uses.
+//! Chooses the congestion control of a QUIC connection.
 //!
-//! The model of BBR ([`Bbr`]) holds a long line full under loss, where CUBIC stalls; CUBIC is
-//! faster on a loopback or within a building. quinn wants the choice when a connection is made,
-//! before any round trip was measured and before the site has said what its line is set to, so
-//! [`Fitting`] begins as CUBIC, chooses at the first measured round trip, and goes back to CUBIC
-//! should a shorter one show that the first was delayed by a busy machine.
+//! BBR (module `bbr`) uses the full bandwidth of a connection with a long round trip even under
+//! loss, where CUBIC stalls. CUBIC is faster on a loopback or within a building. quinn requires the
+//! choice when it creates a connection, before a round trip was measured and before the configured
+//! setting is known. Therefore [`Fitting`] starts as CUBIC and chooses at the first measured round
+//! trip. It changes back to CUBIC if a shorter round trip shows that a busy machine delayed the
+//! first measurement. In memory only.
 
 use std::any::Any;
 use std::sync::Arc;
@@ -17,23 +18,24 @@ use quinn_proto::RttEstimator;
 use super::bbr::Bbr;
 use crate::Congestion;
 
-/// What quinn takes for the round trip until it has measured one. While an estimate is exactly
-/// this, there is no measure.
+/// The round trip that quinn assumes before it has measured one. An estimate of exactly this value
+/// is not a measurement.
 pub(super) const UNKNOWN_RTT: Duration = Duration::from_millis(333);
-/// From this round trip on a line is long.
+/// The shortest round trip of a connection that counts as long.
 pub(super) const LONG_RTT: Duration = Duration::from_millis(5);
-/// A long line is taken to carry 100 Mbit/s until it is known better: its first window is this
-/// times the round trip, so a slower line sees one round trip of excess and a faster one is found
-/// out three doublings sooner.
+/// A long connection is assumed to carry 100 Mbit/s until the bandwidth is measured: the first
+/// window is this rate times the round trip. On a slower connection this sends too much for one
+/// round trip; on a faster one it saves three doublings.
 const FIRST_RATE_BYTES_PER_SECOND: u64 = 100_000_000 / 8;
-/// The least first window of a long line: 200 packets.
+/// The smallest first window of a long connection: 200 packets.
 const FIRST_WINDOW_MIN: u64 = 200 * 1200;
-/// What is dared before the line is known better.
+/// The largest first window of a long connection.
 const FIRST_WINDOW_MAX: u64 = 4 << 20;
-/// The first window of a short line, which slow start doubles at once anyway.
+/// The first window of a short connection, which slow start doubles immediately.
 const SHORT_WINDOW: u64 = 128 << 10;
 
-/// What a line's congestion control is set to; it may be set while the line stands. Cheap to clone.
+/// The configured congestion control of a connection. It can change while the connection is open.
+/// Cheap to clone.
 #[derive(Debug, Clone)]
 pub(super) struct Choice(Arc<AtomicU8>);
 
@@ -66,8 +68,8 @@ impl Choice {
         }
     }
 
-    /// Whether a line of this round trip is to be held full as a long one. One that was found short
-    /// stays so by itself.
+    /// Whether a connection with this round trip counts as long. With `auto`, a connection that was
+    /// found to be short stays short.
     fn is_long(&self, rtt: Duration, before: Chosen) -> bool {
         match self.0.load(Ordering::Relaxed) {
             BBR => true,
@@ -77,7 +79,7 @@ impl Choice {
     }
 }
 
-/// The factory for one line.
+/// The factory for one connection.
 pub(super) fn factory(choice: &Choice) -> Arc<dyn ControllerFactory + Send + Sync> {
     Arc::new(FittingFactory(choice.clone()))
 }
@@ -110,7 +112,7 @@ enum Chosen {
     Short,
 }
 
-/// Delegates to the controller that fits the line.
+/// Delegates to the controller that fits the connection.
 struct Fitting {
     choice: Choice,
     inner: Box<dyn Controller>,
@@ -158,8 +160,8 @@ impl Controller for Fitting {
         app_limited: bool,
         rtt: &RttEstimator,
     ) {
-        // The least round trip: it only falls, so by itself the choice changes at most once and
-        // only towards CUBIC.
+        // The smallest round trip only decreases, so with `auto` the choice changes at most once
+        // and only to CUBIC.
         if rtt.min() != UNKNOWN_RTT || rtt.get() != UNKNOWN_RTT {
             self.choose(now, rtt.min());
         }
@@ -236,7 +238,7 @@ mod tests {
     }
 
     #[test]
-    fn a_setting_goes_before_the_round_trip_and_may_come_late() {
+    fn a_setting_overrides_the_round_trip_and_may_arrive_late() {
         let (now, short, long) = (
             Instant::now(),
             Duration::from_millis(1),
@@ -259,7 +261,7 @@ mod tests {
     }
 
     #[test]
-    fn a_delayed_first_measure_is_mended_without_losing_the_window() {
+    fn a_delayed_first_measurement_is_corrected_and_the_window_is_kept() {
         assert_eq!(chosen_after(&[60, 30, 2]), (Chosen::Short, 750_000));
         assert_eq!(chosen_after(&[1, 60]).0, Chosen::Short);
     }

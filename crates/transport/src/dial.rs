@@ -1,4 +1,4 @@
-//! The site's side: dialling the hub, and joining it.
+//! The connecting side: a site or publisher opens a connection to the hub, or joins it.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -22,16 +22,16 @@ use base::limits::{
     CONNECTION_SEND_BYTES_MAX, CONNECTION_SEND_BYTES_MIN,
 };
 
-/// How long an address of a name has a head start over the next.
+/// The delay before the next address of a host name is tried.
 const HEAD_START: Duration = Duration::from_millis(250);
-/// From this difference on the two clocks are worth a warning.
+/// The difference of the two clocks from which a warning is logged.
 pub(crate) const CLOCK_DIFFERENCE_MAX: Duration = Duration::from_secs(60);
 
-/// Why a call came to nothing.
+/// Why an attempt to connect failed.
 enum Failure {
-    /// Nobody answered: another address or transport may work.
+    /// No answer: another address or transport may work.
     NoAnswer(String),
-    /// Somebody answered, and it is over: nothing else can work.
+    /// The hub answered, and a retry with another address or transport is useless.
     Refused(Fault),
 }
 
@@ -45,17 +45,17 @@ impl Failure {
             return Failure::NoAnswer(reason.clone());
         }
         Failure::Refused(if reason.contains(tls::PIN_MISMATCH) {
-            Fault::not_allowed(format!("the hub at {address} is not the one that made the token: its CA has another hash")).with_next(
-                "check the address; if it is right, make a new token at that hub, or leave the token out where this has joined it already",
+            Fault::not_allowed(format!("the hub at {address} did not create this token: the hash of its CA differs")).with_next(
+                "check the address; if it is correct, create a new token at that hub, or omit the token if this machine has already joined the hub",
             )
         } else if ended.by_peer {
-            Fault::not_allowed(format!("the hub at {address} refused this site: {reason}"))
-                .with_next("if the hub or this site was set up anew, join again with a new token")
+            Fault::not_allowed(format!("the hub at {address} rejected this site: {reason}"))
+                .with_next("if the hub or this site was reinstalled, join again with a new token")
         } else {
-            Fault::not_allowed(format!("the hub at {address} cannot be trusted: {reason}"))
-                .with_next(
-                    "check the address; if the hub was set up anew, join again with a new token",
-                )
+            Fault::not_allowed(format!(
+                "the certificate of the hub at {address} was rejected: {reason}"
+            ))
+            .with_next("check the address; if the hub was reinstalled, join again with a new token")
         })
     }
 
@@ -85,8 +85,9 @@ fn unreachable(address: &str, why: &str) -> Fault {
         .with_reason(Reason::HubUnreachable)
 }
 
-/// The hub finds this end's certificate expired. Its reason ends with the time of its clock: if
-/// that is also the time here, the certificate has expired indeed.
+/// The fault if the hub considers this certificate expired. The reason of the hub ends with its
+/// time. If this machine has the same time, the certificate is really expired; otherwise the clocks
+/// differ.
 fn refused_by_clock(address: &str, reason: &str, now: jiff::Timestamp) -> Fault {
     let hub_time = reason
         .rsplit(' ')
@@ -95,31 +96,31 @@ fn refused_by_clock(address: &str, reason: &str, now: jiff::Timestamp) -> Fault 
     let difference = hub_time
         .map(|hub| hub.duration_since(now).unsigned_abs())
         .filter(|d| *d > CLOCK_DIFFERENCE_MAX);
-    let message = format!("the hub at {address} refused this site: {reason}");
+    let message = format!("the hub at {address} rejected this site: {reason}");
     match difference {
         Some(difference) => {
-            Fault::not_allowed(format!("{message}; the clock of this machine differs from it by {}", clock::span(difference)))
-                .with_next("set the clocks of both machines (NTP); the connection is then tried again automatically")
+            Fault::not_allowed(format!("{message}; the clock of this machine differs by {}", clock::span(difference)))
+                .with_next("correct the clocks of both machines (NTP); the connection is then retried automatically")
         }
         None => Fault::not_allowed(message)
-            .with_next("make a new token at the hub with 'packhorse token create' and join again, or set the clocks if both are wrong"),
+            .with_next("create a new token at the hub with 'packhorse token create' and join again, or correct the clocks if both are wrong"),
     }
 }
 
-/// One call to the hub: whom, and as whom.
+/// One attempt to connect.
 struct Call<'a> {
     address: &'a str,
     tls: rustls::ClientConfig,
     settings: &'a ConnectionSettings,
-    /// Bytes that the line may buffer for sending.
+    /// The bytes that the connection may buffer for sending.
     memory: u64,
-    /// Whether the hub says welcome (it does not to a site that joins).
+    /// Whether the hub sends a welcome. It does not send one to a joining site.
     welcomed: bool,
 }
 
 impl Call<'_> {
-    /// Calls by the transport that the config names, or by QUIC and then TCP.
-    async fn place(&self) -> Result<(Link, Shown), Fault> {
+    /// Connects over the configured transport, or over QUIC and then TCP.
+    async fn connect(&self) -> Result<(Link, Shown), Fault> {
         let addresses = resolve(self.address).await?;
         let quic = |limit| self.over(Transport::Quic, &addresses, limit);
         let tcp = || self.over(Transport::Tcp, &addresses, CONNECTION_HANDSHAKE_MAX);
@@ -150,7 +151,7 @@ impl Call<'_> {
         }
     }
 
-    /// Tries every address, each a little after the one before; the first that works wins.
+    /// Tries every address, each a little later than the previous one. The first success wins.
     async fn over(
         &self,
         transport: Transport,
@@ -160,8 +161,8 @@ impl Call<'_> {
         let mut tries: FuturesUnordered<_> = addresses
             .iter()
             .zip(0u32..)
-            .map(|(address, place)| async move {
-                tokio::time::sleep(HEAD_START * place).await;
+            .map(|(address, position)| async move {
+                tokio::time::sleep(HEAD_START * position).await;
                 match transport {
                     Transport::Tcp => self.one_tcp(*address).await,
                     Transport::Auto | Transport::Quic => self.one_quic(*address).await,
@@ -169,20 +170,22 @@ impl Call<'_> {
             })
             .collect();
         let all = async {
-            let mut worst = Failure::NoAnswer("its name has no address".into());
+            let mut best_failure = Failure::NoAnswer("the host name has no address".into());
             while let Some(result) = tries.next().await {
                 match result {
                     Ok(reached) => return Ok(reached),
-                    Err(failure) if matches!(worst, Failure::NoAnswer(_)) => worst = failure,
+                    Err(failure) if matches!(best_failure, Failure::NoAnswer(_)) => {
+                        best_failure = failure
+                    }
                     Err(_) => {}
                 }
             }
-            Err(worst)
+            Err(best_failure)
         };
         match tokio::time::timeout(limit, all).await {
             Ok(result) => result,
             Err(_) => Err(Failure::NoAnswer(format!(
-                "nothing came back within {} s",
+                "no response within {} s",
                 limit.as_secs()
             ))),
         }
@@ -197,7 +200,7 @@ impl Call<'_> {
             endpoint,
         } = connecting.map_err(|e| Failure::of(&e, self.address))?;
         let room = self.memory.min(CONNECTION_SEND_BYTES_MAX);
-        quic::tend(connection.clone(), move || room, ());
+        quic::adjust_send_buffer(connection.clone(), move || room, ());
         self.reached(
             Wire::Quic {
                 connection,
@@ -221,7 +224,7 @@ impl Call<'_> {
         .await;
         let secured = connecting.map_err(|e| Failure::of_io(&e, self.address))?;
         let mux = Mux::start(secured.io, End::Dialling, secured.handshake, ());
-        mux.hold_at_most(self.memory);
+        mux.set_queue_limit(self.memory);
         self.reached(
             Wire::Tcp {
                 mux,
@@ -249,15 +252,15 @@ impl Call<'_> {
         Ok((link, shown))
     }
 
-    /// Waits for the hub's word that this site is welcome.
+    /// Waits for the welcome of the hub.
     async fn welcome(&self, link: &Link) -> Result<(), Failure> {
-        let gone = async || Failure::of(&link.wait_ended().await, self.address);
+        let closed = async || Failure::of(&link.wait_ended().await, self.address);
         let Some((_, mut stream)) = link.accept().await else {
-            return Err(gone().await);
+            return Err(closed().await);
         };
         let welcome: hello::Welcome = match hello::receive(&mut stream).await {
             Ok(welcome) => welcome,
-            Err(_) if link.is_closed() => return Err(gone().await),
+            Err(_) if link.is_closed() => return Err(closed().await),
             Err(fault) => return Err(Failure::Refused(fault)),
         };
         let _ = link.inner.hub_clock.set((welcome.time_ms, Instant::now()));
@@ -268,14 +271,14 @@ impl Call<'_> {
     }
 }
 
-/// Says that this machine's clock and the hub's differ, if they do.
+/// Returns a message if the clocks of this machine and of the hub differ.
 pub fn clock_difference(link: &Link) -> Option<String> {
     let ahead_ms = link.hub_clock_ahead_ms()?;
     let difference = Duration::from_millis(ahead_ms.unsigned_abs());
     let word = if ahead_ms > 0 { "behind" } else { "ahead of" };
     (difference > CLOCK_DIFFERENCE_MAX).then(|| {
         format!(
-            "this machine's clock is {} {word} the hub's: set the clocks of both machines (NTP)",
+            "this machine's clock is {} {word} the hub's clock: correct the clocks of both machines (NTP)",
             clock::span(difference)
         )
     })
@@ -292,18 +295,19 @@ async fn resolve(address: &str) -> Result<Vec<SocketAddr>, Fault> {
     }
     let found = tokio::net::lookup_host(address)
         .await
-        .map_err(|e| unreachable(address, &format!("its name is not found: {e}")))?;
+        .map_err(|e| unreachable(address, &format!("the host name cannot be resolved: {e}")))?;
     let mut addresses: Vec<SocketAddr> = Vec::new();
-    for one in found {
-        if !addresses.contains(&one) && addresses.len() < CONNECTION_ADDRESSES_MAX {
-            addresses.push(one);
+    for address in found {
+        if !addresses.contains(&address) && addresses.len() < CONNECTION_ADDRESSES_MAX {
+            addresses.push(address);
         }
     }
     Ok(addresses)
 }
 
-/// Dials the hub at `HOST:PORT`; the line buffers at most `memory` bytes for sending. Returns once
-/// the hub said welcome; a site that is refused gets `not_allowed` with the reason.
+/// Connects to the hub at `HOST:PORT`. The connection buffers at most `memory` bytes for sending.
+/// Returns after the welcome of the hub. If the hub rejects the site, the fault is `not_allowed`
+/// with the reason of the hub.
 pub async fn dial(
     address: &str,
     identity: &SiteIdentity,
@@ -317,7 +321,7 @@ pub async fn dial(
         memory,
         welcomed: true,
     };
-    let (link, _) = call.place().await?;
+    let (link, _) = call.connect().await?;
     tracing::info!(
         hub = address,
         transport = link.transport(),
@@ -327,8 +331,8 @@ pub async fn dial(
     Ok(link)
 }
 
-/// Dials by QUIC alone, for at most 4 s: a site whose line is on TCP asks now and then, and moves
-/// over to the link it gets.
+/// Connects over QUIC only, within 4 s. A site with a TCP connection calls this periodically, and
+/// changes to the QUIC connection if it succeeds.
 pub async fn probe_quic(
     address: &str,
     identity: &SiteIdentity,
@@ -350,8 +354,8 @@ pub async fn probe_quic(
     Ok(link)
 }
 
-/// Joins the hub at `HOST:PORT`: recognises it by the hash in the token, proves with the secret
-/// that it may, and comes back with the identity, which the caller saves.
+/// Joins the hub at `HOST:PORT`: verifies the hub with the hash in the token, sends the secret of
+/// the token, and returns the new identity, which the caller saves.
 pub async fn join(
     address: &str,
     token: &JoinToken,
@@ -366,19 +370,18 @@ pub async fn join(
         memory: CONNECTION_SEND_BYTES_MIN,
         welcomed: false,
     };
-    let (link, shown) = call.place().await.map_err(|fault| match fault.code {
-        // Unlike a line, nobody tries it again.
-        Code::Unreachable => fault.with_next("check the address, that the hub runs, and that the network lets it through; then join again"),
+    let (link, shown) = call.connect().await.map_err(|fault| match fault.code {
+        // Unlike a connection, a join is not retried automatically.
+        Code::Unreachable => fault.with_next("check the address, that the hub is running, and that the network allows the connection; then join again"),
         _ => fault,
     })?;
-    // The handshake has checked this; the CA is taken from here to be kept, so it is checked once
-    // more.
+    // The handshake has checked this. The CA is stored from here, so it is checked again.
     let ca = tls::pinned_ca(&shown.chain, token.ca_hash())
         .ok_or_else(|| Fault::not_allowed(tls::PIN_MISMATCH))?;
     let leaf = shown
         .chain
         .first()
-        .ok_or_else(|| Fault::not_allowed("the hub showed no certificate"))?;
+        .ok_or_else(|| Fault::not_allowed("the hub presented no certificate"))?;
     tls::check_hub_chain(leaf, ca)?;
 
     let ask = hello::Ask {
@@ -391,8 +394,8 @@ pub async fn join(
         csr: hello::encode(request.csr_der()),
     };
     let answer = tokio::time::timeout(CONNECTION_HANDSHAKE_MAX, exchange(&link, &ask)).await;
-    let answer =
-        answer.map_err(|_| unreachable(address, "it took the join request and sent no answer"))?;
+    let answer = answer
+        .map_err(|_| unreachable(address, "it received the join request but sent no answer"))?;
     let cert = match answer? {
         hello::Answer::Certificate(cert) => hello::decode(&cert)?,
         hello::Answer::Refused(fault) => {
@@ -405,14 +408,14 @@ pub async fn join(
     };
     let identity = request.complete(&cert, ca)?;
     link.close_and_flush("joined").await;
-    let fits = match (claim, identity.holder()) {
+    let is_expected = match (claim, identity.holder()) {
         (Claim::Site(name), Holder::Site(given)) => name == given,
         (Claim::Publisher, Holder::Publisher(_)) => true,
         _ => false,
     };
-    if !fits {
+    if !is_expected {
         return Err(Fault::not_allowed(format!(
-            "the token is for {}, which this is not",
+            "the token is for {}, not for this machine",
             identity.holder()
         )));
     }
@@ -427,13 +430,13 @@ async fn exchange(link: &Link, ask: &hello::Ask) -> Result<hello::Answer, Fault>
     hello::receive(&mut recv).await
 }
 
-/// What a site says of a call that ended like this.
+/// The fault of a site for a connection that ended like this.
 #[cfg(test)]
 pub(super) fn refusal_for_test(ended: &Ended, address: &str) -> Fault {
     Failure::of(ended, address).into_fault(address)
 }
 
-/// A welcomed call with a TLS setup of the test's choice.
+/// Connects with a TLS setup of the test, and waits for the welcome.
 #[cfg(test)]
 pub(super) async fn call_for_test(
     address: &str,
@@ -447,12 +450,12 @@ pub(super) async fn call_for_test(
         memory: CONNECTION_SEND_BYTES_MIN,
         welcomed: true,
     }
-    .place()
+    .connect()
     .await?
     .0)
 }
 
-/// The bare line of a joining site.
+/// The connection of a joining site, before the request.
 #[cfg(test)]
 pub(super) async fn join_link_for_test(
     address: &str,
@@ -466,7 +469,7 @@ pub(super) async fn join_link_for_test(
         memory: CONNECTION_SEND_BYTES_MIN,
         welcomed: false,
     }
-    .place()
+    .connect()
     .await?
     .0)
 }

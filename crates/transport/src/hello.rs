@@ -1,7 +1,7 @@
-//! The messages of a connection itself: the hub's welcome, the join request and its answer.
+//! The first messages of a connection: the welcome of the hub, the join request and its answer.
 //!
-//! Each is JSON, the only message of its stream, and ends with the stream; it has at most
-//! [`CONNECTION_HELLO_BYTES_MAX`] bytes.
+//! Each is the complete content of one stream, as JSON of at most [`CONNECTION_HELLO_BYTES_MAX`]
+//! bytes.
 //!
 //! ```text
 //! packhorse/1        hub → site   {"hub":NAME,"time_ms":N}
@@ -21,39 +21,39 @@ use base::limits::CONNECTION_HELLO_BYTES_MAX;
 use base::names::SiteName;
 use base::text;
 
-/// What the hub sends first on a line it accepts.
+/// The first message of the hub on a connection that it accepts.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Welcome {
     pub(super) hub: SiteName,
-    /// The hub's clock, in milliseconds since 1970.
+    /// The clock of the hub, in milliseconds since 1970.
     pub(super) time_ms: u64,
 }
 
-/// What a joining site sends.
+/// The request of a joining site or publisher.
 #[derive(Serialize, Deserialize)]
 pub(super) struct Ask {
     pub(super) token_id: String,
     /// Base64 (url-safe, no padding), 32 bytes.
     pub(super) secret: String,
-    /// The name in the site's config; a publisher has none.
+    /// The name in the configuration of the site; a publisher has none.
     pub(super) site: Option<SiteName>,
     /// Base64 (url-safe, no padding): the certificate request, DER.
     pub(super) csr: String,
 }
 
-/// A join request whose content was parsed.
+/// A parsed join request.
 pub(super) struct Asked {
     pub(super) token_id: String,
     pub(super) secret: [u8; 32],
     pub(super) site: Option<SiteName>,
     /// The certificate request, DER.
     pub(super) csr: Vec<u8>,
-    /// The hash of the key that it is for.
+    /// The hash of the key in the request.
     pub(super) key_hash: [u8; 32],
 }
 
 impl Ask {
-    /// Parses what the fields hold.
+    /// Parses the fields.
     pub(super) fn read(self) -> Result<Asked, Fault> {
         let csr = decode(&self.csr)?;
         let key_hash = key_hash(&read_csr(&csr)?);
@@ -69,25 +69,26 @@ impl Ask {
     }
 }
 
-/// What it gets: one of the two.
+/// The answer to a join request.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(super) enum Answer {
-    /// Base64 (url-safe, no padding): the site's certificate, DER.
+    /// Base64 (url-safe, no padding): the new certificate, DER.
     Certificate(String),
-    /// Why not.
+    /// The reason for a rejection.
     Refused(Fault),
 }
 
 impl Answer {
-    /// What a stranger may know of a fault: all of a refusal, nothing of the hub's inner troubles.
+    /// The part of a fault that an unauthenticated peer may see: a rejection completely, but no
+    /// internal error of the hub.
     pub(super) fn refused(fault: Fault) -> Self {
         match fault.code {
             Code::NotAllowed | Code::NotFound | Code::Conflict | Code::Usage => {
                 Answer::Refused(fault)
             }
             _ => Answer::Refused(
-                Fault::unreachable("the hub could not check the token now")
+                Fault::unreachable("the hub cannot check the token at the moment")
                     .with_next("read the hub's log, then join again with this token"),
             ),
         }

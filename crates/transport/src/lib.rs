@@ -1,20 +1,20 @@
-//! The line between a hub and a site: one connection with many streams, QUIC or, where UDP is
-//! blocked, TCP + TLS.
+//! The connection between a hub and a site: one connection with many streams, over QUIC or, if UDP
+//! is blocked, over TCP + TLS.
 //!
-//! The hub binds a [`Listener`] (UDP and TCP on one port number) and takes [`Arrival`]s; a site
-//! [`join`]s once and then [`dial`]s. Either way both hold a [`Link`], which opens and accepts
-//! streams of a [`SendHalf`] and a [`RecvHalf`]. Both ends are authenticated by certificates of the
-//! hub's CA, TLS 1.3 only, without 0-RTT or session tickets. What the streams carry is not known
-//! here.
+//! The hub binds a [`Listener`] (UDP and TCP with the same port number) and receives [`Arrival`]s.
+//! A site [`join`]s once and then [`dial`]s. Both ends hold a [`Link`], which opens and accepts
+//! streams of a [`SendHalf`] and a [`RecvHalf`]. Certificates of the hub's CA authenticate both
+//! ends, with TLS 1.3 only, without 0-RTT and session tickets. This crate does not interpret the
+//! content of streams.
 //!
-//! ALPN `packhorse/1` wants a site's certificate. `packhorse-join/1` wants none: it carries one
-//! request with a join token and is answered with a certificate. After the handshake of
-//! `packhorse/1` the hub sends a `hello::Welcome` on a stream of its own, so that a site that was
-//! refused learns why before it does anything.
+//! ALPN `packhorse/1` requires the certificate of a site. `packhorse-join/1` requires none: it
+//! carries one request with a join token, and the answer is a certificate. After the handshake of
+//! `packhorse/1`, the hub sends a `hello::Welcome` on its own stream, so that a rejected site
+//! learns the reason before it does anything.
 //!
-//! Memory is bounded by the windows in [`base::limits`] whatever the peer does. Nothing of a
-//! connection survives a crash, nor has to; [`identity`] keeps keys and certificates on disk, each
-//! replaced as a whole.
+//! The windows in [`base::limits`] limit the memory for every peer. No state of a connection
+//! survives a crash. [`identity`] stores keys and certificates on disk and replaces each file
+//! atomically.
 
 mod bbr;
 mod congestion;
@@ -56,32 +56,32 @@ use base::fault::{Fault, Reason};
 use base::limits::CONNECTION_REASON_BYTES_MAX;
 use base::text;
 
-/// Ended because the work is done.
+/// The work is done.
 pub(crate) const CLOSE_DONE: u32 = 0;
-/// The peer is not allowed here; the reason says why.
+/// The peer is not allowed; the reason states why.
 pub(crate) const CLOSE_REFUSED: u32 = 1;
-/// The peer broke the protocol.
+/// The peer violated the protocol.
 pub(crate) const CLOSE_VIOLATION: u32 = 2;
-/// There is no room for this connection now; the peer may try again.
+/// There is no free slot for this connection at the moment; the peer may retry.
 pub(crate) const CLOSE_BUSY: u32 = 3;
-/// The peer's certificate has expired by the clock of this end; the reason ends with the time of
-/// that clock.
+/// The certificate of the peer is expired according to the clock of this end. The reason ends with
+/// the time of that clock.
 pub(crate) const CLOSE_CLOCK: u32 = 4;
 
-/// Priority of streams that carry control messages: they go before everything else.
+/// The priority of streams with control messages, which are sent before all others.
 pub const PRIORITY_CONTROL: i32 = 100;
-/// Priority of streams that carry bulk data.
+/// The priority of streams with bulk data.
 pub const PRIORITY_BULK: i32 = 0;
 
-/// ChunkIndex in the order of streams of one priority; after so many it begins anew, and once a
-/// young stream goes first.
+/// The number of positions in the order of streams of one priority. After this many streams the
+/// numbering restarts, and a newer stream is sent first once.
 const PLACES: u32 = 1 << 24;
 
-/// How a line ended.
+/// How a connection ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Ended {
     by_peer: bool,
-    /// `None`: nobody closed it, it broke.
+    /// `None`: the connection was lost, nobody closed it.
     code: Option<u32>,
     reason: String,
 }
@@ -125,7 +125,8 @@ impl Ended {
     }
 }
 
-/// A peer's words may go to a log or a terminal: no control characters, and not many.
+/// Prepares text of a peer for a log or terminal: limits the length and replaces control
+/// characters.
 fn clean(text: &str) -> String {
     let text: String = text
         .chars()
@@ -134,24 +135,24 @@ fn clean(text: &str) -> String {
     text::prefix(&text, CONNECTION_REASON_BYTES_MAX).into()
 }
 
-/// Why a half of a stream goes no further.
+/// Why a half of a stream ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum StreamEnd {
-    /// The whole line is over.
+    /// The connection ended.
     LineGone,
-    /// Nobody reads it any more.
+    /// The peer no longer reads the stream.
     Stopped,
-    /// It was finished or reset by this end before.
+    /// This end finished or reset the stream before.
     Finished,
-    /// The writing end gave it up.
+    /// The writing end reset the stream.
     Reset,
 }
 
-/// The longest wait for a goodbye to leave this machine.
+/// The longest wait until a close message has been sent.
 const FLUSH_MAX: Duration = Duration::from_secs(1);
 
 enum Wire {
-    /// A dialled line has an endpoint to itself.
+    /// A connection that this end opened has its own endpoint.
     Quic {
         connection: quinn::Connection,
         endpoint: Option<quinn::Endpoint>,
@@ -168,19 +169,20 @@ struct Inner {
     /// `None`: a site that has not joined yet.
     peer: Option<Holder>,
     remote: SocketAddr,
-    /// How many streams were given a priority.
+    /// The number of streams that have a priority.
     ordered: AtomicU32,
-    /// Whose turn it is to write, on QUIC.
+    /// The write order on QUIC.
     write_order: WriteOrder,
-    /// The hub's clock when it welcomed this end, in milliseconds since 1970, and that moment.
+    /// The clock of the hub at its welcome, in milliseconds since 1970, and the local time of that
+    /// moment.
     hub_clock: OnceLock<(u64, std::time::Instant)>,
-    /// What this end said when it closed a QUIC connection, which quinn does not keep.
+    /// The reason with which this end closed a QUIC connection; quinn does not store it.
     last_words: Mutex<Option<String>>,
-    /// Bytes of streams that this end wrote…
+    /// Bytes of streams that this end wrote.
     written: AtomicU64,
-    /// …and that it read.
+    /// Bytes of streams that this end read.
     read: Arc<AtomicU64>,
-    /// How much may lie unread; `None`: no more than is the same for all.
+    /// The receive window; `None`: the fixed default.
     window: Option<Arc<window::Window>>,
 }
 
@@ -200,12 +202,12 @@ impl Inner {
         }
     }
 
-    /// quinn's priority for the next stream of this one. Streams of one priority are sent one
-    /// behind the other: a packet from each of 32 answers in turn would wake 32 tasks for a packet
-    /// each, and what is lost of an old answer would have to wait behind all the younger ones.
-    fn place_of(&self, priority: i32) -> i32 {
-        let place = self.ordered.fetch_add(1, Ordering::Relaxed) % PLACES;
-        priority.clamp(0, PRIORITY_CONTROL) * PLACES as i32 - place as i32
+    /// The quinn priority of the next stream with this priority. Streams of one priority are sent
+    /// one after the other. If 32 answers were interleaved packet by packet, each packet would wake
+    /// another task, and a lost packet of an old answer would be resent after all newer ones.
+    fn position_of(&self, priority: i32) -> i32 {
+        let position = self.ordered.fetch_add(1, Ordering::Relaxed) % PLACES;
+        priority.clamp(0, PRIORITY_CONTROL) * PLACES as i32 - position as i32
     }
 
     fn translate(&self, error: &quinn::ConnectionError) -> Ended {
@@ -228,14 +230,12 @@ impl Inner {
                 let why = self
                     .ended()
                     .map_or_else(|| "it is closing".to_owned(), |ended| ended.reason);
-                Fault::unreachable(format!("the line to {peer} is gone: {why}"))
+                Fault::unreachable(format!("the connection to {peer} is closed: {why}"))
             }
-            StreamEnd::Stopped => {
-                Fault::unreachable(format!("{peer} does not read this stream any more"))
-            }
-            StreamEnd::Reset => Fault::unreachable(format!("{peer} gave this stream up")),
+            StreamEnd::Stopped => Fault::unreachable(format!("{peer} no longer reads this stream")),
+            StreamEnd::Reset => Fault::unreachable(format!("{peer} reset this stream")),
             StreamEnd::Finished => {
-                Fault::internal(format!("a stream to {peer} is written to after its end"))
+                Fault::internal(format!("write to a stream to {peer} after its end"))
             }
         };
         fault.with_reason(match self.peer {
@@ -245,20 +245,20 @@ impl Inner {
     }
 }
 
-/// Something that was asked for over a line, whose answer is not read yet.
+/// A pending request over a connection, whose answer is not read yet.
 pub struct Want {
     _wanted: Option<window::Wanted>,
 }
 
-/// One line. Cheap to clone; the line closes when the last clone and the last half of a stream are
-/// gone.
+/// One connection. Cheap to clone. It closes when the last clone and the last half of a stream are
+/// dropped.
 #[derive(Clone)]
 pub struct Link {
     inner: Arc<Inner>,
 }
 
 impl PartialEq for Link {
-    /// Whether both are the same line.
+    /// Whether both are the same connection.
     fn eq(&self, other: &Self) -> bool {
         Arc::ptr_eq(&self.inner, &other.inner)
     }
@@ -278,7 +278,7 @@ impl Link {
         Self::made(wire, peer, remote, None)
     }
 
-    /// A line of a hub.
+    /// A connection of the hub, with an adjustable receive window.
     fn windowed(
         wire: Wire,
         peer: Holder,
@@ -312,9 +312,9 @@ impl Link {
         }
     }
 
-    /// Opens a stream. Streams of a higher priority are sent first; of equal ones, on QUIC the one
-    /// that was given its priority first, while on TCP they take turns. Waits while 256 are open.
-    /// The peer may learn of the stream only with its first byte.
+    /// Opens a stream. Streams of a higher priority are sent first. Among equal priorities, QUIC
+    /// sends the stream first that got its priority first, and TCP alternates. Waits while 256
+    /// streams are open. The peer may learn of the stream only with its first byte.
     pub async fn open(&self, priority: i32) -> Result<(SendHalf, RecvHalf), Fault> {
         match &self.inner.wire {
             Wire::Quic { connection, .. } => {
@@ -322,9 +322,9 @@ impl Link {
                     .open_bi()
                     .await
                     .map_err(|_| self.inner.fault(StreamEnd::LineGone))?;
-                let place = self.inner.place_of(priority);
-                let _ = send.set_priority(place);
-                Ok(self.halves(SendWire::Quic(send), RecvWire::Quic(recv), place))
+                let position = self.inner.position_of(priority);
+                let _ = send.set_priority(position);
+                Ok(self.halves(SendWire::Quic(send), RecvWire::Quic(recv), position))
             }
             Wire::Tcp { mux, .. } => {
                 let (send, recv) = mux.open(priority).await.map_err(|e| self.inner.fault(e))?;
@@ -333,15 +333,15 @@ impl Link {
         }
     }
 
-    /// Notes that something is asked for over this line, for as long as what is returned is kept:
-    /// its peer may send more meanwhile.
+    /// Records a request over this connection. While the returned value exists, the peer may send
+    /// more.
     pub fn want(&self) -> Want {
         Want {
             _wanted: self.inner.window.as_ref().map(window::Window::want),
         }
     }
 
-    /// The next stream that the peer opened; `None` when the line is over.
+    /// The next stream that the peer opened; `None` after the end of the connection.
     pub async fn accept(&self) -> Option<(SendHalf, RecvHalf)> {
         match &self.inner.wire {
             Wire::Quic { connection, .. } => {
@@ -355,13 +355,13 @@ impl Link {
         }
     }
 
-    fn halves(&self, send: SendWire, recv: RecvWire, place: i32) -> (SendHalf, RecvHalf) {
+    fn halves(&self, send: SendWire, recv: RecvWire, position: i32) -> (SendHalf, RecvHalf) {
         (
             SendHalf {
                 wire: send,
                 link: self.inner.clone(),
-                place,
-                over: false,
+                position,
+                is_over: false,
             },
             RecvHalf {
                 wire: recv,
@@ -370,7 +370,7 @@ impl Link {
         )
     }
 
-    /// Closes the line at once, whatever is on its way; the peer is told the reason.
+    /// Closes the connection immediately and discards data in flight. The peer receives the reason.
     pub fn close(&self, reason: &str) {
         self.close_with(CLOSE_DONE, reason);
     }
@@ -389,16 +389,16 @@ impl Link {
         }
     }
 
-    /// By how many milliseconds the hub's clock is ahead of this machine's, as far as the hub's
-    /// welcome tells.
+    /// By how many milliseconds the clock of the hub is ahead of this machine, according to the
+    /// welcome of the hub.
     pub fn hub_clock_ahead_ms(&self) -> Option<i64> {
         let (hub_ms, at) = self.inner.hub_clock.get()?;
         let hub_now_ms = hub_ms.saturating_add(at.elapsed().as_millis() as u64);
         Some(i64::try_from(hub_now_ms).ok()? - i64::try_from(base::clock::now_unix_ms()).ok()?)
     }
 
-    /// Closes the line, and waits a moment for the goodbye to leave: to be called by the dialling
-    /// side before the process ends (the hub has [`Listener::wait_idle`]).
+    /// Closes the connection and waits briefly until the close message is sent. The connecting side
+    /// calls this before the process ends; the hub has [`Listener::wait_idle`].
     pub async fn close_and_flush(&self, reason: &str) {
         self.close(reason);
         if let Wire::Quic {
@@ -410,15 +410,15 @@ impl Link {
         }
     }
 
-    /// Sets the congestion control of what this end sends, while the line stands. On TCP the
-    /// kernel's stays as it was chosen.
+    /// Sets the congestion control for sending on an open connection. On TCP the congestion control
+    /// of the kernel does not change.
     pub fn set_congestion(&self, congestion: Congestion) {
         if let Wire::Quic { choice, .. } = &self.inner.wire {
             choice.set(congestion);
         }
     }
 
-    /// What [`Link::set_congestion`] has set; `None` on TCP.
+    /// The current setting of [`Link::set_congestion`]; `None` on TCP.
     #[cfg(any(test, feature = "testing"))]
     pub fn congestion(&self) -> Option<Congestion> {
         match &self.inner.wire {
@@ -427,7 +427,7 @@ impl Link {
         }
     }
 
-    /// Waits for the end of the line; says why it ended.
+    /// Waits for the end of the connection. Returns the reason.
     pub async fn closed(&self) -> String {
         self.wait_ended().await.reason
     }
@@ -442,12 +442,11 @@ impl Link {
         }
     }
 
-    /// Whether the line is over.
     pub fn is_closed(&self) -> bool {
         self.inner.ended().is_some()
     }
 
-    /// Who is at the other end, as its certificate says; `None` for a site that has not joined yet.
+    /// The peer according to its certificate; `None` for a site that has not joined yet.
     pub fn peer(&self) -> Option<&Holder> {
         self.inner.peer.as_ref()
     }
@@ -460,8 +459,8 @@ impl Link {
         }
     }
 
-    /// The round trip: smoothed on QUIC; on TCP the last of one ping each 5 s, which waits behind
-    /// what is being sent.
+    /// The round trip time: smoothed on QUIC; on TCP from one ping every 5 s, which waits behind
+    /// queued data.
     pub fn rtt(&self) -> Duration {
         match &self.inner.wire {
             Wire::Quic { connection, .. } => connection.rtt(),
@@ -469,7 +468,7 @@ impl Link {
         }
     }
 
-    /// Where the other end is now; a QUIC line survives a change of it.
+    /// The current address of the peer; a QUIC connection survives a change of address.
     pub fn remote_address(&self) -> SocketAddr {
         match &self.inner.wire {
             Wire::Quic { connection, .. } => connection.remote_address(),
@@ -477,8 +476,8 @@ impl Link {
         }
     }
 
-    /// Bytes (sent, received) so far as UDP or TCP carried them: TLS, framing and what was sent
-    /// again by QUIC included.
+    /// Bytes (sent, received) over UDP or TCP so far, including TLS, framing and QUIC
+    /// retransmissions.
     pub fn bytes(&self) -> (u64, u64) {
         match &self.inner.wire {
             Wire::Quic { connection, .. } => {
@@ -489,8 +488,8 @@ impl Link {
         }
     }
 
-    /// Bytes of streams (written, read) at this end so far. Unlike [`Link::bytes`] it counts no
-    /// packets that only keep the connection open, and no data that nobody asked for.
+    /// Bytes of streams (written, read) at this end so far. Unlike [`Link::bytes`], this excludes
+    /// keep-alive packets and data that was not read.
     pub fn stream_bytes(&self) -> (u64, u64) {
         (
             self.inner.written.load(Ordering::Relaxed),

@@ -1,4 +1,5 @@
-//! The hub's side: one UDP and one TCP socket on the same port number, and what arrives there.
+//! The accepting side of the hub: one UDP and one TCP socket with the same port number, and the
+//! connections they accept.
 
 use std::net::{SocketAddr, TcpListener as StdTcpListener, UdpSocket};
 use std::sync::Arc;
@@ -32,38 +33,38 @@ use base::names::SiteName;
 use base::tally::Tally;
 use base::{clock, open_files};
 
-/// How long a site that was answered may take to go.
+/// How long a joining client may take to close after it was answered.
 const PARTING_MAX: Duration = Duration::from_secs(5);
-/// After a failed accept (too many open files), the pause before the next.
+/// The pause after a failed accept (too many open files).
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
-/// Tries to find a port number that is free for both UDP and TCP, when any port will do.
+/// The number of attempts to find a port that is free for both UDP and TCP, if any port is allowed.
 const PORT_TRIES_MAX: usize = 16;
 
-/// What comes to the hub.
+/// A new connection at the hub.
 pub enum Arrival {
-    /// A site with a certificate of this hub, good by the hub's clock. Whether the hub still knows
-    /// the site is the taker's to check. A second line of a site usually means that the first is
-    /// dead and not yet noticed, or that the site moved over to QUIC.
+    /// A site whose certificate this hub issued and whose validity was checked. The receiver must
+    /// check whether the hub still knows the site. A second connection of a site usually means that
+    /// the first one is dead and not detected yet, or that the site changed to QUIC.
     Site {
         /// The name in the certificate.
         name: SiteName,
-        /// The line, which stands and has been welcomed.
+        /// The connection, after the welcome.
         link: Link,
-        /// The certificate, DER, with which the site's receipts are checked.
+        /// The certificate, DER, which verifies the receipts of the site.
         cert_der: Vec<u8>,
     },
-    /// A publisher with a certificate of this hub; several lines of one publisher may stand.
+    /// A publisher with a certificate of this hub. A publisher may have several connections.
     Publisher {
         /// The name in the certificate.
         name: SiteName,
-        /// The line, which stands and has been welcomed.
+        /// The connection, after the welcome.
         link: Link,
     },
-    /// Somebody with a join token.
+    /// A client with a join token.
     Join(JoinRequest),
 }
 
-/// A request to join, to be answered once.
+/// A request to join, which must be answered once.
 pub struct JoinRequest {
     hub: Arc<HubIdentity>,
     link: Link,
@@ -72,13 +73,12 @@ pub struct JoinRequest {
     secret_hash: [u8; 32],
     claim: Claim,
     csr: Vec<u8>,
-    /// The hash of the key that the request is for.
+    /// The hash of the key in the request.
     key_hash: [u8; 32],
     place: Permit,
 }
 
 impl JoinRequest {
-    /// The token's id.
     pub fn token_id(&self) -> &str {
         &self.token_id
     }
@@ -88,17 +88,18 @@ impl JoinRequest {
         &self.secret_hash
     }
 
-    /// Who it says that it is, which proves nothing.
+    /// The unverified claim of the client.
     pub fn claim(&self) -> &Claim {
         &self.claim
     }
 
-    /// Where the request comes from.
+    /// The address of the client.
     pub fn remote_address(&self) -> SocketAddr {
         self.link.remote_address()
     }
 
-    /// Redeems the token and answers with a certificate or the refusal. Returns who joined.
+    /// Redeems the token and sends a certificate or the rejection. Returns the holder of the new
+    /// certificate.
     pub async fn redeem(self, redeemer: &dyn Redeemer) -> Result<Holder, Fault> {
         let verdict = redeemer
             .redeem(
@@ -111,8 +112,8 @@ impl JoinRequest {
         self.answer(verdict).await
     }
 
-    /// Answers: a holder gets a certificate of his name, a fault is sent as the refusal (and
-    /// returned).
+    /// Answers the request: issues a certificate for the holder, or sends the fault as the
+    /// rejection and returns it.
     pub async fn answer(mut self, verdict: Result<Holder, Fault>) -> Result<Holder, Fault> {
         let issued =
             verdict.and_then(|holder| Ok((self.hub.issue_as(&holder, &self.csr)?, holder)));
@@ -123,27 +124,28 @@ impl JoinRequest {
         if issued.is_err() {
             self.place.reopen();
         }
-        let send_and_part = async {
+        let send_and_wait = async {
             let sent = hello::send(&mut self.send, &answer).await;
-            // The site closes once it has the answer; closing first could overtake it.
+            // The site closes the connection after it has received the answer. If the hub closed
+            // first, the close could overtake the answer.
             self.link.closed().await;
             sent
         };
         let sent = tokio::select! {
-            sent = tokio::time::timeout(PARTING_MAX, send_and_part) => sent.unwrap_or(Ok(())),
+            sent = tokio::time::timeout(PARTING_MAX, send_and_wait) => sent.unwrap_or(Ok(())),
             () = self.place.evicted() => Ok(()),
         };
         let (_, holder) = issued?;
         sent.map_err(|f| {
             f.context(format_args!(
-                "{holder} was not told that it joined; the same command can be run again"
+                "{holder} joined but did not receive the answer; the same command can be run again"
             ))
         })?;
         Ok(holder)
     }
 }
 
-/// The hub's sockets. Dropped, it accepts no more; lines that stand go on.
+/// The sockets of the hub. Dropping it stops accepting; open connections continue.
 pub struct Listener {
     arrivals: tokio::sync::Mutex<mpsc::Receiver<Arrival>>,
     endpoint: Option<Endpoint>,
@@ -158,8 +160,8 @@ impl Drop for Listener {
 }
 
 impl Listener {
-    /// Listens on UDP (QUIC) and TCP (TLS) at the same port number. All lines together buffer about
-    /// `memory` bytes for sending. Must be called within a tokio runtime.
+    /// Listens on UDP (QUIC) and TCP (TLS) with the same port number. All connections together
+    /// buffer about `memory` bytes for sending. Must be called in a tokio runtime.
     pub fn bind(
         addr: SocketAddr,
         identity: Arc<HubIdentity>,
@@ -170,7 +172,7 @@ impl Listener {
         Self::start(Some(udp), tcp, identity, settings, memory)
     }
 
-    /// As where a firewall drops UDP: the UDP socket is handed out and answers nothing.
+    /// Simulates a firewall that drops UDP: returns the UDP socket, which never answers.
     #[cfg(test)]
     pub(super) fn bind_tcp_only(
         addr: SocketAddr,
@@ -212,7 +214,7 @@ impl Listener {
             refused: Tally::new("refused a connection"),
             unfinished: Tally::new("a handshake was not completed"),
             not_accepted: Tally::new("accepting a TCP connection failed"),
-            early: Tally::new(
+            not_yet_valid: Tally::new(
                 "a certificate is not valid yet: the clock of this machine is behind, or was ahead when it issued the certificate",
             ),
         });
@@ -242,7 +244,7 @@ impl Listener {
         })
     }
 
-    /// The next arrival; `None` after [`Listener::close`].
+    /// The next new connection; `None` after [`Listener::close`].
     pub async fn accept(&self) -> Option<Arrival> {
         let mut arrivals = self.arrivals.lock().await;
         tokio::select! {
@@ -252,12 +254,11 @@ impl Listener {
         }
     }
 
-    /// Where it listens.
     pub fn local_addr(&self) -> SocketAddr {
         self.local
     }
 
-    /// Accepts no more. Lines that stand go on; their holders close them.
+    /// Stops accepting. Open connections continue; their holders close them.
     pub fn close(&self) {
         self.stop.cancel();
         if let Some(endpoint) = &self.endpoint {
@@ -265,8 +266,8 @@ impl Listener {
         }
     }
 
-    /// Waits a moment for the goodbyes of closed lines to leave: to be called last, before the
-    /// process ends.
+    /// Waits briefly until the close messages of closed connections are sent. Call this last,
+    /// before the process ends.
     pub async fn wait_idle(&self) {
         if let Some(endpoint) = &self.endpoint {
             let _ = tokio::time::timeout(FLUSH_MAX, endpoint.wait_idle()).await;
@@ -279,7 +280,7 @@ fn bind_pair(addr: SocketAddr) -> Result<(StdTcpListener, UdpSocket), Fault> {
         let message = format!("listen on {addr} ({what}): {error}");
         match error.kind() {
             std::io::ErrorKind::AddrInUse => Fault::config(message).with_next(
-                "stop the program that uses this port, or choose another under [listen]",
+                "stop the program that uses this port, or choose another port under [listen]",
             ),
             _ => Fault::config(message).with_next("correct the address under [listen]"),
         }
@@ -296,36 +297,36 @@ fn bind_pair(addr: SocketAddr) -> Result<(StdTcpListener, UdpSocket), Fault> {
     }
 }
 
-/// Who may connect, and what all handshakes share.
+/// Decides which connections are accepted; shared by all handshakes.
 struct Admission {
     hub: Arc<HubIdentity>,
     arrivals: mpsc::Sender<Arrival>,
-    /// TCP connections until the peer has shown its certificate.
+    /// TCP connections until the peer has presented its certificate.
     tcp: Pool,
-    /// QUIC connections until then.
+    /// QUIC connections until the peer has presented its certificate.
     quic: Pool,
-    /// Connections that ask to join, until they are answered.
+    /// Join requests until they are answered.
     joins: Pool,
     /// Authenticated connections.
     seats: Seats,
     congestion: Congestion,
-    /// Bytes that all lines may buffer for sending.
+    /// The bytes that all connections may buffer for sending.
     memory: u64,
-    /// What they may hold that nobody reads yet.
+    /// The receive windows of all connections.
     windows: Arc<Windows>,
     refused: Tally,
     unfinished: Tally,
     not_accepted: Tally,
-    early: Tally,
+    not_yet_valid: Tally,
 }
 
-/// What a peer turned out to be, once TLS is done.
+/// The type of a peer after the TLS handshake.
 enum Newcomer {
     /// A site or a publisher, with its certificate (DER).
     Known(Holder, Vec<u8>),
-    /// Somebody who asks to join.
+    /// A client that asks to join.
     Joining(Permit),
-    /// Somebody who is told why not, with this code.
+    /// A rejected peer, with the close code and the reason.
     Refused(u32, Fault),
 }
 
@@ -339,13 +340,15 @@ impl Newcomer {
 }
 
 impl Admission {
-    /// What one line may buffer for sending, as many as there are now.
+    /// The bytes that each connection may buffer for sending, given the current number of
+    /// connections.
     fn send_room(&self) -> u64 {
         (self.memory / self.seats.used().max(1) as u64).min(CONNECTION_SEND_BYTES_MAX)
     }
 
-    /// Unfinished handshakes that one address may have. Many sites behind one address, which a
-    /// restarted hub has to take in again, get more as they come.
+    /// The number of unfinished handshakes allowed for one address. The limit grows with the
+    /// connections of that address, so that many sites behind one address can reconnect after a
+    /// restart of the hub.
     fn own_max(&self, network: Network) -> usize {
         self.seats.used_by(network).clamp(
             CONNECTION_HANDSHAKES_PER_ADDRESS_MAX,
@@ -353,25 +356,26 @@ impl Admission {
         )
     }
 
-    /// A place for a handshake. `None` if every place is taken by a peer that is being welcomed.
-    fn begin(&self, pool: &Pool, remote: SocketAddr, own_max: usize) -> Option<Permit> {
+    /// Takes a slot for a handshake. `None` if every slot is used by a peer that is already
+    /// authenticated.
+    fn take_slot(&self, pool: &Pool, remote: SocketAddr, own_max: usize) -> Option<Permit> {
         let place = pool.enter(Some(remote.ip().into()), own_max);
         if place.is_none() {
             self.unfinished
-                .note(format_args!("{remote}: no room for another handshake"));
+                .note(format_args!("{remote}: all handshake slots are in use"));
         }
         place
     }
 
-    /// Whether a QUIC peer has to prove its address first, which costs the hub nothing: many
-    /// handshakes run, in all or from there.
+    /// Whether a QUIC peer must first prove its address with a Retry, which costs the hub nothing:
+    /// if many handshakes are running in total or from that address.
     fn wants_proof(&self, remote: SocketAddr) -> bool {
         let network = remote.ip().into();
         self.quic.used() >= CONNECTION_HANDSHAKES_EASY
             || self.quic.unfinished_of(network) >= self.own_max(network) / 2
     }
 
-    /// Decides about a peer whose handshake is done, and takes the seat of one that is known.
+    /// Classifies a peer after its handshake, and takes a seat for a known peer.
     fn admit(&self, shown: &Shown, remote: SocketAddr, over_tcp: bool) -> (Newcomer, Option<Seat>) {
         let network = remote.ip().into();
         if shown.alpn == tls::ALPN_JOIN {
@@ -383,7 +387,7 @@ impl Admission {
                 None => (
                     Newcomer::Refused(
                         CLOSE_BUSY,
-                        Fault::unreachable("the hub answers too many join requests now"),
+                        Fault::unreachable("the hub is processing too many join requests"),
                     ),
                     None,
                 ),
@@ -395,7 +399,7 @@ impl Admission {
         };
         match tls::check_time(&cert_der, &who, "the hub") {
             Ok(None) => {}
-            Ok(Some(early)) => self.early.note(early),
+            Ok(Some(not_yet_valid)) => self.not_yet_valid.note(not_yet_valid),
             Err(fault) => return (Newcomer::Refused(CLOSE_CLOCK, fault), None),
         }
         match self.seats.take(&who, network, over_tcp) {
@@ -404,7 +408,8 @@ impl Admission {
         }
     }
 
-    /// After the handshake: welcomes a site, hears a join request, or says why not.
+    /// Completes the handshake: welcomes a site, reads a join request, or sends the reason of a
+    /// rejection.
     async fn enter(
         &self,
         newcomer: Newcomer,
@@ -420,7 +425,7 @@ impl Admission {
                 Err(fault.with_next(String::new()))
             }
             Newcomer::Joining(place) => {
-                let request = self.hear(Link::new(wire, None, remote), place).await?;
+                let request = self.read_join(Link::new(wire, None, remote), place).await?;
                 let _ = self.arrivals.send(Arrival::Join(request)).await;
                 Ok(())
             }
@@ -450,17 +455,16 @@ impl Admission {
         }
     }
 
-    /// Reads a join request. A request that could not be granted anyhow is refused here, before it
-    /// can use up a token.
-    async fn hear(&self, link: Link, place: Permit) -> Result<JoinRequest, Fault> {
+    /// Reads a join request. An invalid request is rejected here, before it can use a token.
+    async fn read_join(&self, link: Link, place: Permit) -> Result<JoinRequest, Fault> {
         let asked = tokio::select! {
             asked = self.read_request(&link) => asked?,
-            () = place.evicted() => return Err(Fault::unreachable("newer join requests took its place")),
+            () = place.evicted() => return Err(Fault::unreachable("the connection was closed in favour of newer join requests")),
         };
         let (mut send, request) = asked;
         match request {
             Ok(asked) => {
-                // From here on the token may be used up: the answer must arrive.
+                // The token may be used from here on, so the answer must be delivered.
                 place.finish();
                 let secret_hash = secret_hash(&asked.token_id, &asked.secret);
                 let claim = asked.site.map_or(Claim::Publisher, Claim::Site);
@@ -493,12 +497,12 @@ impl Admission {
         let (send, mut recv) = link
             .accept()
             .await
-            .ok_or_else(|| Fault::unreachable("a joining site went away before it asked"))?;
+            .ok_or_else(|| Fault::unreachable("a joining site disconnected before it sent its request"))?;
         let read = async { hello::receive::<hello::Ask>(&mut recv).await?.read() };
         Ok((send, read.await))
     }
 
-    /// A QUIC connection from its first packet to its arrival.
+    /// Handles a QUIC connection from its first packet until it is passed on.
     async fn take_quic(
         self: &Arc<Self>,
         incoming: quinn::Incoming,
@@ -518,12 +522,12 @@ impl Admission {
             newcomer.holder(),
             window::Of::Quic(connection.clone()),
         );
-        let (own, fitted) = (self.clone(), window.clone());
+        let (this, current_window) = (self.clone(), window.clone());
         let room = move || {
-            fitted.fit();
-            own.send_room()
+            current_window.fit();
+            this.send_room()
         };
-        quic::tend(connection.clone(), room, seat);
+        quic::adjust_send_buffer(connection.clone(), room, seat);
         self.enter(
             newcomer,
             Wire::Quic {
@@ -537,7 +541,7 @@ impl Admission {
         .await
     }
 
-    /// A TCP connection from its beginning to its arrival.
+    /// Handles a TCP connection from its start until it is passed on.
     async fn take_tcp(
         self: &Arc<Self>,
         socket: TcpStream,
@@ -552,8 +556,8 @@ impl Admission {
             place.finish();
         }
         let mux = Mux::start(secured.io, End::Listening, secured.handshake, seat);
-        let own = self.clone();
-        mux.tend(move || own.send_room());
+        let this = self.clone();
+        mux.adjust_limit(move || this.send_room());
         self.enter(
             newcomer,
             Wire::Tcp {
@@ -566,8 +570,7 @@ impl Admission {
         .await
     }
 
-    /// Runs what takes a connection until its end, its deadline, or the moment that a newer
-    /// connection takes its place.
+    /// Runs `work` until its end, its deadline, or the eviction of its connection.
     async fn conclude(
         &self,
         work: impl Future<Output = Result<(), Fault>>,
@@ -576,7 +579,7 @@ impl Admission {
     ) {
         let result = tokio::select! {
             biased;
-            () = place.evicted() => Err(Fault::unreachable("newer connections took its place")),
+            () = place.evicted() => Err(Fault::unreachable("the connection was closed in favour of newer connections")),
             result = tokio::time::timeout(CONNECTION_HANDSHAKE_MAX, work) => result.unwrap_or_else(|_| Err(too_slow())),
         };
         match result {
@@ -593,7 +596,7 @@ fn too_slow() -> Fault {
     Fault::unreachable("the handshake took too long")
 }
 
-/// The TLS handshake has a deadline of its own, however many bytes trickle in.
+/// The TLS handshake has its own deadline, which incoming bytes do not extend.
 async fn in_time<T>(handshake: impl Future<Output = T>) -> Result<T, Fault> {
     tokio::time::timeout(CONNECTION_TLS_MAX, handshake)
         .await
@@ -611,13 +614,13 @@ async fn accept_quic(endpoint: Endpoint, config: quinn::ServerConfig, admission:
             let _ = incoming.retry();
             continue;
         }
-        // Sites behind one address come together after a restart of the hub: whoever has proved
-        // that the address is his may have more.
+        // After a restart of the hub, many sites behind one address connect at once. An address
+        // that was proved with a Retry may have more handshakes.
         let own_max = match incoming.remote_address_validated() {
             true => CONNECTION_HANDSHAKES_PROVED_MAX,
             false => admission.own_max(remote.ip().into()),
         };
-        let Some(place) = admission.begin(&admission.quic, remote, own_max) else {
+        let Some(place) = admission.take_slot(&admission.quic, remote, own_max) else {
             incoming.refuse();
             continue;
         };
@@ -651,7 +654,7 @@ async fn accept_tcp(
             }
         };
         let own_max = admission.own_max(remote.ip().into());
-        let Some(place) = admission.begin(&admission.tcp, remote, own_max) else {
+        let Some(place) = admission.take_slot(&admission.tcp, remote, own_max) else {
             continue;
         };
         let (admission, tls) = (admission.clone(), tls.clone());

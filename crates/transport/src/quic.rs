@@ -1,4 +1,4 @@
-//! QUIC: sockets, transport settings, and what quinn's errors mean.
+//! QUIC: sockets, transport settings, and the meaning of quinn's errors.
 
 use std::net::{SocketAddr, UdpSocket};
 use std::sync::Arc;
@@ -21,18 +21,18 @@ use base::limits::{
     CONNECTION_WINDOW_BYTES, CONNECTION_WINDOW_FIRST_BYTES, SILENCE_MAX,
 };
 
-/// What QUIC asks of every path.
+/// The packet size that QUIC requires of every path.
 const PACKET_BYTES_MIN: u16 = 1200;
-/// Packets that are larger by no more than this are not worth another try.
+/// The MTU search stops when the remaining gain is not larger than this.
 const PACKET_BYTES_STEP: u16 = 8;
-/// The same where what leaves this machine may be as large as can be, as only a loopback takes it:
-/// each try costs as many bytes, and what lies in between is not to be expected. So 12,487 are
-/// found, five to a segmented send.
+/// The same, if the interface allows the largest packets, as only a loopback does. Each probe costs
+/// many bytes, and sizes in between are unlikely. The search finds 12,487 bytes, so five packets
+/// fit one segmented send.
 const PACKET_BYTES_LARGE_STEP: u16 = CONNECTION_PACKET_BYTES_MAX / 5;
 
-/// The largest packet that is worth trying: no larger than what leaves this machine towards
-/// `remote`. A search that begins far above what the path takes costs a long line seconds, for each
-/// size that fails is tried thrice.
+/// The largest packet size to probe: at most the MTU of the interface towards `remote`. On a
+/// connection with a long round trip, a search that starts far above the MTU takes seconds, because
+/// each failing size is probed three times.
 fn packet_bytes_max(remote: SocketAddr) -> u16 {
     use rustix::net::sockopt;
     let any = if remote.is_ipv4() {
@@ -41,7 +41,7 @@ fn packet_bytes_max(remote: SocketAddr) -> u16 {
         SocketAddr::from(([0u16; 8], 0))
     };
     let route = UdpSocket::bind(any).and_then(|probe| {
-        // Sends nothing: it has the kernel look the route up.
+        // Sends nothing: the kernel only looks up the route.
         probe.connect(remote)?;
         Ok(if remote.is_ipv4() {
             sockopt::ip_mtu(&probe)?.saturating_sub(28)
@@ -61,14 +61,14 @@ fn transport(
     remote: SocketAddr,
     window: u64,
 ) -> Result<Arc<TransportConfig>, Fault> {
-    let most = packet_bytes_max(remote);
-    let step = if most == CONNECTION_PACKET_BYTES_MAX {
+    let largest = packet_bytes_max(remote);
+    let step = if largest == CONNECTION_PACKET_BYTES_MAX {
         PACKET_BYTES_LARGE_STEP
     } else {
         PACKET_BYTES_STEP
     };
     let mut mtu = MtuDiscoveryConfig::default();
-    mtu.upper_bound(most).minimum_change(step);
+    mtu.upper_bound(largest).minimum_change(step);
     let idle = SILENCE_MAX
         .try_into()
         .map_err(|e| Fault::internal(format!("set up QUIC: the idle timeout: {e}")))?;
@@ -89,17 +89,17 @@ fn transport(
 }
 
 fn endpoint_config(reset_key: Option<[u8; 32]>) -> Result<EndpointConfig, Fault> {
-    // With a key that outlives the process, a hub that was restarted can tell a site at its next
-    // packet that the old connection is gone, and the site dials anew at once instead of after the
-    // idle timeout.
+    // The key survives a restart. A restarted hub can therefore answer the next packet of a site
+    // with a stateless reset, and the site reconnects immediately instead of after the idle
+    // timeout.
     let mut config = match reset_key {
         Some(key) => {
             let mut config = EndpointConfig::new(Arc::new(ring::hmac::Key::new(
                 ring::hmac::HMAC_SHA256,
                 &key,
             )));
-            // A reset is only sent for a connection id that the endpoint knows for one of its own
-            // making.
+            // A stateless reset is only sent for a connection id that the endpoint recognises as
+            // its own.
             let ids = u64::from_le_bytes([
                 key[0], key[1], key[2], key[3], key[4], key[5], key[6], key[7],
             ]);
@@ -109,8 +109,7 @@ fn endpoint_config(reset_key: Option<[u8; 32]>) -> Result<EndpointConfig, Fault>
             config
         }
         None => {
-            // A dialling end has a socket for each line, so its packets need not say which they are
-            // for.
+            // A connecting end has one socket per connection, so its packets need no connection id.
             let mut config = EndpointConfig::default();
             config.cid_generator(|| Box::new(quinn_proto::RandomConnectionIdGenerator::new(0)));
             config
@@ -122,16 +121,16 @@ fn endpoint_config(reset_key: Option<[u8; 32]>) -> Result<EndpointConfig, Fault>
     Ok(config)
 }
 
-/// Asks for large socket buffers: what does not fit while the daemon is busy elsewhere is lost, and
-/// slows the line.
+/// Requests large socket buffers: packets that do not fit while the daemon is busy are lost, which
+/// slows down the connection.
 fn enlarge_buffers(socket: &UdpSocket) {
     use rustix::net::sockopt;
     let wanted = CONNECTION_SOCKET_BUFFER_BYTES;
-    // The kernel reports twice what was asked, for its own bookkeeping.
+    // The kernel reports twice the requested size, because it includes its bookkeeping.
     let granted = |size: rustix::io::Result<usize>| size.unwrap_or(0) / 2;
     let _ = sockopt::set_socket_recv_buffer_size(socket, wanted);
     if granted(sockopt::socket_recv_buffer_size(socket)) < wanted {
-        // Beyond the system's limit for those who may (CAP_NET_ADMIN).
+        // With CAP_NET_ADMIN the buffer may exceed the system limit.
         let _ = sockopt::set_socket_recv_buffer_size_force(socket, wanted);
     }
     let _ = sockopt::set_socket_send_buffer_size(socket, wanted);
@@ -145,7 +144,7 @@ fn enlarge_buffers(socket: &UdpSocket) {
             wanted,
             receive,
             send,
-            "the kernel grants smaller UDP buffers than asked; raise net.core.rmem_max and net.core.wmem_max for fast lines"
+            "the kernel grants smaller UDP buffers than requested; raise net.core.rmem_max and net.core.wmem_max for fast connections"
         );
     } else {
         tracing::debug!(receive, send, "UDP buffers granted");
@@ -160,7 +159,7 @@ fn endpoint(
     enlarge_buffers(&socket);
     let endpoint_config = endpoint_config(reset_key)?;
     let runtime = Arc::new(quinn::TokioRuntime);
-    let made = runtime.wrap_udp_socket(socket).and_then(|socket| {
+    let endpoint = runtime.wrap_udp_socket(socket).and_then(|socket| {
         Endpoint::new_with_abstract_socket(
             endpoint_config,
             server,
@@ -168,10 +167,10 @@ fn endpoint(
             runtime,
         )
     });
-    made.at("set up the QUIC endpoint")
+    endpoint.at("set up the QUIC endpoint")
 }
 
-/// The hub's endpoint, and what every connection to it is set up with.
+/// The endpoint of the hub, and the configuration of its connections.
 pub(super) fn listen(
     socket: UdpSocket,
     tls: rustls::ServerConfig,
@@ -190,7 +189,7 @@ pub(super) fn listen(
     ))
 }
 
-/// Accepts a connection whose congestion control can be set by `choice` for itself.
+/// Accepts a connection whose congestion control can be set with `choice`.
 pub(super) async fn accept(
     incoming: quinn::Incoming,
     config: &quinn::ServerConfig,
@@ -210,28 +209,28 @@ pub(super) async fn accept(
         .map_err(lost)
 }
 
-/// Dials one address; returns once the handshake is done on this side.
+/// Connects to one address. Returns when the handshake is complete on this side.
 pub(super) async fn connect(
     remote: SocketAddr,
     tls: rustls::ClientConfig,
     choice: &Choice,
 ) -> Result<Connected, Ended> {
-    let give_up = |e: &dyn std::fmt::Display| Ended::lost(&e.to_string());
+    let lost = |e: &dyn std::fmt::Display| Ended::lost(&e.to_string());
     let any = if remote.is_ipv4() {
         SocketAddr::from(([0; 4], 0))
     } else {
         SocketAddr::from(([0u16; 8], 0))
     };
-    let socket = UdpSocket::bind(any).map_err(|e| give_up(&e))?;
-    let endpoint = endpoint(socket, None, None).map_err(|e| give_up(&e))?;
-    let crypto = QuicClientConfig::try_from(tls).map_err(|e| give_up(&e))?;
+    let socket = UdpSocket::bind(any).map_err(|e| lost(&e))?;
+    let endpoint = endpoint(socket, None, None).map_err(|e| lost(&e))?;
+    let crypto = QuicClientConfig::try_from(tls).map_err(|e| lost(&e))?;
     let mut config = quinn::ClientConfig::new(Arc::new(crypto));
     config.transport_config(
-        transport(choice, remote, CONNECTION_WINDOW_BYTES.into()).map_err(|e| give_up(&e))?,
+        transport(choice, remote, CONNECTION_WINDOW_BYTES.into()).map_err(|e| lost(&e))?,
     );
     let connecting = endpoint
         .connect_with(config, remote, crate::identity::HUB_DNS_NAME)
-        .map_err(|e| give_up(&e))?;
+        .map_err(|e| lost(&e))?;
     let connection = connecting.await.map_err(|e| ended(&e))?;
     let shown = shown(&connection);
     Ok(Connected {
@@ -241,14 +240,14 @@ pub(super) async fn connect(
     })
 }
 
-/// A dialled connection after its handshake.
+/// A connection that this end opened, after its handshake.
 pub(super) struct Connected {
     pub(super) connection: quinn::Connection,
     pub(super) shown: Shown,
     pub(super) endpoint: Endpoint,
 }
 
-/// What the handshake of a connection showed.
+/// The ALPN and the certificates from the handshake.
 pub(super) fn shown(connection: &quinn::Connection) -> Shown {
     let data = connection
         .handshake_data()
@@ -262,10 +261,10 @@ pub(super) fn shown(connection: &quinn::Connection) -> Shown {
     }
 }
 
-/// Fits the send buffer to what the line carries, until the connection ends: it must hold what is
-/// in flight and what goes next, and beyond that it would only hold memory. `room` says what the
-/// line may have of that now, and is asked often; `guard` is held as long.
-pub(super) fn tend(
+/// Adjusts the send buffer to the bandwidth until the connection ends. The buffer must hold the
+/// data in flight and the data that is sent next; a larger one would only use memory. `room`
+/// returns the current limit and is called often. `guard` is dropped when the connection ends.
+pub(super) fn adjust_send_buffer(
     connection: quinn::Connection,
     room: impl Fn() -> u64 + Send + 'static,
     guard: impl Send + 'static,
@@ -279,37 +278,39 @@ pub(super) fn tend(
                 _ = connection.closed() => break,
                 _ = tick.tick() => {}
             }
-            // What is lost of an answer holds all that follows of it for two round trips more. On a
-            // short line 8 MiB are plenty, however far its window has grown: more would only leave
-            // the caches.
-            let long = connection.rtt() >= congestion::LONG_RTT;
-            let wanted = if long {
+            // A lost packet of an answer holds back the rest of the answer for two more round
+            // trips. On a short connection, 8 MiB suffice for any window, and a larger buffer would
+            // not fit the CPU caches.
+            let is_long = connection.rtt() >= congestion::LONG_RTT;
+            let wanted = if is_long {
                 4 * connection.stats().path.cwnd
             } else {
                 0
             };
-            let fitting = wanted
+            let adjusted = wanted
                 .max(CONNECTION_SEND_BYTES_MIN)
                 .min(room())
                 .max(CONNECTION_SEND_BYTES_LEAST);
-            if fitting != window {
-                connection.set_send_window(fitting);
-                window = fitting;
+            if adjusted != window {
+                connection.set_send_window(adjusted);
+                window = adjusted;
             }
         }
         drop(guard);
     });
 }
 
-/// What a connection's error means.
+/// Converts an error of a connection.
 pub(super) fn ended(error: &ConnectionError) -> Ended {
     match error {
         ConnectionError::ApplicationClosed(close) => Ended::by_peer(
             u32::try_from(close.error_code.into_inner()).unwrap_or(CLOSE_VIOLATION),
             &close.reason,
         ),
-        ConnectionError::LocallyClosed => Ended::by_us(super::CLOSE_DONE, "it was closed here"),
-        // A TLS alert: codes from 0x100 on.
+        ConnectionError::LocallyClosed => {
+            Ended::by_us(super::CLOSE_DONE, "it was closed by this end")
+        }
+        // A TLS alert: the codes start at 0x100.
         ConnectionError::ConnectionClosed(close) if u64::from(close.error_code) >> 8 == 1 => {
             let reason = format!(
                 "the TLS handshake was refused: {}",
@@ -317,12 +318,12 @@ pub(super) fn ended(error: &ConnectionError) -> Ended {
             );
             Ended::by_peer(CLOSE_REFUSED, reason.as_bytes())
         }
-        // This end refused the peer's certificate.
+        // This end rejected the certificate of the peer.
         ConnectionError::TransportError(error) if u64::from(error.code) >> 8 == 1 => {
             Ended::by_us(CLOSE_REFUSED, &error.reason)
         }
         ConnectionError::TimedOut => Ended::lost("no answer for too long"),
-        ConnectionError::Reset => Ended::lost("the other end has forgotten it (it was restarted)"),
+        ConnectionError::Reset => Ended::lost("the peer was restarted"),
         other => Ended::lost(&other.to_string()),
     }
 }

@@ -1,23 +1,24 @@
-//! How long to wait before the hub is dialled again: a plain function of how it went.
+//! The pause before the next attempt to connect to the hub: a pure function of the earlier
+//! attempts.
 
 use std::time::Duration;
 
 use base::limits::{BACKOFF_FIRST, RECONNECT_MAX};
 
-/// A line that stood this long was a good one: the next is dialled at once.
-const GOOD_FROM: Duration = Duration::from_secs(10);
+/// After a connection of at least this duration, the next attempt starts without the longer pauses.
+const STABLE_AFTER: Duration = Duration::from_secs(10);
 
-/// The pauses between one call and the next: they double, with jitter, so that many sites do not
-/// come at once.
+/// The pauses between attempts. They double, with jitter, so that many sites do not reconnect at
+/// once.
 #[derive(Debug)]
 pub struct Redial {
-    longest: Duration,
+    pause_max: Duration,
 }
 
 impl Default for Redial {
     fn default() -> Self {
         Self {
-            longest: BACKOFF_FIRST,
+            pause_max: BACKOFF_FIRST,
         }
     }
 }
@@ -25,15 +26,16 @@ impl Default for Redial {
 impl Redial {
     /// The next pause.
     pub fn pause(&mut self) -> Duration {
-        let pause = self.longest.mul_f64(rand::random_range(0.5..1.0));
-        self.longest = (self.longest * 2).min(RECONNECT_MAX);
+        let pause = self.pause_max.mul_f64(rand::random_range(0.5..1.0));
+        self.pause_max = (self.pause_max * 2).min(RECONNECT_MAX);
         pause
     }
 
-    /// A line has ended that stood so long. After a good one the pauses begin anew; one that ends
-    /// as soon as it stands, because this end cannot work, is not dialled without end.
+    /// Records that a connection ended after this time. A long connection resets the pauses. A
+    /// connection that ends soon does not, so that a permanent problem does not cause frequent
+    /// attempts.
     pub fn stood(&mut self, time: Duration) {
-        if time >= GOOD_FROM {
+        if time >= STABLE_AFTER {
             *self = Self::default();
         }
     }
@@ -43,37 +45,37 @@ impl Redial {
 mod tests {
     use super::*;
 
-    fn is_about(pause: Duration, longest: Duration) -> bool {
-        pause >= longest / 2 && pause <= longest
+    fn is_about(pause: Duration, pause_max: Duration) -> bool {
+        pause >= pause_max / 2 && pause <= pause_max
     }
 
     #[test]
     fn pauses_double_to_a_limit() {
         let mut redial = Redial::default();
         for doublings in 0..40u32 {
-            let longest = BACKOFF_FIRST
+            let pause_max = BACKOFF_FIRST
                 .saturating_mul(1 << doublings.min(20))
                 .min(RECONNECT_MAX);
             let pause = redial.pause();
-            assert!(is_about(pause, longest), "{doublings}: {pause:?}");
+            assert!(is_about(pause, pause_max), "{doublings}: {pause:?}");
         }
     }
 
     #[test]
-    fn no_two_sites_come_at_once() {
+    fn pauses_of_sites_differ() {
         let pauses: Vec<Duration> = (0..20).map(|_| Redial::default().pause()).collect();
         assert!(pauses.windows(2).any(|two| two[0] != two[1]), "{pauses:?}");
     }
 
     #[test]
-    fn a_good_line_is_followed_at_once_and_one_that_ends_at_once_is_not() {
+    fn a_long_connection_resets_the_pauses_and_a_short_one_does_not() {
         let mut redial = Redial::default();
         for _ in 0..10 {
             redial.pause();
         }
-        redial.stood(GOOD_FROM - Duration::from_millis(1));
+        redial.stood(STABLE_AFTER - Duration::from_millis(1));
         assert!(is_about(redial.pause(), RECONNECT_MAX));
-        redial.stood(GOOD_FROM);
+        redial.stood(STABLE_AFTER);
         assert!(is_about(redial.pause(), BACKOFF_FIRST));
         assert!(is_about(redial.pause(), BACKOFF_FIRST * 2));
     }

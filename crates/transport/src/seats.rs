@@ -1,4 +1,4 @@
-//! Seats for authenticated connections: bounded in total, for each peer, and with a part that only
+//! Seats for authenticated connections: limited in total and for each peer, with a part that only
 //! sites can use.
 
 use std::collections::HashMap;
@@ -16,15 +16,15 @@ use base::limits::{CONNECTIONS_PER_PUBLISHER_MAX, CONNECTIONS_PER_SITE_MAX};
 /// The seats of a hub. Clones share them.
 #[derive(Clone)]
 pub(super) struct Seats {
-    /// All connections.
+    /// The limit on all connections.
     seats_max: usize,
-    /// Those over TCP, each of which needs a file descriptor.
+    /// The limit on TCP connections, each of which needs a file descriptor.
     tcp_max: usize,
-    book: Arc<Mutex<Book>>,
+    counts: Arc<Mutex<Counts>>,
 }
 
 #[derive(Default)]
-struct Book {
+struct Counts {
     all: usize,
     tcp: usize,
     publishers: usize,
@@ -38,18 +38,18 @@ impl Seats {
         Self {
             seats_max,
             tcp_max,
-            book: Arc::default(),
+            counts: Arc::default(),
         }
     }
 
-    /// Connections that stand.
+    /// The number of connections.
     pub(super) fn used(&self) -> usize {
-        self.book.lock().all
+        self.counts.lock().all
     }
 
-    /// Connections that stand from one address.
+    /// The number of connections from one address.
     pub(super) fn used_by(&self, network: Network) -> usize {
-        self.book
+        self.counts
             .lock()
             .by_network
             .get(&network)
@@ -57,8 +57,8 @@ impl Seats {
             .unwrap_or(0)
     }
 
-    /// A seat for an authenticated peer, or why there is none now. A quarter of the seats is for
-    /// sites only.
+    /// Takes a seat for an authenticated peer, or returns why there is none. A quarter of the seats
+    /// is reserved for sites.
     pub(super) fn take(
         &self,
         who: &Holder,
@@ -78,48 +78,50 @@ impl Seats {
                 seats
             }
         };
-        let mut book = self.book.lock();
-        if book.by_holder.get(who).is_some_and(|own| *own >= own_max) {
+        let mut counts = self.counts.lock();
+        if counts.by_holder.get(who).is_some_and(|own| *own >= own_max) {
             return Err(busy(format!(
                 "{who} has {own_max} connections, which is the limit"
             )));
         }
-        if book.all >= self.seats_max || (is_publisher && book.publishers >= usable(self.seats_max))
+        if counts.all >= self.seats_max
+            || (is_publisher && counts.publishers >= usable(self.seats_max))
         {
             return Err(busy(format!(
-                "the hub has no room for another connection: its limit is {}",
+                "the hub cannot accept another connection: its limit is {}",
                 usable(self.seats_max)
             )));
         }
         if over_tcp
-            && (book.tcp >= self.tcp_max
-                || (is_publisher && book.publishers_tcp >= usable(self.tcp_max)))
+            && (counts.tcp >= self.tcp_max
+                || (is_publisher && counts.publishers_tcp >= usable(self.tcp_max)))
         {
             let limit = usable(self.tcp_max);
             return Err(busy(format!(
-                "the hub has no room for another TCP connection: its limit is {limit}, from its limit of open files"
+                "the hub cannot accept another TCP connection: its limit is {limit}, derived from its limit of open files"
             )));
         }
         let seat = Seat {
             who: who.clone(),
             network,
             over_tcp,
-            book: self.book.clone(),
+            counts: self.counts.clone(),
         };
-        book.count(&seat, true);
-        *book.by_holder.entry(who.clone()).or_default() += 1;
-        *book.by_network.entry(network).or_default() += 1;
+        counts.count(&seat, true);
+        *counts.by_holder.entry(who.clone()).or_default() += 1;
+        *counts.by_network.entry(network).or_default() += 1;
         Ok(seat)
     }
 }
 
 fn busy(message: String) -> Fault {
-    Fault::unreachable(message).with_next("no action is needed: the connection is tried again")
+    Fault::unreachable(message)
+        .with_next("no action is needed: the connection is retried automatically")
 }
 
-impl Book {
-    fn count(&mut self, seat: &Seat, comes: bool) {
-        let step = |count: &mut usize, counts: bool| match (counts, comes) {
+impl Counts {
+    fn count(&mut self, seat: &Seat, is_added: bool) {
+        let step = |count: &mut usize, counts: bool| match (counts, is_added) {
             (true, true) => *count += 1,
             (true, false) => *count -= 1,
             (false, _) => {}
@@ -132,18 +134,18 @@ impl Book {
     }
 }
 
-/// The seat of one connection; free again when it is dropped.
+/// The seat of one connection. Dropping it frees the seat.
 #[derive(Debug)]
 pub(super) struct Seat {
     who: Holder,
     network: Network,
     over_tcp: bool,
-    book: Arc<Mutex<Book>>,
+    counts: Arc<Mutex<Counts>>,
 }
 
-impl std::fmt::Debug for Book {
+impl std::fmt::Debug for Counts {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Book")
+        f.debug_struct("Counts")
             .field("all", &self.all)
             .finish_non_exhaustive()
     }
@@ -151,15 +153,15 @@ impl std::fmt::Debug for Book {
 
 impl Drop for Seat {
     fn drop(&mut self) {
-        let book = self.book.clone();
-        let mut book = book.lock();
-        book.count(self, false);
-        leave(&mut book.by_holder, self.who.clone());
-        leave(&mut book.by_network, self.network);
+        let counts = self.counts.clone();
+        let mut counts = counts.lock();
+        counts.count(self, false);
+        decrement(&mut counts.by_holder, self.who.clone());
+        decrement(&mut counts.by_network, self.network);
     }
 }
 
-fn leave<K: Hash + Eq>(counts: &mut HashMap<K, usize>, key: K) {
+fn decrement<K: Hash + Eq>(counts: &mut HashMap<K, usize>, key: K) {
     if let Entry::Occupied(mut count) = counts.entry(key) {
         *count.get_mut() -= 1;
         if *count.get() == 0 {
@@ -180,41 +182,43 @@ mod tests {
         Holder::Site(format!("site{n}").parse().unwrap())
     }
 
-    fn here() -> Network {
+    fn network() -> Network {
         std::net::IpAddr::from([127, 0, 0, 1]).into()
     }
 
     #[test]
-    fn a_publisher_that_opens_4096_connections_gets_sixteen_and_a_site_gets_in() {
+    fn a_publisher_gets_sixteen_connections_and_a_site_can_still_connect() {
         let seats = Seats::new(4096, 4096);
         let taken: Vec<Seat> = (0..4096)
-            .filter_map(|_| seats.take(&publisher(0), here(), true).ok())
+            .filter_map(|_| seats.take(&publisher(0), network(), true).ok())
             .collect();
         assert_eq!(
-            (taken.len(), seats.used(), seats.used_by(here())),
+            (taken.len(), seats.used(), seats.used_by(network())),
             (CONNECTIONS_PER_PUBLISHER_MAX, 16, 16)
         );
-        let fault = seats.take(&publisher(0), here(), false).unwrap_err();
+        let fault = seats.take(&publisher(0), network(), false).unwrap_err();
         assert!(
             fault.message.contains("publisher pub0 has 16 connections"),
             "{fault}"
         );
-        let other = seats.take(&publisher(1), here(), true).unwrap();
-        let site = seats.take(&site(0), here(), true).unwrap();
+        let other = seats.take(&publisher(1), network(), true).unwrap();
+        let site = seats.take(&site(0), network(), true).unwrap();
         drop((taken, other, site));
-        assert_eq!((seats.used(), seats.used_by(here())), (0, 0));
-        assert!(seats.book.lock().by_holder.is_empty() && seats.book.lock().by_network.is_empty());
+        assert_eq!((seats.used(), seats.used_by(network())), (0, 0));
+        assert!(
+            seats.counts.lock().by_holder.is_empty() && seats.counts.lock().by_network.is_empty()
+        );
     }
 
     #[test]
     fn a_quarter_of_the_seats_is_for_sites() {
         let seats = Seats::new(64, 64);
         let many: Vec<Seat> = (0..64)
-            .filter_map(|n| seats.take(&publisher(n), here(), true).ok())
+            .filter_map(|n| seats.take(&publisher(n), network(), true).ok())
             .collect();
         assert_eq!(many.len(), 48);
         let sites: Vec<Seat> = (0..64)
-            .filter_map(|n| seats.take(&site(n), here(), false).ok())
+            .filter_map(|n| seats.take(&site(n), network(), false).ok())
             .collect();
         assert_eq!((sites.len(), seats.used()), (16, 64));
     }
@@ -223,27 +227,27 @@ mod tests {
     fn connections_over_tcp_stay_within_the_open_files() {
         let seats = Seats::new(4096, 8);
         let tcp: Vec<Seat> = (0..20)
-            .filter_map(|n| seats.take(&site(n), here(), true).ok())
+            .filter_map(|n| seats.take(&site(n), network(), true).ok())
             .collect();
         assert_eq!(tcp.len(), 8);
         assert!(
             seats
-                .take(&site(30), here(), true)
+                .take(&site(30), network(), true)
                 .unwrap_err()
                 .message
                 .contains("open files")
         );
-        seats.take(&site(30), here(), false).unwrap();
+        seats.take(&site(30), network(), false).unwrap();
     }
 
     #[test]
     fn a_site_has_a_few_seats_while_it_reconnects() {
         let seats = Seats::new(64, 64);
         let own: Vec<Seat> = (0..64)
-            .filter_map(|_| seats.take(&site(0), here(), true).ok())
+            .filter_map(|_| seats.take(&site(0), network(), true).ok())
             .collect();
         assert_eq!(own.len(), CONNECTIONS_PER_SITE_MAX);
         drop(own);
-        seats.take(&site(0), here(), true).unwrap();
+        seats.take(&site(0), network(), true).unwrap();
     }
 }

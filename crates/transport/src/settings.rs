@@ -1,28 +1,25 @@
-//! The settings of a connection, as `[line]` of the configuration gives them.
+//! The settings of a connection, from `[line]` of the configuration.
 
 use serde::Deserialize;
 
 pub use base::congestion::Congestion;
 
-/// `[line]`: how a connection is made and how it shares its path.
+/// `[line]`: how a connection is opened and how it shares its path.
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct ConnectionSettings {
-    /// Congestion control.
     pub congestion: Congestion,
-    /// `auto` (QUIC, TCP where UDP is blocked), `quic` or `tcp`.
+    /// `auto` (QUIC, or TCP if UDP is blocked), `quic` or `tcp`.
     pub transport: Transport,
 }
 
-/// Which transport a site dials with.
+/// The transport over which a site connects.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, Default)]
 #[serde(rename_all = "lowercase")]
 pub enum Transport {
-    /// QUIC, and TCP where UDP is blocked.
+    /// QUIC, or TCP if UDP is blocked.
     #[default]
     Auto,
-    /// QUIC only.
     Quic,
-    /// TCP only.
     Tcp,
 }

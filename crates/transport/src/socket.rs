@@ -1,10 +1,10 @@
-//! The UDP socket under QUIC: quinn's own, but for batches that are larger than what one call of
-//! the kernel takes.
+//! The UDP socket of QUIC: quinn's socket, plus support for batches that are too large for one
+//! system call.
 //!
-//! quinn hands over up to ten packets at once, which fit one segmented send (64 KiB) up to 6,500
-//! bytes each. Where the path carries more, as a loopback and jumbo frames do, a batch is sent in
-//! as many calls as it needs: what a packet costs beside its bytes is most of what a fast line
-//! costs.
+//! quinn passes up to ten packets at once. Up to a packet size of 6,500 bytes they fit one
+//! segmented send (64 KiB). If the path carries larger packets, as a loopback and jumbo frames do,
+//! a batch is sent with several calls. The overhead per packet is most of the cost of a fast
+//! connection.
 
 use std::collections::HashMap;
 use std::io::{self, ErrorKind, IoSliceMut};
@@ -19,22 +19,23 @@ use quinn::{AsyncUdpSocket, UdpPoller};
 
 use base::limits::CONNECTION_PACKET_BYTES_MAX;
 
-/// What one call may send: the largest datagram of IPv4, which is a little less than that of IPv6.
+/// The limit of one call: the largest datagram of IPv4, which is slightly smaller than that of
+/// IPv6.
 const SEND_BYTES_MAX: usize = 65_507;
-/// A message that is received holds less than 64 KiB, whatever the size of its packets: so many of
-/// the largest cover it.
+/// A received message has less than 64 KiB for every packet size; this many of the largest packets
+/// cover it.
 const SEGMENTS_RECEIVED_MAX: usize = 65_536_usize.div_ceil(CONNECTION_PACKET_BYTES_MAX as usize);
-/// Batches of which some was sent and the rest is to be tried again; one that nobody tries again
-/// belongs to a line that has ended.
+/// The number of partly sent batches that are remembered. A batch that is not retried belongs to a
+/// connection that has ended.
 const PARTLY_SENT_MAX: usize = 1024;
 
-/// A batch is known again by its first bytes: they are encrypted, so no two batches share them.
+/// Identifies a batch by its first bytes. They are encrypted, so no two batches have the same ones.
 type Mark = [u8; 16];
 
 #[derive(Debug)]
 pub(super) struct Socket {
     inner: Arc<dyn AsyncUdpSocket>,
-    /// How much of a batch was sent when the kernel would take no more.
+    /// The sent bytes of each batch that the kernel took only in part.
     partly_sent: Mutex<HashMap<Mark, usize>>,
 }
 
@@ -46,8 +47,8 @@ impl Socket {
         }
     }
 
-    /// Sends a batch of packets of this size call by call. When the kernel takes no more in
-    /// between, the same batch is handed over again later, and goes on where it stood.
+    /// Sends a batch of packets of this size with several calls. If the kernel accepts no more
+    /// data, quinn passes the same batch again later, and sending continues at the same position.
     fn send_in_parts(&self, transmit: &Transmit<'_>, segment: usize) -> io::Result<()> {
         let all = transmit.contents;
         let mark = all.first_chunk::<16>().copied().unwrap_or_default();
@@ -120,10 +121,10 @@ impl AsyncUdpSocket for Socket {
 mod tests {
     use super::*;
 
-    /// To which port, what, and in packets of which size.
+    /// Destination port, content, packet size.
     type Call = (u16, Vec<u8>, Option<usize>);
 
-    /// Takes so many calls and then no more, until it is told to.
+    /// Accepts a number of calls and then none until the test allows more.
     #[derive(Debug, Default)]
     struct Kernel {
         room: Mutex<usize>,
@@ -132,7 +133,7 @@ mod tests {
 
     impl AsyncUdpSocket for Kernel {
         fn create_io_poller(self: Arc<Self>) -> Pin<Box<dyn UdpPoller>> {
-            unreachable!("nobody waits here")
+            unreachable!("the test does not wait")
         }
 
         fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
@@ -184,11 +185,11 @@ mod tests {
     }
 
     #[test]
-    fn a_batch_goes_out_whole_and_once_however_often_the_kernel_is_full() {
+    fn a_batch_is_sent_completely_and_once_even_if_the_kernel_is_often_full() {
         let kernel = Arc::new(Kernel::default());
         let socket = Socket::new(kernel.clone());
         let segment = usize::from(CONNECTION_PACKET_BYTES_MAX);
-        // Two lines take turns at a kernel that takes one call at a time.
+        // Two connections alternate; the kernel accepts one call at a time.
         let batches = [(1, batch(1, 8 * segment + 5)), (2, batch(2, 10 * segment))];
         let mut left: Vec<_> = batches.iter().collect();
         for _ in 0..20 {
@@ -214,8 +215,8 @@ mod tests {
             assert!(parts.concat() == *batch, "to {port}: {} parts", parts.len());
         }
 
-        // What fits one call is handed on as it is; of what the kernel took nothing of, nothing is
-        // noted.
+        // A batch that fits one call is passed unchanged. A batch of which the kernel took nothing
+        // is not recorded.
         let whole = &batches[1].1;
         *kernel.room.lock() = 2;
         send(&socket, 1, &whole[..1200], None).unwrap();

@@ -1,4 +1,4 @@
-//! The two halves of a stream, the same over QUIC and TCP.
+//! The two halves of a stream, with the same interface over QUIC and TCP.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -13,18 +13,18 @@ pub(super) enum SendWire {
     Tcp(mux::SendStream),
 }
 
-/// The writing half of a stream. Dropped unfinished it is reset, so that the peer cannot take a
-/// part for the whole.
+/// The writing half of a stream. Dropping it before `finish` resets the stream, so that the peer
+/// never takes a part for the whole.
 pub struct SendHalf {
     pub(super) wire: SendWire,
     pub(super) link: Arc<Inner>,
-    /// Its place among the streams that send, on QUIC.
-    pub(super) place: i32,
-    pub(super) over: bool,
+    /// The position in the write order, on QUIC.
+    pub(super) position: i32,
+    pub(super) is_over: bool,
 }
 
 impl SendHalf {
-    /// Writes all of it, copying.
+    /// Copies and writes all of `data`.
     pub async fn write_all(&mut self, data: &[u8]) -> Result<(), Fault> {
         let result = match &mut self.wire {
             SendWire::Quic(_) => return self.write_bytes(Bytes::copy_from_slice(data)).await,
@@ -36,7 +36,7 @@ impl SendHalf {
         result.map_err(|e| self.link.fault(e))
     }
 
-    /// Writes all of it, without copying unless a TCP line has much to send already.
+    /// Writes all of `data`, without a copy unless much data is queued on a TCP connection.
     pub async fn write_bytes(&mut self, data: Bytes) -> Result<(), Fault> {
         let len = data.len() as u64;
         let result = match &mut self.wire {
@@ -47,14 +47,14 @@ impl SendHalf {
         result.map_err(|e| self.link.fault(e))
     }
 
-    /// [`SendHalf::write_bytes`] for many behind each other.
+    /// Like [`SendHalf::write_bytes`], for consecutive pieces.
     pub async fn write_many(&mut self, pieces: &mut [Bytes]) -> Result<(), Fault> {
         let len: u64 = pieces.iter().map(|piece| piece.len() as u64).sum();
         let result = match &mut self.wire {
             SendWire::Quic(stream) => self
                 .link
                 .write_order
-                .write(stream, self.place, pieces)
+                .write(stream, self.position, pieces)
                 .await
                 .map_err(|e| write_end(&e)),
             SendWire::Tcp(stream) => stream.write_many(pieces).await,
@@ -63,10 +63,9 @@ impl SendHalf {
         result.map_err(|e| self.link.fault(e))
     }
 
-    /// Says that nothing more comes. What was written is still delivered, as long as the line
-    /// stands.
+    /// Ends the stream. Written data is still delivered while the connection is open.
     pub fn finish(&mut self) -> Result<(), Fault> {
-        self.over = true;
+        self.is_over = true;
         let result = match &mut self.wire {
             SendWire::Quic(stream) => stream.finish().map_err(|_| StreamEnd::Finished),
             SendWire::Tcp(stream) => stream.finish(),
@@ -74,9 +73,9 @@ impl SendHalf {
         result.map_err(|e| self.link.fault(e))
     }
 
-    /// Gives the stream up: the peer's next read fails.
+    /// Resets the stream: the next read of the peer fails.
     pub fn reset(&mut self) {
-        self.over = true;
+        self.is_over = true;
         match &mut self.wire {
             SendWire::Quic(stream) => {
                 let _ = stream.reset(CLOSE_DONE.into());
@@ -85,12 +84,12 @@ impl SendHalf {
         }
     }
 
-    /// Changes the priority; an accepted stream begins with 0.
+    /// Changes the priority. An accepted stream starts with 0.
     pub fn set_priority(&mut self, priority: i32) {
         match &self.wire {
             SendWire::Quic(stream) => {
-                self.place = self.link.place_of(priority);
-                let _ = stream.set_priority(self.place);
+                self.position = self.link.position_of(priority);
+                let _ = stream.set_priority(self.position);
             }
             SendWire::Tcp(stream) => stream.set_priority(priority),
         }
@@ -99,8 +98,8 @@ impl SendHalf {
 
 impl Drop for SendHalf {
     fn drop(&mut self) {
-        // quinn would finish the stream in good order here.
-        if !self.over {
+        // quinn would finish the stream normally here.
+        if !self.is_over {
             self.reset();
         }
     }
@@ -121,14 +120,14 @@ pub(super) enum RecvWire {
     Tcp(mux::RecvStream),
 }
 
-/// The reading half of a stream. Dropped before the end, it tells the peer to stop.
+/// The reading half of a stream. Dropping it before the end asks the peer to stop.
 pub struct RecvHalf {
     pub(super) wire: RecvWire,
     pub(super) link: Arc<Inner>,
 }
 
 impl RecvHalf {
-    /// Fills the whole buffer; an end before that is a fault.
+    /// Fills the complete buffer. An earlier end is a fault.
     pub async fn read_exact(&mut self, buffer: &mut [u8]) -> Result<(), Fault> {
         let mut filled = 0;
         while filled < buffer.len() {
@@ -152,7 +151,7 @@ impl RecvHalf {
                 }
                 None => {
                     let message = format!(
-                        "{} ended a stream {} bytes too early",
+                        "{} ended a stream {} bytes before its expected end",
                         self.link.peer_name(),
                         buffer.len() - filled
                     );
@@ -164,7 +163,7 @@ impl RecvHalf {
         Ok(())
     }
 
-    /// The next bytes as they came, at most `max`, without copying; `None` at the end.
+    /// The next received bytes, at most `max`, without a copy; `None` at the end.
     pub async fn read_chunk(&mut self, max: usize) -> Result<Option<Bytes>, Fault> {
         let result = match &mut self.wire {
             RecvWire::Quic(stream) => match stream.read_chunk(max, true).await {
@@ -181,9 +180,9 @@ impl RecvHalf {
         result.map_err(|e| self.link.fault(e))
     }
 
-    /// The next pieces as they came, as many as there are and as `pieces` has places, without
-    /// copying; `None` at the end. On QUIC a piece is at most a packet, so this is much cheaper
-    /// than [`RecvHalf::read_chunk`] in a loop.
+    /// The next received pieces, as many as are available and as fit in `pieces`, without a copy;
+    /// `None` at the end. On QUIC a piece is at most one packet, so this is much cheaper than
+    /// calling [`RecvHalf::read_chunk`] repeatedly.
     pub async fn read_chunks(&mut self, pieces: &mut [Bytes]) -> Result<Option<usize>, Fault> {
         let result = match &mut self.wire {
             RecvWire::Quic(stream) => stream.read_chunks(pieces).await.map_err(|e| read_end(&e)),
@@ -208,7 +207,7 @@ impl RecvHalf {
         result.map_err(|e| self.link.fault(e))
     }
 
-    /// Everything up to the end, which must come within `limit` bytes.
+    /// All bytes up to the end, which may be at most `limit`.
     pub async fn read_to_end(&mut self, limit: usize) -> Result<Vec<u8>, Fault> {
         let mut all = Vec::new();
         while let Some(bytes) = self.read_chunk(limit + 1 - all.len()).await? {
@@ -225,7 +224,7 @@ impl RecvHalf {
         Ok(all)
     }
 
-    /// Reads no more and tells the peer so.
+    /// Stops reading and informs the peer.
     pub fn stop(&mut self) {
         match &mut self.wire {
             RecvWire::Quic(stream) => {

@@ -1,4 +1,4 @@
-//! TCP + TLS under the multiplexer: sockets, their options, the handshake.
+//! TCP + TLS below the multiplexer: sockets, their options, the handshake.
 
 use std::net::SocketAddr;
 use std::pin::Pin;
@@ -15,10 +15,10 @@ use super::tls::Shown;
 use crate::Congestion;
 use base::limits::{CONNECTION_KEEP_ALIVE, MUX_BATCH_BYTES, SILENCE_MAX};
 
-/// rustls asks for 4 KiB at a time; this much is taken from the kernel at once.
+/// rustls reads 4 KiB at a time; this many bytes are read from the kernel at once.
 const READ_BYTES: usize = 128 << 10;
 
-/// Bytes that went over one TCP connection.
+/// The bytes of one TCP connection.
 #[derive(Debug, Default)]
 pub(super) struct Traffic {
     sent: AtomicU64,
@@ -34,7 +34,7 @@ impl Traffic {
     }
 }
 
-/// A socket that counts.
+/// A socket that counts bytes.
 pub(super) struct Counted {
     socket: TcpStream,
     traffic: Arc<Traffic>,
@@ -46,11 +46,12 @@ impl AsyncRead for Counted {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<std::io::Result<()>> {
-        let before = buf.filled().len();
+        let filled_before = buf.filled().len();
         let result = Pin::new(&mut self.socket).poll_read(cx, buf);
-        self.traffic
-            .received
-            .fetch_add((buf.filled().len() - before) as u64, Ordering::Relaxed);
+        self.traffic.received.fetch_add(
+            (buf.filled().len() - filled_before) as u64,
+            Ordering::Relaxed,
+        );
         result
     }
 }
@@ -101,7 +102,7 @@ pub(super) struct Secured<T> {
     pub(super) io: T,
     pub(super) traffic: Arc<Traffic>,
     pub(super) shown: Shown,
-    /// How long the handshake took: about one round trip.
+    /// The duration of the handshake, about one round trip.
     pub(super) handshake: Duration,
 }
 
@@ -127,8 +128,8 @@ fn prepare(socket: TcpStream) -> (BufReader<Counted>, Arc<Traffic>) {
     )
 }
 
-/// Chooses the kernel's congestion control once the round trip is known; where the kernel has it
-/// not, its own stays.
+/// Chooses the congestion control of the kernel after the round trip is known. If the kernel does
+/// not have it, its default is kept.
 fn choose_congestion(io: &BufReader<Counted>, choice: Congestion, rtt: Duration) {
     let name = match choice {
         Congestion::Auto if rtt < LONG_RTT => return,
@@ -136,7 +137,7 @@ fn choose_congestion(io: &BufReader<Counted>, choice: Congestion, rtt: Duration)
         Congestion::Cubic => "cubic",
     };
     if let Err(error) = rustix::net::sockopt::set_tcp_congestion(&io.get_ref().socket, name) {
-        tracing::debug!(%error, name, "the kernel does not grant this congestion control");
+        tracing::debug!(%error, name, "the kernel does not support this congestion control");
     }
 }
 
@@ -152,17 +153,17 @@ fn shown(connection: &rustls::CommonState) -> Shown {
     }
 }
 
-/// The hub's side of the handshake.
+/// The handshake at the hub.
 pub(super) async fn accept(
     socket: TcpStream,
     tls: Arc<rustls::ServerConfig>,
     congestion: Congestion,
 ) -> std::io::Result<Secured<ServerIo>> {
     let (io, traffic) = prepare(socket);
-    let begun = Instant::now();
+    let started = Instant::now();
     let mut io = tokio_rustls::TlsAcceptor::from(tls).accept(io).await?;
     io.get_mut().1.set_buffer_limit(Some(MUX_BATCH_BYTES));
-    let handshake = begun.elapsed();
+    let handshake = started.elapsed();
     choose_congestion(io.get_ref().0, congestion, handshake);
     let shown = shown(io.get_ref().1);
     Ok(Secured {
@@ -173,7 +174,7 @@ pub(super) async fn accept(
     })
 }
 
-/// A site's side: connects, and shakes hands.
+/// Connects to the hub and performs the handshake.
 pub(super) async fn connect(
     remote: SocketAddr,
     tls: Arc<rustls::ClientConfig>,
@@ -181,12 +182,12 @@ pub(super) async fn connect(
     congestion: Congestion,
 ) -> std::io::Result<Secured<ClientIo>> {
     let (io, traffic) = prepare(TcpStream::connect(remote).await?);
-    let begun = Instant::now();
+    let started = Instant::now();
     let mut io = tokio_rustls::TlsConnector::from(tls)
         .connect(name, io)
         .await?;
     io.get_mut().1.set_buffer_limit(Some(MUX_BATCH_BYTES));
-    let handshake = begun.elapsed();
+    let handshake = started.elapsed();
     choose_congestion(io.get_ref().0, congestion, handshake);
     let shown = shown(io.get_ref().1);
     Ok(Secured {

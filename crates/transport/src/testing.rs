@@ -1,4 +1,4 @@
-//! A hub's end of connections, for the tests of this crate and of those that use it.
+//! The hub's end of connections, for the tests of this crate and of crates that use it.
 
 #![expect(clippy::unwrap_used, reason = "tests only")]
 
@@ -13,7 +13,7 @@ use base::names::SiteName;
 use crate::identity::{CertificateRequest, HubIdentity, SiteIdentity};
 use crate::{Arrival, Congestion, ConnectionSettings, Link, Listener, Transport, dial};
 
-/// What a line may buffer for sending.
+/// The number of bytes that a connection may buffer for sending.
 pub(crate) const MEMORY: u64 = 32 << 20;
 
 pub(crate) fn name(s: &str) -> SiteName {
@@ -50,7 +50,6 @@ pub struct Hub {
 }
 
 impl Hub {
-    /// Starts it.
     pub fn start() -> Self {
         Self::start_with(|identity| {
             Listener::bind(loopback(), identity, &settings(Transport::Auto), 128 << 20)
@@ -89,7 +88,7 @@ impl Hub {
         }
     }
 
-    /// Dials and takes the arrival: (the site's end, the hub's end).
+    /// Connects a site. Returns the end of the site and the end of the hub.
     pub async fn connect(&self, transport: Transport) -> (Link, Link) {
         let site = site_of(&self.identity, "chengdu");
         let wanted = settings(transport);

@@ -26,11 +26,11 @@ impl Hub {
     }
 }
 
-/// The hub's catalogue of tokens, in little.
+/// A minimal token store of a hub.
 #[derive(Default)]
 struct Tokens(Mutex<HashMap<String, Stored>>);
 
-/// The hash, the site, and whether it was used.
+/// The hash, the site, and whether the token was used.
 type Stored = ([u8; 32], SiteName, bool);
 
 impl Tokens {
@@ -78,7 +78,7 @@ impl Redeemer for Tokens {
 const BOTH: [Transport; 2] = [Transport::Quic, Transport::Tcp];
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_site_joins_once_and_dials_ever_after() {
+async fn a_site_joins_once_and_then_connects() {
     let hub = Hub::start();
     for transport in BOTH {
         let hub_line = settings(transport);
@@ -136,12 +136,12 @@ async fn a_site_joins_once_and_dials_ever_after() {
         assert!(link.rtt() < Duration::from_secs(1));
 
         let (mut send, mut recv) = link.open(PRIORITY_CONTROL).await.unwrap();
-        send.write_all(b"what should i hold?").await.unwrap();
+        send.write_all(b"what should i store?").await.unwrap();
         send.finish().unwrap();
         let (mut answer, mut question) = hub_end.accept().await.unwrap();
         assert_eq!(
             question.read_to_end(100).await.unwrap(),
-            b"what should i hold?"
+            b"what should i store?"
         );
         answer
             .write_bytes(Bytes::from_static(b"nothing"))
@@ -163,7 +163,7 @@ async fn a_site_joins_once_and_dials_ever_after() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn bad_tokens_are_refused_in_words() {
+async fn bad_tokens_are_rejected_with_a_reason() {
     let (hub, other) = (Hub::start(), Hub::start());
     let tokens = Arc::new(Tokens::default());
     hub.serve_joins(tokens.clone());
@@ -187,7 +187,7 @@ async fn bad_tokens_are_refused_in_words() {
                 "the token is for site chengdu, not for xian"
             )
         );
-        // That did not use it up.
+        // The failed attempt did not use the token.
         join(
             &hub.address,
             &token,
@@ -226,7 +226,7 @@ async fn bad_tokens_are_refused_in_words() {
             (Code::NotAllowed, "the token is not known here")
         );
 
-        // A token of another hub: the secret is never said.
+        // A token of another hub: the secret is never sent.
         let foreign = tokens.make(&other.identity, "chengdu");
         let fault = join(
             &hub.address,
@@ -239,7 +239,7 @@ async fn bad_tokens_are_refused_in_words() {
         .unwrap_err();
         assert_eq!(fault.code, Code::NotAllowed, "{fault}");
         assert!(
-            fault.message.contains("is not the one that made the token"),
+            fault.message.contains("did not create this token"),
             "{fault}"
         );
         assert!(!tokens.0.lock()[foreign.id()].2);
@@ -251,15 +251,15 @@ async fn certificates_of_another_ca_are_refused_on_both_sides() {
     let (hub, other) = (Hub::start(), Hub::start());
     for transport in BOTH {
         let wanted = settings(transport);
-        // The site trusts its own hub only.
+        // The site trusts only its own hub.
         let stranger = site_of(&other.identity, "chengdu");
         let fault = dial(&hub.address, &stranger, &wanted, MEMORY)
             .await
             .unwrap_err();
         assert_eq!(fault.code, Code::NotAllowed, "{fault}");
-        assert!(fault.message.contains("cannot be trusted"), "{fault}");
+        assert!(fault.message.contains("was rejected"), "{fault}");
 
-        // A site that trusts this hub, with a certificate of another.
+        // A site that trusts this hub but has a certificate of another hub.
         let site = site_of(&hub.identity, "chengdu");
         let mut tls = tls::client(&site).unwrap();
         let forged = rustls::sign::CertifiedKey::from_der(
@@ -273,9 +273,9 @@ async fn certificates_of_another_ca_are_refused_on_both_sides() {
             .await
             .unwrap_err();
         assert_eq!(fault.code, Code::NotAllowed, "{fault}");
-        assert!(fault.message.contains("refused this site"), "{fault}");
+        assert!(fault.message.contains("rejected this site"), "{fault}");
 
-        // And one without any.
+        // A site without a certificate.
         let mut tls = tls::joining_client(hub.identity.ca_hash()).unwrap();
         tls.alpn_protocols = vec![tls::ALPN.to_vec()];
         let fault = dial::call_for_test(&hub.address, tls, &wanted)
@@ -283,11 +283,11 @@ async fn certificates_of_another_ca_are_refused_on_both_sides() {
             .unwrap_err();
         assert_eq!(fault.code, Code::NotAllowed, "{fault}");
         assert!(
-            fault.message.contains("no certificate was shown"),
+            fault.message.contains("no certificate was presented"),
             "{fault}"
         );
 
-        // Nor may a site pass for a hub's certificate holder, or a hub for a site.
+        // A hub certificate must not work as a site certificate, nor the reverse.
         let mut tls = tls::client(&site).unwrap();
         let hubs = rustls::sign::CertifiedKey::from_der(
             hub.identity.chain(),
@@ -305,12 +305,12 @@ async fn certificates_of_another_ca_are_refused_on_both_sides() {
         tokio::time::timeout(Duration::from_millis(100), hub.listener.accept())
             .await
             .is_err(),
-        "somebody got in"
+        "a connection was accepted"
     );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_certificate_out_of_its_time_is_refused_with_both_clocks() {
+async fn an_expired_certificate_is_rejected_with_both_clocks() {
     let hub = Hub::start();
     let day = Duration::from_secs(86400);
     let now = Duration::from_millis(base::clock::now_unix_ms());
@@ -323,8 +323,8 @@ async fn a_certificate_out_of_its_time_is_refused_with_both_clocks() {
         request.complete(&cert, hub.identity.ca_der()).unwrap()
     };
     let expired = site_between(now - 3 * day, now - 2 * day);
-    // Dated ahead: the hub dates none ahead, so its clock has gone back, and no site is locked out
-    // for it.
+    // The certificate begins in the future. The hub never issues such certificates, so its clock
+    // was set back, and the site is not rejected.
     let early = site_between(now + day, now + 2 * day);
     assert!(early.needs_renewal());
     for transport in BOTH {
@@ -339,7 +339,7 @@ async fn a_certificate_out_of_its_time_is_refused_with_both_clocks() {
         );
         assert!(
             fault.next.contains("join again"),
-            "both clocks say the same: {}",
+            "both clocks show the same time: {}",
             fault.next
         );
         let wanted = settings(transport);
@@ -351,15 +351,15 @@ async fn a_certificate_out_of_its_time_is_refused_with_both_clocks() {
 }
 
 #[test]
-fn who_is_refused_by_a_wrong_clock_is_told_that_and_not_to_join_again() {
-    let reason = "the certificate of site a has expired: it ended at 2027-01-01T00:00:00.000Z, and the clock of the hub says 2027-06-01T00:00:00.000Z";
+fn a_wrong_clock_is_reported_without_advice_to_join_again() {
+    let reason = "the certificate of site a has expired: it ended at 2027-01-01T00:00:00.000Z, and the clock of the hub shows 2027-06-01T00:00:00.000Z";
     let ended = Ended::by_peer(CLOSE_CLOCK, reason.as_bytes());
     let fault = dial::refusal_for_test(&ended, "hub:7443");
     assert!(
         fault.message.contains(reason)
             && fault
                 .message
-                .contains("the clock of this machine differs from it by"),
+                .contains("the clock of this machine differs by"),
         "{fault}"
     );
     assert!(
@@ -371,7 +371,7 @@ fn who_is_refused_by_a_wrong_clock_is_told_that_and_not_to_join_again() {
     );
 }
 
-/// Waits until the hub has closed so many of these connections.
+/// Waits until the hub has closed this number of connections.
 async fn wait_closed(sockets: &mut [tokio::net::TcpStream], wanted: usize) {
     use tokio::io::AsyncReadExt as _;
     let all = async {
@@ -383,7 +383,7 @@ async fn wait_closed(sockets: &mut [tokio::net::TcpStream], wanted: usize) {
             assert_eq!(
                 futures::StreamExt::next(&mut reads).await,
                 Some(0),
-                "the hub says nothing to a stranger"
+                "the hub sends nothing to an unauthenticated peer"
             );
         }
     };
@@ -393,14 +393,14 @@ async fn wait_closed(sockets: &mut [tokio::net::TcpStream], wanted: usize) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn silent_connections_of_a_stranger_keep_nobody_out() {
+async fn silent_connections_block_no_other_peer() {
     let hub = Hub::start();
     let tokens = Arc::new(Tokens::default());
     let mut silent = Vec::new();
     for _ in 0..300 {
         silent.push(tokio::net::TcpStream::connect(&hub.address).await.unwrap());
     }
-    // From the same address, over either transport, and a new site as well.
+    // From the same address, over both transports, and also a new site.
     let links = [
         hub.connect(Transport::Tcp).await,
         hub.connect(Transport::Quic).await,
@@ -429,7 +429,7 @@ async fn silent_connections_of_a_stranger_keep_nobody_out() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn many_sites_behind_one_address_get_in_at_once() {
+async fn many_sites_behind_one_address_can_connect_at_once() {
     const SITES: usize = 40;
     let hub = Hub::start();
     let sites: Vec<SiteIdentity> = (0..SITES)
@@ -449,7 +449,7 @@ async fn many_sites_behind_one_address_get_in_at_once() {
         links
     };
     let (dialled, _arrived) = tokio::join!(dialled, arrived);
-    // With the first call: nobody was closed for another.
+    // With the first attempt: no connection was evicted.
     let refused: Vec<String> = dialled
         .iter()
         .filter_map(|link| Some(link.as_ref().err()?.to_string()))
@@ -457,7 +457,7 @@ async fn many_sites_behind_one_address_get_in_at_once() {
     assert!(refused.is_empty(), "{refused:?}");
 }
 
-/// Opens streams that nobody takes and writes to each, for as long as that goes.
+/// Opens streams that nobody accepts and writes to each as long as possible.
 fn send_unasked(link: &Link, streams: usize) -> tokio::task::JoinHandle<()> {
     let link = link.clone();
     tokio::spawn(async move {
@@ -473,19 +473,19 @@ fn send_unasked(link: &Link, streams: usize) -> tokio::task::JoinHandle<()> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_nobody_asked_for_fills_a_small_window_only() {
+async fn unrequested_data_fills_only_a_small_window() {
     let hub = Hub::start();
     let (site, at_hub) = hub.connect(Transport::Quic).await;
     let sender = send_unasked(&site, 64);
     let received = || at_hub.bytes().1;
-    // It sends 64 MiB, and would need no longer for that.
+    // It sends 64 MiB and would not need longer for that.
     let _ = tokio::time::timeout(Duration::from_secs(2), at_hub.closed()).await;
     assert!(
         !at_hub.is_closed() && received() < 10 << 20,
         "{} bytes",
         received()
     );
-    // While the hub asks for something there is room for that.
+    // While the hub requests something, the window is larger.
     let want = at_hub.want();
     let more = async {
         while received() < 12 << 20 {
@@ -502,11 +502,11 @@ async fn what_nobody_asked_for_fills_a_small_window_only() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_handshake_that_trickles_has_a_deadline() {
+async fn a_slow_handshake_has_a_deadline() {
     let hub = Hub::start();
     let stream = tokio::net::TcpStream::connect(&hub.address).await.unwrap();
     let (mut read, mut write) = stream.into_split();
-    // The head of a TLS record of 512 bytes, of which a byte comes now and then.
+    // The head of a TLS record of 512 bytes, sent byte by byte with pauses.
     write
         .write_all(&[22, 3, 1, 2, 0, 1, 0, 1, 252])
         .await
@@ -552,7 +552,7 @@ async fn a_publisher_has_a_bounded_number_of_connections() {
         assert!(
             fault.code == Code::Unreachable
                 && fault.message.contains("publisher pub has 16 connections"),
-            "it may try again: {fault}"
+            "the peer may retry: {fault}"
         );
         hub.connect(transport).await;
     }
@@ -570,10 +570,10 @@ async fn a_publisher_has_a_bounded_number_of_connections() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn many_streams_carry_their_bytes_unmixed() {
+async fn many_streams_keep_their_bytes_separate() {
     const STREAMS: u64 = 64;
     const BYTES: usize = 3 << 20;
-    /// Bytes that differ with the stream and the place.
+    /// Bytes that depend on the stream and the position.
     fn content(stream: u64) -> Bytes {
         let mut bytes = vec![0; BYTES];
         blake3::Hasher::new()
@@ -633,11 +633,11 @@ async fn many_streams_carry_their_bytes_unmixed() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_stream_that_is_not_read_keeps_no_other_waiting() {
+async fn an_unread_stream_does_not_block_others() {
     let hub = Hub::start();
     for transport in [Transport::Quic, Transport::Tcp] {
         let (site_end, hub_end) = hub.connect(transport).await;
-        // More than its window holds, of the highest priority there is.
+        // More than its window holds, with the highest priority.
         let (mut unread, _recv) = hub_end.open(PRIORITY_CONTROL).await.unwrap();
         let stuck =
             tokio::spawn(async move { unread.write_bytes(Bytes::from(vec![1; 4 << 20])).await });
@@ -658,17 +658,17 @@ async fn a_stream_that_is_not_read_keeps_no_other_waiting() {
         let both = async { tokio::join!(write, read) };
         let ((), came) = tokio::time::timeout(Duration::from_secs(20), both)
             .await
-            .expect("it goes on");
+            .expect("the transfer continues");
         assert_eq!(came, 16 << 20, "{}", site_end.transport());
-        // A TCP line takes a piece as it is.
+        // On TCP a complete piece is queued.
         assert!(stuck.is_finished() == (transport == Transport::Tcp));
         stuck.abort();
     }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn where_udp_is_dropped_tcp_is_taken_and_quic_again_later() {
-    // Its packets are taken, and nobody answers.
+async fn tcp_is_used_while_udp_is_blocked_and_quic_later() {
+    // Its packets are received, but nobody answers.
     let mut hole = None;
     let hub = Hub::start_with(|identity| {
         let (listener, udp) =
@@ -704,7 +704,7 @@ async fn where_udp_is_dropped_tcp_is_taken_and_quic_again_later() {
     let (endpoint, config) = quic::listen(hole, tls, [0; 32]).unwrap();
     let choice = congestion::Choice::new(Congestion::Auto);
     let welcome = async {
-        // The goodbye of the call that was given up may come first.
+        // The close message of the cancelled attempt may come first.
         let connection = loop {
             if let Ok(connection) =
                 quic::accept(endpoint.accept().await.unwrap(), &config, &choice).await
@@ -736,7 +736,7 @@ async fn where_udp_is_dropped_tcp_is_taken_and_quic_again_later() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn nobody_there_is_unreachable() {
+async fn a_missing_hub_is_unreachable() {
     let hub = Hub::start();
     let site = site_of(&hub.identity, "chengdu");
     let token = JoinToken::generate(&hub.identity);
@@ -801,7 +801,7 @@ async fn either_end_closes_with_a_reason() {
         );
         assert_eq!(
             fault.message,
-            "the line to hub hub is gone: the hub is stopping?[31m"
+            "the connection to hub hub is closed: the hub is stopping?[31m"
         );
         assert!(site_end.accept().await.is_none());
         assert_eq!(
@@ -809,7 +809,7 @@ async fn either_end_closes_with_a_reason() {
             Reason::SiteOffline
         );
 
-        // And by letting go of it.
+        // The connection also ends when its handle is dropped.
         let (site_end, hub_end) = hub.connect(transport).await;
         drop(site_end);
         assert_eq!(hub_end.closed().await, "no longer used");
@@ -817,7 +817,7 @@ async fn either_end_closes_with_a_reason() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn halves_that_are_dropped_are_no_ends() {
+async fn dropped_halves_are_not_normal_ends() {
     let hub = Hub::start();
     for transport in BOTH {
         let (site_end, hub_end) = hub.connect(transport).await;
@@ -828,7 +828,7 @@ async fn halves_that_are_dropped_are_no_ends() {
         question.read_exact(&mut half).await.unwrap();
         drop(send);
         let fault = question.read_chunk(10).await.unwrap_err();
-        assert!(fault.message.contains("gave this stream up"), "{fault}");
+        assert!(fault.message.contains("reset this stream"), "{fault}");
         drop(recv);
         let stopped = async {
             loop {
@@ -840,7 +840,7 @@ async fn halves_that_are_dropped_are_no_ends() {
         let fault = tokio::time::timeout(Duration::from_secs(5), stopped)
             .await
             .unwrap();
-        assert!(fault.message.contains("does not read"), "{fault}");
+        assert!(fault.message.contains("no longer reads"), "{fault}");
 
         let (mut send, _recv) = site_end.open(0).await.unwrap();
         send.write_all(&[0; 200]).await.unwrap();
@@ -854,7 +854,7 @@ async fn halves_that_are_dropped_are_no_ends() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_listener_closes_and_lines_go_on() {
+async fn connections_continue_after_the_listener_closes() {
     let hub = Hub::start();
     let (site_end, hub_end) = hub.connect(Transport::Quic).await;
     let (tcp_site_end, tcp_hub_end) = hub.connect(Transport::Tcp).await;
@@ -884,7 +884,7 @@ async fn the_listener_closes_and_lines_go_on() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn garbage_and_silence_harm_nobody() {
+async fn garbage_and_silence_affect_no_other_connection() {
     let hub = Hub::start();
     let udp = tokio::net::UdpSocket::bind(loopback()).await.unwrap();
     for size in [1, 20, 1200, 1500] {
@@ -901,7 +901,7 @@ async fn garbage_and_silence_harm_nobody() {
         socket.write_all(garbage).await.unwrap();
         silent.push(socket);
     }
-    // A stranger who joins with nonsense is refused, and told so.
+    // A client that sends an invalid join request is rejected and gets the reason.
     for transport in BOTH {
         let tls = tls::joining_client(hub.identity.ca_hash()).unwrap();
         let link = dial::join_link_for_test(&hub.address, tls, &settings(transport))

@@ -1,7 +1,7 @@
-//! TLS for both transports: who trusts whom, and what a handshake showed.
+//! TLS for both transports: which certificates are trusted, and the result of a handshake.
 //!
-//! TLS 1.3 only, no 0-RTT, no tickets: every line is authenticated by its own handshake. The
-//! verifiers here check chains at a moment inside the leaf's validity; the clock is checked right
+//! TLS 1.3 only, no 0-RTT, no tickets: every connection is authenticated by its own handshake. The
+//! verifiers check chains at a time within the validity of the leaf. The clock is checked directly
 //! after the handshake, where the fault can name both clocks.
 
 use std::sync::Arc;
@@ -26,24 +26,24 @@ use base::fault::Fault;
 pub(super) const ALPN: &[u8] = b"packhorse/1";
 pub(super) const ALPN_JOIN: &[u8] = b"packhorse-join/1";
 
-fn wrong(what: &str, error: &dyn std::fmt::Display) -> Fault {
+fn setup_error(what: &str, error: &dyn std::fmt::Display) -> Fault {
     Fault::internal(format!("set up TLS: {what}: {error}"))
 }
 
-/// The hub's side. A site's certificate is checked when one is shown; [`check_site`] wants it where
-/// it is needed.
+/// The configuration of the hub. A client certificate is verified if one is presented;
+/// [`check_site`] requires one where it is needed.
 pub(super) fn server(hub: &HubIdentity) -> Result<ServerConfig, Fault> {
     let inner =
         WebPkiClientVerifier::builder_with_provider(roots_of(hub.ca_der())?, crypto_provider())
             .allow_unauthenticated()
             .build()
-            .map_err(|e| wrong("the sites' verifier", &e))?;
+            .map_err(|e| setup_error("the sites' verifier", &e))?;
     let mut config = ServerConfig::builder_with_provider(crypto_provider())
         .with_protocol_versions(&[&rustls::version::TLS13])
-        .map_err(|e| wrong("the version", &e))?
+        .map_err(|e| setup_error("the version", &e))?
         .with_client_cert_verifier(Arc::new(SiteVerifier { inner }))
         .with_single_cert(hub.chain(), hub.key())
-        .map_err(|e| wrong("the hub's certificate", &e))?;
+        .map_err(|e| setup_error("the hub's certificate", &e))?;
     config.alpn_protocols = vec![ALPN.to_vec(), ALPN_JOIN.to_vec()];
     config.session_storage = Arc::new(rustls::server::NoServerSessionStorage {});
     config.send_tls13_tickets = 0;
@@ -51,17 +51,17 @@ pub(super) fn server(hub: &HubIdentity) -> Result<ServerConfig, Fault> {
     Ok(config)
 }
 
-/// A site's side, once it has joined.
+/// The configuration of a site that has joined.
 pub(super) fn client(site: &SiteIdentity) -> Result<ClientConfig, Fault> {
     let mut config = client_builder(HubVerifier::Ca(site.ca_der().to_vec()))?
         .with_client_auth_cert(site.chain(), site.key())
-        .map_err(|e| wrong("the site's certificate", &e))?;
+        .map_err(|e| setup_error("the site's certificate", &e))?;
     config.alpn_protocols = vec![ALPN.to_vec()];
     config.resumption = rustls::client::Resumption::disabled();
     Ok(config)
 }
 
-/// A joining site's side: it knows of the hub only the hash in its token.
+/// The configuration of a joining site, which knows only the CA hash in its token.
 pub(super) fn joining_client(ca_hash: [u8; 32]) -> Result<ClientConfig, Fault> {
     let mut config = client_builder(HubVerifier::Pin(ca_hash))?.with_no_client_auth();
     config.alpn_protocols = vec![ALPN_JOIN.to_vec()];
@@ -74,52 +74,52 @@ fn client_builder(
 ) -> Result<rustls::ConfigBuilder<ClientConfig, rustls::client::WantsClientCert>, Fault> {
     Ok(ClientConfig::builder_with_provider(crypto_provider())
         .with_protocol_versions(&[&rustls::version::TLS13])
-        .map_err(|e| wrong("the version", &e))?
+        .map_err(|e| setup_error("the version", &e))?
         .dangerous()
         .with_custom_certificate_verifier(Arc::new(verifier)))
 }
 
-/// What a finished handshake showed.
+/// The result of a handshake.
 pub(super) struct Shown {
     pub(super) alpn: Vec<u8>,
-    /// Leaf first; empty when none was shown.
+    /// The certificates of the peer, leaf first; empty if it presented none.
     pub(super) chain: Vec<CertificateDer<'static>>,
 }
 
-/// The site or publisher behind a handshake of `packhorse/1`. Leaves the clock to [`check_time`].
+/// The site or publisher of a handshake with `packhorse/1`. [`check_time`] checks the clock.
 pub(super) fn check_site(shown: &Shown) -> Result<(Holder, Vec<u8>), Fault> {
     let Some(leaf) = shown.chain.first() else {
-        return Err(Fault::not_allowed("no certificate was shown")
+        return Err(Fault::not_allowed("no certificate was presented")
             .with_next("join first: 'packhorse join' with a token from the hub"));
     };
     let who = holder(leaf)?;
     if !matches!(who, Holder::Site(_) | Holder::Publisher(_)) {
         return Err(Fault::not_allowed(format!(
-            "the certificate of {who} is not a site's"
+            "the certificate of {who} is not for a site"
         )));
     }
     Ok((who, leaf.to_vec()))
 }
 
-/// Refuses a certificate that has expired by the clock of `clock`; returns what is to be said of
-/// one that is not valid yet.
+/// Rejects a certificate that is expired according to `clock`. Returns a message if the certificate
+/// is not valid yet.
 pub(super) fn check_time(leaf: &[u8], who: &Holder, clock: &str) -> Result<Option<String>, Fault> {
     let (validity, now) = (validity(leaf)?, clock::now());
     validity.check(who, clock, now)?;
     Ok(validity.early(who, clock, now))
 }
 
-/// The hub behind a handshake, as this site's clock sees it. The chain was checked by the
-/// handshake.
+/// The hub of a handshake, checked against the clock of this site. The handshake has checked the
+/// chain.
 pub(super) fn check_hub(shown: &Shown) -> Result<Holder, Fault> {
     let leaf = shown
         .chain
         .first()
-        .ok_or_else(|| Fault::not_allowed("the hub showed no certificate"))?;
+        .ok_or_else(|| Fault::not_allowed("the hub presented no certificate"))?;
     let who = holder(leaf)?;
     if !matches!(who, Holder::Hub(_)) {
         return Err(Fault::not_allowed(format!(
-            "the certificate of {who} is not a hub's"
+            "the certificate of {who} is not for a hub"
         )));
     }
     if let Some(early) = check_time(leaf, &who, "this machine")? {
@@ -128,7 +128,7 @@ pub(super) fn check_hub(shown: &Shown) -> Result<Holder, Fault> {
     Ok(who)
 }
 
-/// The CA with this hash in a chain that was shown.
+/// The CA with this hash in a presented chain.
 pub(super) fn pinned_ca<'a>(
     chain: &'a [CertificateDer<'_>],
     ca_hash: &[u8; 32],
@@ -139,18 +139,18 @@ pub(super) fn pinned_ca<'a>(
         .find(|cert| fingerprint(cert) == *ca_hash)
 }
 
-/// How a site recognises the hub.
+/// How a site verifies the hub.
 #[derive(Debug)]
 enum HubVerifier {
-    /// By the CA it was given when it joined.
+    /// By the CA that it received when it joined.
     Ca(Vec<u8>),
     /// By the hash of the CA; the CA itself must be in the chain.
     Pin([u8; 32]),
 }
 
-/// What a handshake fails with when the CA is not the token's. Found again by its text, for it
-/// crosses quinn as text.
-pub(super) const PIN_MISMATCH: &str = "the CA is not the one in the token";
+/// The error of a handshake with a CA other than that of the token. It is recognised by its text,
+/// because quinn passes errors as text.
+pub(super) const PIN_MISMATCH: &str = "the CA differs from the CA in the token";
 
 impl HubVerifier {
     fn general(error: impl std::fmt::Display) -> Error {
@@ -218,7 +218,7 @@ impl ServerCertVerifier for HubVerifier {
     }
 }
 
-/// How the hub recognises a site: webpki's verifier, with the clock left to [`check_time`].
+/// How the hub verifies a site: with the verifier of webpki. [`check_time`] checks the clock.
 #[derive(Debug)]
 struct SiteVerifier {
     inner: Arc<dyn ClientCertVerifier>,
@@ -234,8 +234,8 @@ impl ClientCertVerifier for SiteVerifier {
     }
 
     fn root_hint_subjects(&self) -> &[DistinguishedName] {
-        // Without hints a client shows the one certificate it has, so a wrong one is refused as
-        // such, not as missing.
+        // Without hints a client presents its only certificate, so a wrong certificate is rejected
+        // as such instead of being reported as missing.
         &[]
     }
 
@@ -278,12 +278,12 @@ impl ClientCertVerifier for SiteVerifier {
     }
 }
 
-/// The name that every hub goes by.
+/// The DNS name of every hub.
 pub(super) fn hub_name() -> Result<ServerName<'static>, Fault> {
-    ServerName::try_from(HUB_DNS_NAME).map_err(|e| wrong("the hub's name", &e))
+    ServerName::try_from(HUB_DNS_NAME).map_err(|e| setup_error("the hub's name", &e))
 }
 
-/// Checks a hub's leaf against a CA once more, for [`super::join`], which keeps the CA.
+/// Checks the leaf of a hub against a CA again, for [`super::join`], which stores the CA.
 pub(super) fn check_hub_chain(leaf: &[u8], ca: &[u8]) -> Result<(), Fault> {
     verify_chain(leaf, ca, Role::Hub)
 }

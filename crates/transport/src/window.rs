@@ -1,17 +1,17 @@
-//! How far the lines of a hub may run ahead of their readers.
+//! The receive windows of a hub: how much unread data the peers may send.
 //!
-//! What a peer sends and nobody reads yet lies in memory. A connection that has not shown who it is
-//! may send [`CONNECTION_WINDOW_FIRST_BYTES`]. A line that is not asked for anything has an equal part of
-//! a small total: messages and questions come over it. While the hub fetches over a line, its peer
-//! has an equal part of a larger total, which its lines that are fetched from share; that is as
-//! much as the hub asks of one peer at once. So all peers together cannot make the hub hold more
-//! than the two totals, and each at least [`CONNECTION_WINDOW_LEAST_BYTES`], or
-//! [`CONNECTION_WINDOW_WANTED_LEAST_BYTES`] while it is fetched from.
+//! Unread data of a peer occupies memory. A connection whose peer is not authenticated may send
+//! [`LINE_WINDOW_FIRST_BYTES`]. Connections without requests share a small total equally; it is for
+//! messages and questions. While the hub fetches from a peer, the peer gets an equal part of a
+//! larger total, which the connections of that peer share. This is as much as the hub requests from
+//! one peer at once. Therefore all peers together cannot make the hub hold more than the two totals
+//! plus the minimum of each connection: [`LINE_WINDOW_LEAST_BYTES`], or
+//! [`LINE_WINDOW_WANTED_LEAST_BYTES`] while the hub fetches.
 //!
-//! QUIC cannot take back room that a peer was given: a smaller window is a debt, which is paid as
-//! the peer's bytes are read. A debt counts as room, so that a window which shrinks and grows again
-//! never adds up. Over TCP there is no such window: both ends begin with the same room for a line,
-//! which an older peer knows as well.
+//! QUIC cannot take back credit that a peer has received. A smaller window therefore creates a
+//! debt, which decreases as the bytes of the peer are read. The debt counts as part of the window,
+//! so that shrinking and growing a window repeatedly never adds up. TCP has no such window: both
+//! ends start with a fixed window, which older peers also expect.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -26,52 +26,53 @@ use base::limits::{
     CONNECTION_WINDOW_WANTED_BYTES_MAX, CONNECTION_WINDOW_WANTED_LEAST_BYTES,
 };
 
-/// A line that was fetched from keeps its window for so long: the next request usually follows.
+/// A connection keeps its larger window for this long after a fetch, because the next request
+/// usually follows.
 const LINGER: Duration = Duration::from_secs(5);
 
-/// The windows of all lines of a hub.
+/// The windows of all connections of a hub.
 pub(super) struct Windows {
     idle_total: u64,
     wanted_total: u64,
-    book: Mutex<Book>,
+    connections: Mutex<Connections>,
 }
 
 #[derive(Default)]
-struct Book {
+struct Connections {
     lines: usize,
-    /// The lines of each peer that are fetched from.
+    /// The number of connections per peer from which the hub fetches.
     wanted: HashMap<Holder, usize>,
 }
 
 impl Windows {
-    /// Windows for lines of which those that are not fetched from share `idle_total` bytes, and the
-    /// others `wanted_total`.
+    /// Creates the windows. Connections without a fetch share `idle_total` bytes, the others share
+    /// `wanted_total`.
     pub(super) fn new(idle_total: u64, wanted_total: u64) -> Arc<Self> {
         Arc::new(Self {
             idle_total,
             wanted_total,
-            book: Mutex::default(),
+            connections: Mutex::default(),
         })
     }
 
-    fn idle(&self, book: &Book) -> u64 {
-        (self.idle_total / book.lines.max(1) as u64).clamp(
+    fn idle(&self, connections: &Connections) -> u64 {
+        (self.idle_total / connections.lines.max(1) as u64).clamp(
             CONNECTION_WINDOW_LEAST_BYTES,
             CONNECTION_WINDOW_IDLE_BYTES_MAX,
         )
     }
 
-    fn wanted(&self, book: &Book, holder: &Holder) -> u64 {
-        let of_peer = (self.wanted_total / book.wanted.len().max(1) as u64)
+    fn wanted(&self, connections: &Connections, holder: &Holder) -> u64 {
+        let of_peer = (self.wanted_total / connections.wanted.len().max(1) as u64)
             .min(CONNECTION_WINDOW_WANTED_BYTES_MAX);
-        let lines = book.wanted.get(holder).copied().unwrap_or(0).max(1) as u64;
+        let lines = connections.wanted.get(holder).copied().unwrap_or(0).max(1) as u64;
         (of_peer / lines)
             .max(CONNECTION_WINDOW_WANTED_LEAST_BYTES)
-            .max(self.idle(book))
+            .max(self.idle(connections))
     }
 }
 
-/// What a window is set on.
+/// The connection to which a window applies.
 pub(super) enum Of {
     Quic(quinn::Connection),
     #[cfg(test)]
@@ -79,34 +80,34 @@ pub(super) enum Of {
 }
 
 struct State {
-    /// Requests whose answers are not read yet.
+    /// The number of requests whose answers are not read yet.
     requests: usize,
     is_wanted: bool,
     /// When the last answer was read.
     idle_since: Instant,
     window: u64,
-    /// Room that was taken back, and the bytes that had been read when it was: what is read since
-    /// pays it.
+    /// Credit that was taken back, and the bytes read at that time. Bytes read since then reduce
+    /// the debt.
     debt: u64,
     debt_from: u64,
 }
 
-/// The window of one line.
+/// The window of one connection.
 pub(super) struct Window {
     windows: Arc<Windows>,
-    /// `None`: a connection whose peer has not shown who it is.
+    /// `None`: the peer is not authenticated.
     holder: Option<Holder>,
     of: Of,
-    /// Bytes that were read off the line.
+    /// The bytes read from the connection.
     pub(super) read: Arc<AtomicU64>,
     state: Mutex<State>,
 }
 
 impl Window {
-    /// The window of a line to this peer.
+    /// Creates the window of a connection to this peer.
     pub(super) fn new(windows: &Arc<Windows>, holder: Option<Holder>, of: Of) -> Arc<Self> {
         if holder.is_some() {
-            windows.book.lock().lines += 1;
+            windows.connections.lock().lines += 1;
         }
         let state = State {
             requests: 0,
@@ -127,7 +128,7 @@ impl Window {
         Arc::new(window)
     }
 
-    /// Notes that the hub asks for something over this line, until the answer is read.
+    /// Records a request over this connection, until its answer is read.
     pub(super) fn want(self: &Arc<Self>) -> Wanted {
         {
             let mut state = self.state.lock();
@@ -136,7 +137,7 @@ impl Window {
                 state.is_wanted = true;
                 *self
                     .windows
-                    .book
+                    .connections
                     .lock()
                     .wanted
                     .entry(holder.clone())
@@ -149,34 +150,34 @@ impl Window {
         }
     }
 
-    /// Fits the window to what it may be now. To be called every moment.
+    /// Adjusts the window to its current size. Called periodically.
     pub(super) fn fit(&self) {
         let mut state = self.state.lock();
         if state.is_wanted && state.requests == 0 && state.idle_since.elapsed() >= LINGER {
             state.is_wanted = false;
-            self.want_no_more();
+            self.end_fetch();
         }
         self.set(&mut state);
     }
 
-    fn want_no_more(&self) {
+    fn end_fetch(&self) {
         let Some(holder) = &self.holder else { return };
-        let mut book = self.windows.book.lock();
-        if let Some(lines) = book.wanted.get_mut(holder) {
+        let mut connections = self.windows.connections.lock();
+        if let Some(lines) = connections.wanted.get_mut(holder) {
             *lines -= 1;
             if *lines == 0 {
-                book.wanted.remove(holder);
+                connections.wanted.remove(holder);
             }
         }
     }
 
     fn set(&self, state: &mut State) {
         let room = {
-            let book = self.windows.book.lock();
+            let connections = self.windows.connections.lock();
             match &self.holder {
                 None => CONNECTION_WINDOW_FIRST_BYTES,
-                Some(holder) if state.is_wanted => self.windows.wanted(&book, holder),
-                Some(_) => self.windows.idle(&book),
+                Some(holder) if state.is_wanted => self.windows.wanted(&connections, holder),
+                Some(_) => self.windows.idle(&connections),
             }
         };
         match &self.of {
@@ -196,7 +197,7 @@ impl Window {
         }
     }
 
-    /// The next window of QUIC on the way to `room`, debt included; `None`: it stays as it is.
+    /// The next QUIC window towards `room`, including the debt; `None` if it does not change.
     fn step(&self, state: &mut State, room: u64) -> Option<u64> {
         let read = self.read.load(Ordering::Relaxed);
         state.debt = state
@@ -218,15 +219,15 @@ impl Window {
 impl Drop for Window {
     fn drop(&mut self) {
         if self.holder.is_some() {
-            self.windows.book.lock().lines -= 1;
+            self.windows.connections.lock().lines -= 1;
         }
         if self.state.lock().is_wanted {
-            self.want_no_more();
+            self.end_fetch();
         }
     }
 }
 
-/// Something that the hub has asked for over a line.
+/// A request of the hub over a connection.
 pub(super) struct Wanted {
     window: Arc<Window>,
 }
@@ -260,7 +261,7 @@ mod tests {
     }
 
     #[test]
-    fn lines_share_what_there_is_and_those_that_are_fetched_from_have_more() {
+    fn connections_share_the_totals_and_fetches_get_more() {
         let windows = Windows::new(16 * MIB, 96 * MIB);
         let lines: Vec<_> = (0..64)
             .map(|n| connection(&windows, &format!("p{n}")))
@@ -272,28 +273,28 @@ mod tests {
         };
         assert_eq!(lines[63].1.load(Ordering::Relaxed), 16 * MIB / 64);
         assert!((0..64).map(room).sum::<u64>() <= 16 * MIB + 64 * CONNECTION_WINDOW_IDLE_BYTES_MAX);
-        // One that is fetched from has enough for 200 Mbit/s over 100 ms and more, with the first
-        // request.
+        // A connection with a fetch has a sufficient window for 200 Mbit/s over 100 ms, from the
+        // first request on.
         let wanted = lines[63].0.want();
         assert!(
             lines[63].1.load(Ordering::Relaxed) >= 8 * MIB,
             "{}",
             lines[63].1.load(Ordering::Relaxed)
         );
-        // With others the part shrinks.
+        // More peers reduce the part of each.
         let others: Vec<_> = (0..48).map(|n| lines[n].0.want()).collect();
         lines[63].0.fit();
         assert_eq!(lines[63].1.load(Ordering::Relaxed), 96 * MIB / 49);
         drop((wanted, others));
         lines.iter().for_each(|(window, _)| rest(window));
         assert_eq!(lines[63].1.load(Ordering::Relaxed), 16 * MIB / 64);
-        assert!(windows.book.lock().wanted.is_empty());
+        assert!(windows.connections.lock().wanted.is_empty());
         drop(lines);
-        assert_eq!(windows.book.lock().lines, 0);
+        assert_eq!(windows.connections.lock().lines, 0);
     }
 
     #[test]
-    fn the_lines_of_one_peer_have_one_part_together() {
+    fn the_connections_of_one_peer_share_one_part() {
         let windows = Windows::new(16 * MIB, 96 * MIB);
         let lines: Vec<_> = (0..16).map(|_| connection(&windows, "office")).collect();
         let _wanted: Vec<_> = lines.iter().map(|(window, _)| window.want()).collect();
@@ -310,7 +311,7 @@ mod tests {
     }
 
     #[test]
-    fn room_that_was_taken_back_is_not_given_twice() {
+    fn withdrawn_credit_is_not_granted_twice() {
         let windows = Windows::new(MIB, 96 * MIB);
         let (window, set) = connection(&windows, "office");
         for _ in 0..50 {
@@ -324,7 +325,7 @@ mod tests {
                 state.debt
             );
         }
-        // What is read pays the debt, and the window opens again.
+        // Reading reduces the debt, and the window grows again.
         assert!(window.state.lock().debt > 0);
         window.read.fetch_add(100 * MIB, Ordering::Relaxed);
         let _wanted = window.want();

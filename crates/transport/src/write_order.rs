@@ -1,10 +1,11 @@
-//! Who writes next to a QUIC line whose send buffer is full.
+//! The write order on a QUIC connection whose send buffer is full.
 //!
-//! quinn sends what was written in the order of the streams' places (`Inner::place_of`), but room
-//! for more goes to whoever was blocked last: an answer of 40 KB could wait for all that a large
-//! transfer had asked for, and the first of that for the last. So a write stands aside while one of
-//! a higher place is under way. That one may wait for its own stream's window instead, which keeps
-//! nobody else: then there is room, and who has stood aside for a moment finds it.
+//! quinn sends queued data in the order of the streams' priorities (`Inner::position_of`), but it
+//! gives free space in the send buffer to the writer that was blocked last. Without this module, an
+//! answer of 40 KB could wait for everything that a large transfer had requested. Therefore a write
+//! waits while a write of a higher priority is in progress. If that write waits for the window of
+//! its own stream, it blocks no other write: there is space in the send buffer, and the waiting
+//! write finds it after a short time.
 
 use std::collections::BTreeMap;
 use std::pin::pin;
@@ -16,44 +17,44 @@ use parking_lot::Mutex;
 use quinn::{SendStream, WriteError};
 use tokio::sync::Notify;
 
-/// How long a write stands aside before it looks whether there is room.
-const ASIDE_MAX: Duration = Duration::from_millis(100);
+/// How long a write waits before it checks whether there is space.
+const WAIT_MAX: Duration = Duration::from_millis(100);
 
-/// The writes of one line that are under way.
+/// The writes in progress of one connection.
 #[derive(Default)]
 pub(super) struct WriteOrder {
-    /// How many there are of each place.
+    /// The number of writes of each priority.
     writing: Mutex<BTreeMap<i32, usize>>,
-    /// PushedManifest when the highest of them is another.
+    /// Notified when the highest priority changes.
     changed: Notify,
 }
 
-/// A write that is under way.
+/// A write in progress.
 struct Writing<'a> {
     turns: &'a WriteOrder,
-    place: i32,
+    position: i32,
 }
 
 impl WriteOrder {
-    /// Writes all of it, in turn.
+    /// Writes all pieces, in the write order.
     pub(super) async fn write(
         &self,
         stream: &mut SendStream,
-        place: i32,
+        position: i32,
         mut pieces: &mut [Bytes],
     ) -> Result<(), WriteError> {
-        let turn = self.begin(place);
+        let turn = self.begin(position);
         while !pieces.is_empty() {
             let mut changed = pin!(self.changed.notified());
             changed.as_mut().enable();
-            // A write that is given up while it waits has written nothing.
+            // A write that is cancelled while it waits has written nothing.
             let written = if turn.is_first() {
                 tokio::select! {
                     biased;
                     () = changed => continue,
                     written = stream.write_chunks(pieces) => written?,
                 }
-            } else if tokio::time::timeout(ASIDE_MAX, changed).await.is_ok() {
+            } else if tokio::time::timeout(WAIT_MAX, changed).await.is_ok() {
                 continue;
             } else if let Some(written) = stream.write_chunks(pieces).now_or_never() {
                 written?
@@ -65,14 +66,17 @@ impl WriteOrder {
         Ok(())
     }
 
-    fn begin(&self, place: i32) -> Writing<'_> {
+    fn begin(&self, position: i32) -> Writing<'_> {
         let mut writing = self.writing.lock();
         let highest = writing.last_key_value().map(|(highest, _)| *highest);
-        *writing.entry(place).or_default() += 1;
-        if highest.is_some_and(|highest| highest < place) {
+        *writing.entry(position).or_default() += 1;
+        if highest.is_some_and(|highest| highest < position) {
             self.changed.notify_waiters();
         }
-        Writing { turns: self, place }
+        Writing {
+            turns: self,
+            position,
+        }
     }
 }
 
@@ -82,22 +86,22 @@ impl Writing<'_> {
             .writing
             .lock()
             .last_key_value()
-            .is_none_or(|(highest, _)| *highest <= self.place)
+            .is_none_or(|(highest, _)| *highest <= self.position)
     }
 }
 
 impl Drop for Writing<'_> {
     fn drop(&mut self) {
         let mut writing = self.turns.writing.lock();
-        let Some(count) = writing.get_mut(&self.place) else {
+        let Some(count) = writing.get_mut(&self.position) else {
             return;
         };
         *count -= 1;
         if *count == 0 {
             let was_highest = writing
                 .last_key_value()
-                .is_some_and(|(highest, _)| *highest == self.place);
-            writing.remove(&self.place);
+                .is_some_and(|(highest, _)| *highest == self.position);
+            writing.remove(&self.position);
             if was_highest {
                 self.turns.changed.notify_waiters();
             }

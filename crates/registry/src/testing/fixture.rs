@@ -1,5 +1,5 @@
-//! Small images made here, and registries to put them in: Debian's docker-registry, started and
-//! ended by the test.
+//! Small generated images, and registries for them: Debian's docker-registry, started and stopped
+//! by the test.
 
 use std::io::Write;
 use std::net::{TcpListener, TcpStream};
@@ -23,7 +23,7 @@ use crate::image::{OCI_INDEX, OCI_MANIFEST, Sha256};
 pub const USER: &str = "robot$op+packhorse";
 pub const PASSWORD: &str = "s3cret-hunter2";
 
-/// What an image is known by.
+/// The metadata of an image.
 #[derive(Debug, Clone)]
 pub struct Info {
     pub media_type: String,
@@ -32,7 +32,7 @@ pub struct Info {
     pub platforms: Vec<String>,
 }
 
-/// An image in an OCI layout folder, as the engine stages it.
+/// An image in an OCI layout directory, as the transfer engine stages it.
 pub struct Image {
     pub dir: PathBuf,
     pub info: Info,
@@ -46,7 +46,7 @@ pub fn write(path: &Path, bytes: &[u8]) {
         .unwrap();
 }
 
-/// Bytes that no two seeds share.
+/// Random bytes that differ for each seed.
 pub fn noise(seed: u64, len: usize) -> Vec<u8> {
     let mut out = vec![0; len];
     blake3::Hasher::new()
@@ -73,14 +73,14 @@ fn manifest(dir: &Path, architecture: &str, layers: &[Vec<u8>]) -> (Sha256, usiz
     let config = json!({"mediaType": "application/vnd.oci.image.config.v1+json", "digest": config, "size": config_size});
     let manifest =
         json!({"schemaVersion": 2, "mediaType": OCI_MANIFEST, "config": config, "layers": layers});
-    // Odd white space, so that whoever writes it anew is found out.
+    // Unusual white space, so that a program that rewrites the JSON is detected.
     put(
         dir,
         serde_json::to_string_pretty(&manifest).unwrap().as_bytes(),
     )
 }
 
-/// Stages an image of these layers; with two platforms as an index over two manifests.
+/// Stages an image with these layers; two platforms make an index with two manifests.
 pub fn image(dir: &Path, layers: &[Vec<u8>], platforms: &[&str]) -> Image {
     std::fs::create_dir_all(dir.join("blobs/sha256")).unwrap();
     let made: Vec<_> = platforms
@@ -136,7 +136,7 @@ pub fn tar_layer(name: &str, content: &[u8]) -> Vec<u8> {
     builder.into_inner().unwrap()
 }
 
-/// How a registry lets clients in.
+/// The authentication method of a registry.
 pub enum Access {
     Open,
     Basic,
@@ -144,7 +144,7 @@ pub enum Access {
     Tls { certificate: String, key: String },
 }
 
-/// A docker-registry of this test's own, on a free port, ended with it.
+/// A docker-registry for this test, on a free port. Dropping it stops the process.
 pub struct RealRegistry {
     child: Child,
     pub address: String,
@@ -252,13 +252,13 @@ impl RealRegistry {
     }
 }
 
-/// A token service as docker-registry wants it: ES256 with the certificate in the token.
+/// A token service for docker-registry: ES256 with the certificate in the token.
 pub struct TokenService {
     address: String,
     certificate: rcgen::Certificate,
     key: rcgen::KeyPair,
     pub asked: AtomicUsize,
-    /// Answers 200 with a token that grants nothing, as Harbor does.
+    /// If true, answers 200 with a token that grants nothing, as Harbor does.
     pub grant_nothing: AtomicBool,
 }
 

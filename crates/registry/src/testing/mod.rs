@@ -1,4 +1,4 @@
-//! Images and registries for the tests of this crate and of those that use it.
+//! Images and registries for the tests of this crate and of crates that use it.
 
 #![expect(
     clippy::unwrap_used,

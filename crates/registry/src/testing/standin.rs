@@ -1,4 +1,4 @@
-//! A registry in memory that answers as Harbor does, and otherwise as a script tells it to.
+//! A registry in memory that answers like Harbor, except where a test scripts the answers.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -17,7 +17,8 @@ use serde_json::json;
 use super::fixture::{PASSWORD, USER};
 use crate::image::Sha256;
 
-/// One scripted answer: to the next `times` requests with this method whose path contains this.
+/// One scripted answer for the next `times` requests with this method and a path that contains
+/// `path`.
 pub struct Scripted {
     pub method: &'static str,
     pub path: &'static str,
@@ -25,11 +26,11 @@ pub struct Scripted {
     pub headers: Vec<(&'static str, &'static str)>,
     pub body: String,
     pub times: usize,
-    /// Requests with a smaller body are not meant.
+    /// Requests with a smaller body do not match.
     pub body_bytes_min: usize,
-    /// As many such requests pass untouched first.
+    /// This many matching requests are not affected first.
     pub skip: usize,
-    /// Whether the request is carried out all the same.
+    /// Whether the request is also processed.
     pub but_done: bool,
 }
 
@@ -55,13 +56,13 @@ pub struct Held {
     pub manifests: HashMap<(String, String), Bytes>,
     pub projects: HashSet<String>,
     pub script: Vec<Scripted>,
-    /// `METHOD path`, of everything that was asked.
+    /// `METHOD path` of all requests.
     pub log: Vec<String>,
-    /// Tokens with a smaller number are no longer taken.
+    /// Tokens with a smaller number are no longer accepted.
     pub first_good_token: usize,
     /// A proxy in front answers 413 to larger bodies.
     pub body_bytes_max: Option<usize>,
-    /// As many answers with a blob break off in their middle.
+    /// This many answers with a blob are interrupted in the middle.
     pub cuts: usize,
     uploads: HashMap<String, Vec<u8>>,
     tokens: usize,
@@ -367,7 +368,10 @@ fn play(
         if *method == Method::GET && held.cuts > 0 {
             held.cuts -= 1;
             let half = bytes.slice(..bytes.len() / 2);
-            let pieces = [Ok(half), Err(std::io::Error::other("the line is cut"))];
+            let pieces = [
+                Ok(half),
+                Err(std::io::Error::other("the connection is interrupted")),
+            ];
             return reply(
                 status,
                 &length,

@@ -1,5 +1,5 @@
-//! What a pull leaves in the registry: by the referrers API, by tags, and where a registry does not
-//! answer.
+//! The referrers that a pull leaves in the registry: from the referrers API, from tags, and with a
+//! registry that does not answer.
 
 use std::time::Duration;
 
@@ -78,10 +78,10 @@ fn examples(omitted: &Omitted) -> Vec<String> {
 }
 
 #[tokio::test]
-async fn the_referrers_api_is_asked_for_the_image_and_its_platforms() {
+async fn the_referrers_api_is_used_for_the_image_and_its_platforms() {
     let world = World::start(&["amd64", "arm64"]).await;
     let top = Box::leak(format!("/referrers/{}", world.made.info.digest).into_boxed_str());
-    // The second page names the cosign tag's manifest once more, and a platform of the image
+    // The second page lists the manifest of the cosign tag again, and a platform of the image
     // itself.
     let next = Scripted {
         headers: vec![("link", r#"</v2/op/a/referrers/more>; rel="next""#)],
@@ -132,12 +132,12 @@ async fn the_referrers_api_is_asked_for_the_image_and_its_platforms() {
             .lock()
             .count("GET", &format!("/manifests/sha256-{}", world.top().hex())),
         0,
-        "no need of the tag"
+        "the fallback tag is not needed"
     );
 }
 
 #[tokio::test]
-async fn without_the_api_the_fallback_tag_is_asked_and_no_failure_counts() {
+async fn without_the_api_the_fallback_tag_is_used_and_failures_are_ignored() {
     let world = World::start(&["amd64"]).await;
     assert!(world.pull().await.is_empty(), "a registry that has neither");
     world.hold_manifest(
@@ -173,7 +173,7 @@ async fn without_the_api_the_fallback_tag_is_asked_and_no_failure_counts() {
             "{found:?}"
         );
     }
-    // Nothing of it may fail a pull.
+    // None of this may fail a pull.
     world.server.held.lock().script.clear();
     for (method, path) in [
         ("GET", "/referrers/"),
@@ -193,12 +193,12 @@ async fn without_the_api_the_fallback_tag_is_asked_and_no_failure_counts() {
     assert_eq!(
         world.pull().await.count(Category::Referrers),
         3,
-        "an answer that is too large is none"
+        "an answer that is too large is ignored"
     );
 }
 
 #[tokio::test]
-async fn a_registry_that_does_not_answer_is_not_waited_for() {
+async fn a_pull_does_not_wait_for_a_silent_referrers_api() {
     let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let registry = Registry::new(
         origin(&silent.local_addr().unwrap().to_string()),
@@ -210,12 +210,12 @@ async fn a_registry_that_does_not_answer_is_not_waited_for() {
     let asked = registry.referrers("op/a", &subjects, Duration::from_millis(50));
     let omitted = tokio::time::timeout(Duration::from_secs(20), asked)
         .await
-        .expect("the question has a deadline of its own");
+        .expect("the requests have their own deadline");
     assert!(omitted.is_empty());
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_real_registry_tells_of_the_tags_of_cosign() {
+async fn a_real_registry_lists_the_tags_of_cosign() {
     let server = RealRegistry::start(&Access::Open);
     let dir = server.dir.path().join("work");
     let registry = Registry::new(origin(&server.address), None, None).unwrap();

@@ -1,4 +1,4 @@
-//! What a filesystem does otherwise than Linux's own, found out by trying it.
+//! The differences of a filesystem from those of Linux, determined by trying.
 
 use std::io::Read;
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
@@ -8,51 +8,51 @@ use crate::Folding;
 use base::durable;
 use base::fault::{Fault, IoContext};
 
-/// Bytes that are written and read back to find out whether a filesystem stores anything.
+/// The number of bytes that are written and read back, to check that a filesystem stores data.
 const TRIAL_BYTES: usize = 64 << 10;
 
-/// What a filesystem does otherwise than Linux's own.
+/// The differences of a filesystem from those of Linux.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Mount {
-    /// It refuses names that Windows refuses (SMB, FAT).
+    /// It rejects names that Windows rejects (SMB, FAT).
     pub windows_names: bool,
-    /// It takes different names for one.
+    /// It treats different names as equal.
     pub folding: Folding,
     /// It has no symbolic links (FAT, SMB without mfsymlinks).
     pub no_links: bool,
-    /// Permission bits cannot be changed (SMB, FAT, some FUSE): files keep those that the mount
-    /// gives them.
+    /// Permission bits cannot be changed (SMB, FAT, some FUSE); files keep those that the mount
+    /// assigns.
     pub fixed_modes: bool,
 }
 
 impl Mount {
-    /// Tries all of it in a new folder, which is removed again.
+    /// Tests all properties in a new directory, and removes it.
     pub(super) fn probe(folder: &Path) -> Result<Self, Fault> {
-        let make = |path: &Path| {
-            std::fs::create_dir(path).at(format_args!("make the folder {}", path.display()))
+        let create = |path: &Path| {
+            std::fs::create_dir(path).at(format_args!("create the directory {}", path.display()))
         };
-        let makes = |name: &str| make(&folder.join(name)).is_ok();
-        let finds = |name: &str| std::fs::symlink_metadata(folder.join(name)).is_ok();
-        make(folder)?;
+        let can_create = |name: &str| create(&folder.join(name)).is_ok();
+        let exists = |name: &str| std::fs::symlink_metadata(folder.join(name)).is_ok();
+        create(folder)?;
         let mount = Self {
-            windows_names: !makes("a:b"),
+            windows_names: !can_create("a:b"),
             folding: Folding {
-                case: makes("Case") && finds("cASE"),
-                unicode: makes("\u{e9}") && finds("e\u{301}"),
+                case: can_create("Case") && exists("cASE"),
+                unicode: can_create("\u{e9}") && exists("e\u{301}"),
             },
             no_links: std::os::unix::fs::symlink("Case", folder.join("link")).is_err(),
             fixed_modes: !takes_modes(&folder.join("mode"))?,
         };
-        // What it refused tells of it only if it still works: it has not filled up or gone away in
-        // between.
-        make(&folder.join("last"))?;
+        // A rejection only counts if the filesystem still works, so check that it is not full or
+        // unavailable.
+        create(&folder.join("last"))?;
         durable::remove_all(folder)?;
         Ok(mount)
     }
 }
 
 fn takes_modes(path: &Path) -> Result<bool, Fault> {
-    let what = || format!("make {}", path.display());
+    let what = || format!("create {}", path.display());
     let file = std::fs::File::options()
         .write(true)
         .create_new(true)
@@ -64,11 +64,10 @@ fn takes_modes(path: &Path) -> Result<bool, Fault> {
     Ok(set.is_ok() && std::fs::metadata(path).at(what())?.permissions().mode() & 0o777 == 0o604)
 }
 
-/// Writes a file, syncs and closes it, and reads it back: whether anything that is sent here can be
-/// stored.
+/// Writes, syncs and closes a file and reads it back, to check that data can be stored.
 pub(crate) fn trial(path: &Path) -> Result<(), Fault> {
     let bytes: Vec<u8> = (0..TRIAL_BYTES)
-        .map(|at| at as u8 ^ (at >> 8) as u8 | 1)
+        .map(|i| i as u8 ^ (i >> 8) as u8 | 1)
         .collect();
     durable::replace(path, &bytes)?;
     let mut read = Vec::new();
@@ -81,12 +80,10 @@ pub(crate) fn trial(path: &Path) -> Result<(), Fault> {
         return Ok(());
     }
     Err(Fault::unreachable(format!(
-        "{} holds other bytes than were written to it",
+        "{} returns other bytes than were written to it",
         path.display()
     ))
-    .with_next(
-        "check that disk or NAS: it loses what is written to it; this is tried again by itself",
-    ))
+    .with_next("check that disk or NAS, which loses written data; this is retried automatically"))
 }
 
 #[cfg(test)]
@@ -94,7 +91,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_filesystem_of_linux_is_found_to_be_one() {
+    fn a_linux_filesystem_has_no_differences() {
         let dir = tempfile::tempdir().unwrap();
         assert_eq!(
             Mount::probe(&dir.path().join("probe")).unwrap(),
@@ -104,11 +101,11 @@ mod tests {
         assert_eq!(
             std::fs::read_dir(dir.path()).unwrap().count(),
             0,
-            "nothing is left of it"
+            "the probe removes its files"
         );
         assert!(
             Mount::probe(&dir.path().join("gone/probe")).is_err(),
-            "one that is away is not one that can do nothing"
+            "an unavailable filesystem is an error"
         );
         assert!(trial(&dir.path().join("gone/trial")).is_err());
     }

@@ -1,28 +1,28 @@
-//! The notes of versions: which content stands under a version, and which transfer brought it.
+//! The notes of versions: the digest of a version, and the transfer that delivered it.
 //!
 //! `<root>/.packhorse/versions/<kind>/<name>/<version>.json` is durable before the version appears.
-//! It is created exclusively, so of two sites that commit different contents under one version only
-//! one goes on. A note whose version is neither there nor staged was given up.
+//! It is created exclusively: if two sites commit different content under one version, only one
+//! proceeds. A note whose version neither exists nor is staged belongs to an abandoned commit.
 
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use super::{FilesSink, HIDDEN, read_if_there};
+use super::{FilesSink, HIDDEN, read_if_exists};
 use crate::Incoming;
 use base::durable;
 use base::fault::{Fault, IoContext, Reason, Retry};
 use base::names::{ArtifactRef, TransferId};
 use content::manifest::Digest;
 
-/// How often a commit tries to create its note while others do.
+/// How often a commit tries to create its note while other commits create and remove theirs.
 const CLAIM_TRIES: usize = 3;
 
-/// What stands under a version.
+/// The content of a version.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Note {
     pub(super) digest: Digest,
-    /// The transfer that brought it; ids sort by time.
+    /// The transfer that delivered it; ids sort by time.
     pub(super) transfer: String,
 }
 
@@ -37,29 +37,30 @@ impl FilesSink {
         folder.join(format!("{}.json", artifact.version()))
     }
 
-    /// What is noted of a version; a note that is malformed is none. A NAS that fails says nothing
-    /// of what it holds.
+    /// The note of a version; a malformed note is ignored. A failing NAS is an error.
     pub(super) fn note(&self, artifact: &ArtifactRef) -> Result<Option<Note>, Fault> {
-        Ok(read_if_there(&self.note_path(artifact))?
+        Ok(read_if_exists(&self.note_path(artifact))?
             .and_then(|text| serde_json::from_str(&text).ok()))
     }
 
     pub(super) fn write_note(&self, incoming: &Incoming) -> Result<(), Fault> {
         let path = self.note_path(&incoming.artifact);
         durable::create_dir_all(path.parent().unwrap_or(&self.root))?;
-        // Who asked last counts: a repair by an older transfer makes the version no older.
-        let before = self
+        // The latest transfer counts: a repair by an older transfer does not make the version
+        // older.
+        let existing = self
             .note(&incoming.artifact)?
-            .filter(|before| before.digest == incoming.digest);
-        let transfer = before
-            .map(|before| before.transfer)
+            .filter(|existing| existing.digest == incoming.digest);
+        let transfer = existing
+            .map(|existing| existing.transfer)
             .max(Some(incoming.transfer.to_string()))
             .unwrap_or_default();
         durable::replace(&path, &note_text(incoming.digest, transfer)?)
     }
 
-    /// Notes the digest of a version that is about to appear, before anybody else notes another
-    /// one. A note of another content whose version is neither there nor staged was given up.
+    /// Creates the note of a version that is about to appear, before another site creates one. A
+    /// note of other content whose version neither exists nor is staged belongs to an abandoned
+    /// commit and is removed.
     pub(super) fn claim(&self, incoming: &Incoming) -> Result<(), Fault> {
         let path = self.note_path(&incoming.artifact);
         durable::create_dir_all(path.parent().unwrap_or(&self.root))?;
@@ -71,9 +72,11 @@ impl FilesSink {
                 return Ok(());
             }
             match self.note(&incoming.artifact)? {
-                Some(there) if there.digest == incoming.digest => return self.write_note(incoming),
-                Some(there) => {
-                    let staged = there
+                Some(existing) if existing.digest == incoming.digest => {
+                    return self.write_note(incoming);
+                }
+                Some(existing) => {
+                    let staged = existing
                         .transfer
                         .parse::<TransferId>()
                         .ok()
@@ -83,8 +86,8 @@ impl FilesSink {
                     {
                         break;
                     }
-                    // It may have appeared in between, which is a conflict.
-                    if self.is_there(incoming)? {
+                    // The version may have appeared meanwhile, which is a conflict.
+                    if self.is_committed(incoming)? {
                         return Ok(());
                     }
                 }
@@ -93,7 +96,7 @@ impl FilesSink {
             durable::remove_all(&path)?;
         }
         Err(Fault::conflict(format!(
-            "another site commits another content of {} to {} now",
+            "another site is committing different content of {} to {}",
             incoming.artifact,
             self.root.display()
         ))

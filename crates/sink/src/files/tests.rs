@@ -1,4 +1,4 @@
-//! The files sink alone, and two sites on one root.
+//! The files sink alone, and two sites with one root.
 
 use std::fs::File;
 
@@ -29,7 +29,7 @@ fn incoming(version: &str) -> Incoming {
 }
 
 #[test]
-fn names_that_windows_refuses_are_refused_where_the_nas_does() {
+fn names_that_windows_rejects_are_rejected_if_the_nas_rejects_them() {
     let dir = tempfile::tempdir().unwrap();
     let linux = FilesSink::open(None, dir.path()).unwrap();
     let smb = linux.clone().assuming(Mount {
@@ -71,22 +71,22 @@ fn names_that_windows_refuses_are_refused_where_the_nas_does() {
 }
 
 #[test]
-fn a_name_has_255_bytes_at_the_most() {
+fn a_name_has_at_most_255_bytes() {
     let dir = tempfile::tempdir().unwrap();
     let smb = FilesSink::open(None, dir.path()).unwrap().assuming(Mount {
         windows_names: true,
         ..Mount::default()
     });
-    for (letter, most) in [("a", 255), ("图", 85)] {
+    for (letter, longest) in [("a", 255), ("图", 85)] {
         assert_eq!(
-            smb.refuse_path(&format!("a/{}", letter.repeat(most)).parse().unwrap()),
+            smb.refuse_path(&format!("a/{}", letter.repeat(longest)).parse().unwrap()),
             None
         );
         assert!(
-            format!("a/{}", letter.repeat(most + 1))
+            format!("a/{}", letter.repeat(longest + 1))
                 .parse::<RelPath>()
                 .is_err(),
-            "no sink is ever shown it"
+            "no sink receives such a path"
         );
     }
 }
@@ -105,7 +105,7 @@ async fn an_empty_mount_point_is_not_filled() {
     durable::create_dir_all(&staged).unwrap();
     sink.commit(&one, &staged).await.unwrap();
 
-    // Unmounted, under a daemon that runs and under one that starts.
+    // Unmounted while a daemon runs, and before one starts.
     durable::rename_noreplace(&nas, &away).unwrap();
     std::fs::create_dir(&nas).unwrap();
     let started = FilesSink::open(Some(&config), &data).unwrap();
@@ -134,12 +134,12 @@ async fn an_empty_mount_point_is_not_filled() {
     assert_eq!(
         std::fs::read_dir(&nas).unwrap().count(),
         0,
-        "nothing was made on the disk below the mount"
+        "nothing was created on the disk below the mount"
     );
     assert_eq!(
         started.mount.get(),
         None,
-        "what is not there says nothing of the NAS"
+        "a missing root gives no properties of the NAS"
     );
 
     // Mounted again.
@@ -151,7 +151,7 @@ async fn an_empty_mount_point_is_not_filled() {
     }
     assert_eq!(started.mount.get(), Some(&Mount::default()));
 
-    // Another NAS in its place.
+    // A different NAS at the same path.
     durable::replace(&nas.join(HIDDEN).join("id"), b"another\n").unwrap();
     assert_eq!(
         sink.check(&two).await.unwrap_err().reason,
@@ -160,7 +160,7 @@ async fn an_empty_mount_point_is_not_filled() {
 }
 
 #[tokio::test]
-async fn a_current_that_is_a_link_is_none_and_is_repaired() {
+async fn a_current_that_is_a_link_is_ignored_and_repaired() {
     let dir = tempfile::tempdir().unwrap();
     let sink = FilesSink::open(None, dir.path()).unwrap();
     let commit = async |version: &str, sink: &FilesSink| {
@@ -177,7 +177,7 @@ async fn a_current_that_is_a_link_is_none_and_is_repaired() {
         sink.series(&one.artifact).join("current"),
     );
     assert_eq!(std::fs::read_link(&link).unwrap(), Path::new("v1"));
-    // As an earlier revision left it where names fold case.
+    // As an earlier version left it if names fold case.
     for broken in ["link", "nothing"] {
         std::fs::remove_file(&file).unwrap();
         if broken == "link" {
@@ -193,7 +193,7 @@ async fn a_current_that_is_a_link_is_none_and_is_repaired() {
             Some("v1")
         );
     }
-    // A filesystem with one entry of both names.
+    // A filesystem on which both names refer to one entry.
     let folds = sink.clone().assuming(Mount {
         folding: Folding {
             case: true,
@@ -207,12 +207,12 @@ async fn a_current_that_is_a_link_is_none_and_is_repaired() {
         folds.active(&two.artifact).await.unwrap().as_deref(),
         Some("v2")
     );
-    assert!(!link.exists(), "it would be CURRENT itself");
+    assert!(!link.exists(), "the link would replace CURRENT");
     std::fs::hard_link(&file, &link).unwrap();
     commit("v3", &sink).await;
     assert!(
         std::fs::symlink_metadata(&link).unwrap().is_symlink(),
-        "CURRENT is a new file, so the other name is another's"
+        "CURRENT is a new file, so the link is a different entry"
     );
     assert!(
         is_same_entry(&file, &file).unwrap()
@@ -221,7 +221,7 @@ async fn a_current_that_is_a_link_is_none_and_is_repaired() {
 }
 
 #[tokio::test]
-async fn a_commit_of_which_nothing_is_staged_is_brought_again() {
+async fn a_commit_without_staged_content_is_delivered_again() {
     let dir = tempfile::tempdir().unwrap();
     let sink = FilesSink::open(None, dir.path()).unwrap();
     let one = incoming("v1");
@@ -236,14 +236,14 @@ async fn a_commit_of_which_nothing_is_staged_is_brought_again() {
     );
     assert!(
         sink.note(&one.artifact).unwrap().is_none(),
-        "and claims nothing"
+        "no note is created"
     );
     assert!(!crate::must_be_brought_again(
         &Fault::not_allowed("the NAS is read-only").of_sink()
     ));
 }
 
-/// Two sites of one root, each of a hub of its own.
+/// Two sites of different hubs with one root.
 fn two_sites(dir: &Path) -> [FilesSink; 2] {
     let nas = dir.join("nas");
     std::fs::create_dir(&nas).unwrap();
@@ -255,7 +255,7 @@ fn two_sites(dir: &Path) -> [FilesSink; 2] {
     })
 }
 
-/// A content of the same version, staged with one file.
+/// Stages content of the same version with one file.
 fn staged(sink: &FilesSink, text: &str) -> (Incoming, PathBuf) {
     let incoming = Incoming {
         digest: Hash::of(text.as_bytes()),
@@ -269,12 +269,12 @@ fn staged(sink: &FilesSink, text: &str) -> (Incoming, PathBuf) {
 }
 
 #[tokio::test]
-async fn of_two_sites_with_different_contents_of_one_version_the_later_claims_nothing() {
+async fn the_later_of_two_sites_with_different_content_creates_no_note() {
     let dir = tempfile::tempdir().unwrap();
     let [one, two] = two_sites(dir.path());
     let ((a, a_staged), (b, b_staged)) = (staged(&one, "one"), staged(&two, "two"));
     let file = one.folder(&a.artifact).join("file");
-    // The first is between its note and its rename.
+    // The first site is between its note and its rename.
     one.claim(&a).unwrap();
     let fault = two.commit(&b, &b_staged).await.unwrap_err();
     assert_eq!(
@@ -305,7 +305,7 @@ async fn of_two_sites_with_different_contents_of_one_version_the_later_claims_no
 }
 
 #[tokio::test]
-async fn a_site_that_says_no_longer_that_it_uses_the_root_does_not_keep_versions_there() {
+async fn a_site_that_no_longer_registers_does_not_prevent_removal() {
     use std::time::Duration;
     let dir = tempfile::tempdir().unwrap();
     let [one, two] = two_sites(dir.path());
@@ -326,9 +326,9 @@ async fn a_site_that_says_no_longer_that_it_uses_the_root_does_not_keep_versions
     said(ROOT_USE_ENDS_AFTER - Duration::from_secs(3_600));
     assert!(
         one.remove(&a.artifact).await.unwrap().is_some(),
-        "it may be off for a while"
+        "it may be offline temporarily"
     );
-    // One of an earlier revision says it once, whenever that was.
+    // A daemon of an earlier version registers once, at any time.
     let text = std::fs::read_to_string(&file).unwrap();
     durable::replace(&file, text.lines().next().unwrap().as_bytes()).unwrap();
     said(ROOT_USE_ENDS_AFTER * 9);
@@ -340,7 +340,7 @@ async fn a_site_that_says_no_longer_that_it_uses_the_root_does_not_keep_versions
 }
 
 #[tokio::test]
-async fn a_claim_that_was_given_up_bars_nobody() {
+async fn the_note_of_an_abandoned_commit_blocks_no_other() {
     let dir = tempfile::tempdir().unwrap();
     let [one, two] = two_sites(dir.path());
     let ((a, a_staged), (b, b_staged)) = (staged(&one, "one"), staged(&two, "two"));
@@ -355,7 +355,7 @@ async fn a_claim_that_was_given_up_bars_nobody() {
 }
 
 #[test]
-fn leftovers_of_others_are_told_from_those_of_an_older_revision() {
+fn leftovers_of_other_sites_and_of_older_versions_are_distinguished() {
     let dir = tempfile::tempdir().unwrap();
     let sink = FilesSink::open(None, dir.path()).unwrap();
     let own = format!("removed-{}-v1-0123abcd", sink.owner);
@@ -375,14 +375,14 @@ fn leftovers_of_others_are_told_from_those_of_an_older_revision() {
 }
 
 #[test]
-fn what_is_staged_goes_to_the_root_that_was_checked() {
+fn files_are_staged_in_the_checked_root() {
     let dir = tempfile::tempdir().unwrap();
     let [nas, away, data] = ["nas", "away", "data"].map(|name| dir.path().join(name));
     std::fs::create_dir(&nas).unwrap();
     std::fs::create_dir(&data).unwrap();
     let sink = FilesSink::open(Some(&settings::FilesSink { root: nas.clone() }), &data).unwrap();
     let staging = sink.staging().unwrap();
-    // Unmounted between the check and what follows it.
+    // Unmounted between the check and the following steps.
     durable::rename_noreplace(&nas, &away).unwrap();
     std::fs::create_dir(&nas).unwrap();
     let transfer = "t-1".parse().unwrap();
@@ -393,7 +393,7 @@ fn what_is_staged_goes_to_the_root_that_was_checked() {
     assert_eq!(
         std::fs::read_dir(&nas).unwrap().count(),
         0,
-        "nothing was made on the disk below the mount"
+        "nothing was created on the disk below the mount"
     );
     assert_eq!(
         std::fs::read(away.join(".packhorse/staging/t-1/a")).unwrap(),

@@ -1,10 +1,10 @@
-//! Images as OCI layouts in a folder, where a site has no registry: `<root>/<name>/` is one layout,
-//! whose `index.json` names each version (`org.opencontainers.image.ref.name`), so that `skopeo
-//! copy oci:<root>/<name>:<version>` reads it.
+//! Images as OCI layouts in a directory, for a site without a registry. `<root>/<name>/` is one
+//! layout, whose `index.json` names each version (`org.opencontainers.image.ref.name`), so that
+//! `skopeo copy oci:<root>/<name>:<version>` can read it.
 //!
-//! Blobs are renamed in from the staged folder and synced first; replacing `index.json` is what
-//! makes a version appear. A crash before that leaves blobs that nobody names, which the next try
-//! uses or the next removal sweeps away.
+//! Blobs are synced and renamed into the layout first. Replacing `index.json` makes a version
+//! visible. A crash before that leaves unreferenced blobs, which the next attempt uses or the next
+//! removal deletes.
 
 use std::collections::{HashMap, HashSet};
 use std::fs::{self, File};
@@ -28,27 +28,27 @@ use base::names::{ArtifactRef, RelPath};
 use content::manifest::FileInfo;
 use registry::image::{Descriptor, REF_NAME, Sha256, Tree, walk};
 
-/// Writes images to a folder of OCI layouts. All that touches the folder runs on threads of this
-/// sink: it may be a NAS.
+/// Writes images to a directory of OCI layouts. All access to the directory runs on threads of this
+/// sink, because it may be a NAS.
 pub struct LayoutSink {
     root: PathBuf,
     staging_root: PathBuf,
-    /// Whether the configuration names the folder, so that others may use it.
+    /// Whether the configuration names the directory. Then other daemons may use it.
     configured: bool,
     threads: Threads,
     heartbeat: Heartbeat,
-    /// One lock a name: whoever replaces its `index.json` or sweeps its blobs holds it.
+    /// One lock per name. It is held while `index.json` is replaced or blobs are deleted.
     locks: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
 }
 
 impl LayoutSink {
-    /// A sink that keeps its layouts below `path`, which is made when it is first needed: a folder
-    /// that does not answer must not keep the daemon from starting. `configured`: the configuration
-    /// names it.
+    /// Creates a sink with its layouts below `path`. The directory is created at the first use,
+    /// because a directory that does not respond must not block the start of the daemon.
+    /// `configured`: the configuration names it.
     pub fn new(path: PathBuf, staging_root: PathBuf, configured: bool) -> Result<Self, Fault> {
         if !path.is_absolute() {
             return Err(Fault::config(format!(
-                "the image folder {:?} is not an absolute path",
+                "the image directory {:?} is not an absolute path",
                 path.display()
             )));
         }
@@ -87,21 +87,21 @@ impl LayoutSink {
             .clone()
     }
 
-    async fn named(&self, artifact: &ArtifactRef) -> Result<Option<Sha256>, Fault> {
+    async fn current_digest(&self, artifact: &ArtifactRef) -> Result<Option<Sha256>, Fault> {
         let (layout, version) = (self.layout(artifact), artifact.version().to_owned());
         self.threads
             .run(move || Index::read(&layout)?.digest_of(&version))
             .await
     }
 
-    /// Changes a layout, which nobody else does meanwhile: neither this daemon nor another one that
-    /// uses the same folder.
+    /// Changes a layout exclusively: no other task of this daemon, and no other daemon with the
+    /// same directory, changes it meanwhile.
     async fn change<T: Send + 'static>(
         &self,
         artifact: &ArtifactRef,
         work: impl FnOnce() -> Result<T, Fault> + Send + 'static,
     ) -> Result<T, Fault> {
-        // Two names cannot have one lock: a name has no dot in front.
+        // Two names never share a lock file, because a name does not start with a dot.
         let (staging_root, lock) = (
             self.staging_root.clone(),
             self.staging_root.join(format!(".{}.lock", artifact.name())),
@@ -119,12 +119,12 @@ impl LayoutSink {
         let top = top_of(image_info(incoming)?)?;
         let lock = self.lock(&incoming.artifact);
         let _held = lock.lock().await;
-        let looked = staged.to_owned();
+        let staged_path = staged.to_owned();
         let is_staged = self
             .threads
-            .run(move || looked.try_exists().at(looked.display()))
+            .run(move || staged_path.try_exists().at(staged_path.display()))
             .await?;
-        match self.named(&incoming.artifact).await? {
+        match self.current_digest(&incoming.artifact).await? {
             Some(theirs) if theirs != top.digest => {
                 return Err(taken(
                     &self.location(&incoming.artifact),
@@ -132,7 +132,7 @@ impl LayoutSink {
                     &top.digest,
                 ));
             }
-            // Committed before a crash, and cleaned up.
+            // Committed and cleaned up before a crash.
             Some(_) if !is_staged => {}
             _ => {
                 let tree = self
@@ -144,11 +144,11 @@ impl LayoutSink {
                     incoming.artifact.version().to_owned(),
                     self.location(&incoming.artifact),
                 );
-                let land = move || {
-                    land(&layout, &staged, &tree, &top, &version, &location)?;
+                let move_image = move || {
+                    move_image(&layout, &staged, &tree, &top, &version, &location)?;
                     durable::remove_all(&staged)
                 };
-                self.change(&incoming.artifact, land).await?;
+                self.change(&incoming.artifact, move_image).await?;
             }
         }
         let location = format!("{}@{}", self.location(&incoming.artifact), top.digest);
@@ -159,7 +159,7 @@ impl LayoutSink {
         })
     }
 
-    /// Follows the image through the folders in this order.
+    /// Collects the image from the directories, in this order.
     async fn tree(&self, incoming: &Incoming, folders: &[&Path]) -> Result<Tree, Fault> {
         let info = image_info(incoming)?;
         let tree = walk(&top_of(info)?, |wanted| async move {
@@ -186,7 +186,7 @@ impl LayoutSink {
     }
 }
 
-/// The bytes of a layout's `index.json`, as JSON, so that what others wrote there stays.
+/// The content of a layout's `index.json` as JSON, so that entries of other programs are kept.
 struct Index(Value);
 
 impl Index {
@@ -194,8 +194,9 @@ impl Index {
         let path = layout.join("index.json");
         match fs::read(&path) {
             Ok(bytes) => serde_json::from_slice(&bytes).map(Self).map_err(|e| {
-                Fault::integrity(format!("{}: {e}", path.display()))
-                    .with_next("put the file right by hand, or move the folder away")
+                Fault::integrity(format!("{}: {e}", path.display())).with_next(
+                    "repair the file manually, or move the directory to another location",
+                )
             }),
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
                 Ok(Self(json!({ "schemaVersion": 2, "manifests": [] })))
@@ -219,12 +220,12 @@ impl Index {
         let digest = entry["digest"].as_str().unwrap_or_default();
         digest.parse().map(Some).map_err(|why| {
             Fault::integrity(format!(
-                "the entry {version} of an image folder's index.json: {why}"
+                "the entry {version} in the index.json of an image directory: {why}"
             ))
         })
     }
 
-    /// Takes a version out; whether it was there.
+    /// Removes a version. Returns whether it existed.
     fn drop_version(&mut self, version: &str) -> bool {
         let Some(entries) = self.0["manifests"].as_array_mut() else {
             return false;
@@ -253,8 +254,8 @@ impl Index {
     }
 }
 
-/// Waits until no other daemon has the lock of this file, and takes it. A filesystem without locks
-/// is used without.
+/// Takes the lock of this file and waits for other daemons. Continues without a lock if the
+/// filesystem has none.
 fn lock_file(path: &Path) -> Result<File, Fault> {
     use rustix::io::Errno;
     let what = || format!("lock {}", path.display());
@@ -270,13 +271,13 @@ fn lock_file(path: &Path) -> Result<File, Fault> {
     }
 }
 
-/// Moves one blob in, which was checked; a copy is made only across filesystems.
+/// Moves one verified blob into the layout. Copies only across filesystems.
 fn move_in(from: &Path, to: &Path) -> Result<(), Fault> {
     durable::sync_file(from)?;
     let device = |path: &Path| {
         fs::metadata(path)
             .map(|m| m.dev())
-            .at(format_args!("look at {}", path.display()))
+            .at(format_args!("read the metadata of {}", path.display()))
     };
     let folder = to.parent().unwrap_or(Path::new("/"));
     if device(from)? == device(folder)? {
@@ -292,8 +293,8 @@ fn move_in(from: &Path, to: &Path) -> Result<(), Fault> {
     durable::rename_noreplace(&temporary, to)
 }
 
-/// Puts every file of the image that is staged into the layout, and then its entry.
-fn land(
+/// Moves every staged file of the image into the layout, and then adds its entry.
+fn move_image(
     layout: &Path,
     staged: &Path,
     tree: &Tree,
@@ -301,12 +302,12 @@ fn land(
     version: &str,
     location: &str,
 ) -> Result<(), Fault> {
-    let named = |index: &Index| match index.digest_of(version)? {
-        // Another site that uses the same folder was faster.
+    let current_digest = |index: &Index| match index.digest_of(version)? {
+        // Another site with the same directory was faster.
         Some(theirs) if theirs != top.digest => Err(taken(location, &theirs, &top.digest)),
-        there => Ok(there.is_some()),
+        existing => Ok(existing.is_some()),
     };
-    named(&Index::read(layout)?)?;
+    current_digest(&Index::read(layout)?)?;
     durable::create_dir_all(&layout.join("blobs/sha256"))?;
     let manifests = tree
         .manifests
@@ -321,18 +322,17 @@ fn land(
             staged.join(digest.layout_path()),
             layout.join(digest.layout_path()),
         );
-        // What stands there was asked for by its name and size only, and may have been damaged
-        // since it came.
+        // An existing blob was found by its name and size only, and may be damaged.
         if check_blob(&to, &digest, size)?.is_none() {
             continue;
         }
-        // The artifact's own hash says what the file's bytes are, not that they are what the image
-        // names.
+        // The hash of the artifact covers the bytes of the file, but not that they match the digest
+        // in the image.
         match fs::metadata(&from) {
             Ok(_) => {
                 if let Some(why) = check_blob(&from, &digest, size)? {
                     return Err(Fault::integrity(format!(
-                        "image blob {digest} does not match its name: {why}"
+                        "image blob {digest} does not match its digest: {why}"
                     ))
                     .with_next(
                         "publish the image again from its original source, under a new version",
@@ -341,9 +341,12 @@ fn land(
                 durable::remove_all(&to)?;
                 move_in(&from, &to)?;
             }
-            // A NAS that fails does not say that it is not staged.
+            // A failing NAS is an error, not a missing file.
             Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-                return Err(Fault::io(format_args!("look at {}", from.display()), &e));
+                return Err(Fault::io(
+                    format_args!("read the metadata of {}", from.display()),
+                    &e,
+                ));
             }
             Err(_) if foreign => durable::remove_all(&to)?,
             Err(_) => {
@@ -360,15 +363,15 @@ fn land(
         durable::replace(&marker, br#"{"imageLayoutVersion":"1.0.0"}"#)?;
     }
     let mut index = Index::read(layout)?;
-    if !named(&index)? {
+    if !current_digest(&index)? {
         index.add(version, top);
         index.write(layout)?;
     }
     Ok(())
 }
 
-/// Removes the blobs that no version names any more.
-fn sweep(layout: &Path, named: &HashSet<Sha256>) -> Result<(), Fault> {
+/// Deletes the blobs that no version references.
+fn delete_unreferenced(layout: &Path, current_digest: &HashSet<Sha256>) -> Result<(), Fault> {
     let folder = layout.join("blobs/sha256");
     for entry in fs::read_dir(&folder).at(format_args!("list {}", folder.display()))? {
         let entry = entry.at(format_args!("list {}", folder.display()))?;
@@ -376,14 +379,14 @@ fn sweep(layout: &Path, named: &HashSet<Sha256>) -> Result<(), Fault> {
         let digest = name
             .to_str()
             .and_then(|hex| Sha256::from_layout_path(&format!("blobs/sha256/{hex}")));
-        if digest.is_none_or(|digest| !named.contains(&digest)) {
+        if digest.is_none_or(|digest| !current_digest.contains(&digest)) {
             durable::remove_all(&entry.path())?;
         }
     }
     Ok(())
 }
 
-/// Removes the blobs whose content is not what their names say.
+/// Deletes the blobs whose content does not match their name.
 fn remove_damaged(layout: &Path) -> Result<(), Fault> {
     let folder = layout.join("blobs/sha256");
     let entries = match fs::read_dir(&folder) {
@@ -398,7 +401,10 @@ fn remove_damaged(layout: &Path) -> Result<(), Fault> {
             .and_then(|hex| Sha256::from_layout_path(&format!("blobs/sha256/{hex}")));
         let size = entry
             .metadata()
-            .at(format_args!("look at {}", entry.path().display()))?
+            .at(format_args!(
+                "read the metadata of {}",
+                entry.path().display()
+            ))?
             .len();
         if let Some(digest) = digest
             && check_blob(&entry.path(), &digest, size)?.is_some()
@@ -409,12 +415,12 @@ fn remove_damaged(layout: &Path) -> Result<(), Fault> {
     Ok(())
 }
 
-/// Reads a blob again from its first byte to its last; what is wrong with it.
+/// Reads a complete blob. Returns what is wrong with it.
 fn check_blob(path: &Path, digest: &Sha256, size: u64) -> Result<Option<String>, Fault> {
     let mut file = match File::open(path) {
         Ok(file) => file,
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
-            return Ok(Some(format!("{}: it is gone", path.display())));
+            return Ok(Some(format!("{}: it is missing", path.display())));
         }
         Err(e) => return Err(Fault::io(format_args!("read {}", path.display()), &e)),
     };
@@ -436,7 +442,7 @@ fn check_blob(path: &Path, digest: &Sha256, size: u64) -> Result<Option<String>,
     let found = Sha256(hash.finalize().into());
     Ok((found != *digest || read != size).then(|| {
         format!(
-            "{}: it has {read} bytes of {found}, {size} bytes were expected",
+            "{}: it has {read} bytes with the digest {found}, but {size} bytes were expected",
             path.display()
         )
     }))
@@ -454,20 +460,21 @@ impl Sink for LayoutSink {
 
     fn held_up(&self) -> Option<Fault> {
         let (root, staging_root) = (self.root.clone(), self.staging_root.clone());
-        // What the kernel does not answer from its caches.
+        // Calls that the kernel does not answer from its caches.
         let call = move || {
             let _ = rustix::fs::statvfs(&root);
             let _ = File::open(&staging_root);
         };
         let silent = self.heartbeat.silent_for(&self.threads, call)?;
         let message = format!(
-            "the folder of images {} has not answered for {} s",
+            "the image directory {} has not responded for {} s",
             self.root.display(),
             rounded_secs(silent)
         );
         Some(
-            Fault::unreachable(message)
-                .with_next("check that disk or NAS; transfers go on by themselves when it answers"),
+            Fault::unreachable(message).with_next(
+                "check that disk or NAS; transfers resume automatically when it responds",
+            ),
         )
     }
 
@@ -479,7 +486,7 @@ impl Sink for LayoutSink {
         let staging_root = self.staging_root.clone();
         let trial = move || {
             durable::create_dir_all(&staging_root).map_err(Fault::of_sink)?;
-            // Not of a name that another daemon would remove as a leftover.
+            // The name must not be one that another daemon removes as a leftover.
             crate::files::trial(
                 &staging_root.join(format!(".trial-{:016x}", rand::random::<u64>())),
             )
@@ -495,7 +502,7 @@ impl Sink for LayoutSink {
             .run(move || durable::create_dir_all(&staging_root).map_err(Fault::of_sink))
             .await?;
         match self
-            .named(&incoming.artifact)
+            .current_digest(&incoming.artifact)
             .await
             .map_err(Fault::of_sink)?
         {
@@ -526,7 +533,7 @@ impl Sink for LayoutSink {
     }
 
     async fn activate(&self, _artifact: &ArtifactRef) -> Result<(), Fault> {
-        Ok(()) // every version has its name; none is more current than another
+        Ok(()) // every version has its own name; there is no active version
     }
 
     async fn read_at(
@@ -538,7 +545,7 @@ impl Sink for LayoutSink {
     ) -> Result<Bytes, Fault> {
         let StorageLocation::Folder { path: folder } = place else {
             return Err(Fault::internal(
-                "an image folder was asked for a registry's blob",
+                "a blob of a registry was requested from an image directory",
             ));
         };
         let path = path.in_dir(folder);
@@ -554,7 +561,8 @@ impl Sink for LayoutSink {
     }
 
     async fn stands(&self, incoming: &Incoming) -> Result<bool, Fault> {
-        Ok(self.named(&incoming.artifact).await? == Some(top_of(image_info(incoming)?)?.digest))
+        Ok(self.current_digest(&incoming.artifact).await?
+            == Some(top_of(image_info(incoming)?)?.digest))
     }
 
     async fn verify(
@@ -569,10 +577,12 @@ impl Sink for LayoutSink {
         );
         let ours = top_of(image_info(incoming)?)?.digest;
         let mut out = Vec::new();
-        match self.named(&incoming.artifact).await? {
-            None => out.push(format!("{location}: index.json does not name it")),
+        match self.current_digest(&incoming.artifact).await? {
+            None => out.push(format!("{location}: index.json does not contain it")),
             Some(theirs) if theirs != ours => {
-                out.push(format!("{location}: index.json names {theirs}, not {ours}"));
+                out.push(format!(
+                    "{location}: index.json refers to {theirs}, not {ours}"
+                ));
             }
             Some(_) => {}
         }
@@ -591,7 +601,7 @@ impl Sink for LayoutSink {
         };
         let look = look.clone();
         if look.quick {
-            look.note("quick check: the manifests were read, and the size of each blob was compared; no blob was read");
+            look.note("quick check: the manifests were read and the size of each blob was compared; no blob was read");
         }
         let compare = move || {
             for blob in &tree.blobs {
@@ -599,10 +609,10 @@ impl Sink for LayoutSink {
                 let size = file_size(&path)?;
                 let wrong = match size {
                     None if blob.is_foreign() => None,
-                    None => Some(format!("{}: it is gone", path.display())),
+                    None => Some(format!("{}: it is missing", path.display())),
                     Some(size) if look.quick => (size != blob.size).then(|| {
                         format!(
-                            "{}: it has {size} bytes, {} bytes were expected",
+                            "{}: it has {size} bytes, but {} bytes were expected",
                             path.display(),
                             blob.size
                         )
@@ -640,7 +650,7 @@ impl Sink for LayoutSink {
             if !index.drop_version(&version) {
                 return Ok(None);
             }
-            let mut named = HashSet::new();
+            let mut current_digest = HashSet::new();
             for entry in index.entries() {
                 let top: Descriptor = serde_json::from_value(entry.clone()).map_err(|e| {
                     Fault::integrity(format!("an entry of {}/index.json: {e}", layout.display()))
@@ -650,14 +660,14 @@ impl Sink for LayoutSink {
                     read_small(&folder.join(wanted.digest.layout_path()))
                 };
                 let tree = runtime.block_on(walk(&top, read))?;
-                named.extend(tree.manifests.iter().map(|node| node.digest));
-                named.extend(tree.blobs.iter().map(|blob| blob.digest));
+                current_digest.extend(tree.manifests.iter().map(|node| node.digest));
+                current_digest.extend(tree.blobs.iter().map(|blob| blob.digest));
             }
             if index.entries().next().is_none() {
                 durable::remove_all(&layout)?;
             } else {
                 index.write(&layout)?; // first, so that no version ever names a blob that is gone
-                sweep(&layout, &named)?;
+                delete_unreferenced(&layout, &current_digest)?;
             }
             Ok(None)
         };
@@ -671,7 +681,10 @@ impl Sink for LayoutSink {
             let path = staging_root.join(format!(".probe-{:016x}", rand::random::<u64>()));
             durable::replace(&path, b"")?;
             durable::remove_all(&path)?;
-            Ok(format!("images go to OCI layouts below {}", root.display()))
+            Ok(format!(
+                "images are written to OCI layouts below {}",
+                root.display()
+            ))
         };
         self.threads.run(probe).await
     }

@@ -1,8 +1,8 @@
-//! The sinks of images: an OCI registry, or a folder of OCI layouts where there is none.
+//! The sinks of images: an OCI registry, or a directory of OCI layouts if there is no registry.
 //!
-//! What the engine stages is an OCI layout folder that may lack the blobs which the far end holds
-//! already. Both sinks follow the image from its top manifest down, put blobs first and the top
-//! manifest last, and change no byte.
+//! The engine stages an OCI layout directory, which may lack blobs that the target already has.
+//! Both sinks follow the image from its top manifest down, write blobs first and the top manifest
+//! last, and change no byte.
 
 mod layout;
 mod registry;
@@ -24,7 +24,7 @@ use base::fault::{Fault, IoContext};
 use base::limits;
 use content::manifest::{ImageInfo, KindInfo};
 
-/// The sink that the configuration names; without one, OCI layouts at `<data_dir>/images`.
+/// The configured sink; without configuration, OCI layouts in `<data_dir>/images`.
 pub fn open(cfg: Option<&settings::ImagesSink>, data_dir: &Path) -> Result<Arc<dyn Sink>, Fault> {
     let layout_path = match cfg {
         None => Some(data_dir.join("images")),
@@ -32,14 +32,14 @@ pub fn open(cfg: Option<&settings::ImagesSink>, data_dir: &Path) -> Result<Arc<d
     };
     match (layout_path, cfg) {
         (Some(path), _) => {
-            let staging = path.join(".packhorse-staging"); // inside, so that blobs are renamed and not copied
+            let staging = path.join(".packhorse-staging"); // inside, so that blobs can be renamed instead of copied
             Ok(Arc::new(LayoutSink::new(path, staging, cfg.is_some())?))
         }
         (None, Some(cfg)) => Ok(Arc::new(RegistrySink::new(
             cfg,
             data_dir.join("staging").join("images"),
         )?)),
-        (None, None) => Err(Fault::internal("no image sink")),
+        (None, None) => Err(Fault::internal("no image sink is configured")),
     }
 }
 
@@ -47,13 +47,13 @@ fn image_info(incoming: &Incoming) -> Result<&ImageInfo, Fault> {
     match &incoming.root.info {
         KindInfo::Image(info) => Ok(info),
         _ => Err(Fault::internal(format!(
-            "{} is no image but came to the image sink",
+            "{} is not an image but was sent to the image sink",
             incoming.artifact
         ))),
     }
 }
 
-/// What points at the top manifest.
+/// The descriptor of the top manifest.
 fn top_of(info: &ImageInfo) -> Result<Descriptor, Fault> {
     let digest = info
         .digest
@@ -67,7 +67,8 @@ fn top_of(info: &ImageInfo) -> Result<Descriptor, Fault> {
     })
 }
 
-/// A small file's bytes, `None` when it is not there. A manifest that is too large is not read.
+/// The content of a small file; `None` if it does not exist. A manifest that is too large is not
+/// read.
 fn read_small(path: &Path) -> Result<Option<Bytes>, Fault> {
     let what = || format!("read {}", path.display());
     match std::fs::metadata(path) {
@@ -75,7 +76,7 @@ fn read_small(path: &Path) -> Result<Option<Bytes>, Fault> {
         Err(e) => return Err(Fault::io(what(), &e)),
         Ok(meta) if meta.len() > limits::IMAGE_MANIFEST_BYTES_MAX as u64 => {
             return Err(Fault::integrity(format!(
-                "{}: {} bytes are too many for an image manifest",
+                "{}: {} bytes are too large for an image manifest",
                 what(),
                 meta.len()
             )));
@@ -91,24 +92,26 @@ fn file_size(path: &Path) -> Result<Option<u64>, Fault> {
     match std::fs::metadata(path) {
         Ok(meta) => Ok(Some(meta.len())),
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        Err(e) => Err(Fault::io(format_args!("look at {}", path.display()), &e)),
+        Err(e) => Err(Fault::io(
+            format_args!("read the metadata of {}", path.display()),
+            &e,
+        )),
     }
 }
 
-/// The far end said that it holds this when the transfer began, and holds it no longer.
+/// The fault for content that the target had when the transfer was planned and no longer has.
 fn lost(what: &str, at: &str) -> Fault {
     Fault::conflict(format!(
-        "{what} was at {at} when the transfer was planned and is gone now"
+        "{what} existed at {at} when the transfer was planned and is now missing"
     ))
     .with_reason(base::fault::Reason::SinkUnavailable)
     .with_retry(base::fault::Retry::Backoff)
     .with_next(
-        "something removes images there (garbage collection); what is missing is fetched by itself",
+        "a garbage collection or a person removes images there; the missing content is fetched automatically",
     )
 }
 
-/// A top manifest that is neither staged nor at the far end is one that was lost, not one that the
-/// user misspelt.
+/// A top manifest that is neither staged nor at the target was lost; the user did not misspell it.
 fn not_staged(fault: Fault, location: &str) -> Fault {
     if fault.code == base::fault::Code::NotFound {
         lost("the top manifest", location)
@@ -117,10 +120,10 @@ fn not_staged(fault: Fault, location: &str) -> Fault {
     }
 }
 
-/// A name that other content has already.
+/// The fault for a name that already has different content.
 fn taken(location: &str, theirs: &Sha256, ours: &Sha256) -> Fault {
     Fault::conflict(format!(
-        "{location} is there already with another image ({theirs}, not {ours})"
+        "{location} already exists with a different image ({theirs}, not {ours})"
     ))
-    .with_next("remove that tag, or publish under another version; then 'packhorse retry'")
+    .with_next("remove that tag, or publish under another version; then run 'packhorse retry'")
 }

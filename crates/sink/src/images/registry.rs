@@ -1,9 +1,9 @@
-//! Images into an OCI registry: `<url>/<name>:<version>`.
+//! Images in an OCI registry: `<url>/<name>:<version>`.
 //!
-//! Blobs go up in parallel, large ones while they come; those that are there are not sent; then the
-//! manifests below the top by digest, then the top one under the tag, which is what makes the image
-//! appear. A crash before that leaves blobs that nobody names: the next try finds and uses them, or
-//! the registry's garbage collection takes them.
+//! Blobs are uploaded in parallel, large ones while they arrive; existing blobs are not sent. Then
+//! the lower manifests are pushed by digest, and last the top manifest under the tag, which makes
+//! the image visible. A crash before that leaves unreferenced blobs: the next attempt uses them, or
+//! the registry's garbage collection removes them.
 
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
@@ -30,51 +30,51 @@ use registry::{Credentials, Deleted, Error, LocalBlob, Origin, Registry};
 /// Writes images to a registry.
 pub struct RegistrySink {
     registry: Registry,
-    /// What stands before an image's name: a Harbor project, perhaps with folders; may be empty.
+    /// The prefix of image names: a Harbor project, with optional subdirectories; may be empty.
     prefix: String,
     create_project: bool,
     staging_root: PathBuf,
     threads: Threads,
-    /// Where blobs are known to lie, so that another repository can mount them. A hint: forgotten
-    /// at a restart.
+    /// A repository for each known blob, from which another repository can mount it. Only a hint:
+    /// lost at a restart.
     seen: Mutex<HashMap<Sha256, String>>,
-    /// Blobs that were read and are damaged, by repository. They are sent again although the
-    /// registry has them. A hint as well.
+    /// Blobs that were found damaged, by repository. They are sent again although the registry has
+    /// them. Only a hint.
     damaged: Mutex<HashSet<(String, Sha256)>>,
     /// Blobs that this process sent, by repository.
     sent: Mutex<HashSet<(String, Sha256)>>,
 }
 
-/// What a tag names.
+/// The image that a tag refers to.
 #[derive(Debug, PartialEq, Eq)]
 enum Tag {
     Absent,
     Is(Sha256),
-    /// An image is there, and a policy of the registry does not give it out. Which one, if the
-    /// registry says so another way; else it may be ours.
-    Held(Option<Sha256>),
-    /// The same, and it is not ours: the registry does not have ours at all.
-    HeldOther,
+    /// An image exists, but a policy of the registry blocks it. Contains its digest if the registry
+    /// reports it in another way; otherwise it may be ours.
+    Blocked(Option<Sha256>),
+    /// The same, and the image is not ours, because the registry does not have ours.
+    BlockedOther,
 }
 
 impl Tag {
-    /// Which image it names, as far as that is known.
+    /// The digest of the image, if it is known.
     fn digest(&self) -> Option<Sha256> {
         match self {
             Tag::Is(digest) => Some(*digest),
-            Tag::Held(digest) => *digest,
-            Tag::Absent | Tag::HeldOther => None,
+            Tag::Blocked(digest) => *digest,
+            Tag::Absent | Tag::BlockedOther => None,
         }
     }
 
-    /// The fault of a tag that names another image for certain.
+    /// The fault of a tag that certainly refers to a different image.
     fn conflict(&self, location: &str, ours: &Sha256) -> Option<Fault> {
         match (self, self.digest()) {
-            (Tag::HeldOther, _) => Some(
+            (Tag::BlockedOther, _) => Some(
                 Fault::conflict(format!(
-                    "{location} is there already with another image, which a policy of the registry does not give out"
+                    "{location} already exists with a different image, which a policy of the registry blocks"
                 ))
-                .with_next("publish under another version, then deliver that"),
+                .with_next("publish under another version, then deliver that version"),
             ),
             (_, Some(theirs)) if theirs != *ours => Some(taken(location, &theirs, ours)),
             _ => None,
@@ -82,15 +82,15 @@ impl Tag {
     }
 }
 
-const HELD_BACK: &str = "the registry holds the image, and a policy of its project does not give it out yet: it waits for a scan or a signature";
+const BLOCKED: &str = "the registry has the image, but a policy of its project blocks it until it is scanned or signed";
 
 impl RegistrySink {
-    /// A sink for the registry that the configuration names. Asks it nothing yet.
+    /// Creates a sink for the configured registry. Sends no request.
     pub fn new(cfg: &settings::ImagesSink, staging_root: PathBuf) -> Result<Self, Fault> {
         let url = cfg.url.trim_end_matches('/');
         if !url.starts_with("https://") && !url.starts_with("http://") {
             return Err(Fault::config(format!(
-                "sink.images.url {url:?}: it begins with none of https://, http://, oci-layout:"
+                "sink.images.url {url:?}: it must begin with https://, http:// or oci-layout:"
             )));
         }
         let (origin, prefix) = Origin::split(url)?;
@@ -136,8 +136,8 @@ impl RegistrySink {
         )
     }
 
-    /// An error as a person is told it, with a closer look at what a refusal means.
-    async fn told(&self, fault: Fault, repository: &str) -> Fault {
+    /// Explains a denial in more detail for the user.
+    async fn explain_denied(&self, fault: Fault, repository: &str) -> Fault {
         if fault.reason == Reason::SinkDenied && fault.code == Code::NotAllowed {
             return self
                 .registry
@@ -163,25 +163,25 @@ impl RegistrySink {
                     .artifact_digest(project, name, artifact.version())
                     .await
                 {
-                    return Ok(Tag::Held(Some(digest)));
+                    return Ok(Tag::Blocked(Some(digest)));
                 }
-                // By its digest ours is held back too, if it is there.
+                // By its digest, our image is blocked too, if it exists.
                 let has_ours = self
                     .registry
                     .head_manifest(&repository, &ours.to_string())
                     .await;
                 Ok(if matches!(has_ours, Ok(None)) {
-                    Tag::HeldOther
+                    Tag::BlockedOther
                 } else {
-                    Tag::Held(None)
+                    Tag::Blocked(None)
                 })
             }
-            Err(error) => Err(error.fault(format_args!("look for {}", self.location(artifact)))),
+            Err(error) => Err(error.fault(format_args!("look up {}", self.location(artifact)))),
         }
     }
 
-    /// Does `work`; reports meanwhile that the registry does not answer.
-    async fn reporting<T>(&self, incoming: &Incoming, work: impl Future<Output = T>) -> T {
+    /// Runs `work`, and reports meanwhile if the registry does not respond.
+    async fn report_silence<T>(&self, incoming: &Incoming, work: impl Future<Output = T>) -> T {
         tokio::pin!(work);
         let mut look = tokio::time::interval(Duration::from_millis(500));
         loop {
@@ -192,8 +192,8 @@ impl RegistrySink {
                 }
                 _ = look.tick() => match self.registry.silent_for() {
                     Some(silent) if silent >= limits::REGISTRY_SILENCE_REPORT_AFTER => incoming.waits.report(
-                        Fault::unreachable(format!("the registry at {} does not answer", self.registry.origin().base()))
-                            .with_next("look at the registry's load and its log; the delivery continues on its own when it answers"),
+                        Fault::unreachable(format!("the registry at {} does not respond", self.registry.origin().base()))
+                            .with_next("check the load and the log of the registry; the delivery resumes automatically when the registry responds"),
                     ),
                     _ => incoming.waits.clear(),
                 },
@@ -215,7 +215,7 @@ impl RegistrySink {
             .contains(&(repository.to_owned(), *digest))
     }
 
-    /// A manifest's bytes from the staged folder, or from the registry where it was held already.
+    /// The bytes of a manifest, from the staging directory or from the registry.
     async fn manifest(
         &self,
         repository: &str,
@@ -240,7 +240,7 @@ impl RegistrySink {
         self.threads.run(move || read_small(&file)).await
     }
 
-    /// Whether this is staged. A disk that fails does not say that it is not.
+    /// Whether this file is staged. A failing disk is an error, not a missing file.
     async fn is_staged(&self, path: &Path) -> Result<bool, Fault> {
         let path = path.to_owned();
         self.threads
@@ -299,8 +299,8 @@ impl RegistrySink {
             } else if self.registry.push_blob(repository, &local).await? {
                 self.note_sent(key);
             } else if !self.sent.lock().contains(&key) {
-                // It was staged because the registry lacked it, or had it damaged; and it is there,
-                // and this process did not send it.
+                // The blob was staged because the registry lacked it or had it damaged. It exists
+                // now, but this process did not send it, so it is read.
                 let doing = || {
                     format!(
                         "read blob {} of {}/{repository}",
@@ -320,10 +320,10 @@ impl RegistrySink {
             }
         } else {
             let held = self.registry.blob_size(repository, &blob.digest).await;
-            match held.map_err(|e| e.fault(format_args!("look for blob {}", blob.digest)))? {
+            match held.map_err(|e| e.fault(format_args!("look up blob {}", blob.digest)))? {
                 Some(size) if size == blob.size => {}
                 Some(size) => return Err(wrong_size(blob, size)),
-                None if blob.is_foreign() => return Ok(()), // such layers are in no registry by design
+                None if blob.is_foreign() => return Ok(()), // such layers are not in registries by design
                 None => {
                     return Err(lost(
                         &format!("blob {}", blob.digest),
@@ -332,12 +332,12 @@ impl RegistrySink {
                 }
             }
         }
-        self.remember(blob.digest, repository);
+        self.remember_repository(blob.digest, repository);
         Ok(())
     }
 
-    /// Sends a blob again that the registry has and that is damaged, and reads it again: some keep
-    /// what they have.
+    /// Sends a blob again that is damaged in the registry, and then reads it, because some
+    /// registries keep the old content.
     async fn replace_blob(
         &self,
         repository: &str,
@@ -352,20 +352,20 @@ impl RegistrySink {
             )
         };
         let deleted = self.registry.delete_blob(repository, &blob.digest).await;
-        tracing::info!(blob = %blob.digest, repository, deleted = ?deleted.ok(), "a damaged blob is sent again");
+        tracing::info!(blob = %blob.digest, repository, deleted = ?deleted.ok(), "sending a damaged blob again");
         self.registry.push_again(repository, local).await?;
         match self.registry.check_blob(repository, blob, &|_| {}).await.map_err(|e| e.fault(doing()))? {
             None => {
                 self.damaged.lock().remove(&(repository.to_owned(), blob.digest));
                 Ok(())
             }
-            Some(why) => Err(Fault::integrity(format!("{}: it was sent again, and the registry keeps what it had: {why}", doing())).with_next(
-                "delete every image that uses this blob at the registry, run its garbage collection so that the blob is gone from its storage, then 'packhorse retry'",
+            Some(why) => Err(Fault::integrity(format!("{}: it was sent again, but the registry kept the damaged content: {why}", doing())).with_next(
+                "delete every image that uses this blob at the registry, run its garbage collection to remove the blob from its storage, then run 'packhorse retry'",
             )),
         }
     }
 
-    fn remember(&self, digest: Sha256, repository: &str) {
+    fn remember_repository(&self, digest: Sha256, repository: &str) {
         let mut seen = self.seen.lock();
         if seen.len() >= limits::REGISTRY_MOUNTS_KEPT_MAX {
             seen.clear();
@@ -373,7 +373,7 @@ impl RegistrySink {
         seen.insert(digest, repository.to_owned());
     }
 
-    /// Puts the manifests, the top one last and under the tag.
+    /// Pushes the manifests, the top one last and under the tag.
     async fn push_manifests(&self, repository: &str, tree: &Tree, tag: &str) -> Result<(), Error> {
         let last = tree.manifests.len().saturating_sub(1);
         for (at, node) in tree.manifests.iter().enumerate() {
@@ -404,7 +404,7 @@ impl RegistrySink {
             .tree(repository, Some(staged), incoming)
             .await
             .map_err(|fault| not_staged(fault, &location))?;
-        let mut again = false;
+        let mut is_retry = false;
         loop {
             self.push_blobs(repository, &tree, staged).await?;
             let error = match self
@@ -415,20 +415,20 @@ impl RegistrySink {
                 Err(error) => error,
             };
             let blob_unknown = matches!(&error, Error::Answer(answer) if answer.is_blob_unknown());
-            if blob_unknown && !again {
-                again = true; // a blob went between the look and now
+            if blob_unknown && !is_retry {
+                is_retry = true; // a blob was removed after it was checked
                 continue;
             }
-            // An immutable tag, or somebody else's push at the same moment: fine if it is the same
-            // image.
-            if matches!(error.status(), Some(409 | 412)) || error.is_passing() {
+            // An immutable tag, or a concurrent push by another client. Both are acceptable if it
+            // is the same image.
+            if matches!(error.status(), Some(409 | 412)) || error.is_transient() {
                 match self.tag(&incoming.artifact, &ours).await {
                     Ok(tag) if tag.digest() == Some(ours) => break,
                     Ok(tag) if error.status() == Some(412) => {
                         match tag.conflict(&location, &ours) {
                             Some(fault) => return Err(fault),
-                            None if tag == Tag::Held(None) => {
-                                return Err(unknown(&location, error));
+                            None if tag == Tag::Blocked(None) => {
+                                return Err(unknown_tag(&location, error));
                             }
                             None => {}
                         }
@@ -440,21 +440,21 @@ impl RegistrySink {
         }
         let tag = self.tag(&incoming.artifact, &ours).await?;
         if let Some(theirs) = tag.digest().filter(|theirs| *theirs != ours) {
-            return Err(Fault::integrity(format!("{location} came out as {theirs}, not {ours}"))
-                .with_next("something before the registry changes what passes, or somebody pushes the same tag"));
+            return Err(Fault::integrity(format!("{location} was stored as {theirs}, not {ours}"))
+                .with_next("a proxy in front of the registry changes the content, or another client pushes the same tag"));
         }
-        // Where it is held back, the registry's answer to the push said which digest it stored.
+        // If a policy blocks the image, the answer to the push stated the stored digest.
         if tag == Tag::Absent {
             Err(Fault::unreachable(format!(
-                "{location} was pushed and is not there"
+                "{location} was pushed but does not exist"
             )))
         } else {
             Ok(())
         }
     }
 
-    /// Whether another tag of the repository names this manifest too, which deleting it would take
-    /// along.
+    /// Whether another tag of the repository refers to the same manifest, which a deletion would
+    /// remove too.
     async fn is_shared(&self, repository: &str, tag: &str, digest: &Sha256) -> Result<bool, Error> {
         for other in self.registry.tags(repository).await? {
             if other != tag
@@ -466,8 +466,8 @@ impl RegistrySink {
         Ok(false)
     }
 
-    /// Says why it stays, where this registry takes nothing away.
-    async fn take_away(
+    /// Removes an artifact. Returns the reason if this registry does not support it.
+    async fn delete(
         &self,
         artifact: &ArtifactRef,
         repository: &str,
@@ -484,7 +484,7 @@ impl RegistrySink {
             .await?
         {
             let name = repository.split_once('/').map_or("", |(_, name)| name);
-            let gone = match self.project() {
+            let deleted = match self.project() {
                 Some(project) => {
                     self.registry
                         .delete_tag(project, name, artifact.version())
@@ -492,7 +492,7 @@ impl RegistrySink {
                 }
                 None => false,
             };
-            return Ok((!gone).then(|| "another tag names the same image, and this registry cannot delete one tag alone".into()));
+            return Ok((!deleted).then(|| "another tag refers to the same image, and this registry cannot delete a single tag".into()));
         }
         let deleted = self.registry.delete_manifest(repository, &digest).await?;
         Ok(
@@ -501,7 +501,7 @@ impl RegistrySink {
         )
     }
 
-    /// What is wrong with a blob that the registry is to hold.
+    /// What is wrong with a blob in the registry.
     async fn blob_fault(
         &self,
         repository: &str,
@@ -525,7 +525,7 @@ impl RegistrySink {
             Some(_) if look.quick => return Ok(None),
             Some(_) => {}
             None if blob.is_foreign() => return Ok(None),
-            None => return Ok(Some(format!("blob {} is gone", blob.digest))),
+            None => return Ok(Some(format!("blob {} is missing", blob.digest))),
         }
         let why = self
             .registry
@@ -547,17 +547,17 @@ impl RegistrySink {
         let ours = top_of(image_info(incoming)?)?.digest;
         let found = match self.tag(&incoming.artifact, &ours).await {
             Ok(found) => found,
-            Err(fault) => return Err(self.told(fault, &repository).await),
+            Err(fault) => return Err(self.explain_denied(fault, &repository).await),
         };
         if let Some(fault) = found.conflict(&self.location(&incoming.artifact), &ours) {
             return Err(fault);
         }
         match found {
-            // Committed before a crash, and cleaned up.
-            Tag::Is(_) | Tag::Held(_) if !self.is_staged(staged).await? => {}
+            // Committed and cleaned up before a crash.
+            Tag::Is(_) | Tag::Blocked(_) if !self.is_staged(staged).await? => {}
             _ => {
                 if let Err(fault) = self.push(&repository, incoming, staged).await {
-                    return Err(self.told(fault, &repository).await);
+                    return Err(self.explain_denied(fault, &repository).await);
                 }
                 let staged = staged.to_owned();
                 self.threads
@@ -565,11 +565,14 @@ impl RegistrySink {
                     .await?;
             }
         }
-        let held = matches!(self.tag(&incoming.artifact, &ours).await, Ok(Tag::Held(_)));
+        let held = matches!(
+            self.tag(&incoming.artifact, &ours).await,
+            Ok(Tag::Blocked(_))
+        );
         Ok(Landed {
             place: StorageLocation::Registry { repository },
             location: format!("{}@{ours}", self.location(&incoming.artifact)),
-            note: held.then(|| HELD_BACK.to_owned()),
+            note: held.then(|| BLOCKED.to_owned()),
         })
     }
 
@@ -577,24 +580,24 @@ impl RegistrySink {
         match place {
             StorageLocation::Registry { repository } => Ok(repository),
             StorageLocation::Folder { path } => Err(Fault::internal(format!(
-                "{} is a folder, not a repository",
+                "{} is a directory, not a repository",
                 path.display()
             ))),
         }
     }
 }
 
-/// The tag is immutable, and the registry does not say which image it names.
-fn unknown(location: &str, error: Error) -> Fault {
+/// The fault of an immutable tag whose image the registry does not report.
+fn unknown_tag(location: &str, error: Error) -> Fault {
     let fault = error.fault(format_args!("push {location}"));
-    Fault { message: format!("{}; an image is there, and a policy of the registry does not say which", fault.message), ..fault }.with_next(
-        "give the registry user the right to list artifacts (Harbor: 'List Artifact' and 'Read Artifact'), then 'packhorse retry'",
+    Fault { message: format!("{}; an image exists, but a policy of the registry hides which one", fault.message), ..fault }.with_next(
+        "give the registry user permission to list artifacts (Harbor: 'List Artifact' and 'Read Artifact'), then run 'packhorse retry'",
     )
 }
 
 fn wrong_size(blob: &Descriptor, size: u64) -> Fault {
     Fault::integrity(format!(
-        "blob {}: the registry holds {size} bytes, the manifest says {}",
+        "blob {}: the registry has {size} bytes, but the manifest states {}",
         blob.digest, blob.size
     ))
 }
@@ -613,7 +616,7 @@ impl Sink for RegistrySink {
         let repository = self.repository(&incoming.artifact);
         check_repository(&repository).map_err(|why| {
             Fault::conflict(format!(
-                "{}: registries do not take the repository name {repository:?}: {why}",
+                "{}: registries do not accept the repository name {repository:?}: {why}",
                 incoming.artifact
             ))
             .with_next("publish it under another name")
@@ -626,7 +629,7 @@ impl Sink for RegistrySink {
         }
         let found = match self.tag(&incoming.artifact, &ours).await {
             Ok(found) => found,
-            Err(fault) => return Err(self.told(fault, &repository).await),
+            Err(fault) => return Err(self.explain_denied(fault, &repository).await),
         };
         if let Some(fault) = found.conflict(&self.location(&incoming.artifact), &ours) {
             return Err(fault);
@@ -636,9 +639,11 @@ impl Sink for RegistrySink {
             None => match self.registry.try_upload(&repository).await {
                 Ok(()) => Ok(()),
                 Err(error) => {
-                    let fault =
-                        error.fault(format!("ask to push {}", self.location(&incoming.artifact)));
-                    Err(self.told(fault, &repository).await)
+                    let fault = error.fault(format!(
+                        "check the permission to push {}",
+                        self.location(&incoming.artifact)
+                    ));
+                    Err(self.explain_denied(fault, &repository).await)
                 }
             },
         }
@@ -656,7 +661,7 @@ impl Sink for RegistrySink {
         let repository = self.repository(&incoming.artifact);
         let doing = || {
             format!(
-                "look for blob {digest} at {}/{repository}",
+                "look up blob {digest} at {}/{repository}",
                 self.registry.origin()
             )
         };
@@ -664,10 +669,10 @@ impl Sink for RegistrySink {
             return Ok(false);
         }
         let size = self
-            .reporting(incoming, self.registry.blob_size(&repository, &digest))
+            .report_silence(incoming, self.registry.blob_size(&repository, &digest))
             .await;
         if let Some(size) = size.map_err(|e| e.fault(doing()))? {
-            self.remember(digest, &repository);
+            self.remember_repository(digest, &repository);
             return Ok(size == file.size);
         }
         let Some(from) = self
@@ -679,7 +684,7 @@ impl Sink for RegistrySink {
         else {
             return Ok(false);
         };
-        // A mount saves an upload; when it does not work, nothing is lost.
+        // A mount saves an upload. If it fails, the blob is uploaded.
         Ok(self
             .registry
             .mount(&repository, &digest, &from)
@@ -709,24 +714,24 @@ impl Sink for RegistrySink {
         };
         match self.registry.push_growing(&repository, &blob, grown).await {
             Ok(sent) => {
-                self.remember(digest, &repository);
+                self.remember_repository(digest, &repository);
                 if sent {
                     self.note_sent((repository, digest));
                 }
             }
             Err(fault) => {
-                tracing::debug!(%digest, repository, error = %fault, "a blob was not taken ahead of the others");
+                tracing::debug!(%digest, repository, error = %fault, "a blob could not be sent while it arrived");
             }
         }
     }
 
     async fn commit(&self, incoming: &Incoming, staged: &Path) -> Result<Landed, Fault> {
-        self.reporting(incoming, self.commit_now(incoming, staged))
+        self.report_silence(incoming, self.commit_now(incoming, staged))
             .await
     }
 
     async fn activate(&self, _artifact: &ArtifactRef) -> Result<(), Fault> {
-        Ok(()) // every version has its tag; none is more current than another
+        Ok(()) // every version has its own tag; there is no active version
     }
 
     async fn read_at(
@@ -740,7 +745,7 @@ impl Sink for RegistrySink {
         let doing = || format!("read {path} of {}/{repository}", self.registry.origin());
         let Some(digest) = Sha256::from_layout_path(path.as_str()) else {
             return Err(Fault::not_found(format!(
-                "{}: a registry keeps blobs only",
+                "{}: a registry has only blobs",
                 doing()
             )));
         };
@@ -753,19 +758,18 @@ impl Sink for RegistrySink {
             Err(error) if error.status() == Some(404) => error,
             Err(error) => return Err(error.fault(doing())),
         };
-        // Most registries keep manifests apart from blobs.
+        // Most registries store manifests separately from blobs.
         let got = self
             .registry
             .get_manifest(repository, &digest.to_string(), "pull")
             .await;
         let Some(manifest) = got.map_err(|e| e.fault(doing()))? else {
-            // It answers, and has it neither as a blob nor as a manifest: that does not pass by
-            // itself.
+            // The registry answers, and has the content neither as a blob nor as a manifest: a
+            // retry does not help.
             return Err(match error {
-                Error::Answer(answer) if answer.is_blob_unknown() => Fault::not_found(format!(
-                    "{}: the registry does not hold it any more",
-                    doing()
-                )),
+                Error::Answer(answer) if answer.is_blob_unknown() => {
+                    Fault::not_found(format!("{}: the registry no longer has it", doing()))
+                }
                 error => error.fault(doing()),
             });
         };
@@ -783,7 +787,7 @@ impl Sink for RegistrySink {
     async fn stands(&self, incoming: &Incoming) -> Result<bool, Fault> {
         let ours = top_of(image_info(incoming)?)?.digest;
         let tag = self.tag(&incoming.artifact, &ours).await?;
-        // A policy is no loss.
+        // A blocked image is not lost.
         Ok(tag != Tag::Absent && tag.conflict("", &ours).is_none())
     }
 
@@ -796,26 +800,30 @@ impl Sink for RegistrySink {
         let location = self.location(&incoming.artifact);
         let StorageLocation::Registry { repository } = place else {
             return Ok(vec![format!(
-                "{location}: it was put into a folder, before this site had a registry"
+                "{location}: it was written to a directory before this site had a registry"
             )]);
         };
         let ours = top_of(image_info(incoming)?)?.digest;
         let mut out = Vec::new();
         match self.tag(&incoming.artifact, &ours).await? {
-            Tag::Absent => out.push(format!("{location}: the tag is gone")),
-            Tag::HeldOther => out.push(format!("{location}: the tag names another image")),
-            Tag::Is(theirs) | Tag::Held(Some(theirs)) if theirs != ours => {
-                out.push(format!("{location}: the tag names {theirs}, not {ours}"));
+            Tag::Absent => out.push(format!("{location}: the tag is missing")),
+            Tag::BlockedOther => {
+                out.push(format!("{location}: the tag refers to a different image"))
             }
-            Tag::Held(_) => {
-                look.cannot_read(format!("{location}: {HELD_BACK}; no blob could be read"));
+            Tag::Is(theirs) | Tag::Blocked(Some(theirs)) if theirs != ours => {
+                out.push(format!(
+                    "{location}: the tag refers to {theirs}, not {ours}"
+                ));
+            }
+            Tag::Blocked(_) => {
+                look.cannot_read(format!("{location}: {BLOCKED}; no blob could be read"));
                 return Ok(out);
             }
             Tag::Is(_) => {}
         }
         let tree = match self.tree(repository, None, incoming).await {
             Ok(tree) => tree,
-            // What the registry says of the image is the finding; that it does not answer is not.
+            // An answer of the registry about the image is a finding; a missing answer is not.
             Err(fault) if matches!(fault.code, Code::NotFound | Code::Integrity) => {
                 out.push(format!("{location}: {fault}"));
                 return Ok(out);
@@ -827,9 +835,9 @@ impl Sink for RegistrySink {
             .absent
             .iter()
             .filter(|digest| !allowed.contains(&digest.to_string()));
-        out.extend(missing.map(|digest| format!("{location}: manifest {digest} is gone")));
+        out.extend(missing.map(|digest| format!("{location}: manifest {digest} is missing")));
         if look.quick {
-            look.note("quick check: the registry was asked for the manifests and the length of each blob; no blob was read");
+            look.note("quick check: the manifests and the size of each blob were requested from the registry; no blob was read");
         }
         let found: Vec<Option<String>> = futures::stream::iter(tree.blobs)
             .map(|blob| async move { self.blob_fault(repository, &blob, look).await })
@@ -847,11 +855,11 @@ impl Sink for RegistrySink {
 
     async fn remove(&self, artifact: &ArtifactRef) -> Result<Option<String>, Fault> {
         let (repository, location) = (self.repository(artifact), self.location(artifact));
-        let stays = self
-            .take_away(artifact, &repository)
+        let reason = self
+            .delete(artifact, &repository)
             .await
             .map_err(|e| e.fault(format_args!("remove {location}")))?;
-        Ok(stays.map(|why| format!("{location}: {why}")))
+        Ok(reason.map(|why| format!("{location}: {why}")))
     }
 
     async fn probe(&self) -> Result<String, Fault> {
@@ -859,14 +867,14 @@ impl Sink for RegistrySink {
         self.registry
             .ping()
             .await
-            .map_err(|e| e.fault(format_args!("ask the registry at {origin}")))?;
+            .map_err(|e| e.fault(format_args!("query the registry at {origin}")))?;
         let what = if self.registry.is_harbor() {
             "Harbor"
         } else {
-            "a registry"
+            "registry"
         };
         Ok(format!(
-            "{what} answers at {} and takes the credentials",
+            "{what} at {} responds and accepts the credentials",
             origin.base()
         ))
     }

@@ -1,5 +1,5 @@
-//! The image sinks: against docker-registry with both kinds of access, against a stand-in that
-//! plays Harbor, and in a folder. What arrived is looked at with skopeo too.
+//! The image sinks: against docker-registry with both kinds of access, against a stand-in for
+//! Harbor, and in a directory. skopeo also checks the results.
 
 use std::path::Path;
 use std::process::Command;
@@ -96,7 +96,7 @@ fn skopeo(args: &[&str]) -> String {
     String::from_utf8(out.stdout).unwrap()
 }
 
-/// What every image sink promises; `inspect` gives the digest that a stranger sees.
+/// The behaviour of every image sink; `inspect` returns the digest that another client sees.
 async fn contract(sink: &dyn Sink, inspect: &dyn Fn(&str) -> String) {
     let base = tar_layer("base.txt", &noise(1, 2_000_000));
     let one = staged(
@@ -122,7 +122,7 @@ async fn contract(sink: &dyn Sink, inspect: &dyn Fn(&str) -> String) {
         "{}",
         landed.location
     );
-    assert!(!one.dir.exists(), "the staged folder goes");
+    assert!(!one.dir.exists(), "the staging directory is removed");
     assert_eq!(inspect("v1"), one.info.digest);
     sink.check(&v1).await.unwrap();
     sink.commit(&v1, &one.dir).await.unwrap();
@@ -155,7 +155,7 @@ async fn contract(sink: &dyn Sink, inspect: &dyn Fn(&str) -> String) {
         "manifests can be read too"
     );
 
-    // The second version shares its base, which is held already and not staged.
+    // The second version shares its base layer, which exists already and is not staged.
     let two = staged(
         sink,
         &[base.clone(), tar_layer("top.txt", b"two")],
@@ -175,7 +175,7 @@ async fn contract(sink: &dyn Sink, inspect: &dyn Fn(&str) -> String) {
         (one.info.digest.clone(), two.info.digest.clone())
     );
 
-    // Other content under a version that is there.
+    // Different content under an existing version.
     let other = staged(sink, &[tar_layer("top.txt", b"other")], &["amd64"]);
     let taken = incoming("image/seg:v1", &other);
     for fault in [
@@ -189,7 +189,7 @@ async fn contract(sink: &dyn Sink, inspect: &dyn Fn(&str) -> String) {
         );
     }
 
-    // A blob that nobody has, and one of another size than its manifest says.
+    // A missing blob, and a blob with another size than its manifest states.
     let partial = staged(sink, &[noise(8, 1000)], &["amd64"]);
     std::fs::remove_file(partial.dir.join(partial.layers[0].layout_path())).unwrap();
     let fault = sink
@@ -208,7 +208,7 @@ async fn contract(sink: &dyn Sink, inspect: &dyn Fn(&str) -> String) {
         .await
         .unwrap_err();
     assert_eq!(fault.code, Code::Integrity, "{fault}");
-    // The size is right, the content is another.
+    // The size is correct, the content is not.
     let lying = staged(sink, &[noise(10, 1000)], &["amd64"]);
     write(
         &lying.dir.join(lying.layers[0].layout_path()),
@@ -235,7 +235,7 @@ async fn contract(sink: &dyn Sink, inspect: &dyn Fn(&str) -> String) {
             .await
             .unwrap(),
         Vec::<String>::new(),
-        "what another version needs stays"
+        "content of another version is kept"
     );
     assert_eq!(inspect("v2"), two.info.digest);
     sink.probe().await.unwrap();
@@ -290,7 +290,7 @@ async fn a_registry_with_tokens() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_folder_of_layouts() {
+async fn a_directory_of_layouts() {
     let dir = tempfile::tempdir().unwrap();
     let sink = open(None, dir.path()).unwrap();
     let layout = dir.path().join("images/seg");
@@ -314,7 +314,7 @@ async fn a_folder_of_layouts() {
         &out,
     ]);
 
-    // A flipped bit is found; the last version takes the folder with it.
+    // A flipped bit is found; removing the last version removes the directory.
     let one = staged(sink.as_ref(), &[noise(20, 5000)], &["amd64"]);
     let only = incoming("image/one:v1", &one);
     let landed = sink.commit(&only, &one.dir).await.unwrap();
@@ -336,7 +336,7 @@ async fn a_folder_of_layouts() {
 }
 
 #[tokio::test]
-async fn a_folder_of_layouts_is_not_touched_before_it_is_used() {
+async fn a_directory_of_layouts_is_created_at_first_use() {
     let dir = tempfile::tempdir().unwrap();
     let images = dir.path().join("mount/images");
     let sink = open(
@@ -349,11 +349,11 @@ async fn a_folder_of_layouts_is_not_touched_before_it_is_used() {
     .unwrap();
     assert!(
         !images.exists(),
-        "a NAS that hangs must not keep the daemon from starting"
+        "a NAS that hangs must not block the start of the daemon"
     );
     assert!(
         sink.is_shared(),
-        "other sites may use a folder that the configuration names"
+        "other sites may use a configured directory"
     );
     sink.probe().await.unwrap();
     sink.trial().await.unwrap();
@@ -362,7 +362,7 @@ async fn a_folder_of_layouts_is_not_touched_before_it_is_used() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn two_sites_use_one_folder_of_layouts() {
+async fn two_sites_use_one_directory_of_layouts() {
     let dir = tempfile::tempdir().unwrap();
     let config = sink_config(
         &format!("oci-layout:{}", dir.path().join("images").display()),
@@ -392,11 +392,11 @@ async fn two_sites_use_one_folder_of_layouts() {
     for (incoming, _) in &images {
         assert!(
             sinks[0].stands(incoming).await.unwrap(),
-            "{} is named, though the other site named others at once",
+            "{} is committed, although the other site committed others at the same time",
             incoming.artifact
         );
     }
-    // Different images under one version: one of the two is there, and the other is told so.
+    // Different images under one version: one is committed, and the other gets a conflict.
     let [one, two] =
         [200, 201].map(|seed| staged(sinks[0].as_ref(), &[noise(seed, 2000)], &["amd64"]));
     let [a, b] = [&one, &two].map(|image| incoming("image/seg:same", image));
@@ -414,7 +414,7 @@ async fn two_sites_use_one_folder_of_layouts() {
 }
 
 #[tokio::test]
-async fn a_damaged_layer_is_not_landed_again_for_its_size() {
+async fn a_damaged_layer_of_the_right_size_is_replaced() {
     let dir = tempfile::tempdir().unwrap();
     let sink = open(None, dir.path()).unwrap();
     let base = noise(30, 5000);
@@ -428,7 +428,8 @@ async fn a_damaged_layer_is_not_landed_again_for_its_size() {
         .join(one.layers[0].layout_path());
     write(&layer, &noise(31, 5000));
 
-    // The second version has the same base, which is held by its name and size and so not staged.
+    // The second version has the same base layer, which is found by its name and size and is
+    // therefore not staged.
     let two = staged(sink.as_ref(), &[base.clone(), noise(32, 100)], &["amd64"]);
     let (v2, path) = (incoming("image/one:v2", &two), blob_path(&two.layers[0]));
     let from = two.dir.join(path.as_str());
@@ -441,7 +442,7 @@ async fn a_damaged_layer_is_not_landed_again_for_its_size() {
         (Reason::SinkUnavailable, Retry::Backoff),
         "{fault}"
     );
-    // The next try brings it, and then both versions are sound.
+    // The next attempt delivers it, and then both versions are intact.
     assert!(!sink.holds(&v2, &path, &file).await.unwrap());
     write(&from, &base);
     let landed = sink.commit(&v2, &two.dir).await.unwrap();
@@ -455,7 +456,7 @@ async fn a_damaged_layer_is_not_landed_again_for_its_size() {
 }
 
 #[tokio::test]
-async fn what_is_refused_before_a_byte_moves() {
+async fn invalid_images_are_refused_before_a_transfer() {
     let dir = tempfile::tempdir().unwrap();
     let cfg = |url: &str| sink_config(url, dir.path());
     for bad in [
@@ -503,8 +504,8 @@ async fn harbor(dir: &Path, create_project: bool) -> (StandIn, Arc<dyn Sink>) {
     (server, open(Some(&cfg), dir).unwrap())
 }
 
-/// One scripted answer while an image is committed, and what the commit makes of it.
-async fn told(
+/// Scripts one answer during a commit, and checks the result of the commit.
+async fn commit_gets(
     method: &'static str,
     path: &'static str,
     status: u16,
@@ -531,7 +532,10 @@ async fn told(
         !printed.contains(PASSWORD) && !printed.contains("sekret") && !printed.contains("h.ey"),
         "{printed}"
     );
-    assert!(made.dir.exists(), "what is staged stays for the next try");
+    assert!(
+        made.dir.exists(),
+        "staged content is kept for the next attempt"
+    );
 }
 
 #[tokio::test]
@@ -540,7 +544,7 @@ async fn harbor_refusals() {
     let read_only = "The system is in read only mode. Any modification is prohibited.";
     let html = "<html><h1>504 Gateway Time-out</h1></html>";
     let uploads = "/blobs/uploads/";
-    told(
+    commit_gets(
         "PUT",
         uploads,
         403,
@@ -550,7 +554,7 @@ async fn harbor_refusals() {
         Retry::Backoff,
     )
     .await;
-    told(
+    commit_gets(
         "POST",
         uploads,
         403,
@@ -560,7 +564,7 @@ async fn harbor_refusals() {
         Retry::AfterMs(60_000),
     )
     .await;
-    told(
+    commit_gets(
         "POST",
         uploads,
         403,
@@ -570,7 +574,7 @@ async fn harbor_refusals() {
         Retry::Never,
     )
     .await;
-    told(
+    commit_gets(
         "PUT",
         "/manifests/",
         413,
@@ -580,7 +584,7 @@ async fn harbor_refusals() {
         Retry::Never,
     )
     .await;
-    told(
+    commit_gets(
         "PUT",
         "/manifests/",
         400,
@@ -590,7 +594,7 @@ async fn harbor_refusals() {
         Retry::Never,
     )
     .await;
-    told(
+    commit_gets(
         "PUT",
         "/manifests/",
         400,
@@ -600,7 +604,7 @@ async fn harbor_refusals() {
         Retry::Backoff,
     )
     .await;
-    told(
+    commit_gets(
         "PUT",
         "/manifests/",
         504,
@@ -610,7 +614,7 @@ async fn harbor_refusals() {
         Retry::Backoff,
     )
     .await;
-    told(
+    commit_gets(
         "HEAD",
         "/manifests/",
         500,
@@ -623,7 +627,7 @@ async fn harbor_refusals() {
 }
 
 #[tokio::test]
-async fn a_registry_that_takes_nothing_is_noticed_before_a_byte_moves() {
+async fn a_registry_that_rejects_uploads_is_detected_before_a_transfer() {
     let dir = tempfile::tempdir().unwrap();
     let (server, sink) = harbor(dir.path(), false).await;
     let made = staged(sink.as_ref(), &[noise(1, 10)], &["amd64"]);
@@ -673,7 +677,7 @@ async fn harbor_asks_for_a_pause() {
 }
 
 #[tokio::test]
-async fn a_missing_project_is_named_or_made() {
+async fn a_missing_project_is_reported_or_created() {
     let dir = tempfile::tempdir().unwrap();
     let (server, sink) = harbor(dir.path(), false).await;
     server.held.lock().projects.clear();
@@ -702,7 +706,7 @@ async fn a_missing_project_is_named_or_made() {
 }
 
 #[tokio::test]
-async fn wrong_credentials_and_missing_rights_are_told_apart() {
+async fn wrong_credentials_and_missing_permissions_are_distinguished() {
     let dir = tempfile::tempdir().unwrap();
     let (server, _) = harbor(dir.path(), false).await;
     let cfg = sink_config(&format!("http://{}/op", server.address), dir.path());
@@ -714,11 +718,8 @@ async fn wrong_credentials_and_missing_rights_are_told_apart() {
         .await
         .unwrap_err();
     assert_eq!(fault.reason, Reason::SinkDenied);
-    assert!(
-        fault.message.contains("does not take the credentials"),
-        "{fault}"
-    );
-    // The file is mended: no restart is needed.
+    assert!(fault.message.contains("rejects the credentials"), "{fault}");
+    // After the file is corrected, no restart is needed.
     write(&dir.path().join("password"), PASSWORD.as_bytes());
     sink.check(&incoming("image/a:v1", &made)).await.unwrap();
 }
@@ -743,7 +744,7 @@ async fn an_expired_token_is_renewed_once() {
 }
 
 #[tokio::test]
-async fn an_immutable_tag_is_fine_when_it_is_this_image() {
+async fn an_immutable_tag_of_the_same_image_is_accepted() {
     let dir = tempfile::tempdir().unwrap();
     let (server, sink) = harbor(dir.path(), false).await;
     let made = staged(sink.as_ref(), &[noise(1, 10_000)], &["amd64"]);
@@ -759,7 +760,7 @@ async fn an_immutable_tag_is_fine_when_it_is_this_image() {
     server.held.lock().script.push(script(true));
     sink.commit(&one, &made.dir).await.unwrap();
 
-    // Nothing was there when it was looked for, and then another image is.
+    // The tag did not exist when it was checked, and then refers to a different image.
     let other = staged(sink.as_ref(), &[noise(2, 10_000)], &["amd64"]);
     server.script("HEAD", "/manifests/v1", 404, "");
     server.held.lock().script.push(script(false));
@@ -775,7 +776,7 @@ async fn an_immutable_tag_is_fine_when_it_is_this_image() {
 }
 
 #[tokio::test]
-async fn a_proxy_limit_makes_chunks() {
+async fn a_proxy_limit_causes_chunked_uploads() {
     let dir = tempfile::tempdir().unwrap();
     let (server, sink) = harbor(dir.path(), false).await;
     server.held.lock().body_bytes_max = Some(3 << 20);
@@ -806,7 +807,7 @@ async fn a_proxy_limit_makes_chunks() {
 }
 
 #[tokio::test]
-async fn broken_uploads_go_on_or_start_again() {
+async fn interrupted_uploads_continue_or_restart() {
     let dir = tempfile::tempdir().unwrap();
     let (server, sink) = harbor(dir.path(), false).await;
     let commit = async |name: &str, seed| {
@@ -817,13 +818,13 @@ async fn broken_uploads_go_on_or_start_again() {
             .unwrap();
         server.held.lock().count("POST", "/blobs/uploads/") - before
     };
-    // The gateway gave up, the registry did not: the blob is there and is not sent again.
+    // The gateway timed out, but the registry did not: the blob exists and is not sent again.
     server.held.lock().script.push(Scripted {
         but_done: true,
         ..Scripted::new("PUT", "/blobs/uploads/", 504, "<html>504</html>".into())
     });
-    assert_eq!(commit("image/a:v1", 1).await, 2, "one session a blob");
-    // The session is gone: a new one.
+    assert_eq!(commit("image/a:v1", 1).await, 2, "one session per blob");
+    // The session is gone, so a new one is opened.
     server.script(
         "PUT",
         "/blobs/uploads/",
@@ -831,7 +832,7 @@ async fn broken_uploads_go_on_or_start_again() {
         error("BLOB_UPLOAD_UNKNOWN", ""),
     );
     assert_eq!(commit("image/a:v2", 2).await, 3);
-    // A blob went between the look and the push of the manifest.
+    // A blob was removed between its check and the push of the manifest.
     server.script(
         "PUT",
         "/manifests/",
@@ -839,14 +840,14 @@ async fn broken_uploads_go_on_or_start_again() {
         error("MANIFEST_BLOB_UNKNOWN", "blob unknown"),
     );
     assert_eq!(commit("image/a:v3", 3).await, 2);
-    // In chunks, a server's error between two of them: the session goes on.
+    // In chunks, with a server error between two of them: the session continues.
     server.held.lock().body_bytes_max = Some(2 << 20);
     assert_eq!(
         commit("image/a:v4", 4).await,
         3,
-        "one session went to find the size that passes"
+        "one session was used to find the accepted size"
     );
-    // The config is sent at the same time: only requests of the layer are as large as this.
+    // The config is sent at the same time; only requests of the layer have this size.
     let second = Scripted {
         skip: 1,
         body_bytes_min: 1 << 20,
@@ -857,13 +858,13 @@ async fn broken_uploads_go_on_or_start_again() {
     assert_eq!(
         server.held.lock().count("GET", "/blobs/uploads/"),
         1,
-        "the session was asked where it stands"
+        "the position of the session was requested"
     );
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_answer_before_the_end_of_the_body_is_heard() {
-    // As a proxy does that judges by the length alone: it answers, closes, and reads nothing more.
+async fn an_answer_before_the_end_of_the_body_is_read() {
+    // Like a proxy that decides by the length: it answers, closes, and reads nothing more.
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
@@ -943,7 +944,7 @@ async fn a_blob_of_another_image_is_mounted() {
     );
 }
 
-/// The file in docker-registry's storage that holds a blob.
+/// The file of a blob in the storage of docker-registry.
 fn stored(server: &RealRegistry, digest: &Sha256) -> PathBuf {
     let hex = digest.hex();
     server
@@ -1003,8 +1004,8 @@ async fn a_flipped_bit_in_a_registry_is_found_and_replaced() {
             .any(|note| note.contains("no blob was read"))
     );
 
-    // It is fetched and sent again. This registry keeps the bytes that it has, and then nobody
-    // calls it replaced.
+    // The blob is fetched and sent again. This registry keeps its old bytes, so the blob does not
+    // count as replaced.
     let again = staged(sink.as_ref(), &layers, &["amd64"]);
     let path = blob_path(&damaged);
     assert!(
@@ -1012,7 +1013,7 @@ async fn a_flipped_bit_in_a_registry_is_found_and_replaced() {
             .holds(&one, &path, &file_info(&again.dir.join(path.as_str())))
             .await
             .unwrap(),
-        "what is damaged is not held"
+        "a damaged blob does not count as present"
     );
     let fault = sink.commit(&one, &again.dir).await.unwrap_err();
     assert_eq!(
@@ -1024,7 +1025,7 @@ async fn a_flipped_bit_in_a_registry_is_found_and_replaced() {
         fault.message.contains(&damaged.to_string()) && fault.next.contains("garbage collection"),
         "{fault:?}"
     );
-    // A daemon that was started anew knows nothing of it, and finds it out.
+    // A restarted daemon has no record of the damage, and detects it again.
     let other = open(Some(&sink_config(&server.url("op"), dir)), dir).unwrap();
     assert_eq!(
         other.commit(&one, &again.dir).await.unwrap_err().code,
@@ -1044,7 +1045,7 @@ const POLICY: &str =
     "current image without vulnerability scanning cannot be pulled due to configured policy";
 
 #[tokio::test]
-async fn an_image_that_a_policy_holds_back_has_landed() {
+async fn an_image_that_a_policy_blocks_is_committed() {
     let dir = tempfile::tempdir().unwrap();
     let (server, sink) = harbor(dir.path(), false).await;
     server.script_always("HEAD", "/manifests/", 412, "");
@@ -1067,7 +1068,7 @@ async fn an_image_that_a_policy_holds_back_has_landed() {
         .cloned()
         .unwrap();
     assert_eq!(Sha256::of(&top).to_string(), made.info.digest);
-    // A repeated commit, and everything that asks for it later: it is no loss.
+    // A repeated commit and all later requests: the image is not lost.
     sink.commit(&one, &made.dir).await.unwrap();
     assert!(sink.stands(&one).await.unwrap());
     let look = Look::default();
@@ -1080,7 +1081,7 @@ async fn an_image_that_a_policy_holds_back_has_landed() {
             .is_some_and(|why| why.contains("no blob could be read"))
     );
 
-    // The tag is immutable too, and the registry does not say what it names.
+    // The tag is also immutable, and the registry does not report its image.
     let other = staged(sink.as_ref(), &[noise(2, 10_000)], &["amd64"]);
     server.script(
         "PUT",
@@ -1101,7 +1102,8 @@ async fn an_image_that_a_policy_holds_back_has_landed() {
         "{fault}"
     );
     assert!(!format!("{fault:?}").contains("remove"), "{fault:?}");
-    // It has ours under no name: so the tag names another image, which is not overwritten.
+    // The registry does not have our image under any name, so the tag refers to a different image,
+    // which is not overwritten.
     let (strange, strange_sink) = harbor(dir.path(), false).await;
     strange.script_always("HEAD", "/manifests/v1", 412, "");
     for fault in [
@@ -1115,7 +1117,7 @@ async fn an_image_that_a_policy_holds_back_has_landed() {
         );
     }
     assert_eq!(strange.held.lock().count("PUT", "/manifests/"), 0);
-    // Harbor's own API says it.
+    // Harbor's own API reports it.
     let theirs = format!(r#"{{"digest":"{}"}}"#, made.info.digest);
     server.script_always(
         "GET",
@@ -1132,7 +1134,7 @@ async fn an_image_that_a_policy_holds_back_has_landed() {
 }
 
 #[tokio::test]
-async fn a_short_pause_is_waited_for_and_nothing_is_sent_twice() {
+async fn a_short_pause_is_respected_and_nothing_is_sent_twice() {
     let dir = tempfile::tempdir().unwrap();
     let (server, sink) = harbor(dir.path(), false).await;
     for (method, path) in [
@@ -1163,8 +1165,8 @@ async fn a_short_pause_is_waited_for_and_nothing_is_sent_twice() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_registry_that_does_not_answer_is_reported() {
-    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap(); // takes connections, and never answers
+async fn a_registry_that_does_not_respond_is_reported() {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap(); // accepts connections and never answers
     let dir = tempfile::tempdir().unwrap();
     let sink = open(
         Some(&sink_config(

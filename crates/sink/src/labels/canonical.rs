@@ -1,12 +1,12 @@
-//! The canonical label files: read line by line with every row checked, and written again from
+//! The canonical label files: reads them line by line and checks every row, and writes them from
 //! rows.
 //!
-//! Reading refuses whatever an export could not give back byte for byte: each row is written again
-//! and compared with its line. It also does the joins that a database would otherwise check after
-//! the load: annotations and samples are both sorted by path, so one walk over the two files finds
-//! each annotation's sample number, and every annotation without a sample, in constant memory. Only
-//! the class ids are held at once. Called by both engines, by `verify` and by `export`; keeps
-//! nothing on disk.
+//! Reading rejects everything that an export could not reproduce byte by byte: each row is written
+//! again and compared with its line. Reading also performs the joins that a database would
+//! otherwise check after the load: annotations and samples are both sorted by path, so one pass
+//! over the two files finds the sample number of each annotation, and every annotation without a
+//! sample, in constant memory. Only the class ids are kept in memory. Both engines, `verify` and
+//! `export` call this module. It keeps nothing on disk.
 
 use std::borrow::Cow;
 use std::collections::HashSet;
@@ -58,7 +58,7 @@ impl Table {
     }
 }
 
-/// A class, borrowed from its line or its row. JSON is text, exactly as the source had it.
+/// A class, borrowed from its line or row. JSON values are text in the form of the source.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Class<'a> {
     pub(super) id: i64,
@@ -66,7 +66,7 @@ pub(super) struct Class<'a> {
     pub(super) attrs: Option<&'a str>,
 }
 
-/// A sample, borrowed from its line or its row.
+/// A sample, borrowed from its line or row.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Sample<'a> {
     pub(super) path: &'a str,
@@ -77,7 +77,7 @@ pub(super) struct Sample<'a> {
     pub(super) meta: Option<&'a str>,
 }
 
-/// An annotation, borrowed from its line or its row.
+/// An annotation, borrowed from its line or row.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Annotation<'a> {
     pub(super) sample: &'a str,
@@ -90,7 +90,7 @@ pub(super) struct Annotation<'a> {
     pub(super) raw: &'a str,
 }
 
-/// Writing into memory cannot fail, and neither can strings and numbers as JSON.
+/// Cannot fail: the output is memory, and strings and numbers always have a JSON form.
 fn put<T: serde::Serialize + ?Sized>(out: &mut Vec<u8>, key: &str, value: &T) {
     out.extend_from_slice(key.as_bytes());
     let _ = serde_json::to_writer(out, value);
@@ -102,7 +102,7 @@ fn put_json(out: &mut Vec<u8>, key: &str, value: Option<&str>) {
 }
 
 impl Class<'_> {
-    /// Appends the canonical line, line end included.
+    /// Appends the canonical line with its line end.
     pub(super) fn write(&self, out: &mut Vec<u8>) {
         put(out, "{\"id\":", &self.id);
         put(out, ",\"name\":", self.name);
@@ -112,7 +112,7 @@ impl Class<'_> {
 }
 
 impl Sample<'_> {
-    /// Appends the canonical line, line end included.
+    /// Appends the canonical line with its line end.
     pub(super) fn write(&self, out: &mut Vec<u8>) {
         put(out, "{\"path\":", self.path);
         put(out, ",\"hash\":", &self.hash);
@@ -125,7 +125,7 @@ impl Sample<'_> {
 }
 
 impl Annotation<'_> {
-    /// Appends the canonical line, line end included.
+    /// Appends the canonical line with its line end.
     pub(super) fn write(&self, out: &mut Vec<u8>) {
         put(out, "{\"sample\":", self.sample);
         put(out, ",\"class\":", &self.class);
@@ -143,7 +143,7 @@ impl Annotation<'_> {
     }
 }
 
-// The lines as serde reads them. Strings are borrowed where they hold no escape.
+// The lines as serde reads them. Strings without escapes are borrowed.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct ClassLine<'a> {
@@ -194,8 +194,8 @@ struct AnnotationLine<'a> {
 }
 
 impl AnnotationLine<'_> {
-    /// serde_json's own parser may be off by the last bit unless a feature is chosen for the whole
-    /// program; the standard library's never is.
+    /// The parser of serde_json may be wrong in the last bit, unless a feature is enabled for the
+    /// whole program. The parser of the standard library is exact.
     fn bbox(&self) -> Option<[Option<f64>; 4]> {
         let mut bbox = [None; 4];
         for (number, text) in bbox.iter_mut().zip([self.x, self.y, self.w, self.h]) {
@@ -208,13 +208,13 @@ impl AnnotationLine<'_> {
     }
 }
 
-/// Reads one file line by line; never more than one line in memory.
+/// Reads one file line by line, with one line in memory.
 pub(super) struct Lines {
     table: Table,
     reader: BufReader<File>,
     path: PathBuf,
     line: Vec<u8>,
-    /// Lines read so far.
+    /// The number of lines read.
     count: u64,
 }
 
@@ -231,7 +231,7 @@ impl Lines {
         })
     }
 
-    /// The next line with its end; `None` after the last.
+    /// The next line with its line end; `None` after the last.
     pub(super) fn next(&mut self) -> Result<Option<&str>, Fault> {
         self.line.clear();
         let limit = LABEL_LINE_BYTES_MAX as u64 + 1;
@@ -247,7 +247,7 @@ impl Lines {
             let why = if read as u64 == limit {
                 "is longer than 2 MiB"
             } else {
-                "is cut off"
+                "is truncated"
             };
             return Err(self.refuse(why));
         }
@@ -267,19 +267,19 @@ fn refuse(table: Table, line: u64, why: impl std::fmt::Display) -> Fault {
         .with_next("publish the labels again from their source")
 }
 
-/// Checks that writing the row gives the line again.
-fn same(table: Table, line_no: u64, line: &str, written: &[u8]) -> Result<(), Fault> {
+/// Checks that writing the row reproduces the line.
+fn check_same(table: Table, line_no: u64, line: &str, written: &[u8]) -> Result<(), Fault> {
     if line.as_bytes() == written {
         return Ok(());
     }
     Err(refuse(
         table,
         line_no,
-        "is not in canonical form (order of keys, white space, or how a number is written)",
+        "is not in canonical form (order of keys, white space, or number format)",
     ))
 }
 
-/// Reads the classes and gives back their ids.
+/// Reads the classes. Returns their ids.
 pub(super) fn read_classes(
     dir: &Path,
     each: &mut dyn FnMut(&Class<'_>) -> Result<(), Fault>,
@@ -299,12 +299,12 @@ pub(super) fn read_classes(
         };
         written.clear();
         class.write(&mut written);
-        same(table, no, line, &written)?;
+        check_same(table, no, line, &written)?;
         if last.is_some_and(|last| last >= class.id) {
             return Err(refuse(
                 table,
                 no,
-                format_args!("has class {} out of order or twice", class.id),
+                format_args!("has class {} out of order or repeated", class.id),
             ));
         }
         last = Some(class.id);
@@ -315,14 +315,17 @@ pub(super) fn read_classes(
             return Err(refuse(
                 table,
                 no,
-                format_args!("has the name {:?} of another class", class.name),
+                format_args!(
+                    "has the name {:?}, which another class also has",
+                    class.name
+                ),
             ));
         }
         if ids.len() == LABEL_CLASSES_MAX {
             return Err(refuse(
                 table,
                 no,
-                format_args!("is class number {no}; {LABEL_CLASSES_MAX} is the most"),
+                format_args!("is class number {no}; at most {LABEL_CLASSES_MAX} are allowed"),
             ));
         }
         ids.insert(class.id);
@@ -331,7 +334,7 @@ pub(super) fn read_classes(
     Ok(ids)
 }
 
-/// Reads the samples, numbered from 0, and gives back how many there are.
+/// Reads the samples, numbered from 0. Returns their number.
 pub(super) fn read_samples(
     dir: &Path,
     each: &mut dyn FnMut(u64, &Sample<'_>) -> Result<(), Fault>,
@@ -353,16 +356,16 @@ pub(super) fn read_samples(
         };
         written.clear();
         sample.write(&mut written);
-        same(table, no, line, &written)?;
+        check_same(table, no, line, &written)?;
         let path: RelPath = sample
             .path
             .parse()
-            .map_err(|e| refuse(table, no, format_args!("has a bad path: {e}")))?;
+            .map_err(|e| refuse(table, no, format_args!("has an invalid path: {e}")))?;
         if last.is_some_and(|last| last >= path) {
             return Err(refuse(
                 table,
                 no,
-                format_args!("has {:?} out of order or twice", sample.path),
+                format_args!("has {:?} out of order or repeated", sample.path),
             ));
         }
         last = Some(path);
@@ -383,11 +386,11 @@ pub(super) fn read_samples(
     Ok(no)
 }
 
-/// Walks the sample paths beside the annotations.
+/// Reads the sample paths in parallel with the annotations.
 struct SampleWalk {
     lines: Lines,
     path: String,
-    /// Samples read so far; the current one's number is one less.
+    /// The number of samples read; the number of the current one is one less.
     count: u64,
 }
 
@@ -410,11 +413,11 @@ impl SampleWalk {
     }
 }
 
-/// Receives an annotation's number, its sample's number, and the row.
+/// Receives the number of an annotation, the number of its sample, and the row.
 pub(super) type EachAnnotation<'a> = dyn FnMut(u64, u64, &Annotation<'_>) -> Result<(), Fault> + 'a;
 
-/// Reads the annotations, and gives back how many there are and the BLAKE3 of the file.
-/// `samples.jsonl` was read before, so it is taken to be sound.
+/// Reads the annotations. Returns their number and the BLAKE3 of the file. `samples.jsonl` was
+/// checked before, so it is assumed to be valid.
 pub(super) fn read_annotations(
     dir: &Path,
     classes: &HashSet<i64>,
@@ -442,7 +445,7 @@ pub(super) fn read_annotations(
                 refuse(
                     table,
                     no,
-                    "is not an annotation: x, y, w and h are numbers or null",
+                    "is not an annotation: x, y, w and h must be numbers or null",
                 )
             })?,
             geom: row.geom.map(RawValue::get),
@@ -451,7 +454,7 @@ pub(super) fn read_annotations(
         };
         written.clear();
         annotation.write(&mut written);
-        same(table, no, line, &written)?;
+        check_same(table, no, line, &written)?;
         if !KINDS.contains(&annotation.kind) {
             return Err(refuse(
                 table,
@@ -473,7 +476,7 @@ pub(super) fn read_annotations(
                 samples.count > 0 && samples.path.split('/').gt(annotation.sample.split('/'));
             if ahead || !samples.next()? {
                 let why = format!(
-                    "has the sample {:?}, which is not in {SAMPLES} or stands out of order",
+                    "has the sample {:?}, which is not in {SAMPLES} or is out of order",
                     annotation.sample
                 );
                 return Err(refuse(table, no, why));

@@ -1,4 +1,4 @@
-//! Compares exported rows with the kept canonical files, line by line; used by `verify` alone.
+//! Compares exported rows with the stored canonical files, line by line. Only `verify` uses it.
 
 use std::path::{Path, PathBuf};
 
@@ -8,19 +8,19 @@ use base::limits::OFFENDERS_LISTED_MAX;
 
 const EXCERPT_CHARS: usize = 160;
 
-/// Takes the rows in canonical order and collects what differs. Rows are matched by their number,
-/// so that one missing row is reported as one.
+/// Receives the rows in canonical order and collects the differences. Rows are matched by their
+/// number, so that one missing row is reported as one difference.
 pub(super) struct Compare {
     dir: PathBuf,
     found: Vec<String>,
-    more: u64,
-    /// The file that is being compared: its place in [`Table::ALL`].
+    omitted: u64,
+    /// The index in [`Table::ALL`] of the file that is being compared.
     at: usize,
-    /// `None` once it has ended or could not be read.
+    /// `None` at the end of the file or after a read error.
     lines: Option<Lines>,
-    /// The number of the line that `lines` gives next.
+    /// The number of the next line of `lines`.
     next: u64,
-    /// The file could not be read, which is said once and not for every row.
+    /// The file could not be read, which is reported once and not for every row.
     unreadable: bool,
 }
 
@@ -29,7 +29,7 @@ impl Compare {
         let mut compare = Self {
             dir: dir.into(),
             found: Vec::new(),
-            more: 0,
+            omitted: 0,
             at: 0,
             lines: None,
             next: 0,
@@ -46,7 +46,7 @@ impl Compare {
             Ok(lines) => Some(lines),
             Err(fault) => {
                 self.unreadable = true;
-                self.report(format!("the kept canonical file cannot be read: {fault}"));
+                self.report(format!("the stored canonical file cannot be read: {fault}"));
                 None
             }
         };
@@ -56,12 +56,12 @@ impl Compare {
         if self.found.len() < OFFENDERS_LISTED_MAX {
             self.found.push(line);
         } else {
-            self.more += 1;
+            self.omitted += 1;
         }
     }
 
-    /// The next kept line without its end; `None` at the end of the file.
-    fn kept(&mut self) -> Option<String> {
+    /// The next stored line without its line end; `None` at the end of the file.
+    fn next_stored(&mut self) -> Option<String> {
         let lines = self.lines.as_mut()?;
         match lines.next() {
             Ok(Some(line)) => {
@@ -71,7 +71,7 @@ impl Compare {
             Ok(None) => {}
             Err(fault) => {
                 self.unreadable = true;
-                self.report(format!("the kept canonical file cannot be read: {fault}"));
+                self.report(format!("the stored canonical file cannot be read: {fault}"));
             }
         }
         self.lines = None;
@@ -95,42 +95,43 @@ impl Compare {
         }
         if number < self.next {
             return self.report(format!(
-                "{file} line {}: the database holds this row twice",
+                "{file} line {}: the database contains this row twice",
                 number + 1
             ));
         }
         while self.next < number {
-            if self.kept().is_none() {
+            if self.next_stored().is_none() {
                 return self.report(format!(
-                    "{file} line {}: the database holds a row that was never published",
+                    "{file} line {}: the database contains a row that was never published",
                     number + 1
                 ));
             }
             self.report(format!(
-                "{file} line {}: the row is missing in the database",
+                "{file} line {}: the row is missing from the database",
                 self.next
             ));
         }
-        match self.kept() {
-            Some(kept) if kept.as_bytes() == line => {}
-            Some(kept) => {
-                let (database, published) = difference(&String::from_utf8_lossy(line), &kept);
+        match self.next_stored() {
+            Some(stored) if stored.as_bytes() == line => {}
+            Some(next_stored) => {
+                let (database, published) =
+                    difference(&String::from_utf8_lossy(line), &next_stored);
                 self.report(format!(
-                    "{file} line {}: the database says {database}, published was {published}",
+                    "{file} line {}: the database contains {database}, the published row is {published}",
                     number + 1
                 ));
             }
             None => self.report(format!(
-                "{file} line {}: the database holds a row that was never published",
+                "{file} line {}: the database contains a row that was never published",
                 number + 1
             )),
         }
     }
 
     fn end_file(&mut self) {
-        while self.kept().is_some() {
+        while self.next_stored().is_some() {
             self.report(format!(
-                "{} line {}: the row is missing in the database",
+                "{} line {}: the row is missing from the database",
                 Table::ALL[self.at].file(),
                 self.next
             ));
@@ -141,21 +142,21 @@ impl Compare {
         }
     }
 
-    /// What differs, one line each; a last line counts what was left out.
+    /// The differences, one line each; a last line counts those that were omitted.
     pub(super) fn finish(mut self) -> Vec<String> {
         while self.at + 1 < Table::ALL.len() {
             self.end_file();
         }
         self.end_file();
-        if self.more > 0 {
+        if self.omitted > 0 {
             self.found
-                .push(format!("and {} more rows that differ", self.more));
+                .push(format!("and {} more different rows", self.omitted));
         }
         self.found
     }
 }
 
-/// The parts of two lines around the place where they begin to differ.
+/// The parts of two lines around the first difference.
 fn difference(a: &str, b: &str) -> (String, String) {
     let same = a.chars().zip(b.chars()).take_while(|(a, b)| a == b).count();
     let from = same.saturating_sub(EXCERPT_CHARS / 2);

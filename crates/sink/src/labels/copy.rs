@@ -1,4 +1,4 @@
-//! PostgreSQL's binary COPY format, the part of it that labels need.
+//! The part of PostgreSQL's binary COPY format that labels need.
 //!
 //! Layout (PostgreSQL documentation, "COPY", binary format): the signature `PGCOPY\n\xff\r\n\0`,
 //! flags `i32`, length of the header extension `i32`; then per row the number of fields `i16` and
@@ -7,14 +7,14 @@
 
 const SIGNATURE: &[u8] = b"PGCOPY\n\xff\r\n\0\0\0\0\0\0\0\0\0";
 
-/// Rows encoded so far.
+/// Encoded rows.
 pub(super) struct CopyRows {
     bytes: Vec<u8>,
     batch_bytes: usize,
 }
 
 impl CopyRows {
-    /// Begins with the signature.
+    /// Starts with the signature.
     pub(super) fn new(batch_bytes: usize) -> Self {
         let mut rows = Self {
             bytes: Vec::new(),
@@ -29,7 +29,7 @@ impl CopyRows {
         Vec::with_capacity(self.batch_bytes + (64 << 10))
     }
 
-    /// The bytes so far, once they make a batch.
+    /// The encoded bytes when they fill a batch.
     pub(super) fn full(&mut self) -> Option<Vec<u8>> {
         if self.bytes.len() < self.batch_bytes {
             return None;
@@ -38,26 +38,24 @@ impl CopyRows {
         Some(std::mem::replace(&mut self.bytes, next))
     }
 
-    /// The last bytes, with the end mark.
+    /// The remaining bytes with the end mark.
     pub(super) fn finish(mut self) -> Vec<u8> {
         self.bytes.extend_from_slice(&(-1i16).to_be_bytes());
         self.bytes
     }
 
-    /// Begins a row.
+    /// Starts a row.
     pub(super) fn row(&mut self, fields: i16) -> &mut Self {
         self.bytes.extend_from_slice(&fields.to_be_bytes());
         self
     }
 
-    /// A `bigint`.
     pub(super) fn int(&mut self, value: i64) -> &mut Self {
         self.bytes.extend_from_slice(&8i32.to_be_bytes());
         self.bytes.extend_from_slice(&value.to_be_bytes());
         self
     }
 
-    /// A `bigint` or null.
     pub(super) fn opt_int(&mut self, value: Option<i64>) -> &mut Self {
         match value {
             Some(value) => self.int(value),
@@ -65,7 +63,6 @@ impl CopyRows {
         }
     }
 
-    /// A `double precision` or null.
     pub(super) fn opt_float(&mut self, value: Option<f64>) -> &mut Self {
         let Some(value) = value else {
             return self.null();
@@ -75,7 +72,7 @@ impl CopyRows {
         self
     }
 
-    /// A `text` or `json`. Lines are 2 MiB at most, so the length always fits.
+    /// A `text` or `json`. A line has at most 2 MiB, so the length always fits.
     pub(super) fn text(&mut self, value: &str) -> &mut Self {
         self.bytes
             .extend_from_slice(&(value.len() as i32).to_be_bytes());
@@ -83,7 +80,6 @@ impl CopyRows {
         self
     }
 
-    /// A `text` or `json`, or null.
     pub(super) fn opt_text(&mut self, value: Option<&str>) -> &mut Self {
         match value {
             Some(value) => self.text(value),

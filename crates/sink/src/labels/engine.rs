@@ -1,8 +1,9 @@
-//! What the labels sink asks of a database, and how rows travel between files and databases.
+//! The interface of the labels sink to a database, and the transport of rows between files and
+//! databases.
 //!
-//! One trait with two implementations, which pass one contract test suite. Files are read and
-//! written on blocking threads, databases are spoken to on the runtime, and between the two stands
-//! a short queue of batches; so a slow side holds the other back and memory stays bounded.
+//! One trait with two implementations, which pass the same contract tests. Files are read and
+//! written on blocking threads, databases are accessed on the async runtime. A short queue of
+//! batches connects them, so that a slow side delays the other and memory stays bounded.
 
 use async_trait::async_trait;
 use std::path::PathBuf;
@@ -23,34 +24,34 @@ pub(super) struct NewVersion {
     pub(super) set: String,
     pub(super) version: String,
     pub(super) digest: Digest,
-    /// Holds the canonical files.
+    /// The directory with the canonical files.
     pub(super) dir: PathBuf,
     pub(super) info: LabelsInfo,
-    /// Where the load reports what it waits for.
+    /// The load reports here what it waits for.
     pub(super) waits: Waits,
 }
 
 impl NewVersion {
-    /// The fault of a version that exists with another content.
+    /// The fault of a version that exists with different content.
     pub(super) fn conflict(&self, held: &str) -> Fault {
         Fault::conflict(format!(
-            "labels {}:{} are in the database with another digest: {held}, not {}",
+            "labels {}:{} exist in the database with a different digest: {held}, not {}",
             self.set, self.version, self.digest
         ))
     }
 
-    /// Refuses files that hold more or fewer rows than the manifest says.
+    /// Rejects files with more or fewer rows than the manifest states.
     pub(super) fn check_count(&self, table: Table, found: u64) -> Result<(), Fault> {
-        let said = match table {
+        let stated = match table {
             Table::Classes => self.info.classes,
             Table::Samples => self.info.samples,
             Table::Annotations => self.info.annotations,
         };
-        if said == found {
+        if stated == found {
             return Ok(());
         }
         Err(Fault::integrity(format!(
-            "{} has {found} lines, but the manifest of {}:{} says {said}",
+            "{} has {found} lines, but the manifest of {}:{} states {stated}",
             table.file(),
             self.set,
             self.version
@@ -59,7 +60,7 @@ impl NewVersion {
     }
 }
 
-/// A version that the database holds.
+/// A version in the database.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct StoredVersion {
     pub(super) digest: String,
@@ -69,47 +70,46 @@ pub(super) struct StoredVersion {
     pub(super) rows_digest: String,
 }
 
-/// Rows on their way out of the database: canonical lines of one file, each with its number in that
-/// file.
+/// Exported rows: canonical lines of one file, each with its number in that file.
 #[derive(Debug)]
 pub(super) struct Rows {
     pub(super) table: Table,
     pub(super) numbers: Vec<u64>,
-    /// Where each line ends in `bytes`.
+    /// The end of each line in `bytes`.
     pub(super) ends: Vec<usize>,
     pub(super) bytes: Vec<u8>,
 }
 
-/// A database that label sets end in. Every call is idempotent.
+/// A database for label sets. Every call is idempotent.
 #[async_trait]
 pub(super) trait Engine: Send + Sync {
-    /// Whether it answers, is new enough, grants what a commit needs and has the tables; makes the
-    /// tables. `room_bytes` is what a load will need about.
+    /// Checks that the database responds, is new enough and grants the permissions for a commit;
+    /// creates the tables. `room_bytes` is the approximate size of the load.
     async fn prepare(&self, room_bytes: u64) -> Result<(), Fault>;
 
     /// One line for `doctor`.
     async fn probe(&self) -> Result<String, Fault>;
 
-    /// What is held of a version, when readers can see it.
+    /// The stored version, if readers can see it.
     async fn held(&self, set: &str, version: &str) -> Result<Option<StoredVersion>, Fault>;
 
-    /// Loads a version and makes it the active one. A version held with the same digest is left as
-    /// it is.
+    /// Loads a version and makes it the active one. A stored version with the same digest is not
+    /// changed.
     async fn load(&self, new: &NewVersion) -> Result<(), Fault>;
 
     /// The active version of a set.
     async fn active(&self, set: &str) -> Result<Option<String>, Fault>;
 
-    /// Makes a held version the active one; `false` when it is not held.
+    /// Makes a stored version the active one. Returns `false` if it is not stored.
     async fn activate(&self, set: &str, version: &str) -> Result<bool, Fault>;
 
-    /// Makes room for the same version anew: readers no longer see what is held of it. Its rows may
+    /// Prepares loading the same version again: readers no longer see the stored rows. The rows may
     /// stay until a later load.
     async fn supersede(&self, set: &str, version: &str) -> Result<(), Fault> {
         self.remove(set, version).await
     }
 
-    /// Takes a version away. When it was the active one, the newest that is left becomes it.
+    /// Removes a version. If it was the active one, the newest remaining version becomes active.
     async fn remove(&self, set: &str, version: &str) -> Result<(), Fault>;
 
     /// Sends every row of a version in canonical order from one consistent snapshot: classes,
@@ -125,17 +125,19 @@ pub(super) trait Engine: Send + Sync {
     /// read.
     async fn query(&self, sql: &str, out: mpsc::Sender<Vec<QueryRow>>) -> Result<(), Fault>;
 
-    /// Where people find a version: without a password.
+    /// The location of a version for users, without a password.
     fn location(&self, set: &str, version: &str) -> String;
 }
 
-/// The fault of a version that is not there.
+/// The fault of a version that is not stored.
 pub(super) fn not_held(set: &str, version: &str) -> Fault {
-    Fault::not_found(format!("the label database does not hold {set}:{version}"))
+    Fault::not_found(format!(
+        "the label database does not contain {set}:{version}"
+    ))
 }
 
-/// Runs `work` on a thread of the sink; what it hands to its argument comes out of the receiver.
-/// When the receiver is dropped, the next hand-over fails and the work ends.
+/// Runs `work` on a thread of the sink. The items that it passes to its argument arrive at the
+/// receiver. If the receiver is dropped, the next item fails and the work ends.
 pub(super) fn pump<T, R, W>(
     threads: &Threads,
     work: W,
@@ -150,23 +152,26 @@ where
         work(&mut |item| {
             sender
                 .blocking_send(item)
-                .map_err(|_| Fault::internal("the database took no more rows"))
+                .map_err(|_| Fault::internal("the database accepts no more rows"))
         })
     });
     (receiver, task)
 }
 
 /// Waits for a thread of the sink.
-pub(super) async fn joined<R>(task: JoinHandle<Result<R, Fault>>) -> Result<R, Fault> {
-    task.await
-        .map_err(|e| Fault::internal(format!("a thread of the labels sink ended early: {e}")))?
+pub(super) async fn join_thread<R>(task: JoinHandle<Result<R, Fault>>) -> Result<R, Fault> {
+    task.await.map_err(|e| {
+        Fault::internal(format!(
+            "a thread of the labels sink ended unexpectedly: {e}"
+        ))
+    })?
 }
 
 /// Collects exported rows into batches.
 pub(super) struct Batcher {
     out: mpsc::Sender<Rows>,
     rows: Rows,
-    /// Of the annotation lines.
+    /// The hash of the annotation lines.
     hasher: blake3::Hasher,
     counts: [u64; 3],
 }
@@ -210,11 +215,11 @@ impl Batcher {
         self.out
             .send(full)
             .await
-            .map_err(|_| Fault::internal("the reader of the exported rows ended early"))
+            .map_err(|_| Fault::internal("the reader of the exported rows ended unexpectedly"))
     }
 
-    /// Sends the rest, and gives back the counts in the order of [`Table::ALL`] and the BLAKE3 of
-    /// the annotation lines.
+    /// Sends the rest. Returns the counts in the order of [`Table::ALL`] and the BLAKE3 of the
+    /// annotation lines.
     pub(super) async fn finish(mut self) -> Result<([u64; 3], Hash), Fault> {
         self.flush(Table::Classes).await?;
         Ok((self.counts, Hash(*self.hasher.finalize().as_bytes())))

@@ -1,34 +1,34 @@
-//! The labels sink: label sets as rows in a database, and rows as label sets again.
+//! The labels sink: stores label sets as rows in a database, and exports rows as label sets.
 //!
-//! Called by the transfer engine through [`Sink`], and by publishing out of a database through
-//! [`LabelsSink::export_canonical`]. Two engines stand behind one trait: `postgres` and `sqlite`,
-//! the embedded default. Readers use two views, `annotations` and `current_annotations` (in
-//! Postgres in the schema `packhorse`), and see the old version's rows or the new one's, never a
-//! mix.
+//! The transfer engine calls it through [`Sink`]; publishing from a database calls
+//! [`LabelsSink::export_canonical`]. Two engines implement one trait: `postgres` and `sqlite`, the
+//! embedded default. Readers use two views, `annotations` and `current_annotations` (in Postgres in
+//! the schema `packhorse`). They see the rows of the old version or of the new one, never a mix.
 //!
 //! # The tables
-//! `label_set`, `label_version`, `label_active` (one row a set: the switch), `label_class`,
+//! `label_set`, `label_version`, `label_active` (one row per set: the switch), `label_class`,
 //! `version_sample` and `annotation`; in Postgres the last two are partitioned by version. Samples
-//! belong to a version and are not shared between versions by content hash: two versions may say
-//! different things of one image, an unbound sample has no hash, and a shared table would make
-//! every commit write rows that others read and every removal look for orphans. An annotation names
-//! its sample by line number, which a walk over the two sorted files finds without any lookup.
+//! belong to a version and are not shared between versions by content hash: two versions may have
+//! different metadata for one image, a sample without a dataset has no hash, and with a shared
+//! table every commit would write rows that others read, and every removal would search for
+//! orphans. An annotation refers to its sample by line number, which one pass over the two sorted
+//! files determines without a lookup.
 //!
 //! # Byte for byte
-//! An export gives back the very bytes of the canonical files, so that the same rows have the same
-//! digest anywhere. JSON values are therefore kept as text: in Postgres in columns of the type
-//! `json`, which keeps its input verbatim and can be queried with `->` and `->>` all the same.
-//! `jsonb` would reorder keys, drop repeated ones, rewrite numbers, and refuse `\u0000`; whoever
-//! wants its operators casts, or indexes the cast. In SQLite they are `TEXT`, for its JSON
-//! functions. Box numbers are doubles, which print in one way only; a line that does not come out
-//! the same is refused.
+//! An export reproduces the exact bytes of the canonical files, so that the same rows have the same
+//! digest everywhere. JSON values are therefore stored as text: in Postgres in columns of the type
+//! `json`, which keeps its input unchanged and still supports `->` and `->>`. `jsonb` would reorder
+//! keys, drop repeated keys, change numbers, and reject `\u0000`. A user who needs its operators
+//! can cast, or index the cast. In SQLite the columns are `TEXT`, for its JSON functions. Box
+//! numbers are doubles, which have exactly one printed form; a line that cannot be reproduced is
+//! rejected.
 //!
 //! # What survives a crash
-//! Rows are committed first, then the staged folder is renamed to
-//! `<data_dir>/labels/<name>/<version>/`, where the canonical files serve later transfers as a
-//! source of chunks. After a crash between the two the engine asks again, finds the rows with the
-//! same digest, and only renames. What a crash leaves in the database is described in `postgres`;
-//! in SQLite it leaves nothing.
+//! Rows are committed first. Then the staging directory is renamed to
+//! `<data_dir>/labels/<name>/<version>/`, where the canonical files are a source of chunks for
+//! later transfers. After a crash between the two, the transfer engine calls again; the sink finds
+//! the rows with the same digest and only renames. `postgres` describes what a crash leaves in the
+//! database; in SQLite it leaves nothing.
 
 mod canonical;
 mod compare;
@@ -54,7 +54,7 @@ use tokio::sync::{Mutex, mpsc};
 
 use self::canonical::Table;
 use self::compare::Compare;
-use self::engine::{Engine, NewVersion, Rows, StoredVersion, joined, not_held};
+use self::engine::{Engine, NewVersion, Rows, StoredVersion, join_thread, not_held};
 use super::{Incoming, Landed, Look, Sink, StorageLocation, Threads, nothing_staged};
 use crate::settings;
 use base::durable;
@@ -68,28 +68,27 @@ use content::manifest::{KindInfo, LabelsInfo};
 pub struct LabelsSink {
     engine: Box<dyn Engine>,
     staging: PathBuf,
-    kept: PathBuf,
+    stored_dir: PathBuf,
     threads: Threads,
-    /// StoredVersion by the thread that changes what lies below `kept`.
-    changing: Arc<Mutex<()>>,
+    /// Held by the thread that changes the directories with stored canonical files.
+    change_lock: Arc<Mutex<()>>,
 }
 
-/// A version whose canonical files were written out of the database.
+/// A version whose canonical files were exported from the database.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Exported {
-    /// The digest, hex, of the artifact that it was committed as.
+    /// The digest, in hex, of the artifact as it was committed.
     pub digest: String,
-    /// Lines of `classes.jsonl`.
+    /// The number of lines of `classes.jsonl`.
     pub classes: u64,
-    /// Lines of `samples.jsonl`.
+    /// The number of lines of `samples.jsonl`.
     pub samples: u64,
-    /// Lines of `annotations.jsonl`.
+    /// The number of lines of `annotations.jsonl`.
     pub annotations: u64,
 }
 
-/// Opens the sink that the config names, or SQLite at `<data_dir>/labels.db`. Nothing is connected
-/// yet, so a database that is down does not stop the daemon; a password file that cannot be read
-/// does.
+/// Opens the configured sink, or SQLite at `<data_dir>/labels.db`. Does not connect, so a database
+/// that is down does not prevent the start of the daemon; an unreadable password file does.
 pub fn open(cfg: Option<&settings::LabelsSink>, data_dir: &Path) -> Result<Arc<LabelsSink>, Fault> {
     let data_dir = std::path::absolute(data_dir).at(format_args!("find {}", data_dir.display()))?;
     let threads = Threads::new("sink labels");
@@ -111,14 +110,14 @@ pub fn open(cfg: Option<&settings::LabelsSink>, data_dir: &Path) -> Result<Arc<L
         }
         Some(_) => {
             return Err(Fault::config(
-                "the url of [sink.labels] begins with neither postgres:// nor sqlite://",
+                "the url of [sink.labels] must begin with postgres:// or sqlite://",
             )
             .with_next(
-                "write postgres://user@host:port/database or sqlite:///absolute/path/labels.db",
+                "use postgres://user@host:port/database or sqlite:///absolute/path/labels.db",
             ));
         }
     };
-    let (staging, kept) = (
+    let (staging, stored_dir) = (
         data_dir.join("staging").join("labels"),
         data_dir.join("labels"),
     );
@@ -126,9 +125,9 @@ pub fn open(cfg: Option<&settings::LabelsSink>, data_dir: &Path) -> Result<Arc<L
     Ok(Arc::new(LabelsSink {
         engine,
         staging,
-        kept,
+        stored_dir,
         threads,
-        changing: Arc::default(),
+        change_lock: Arc::default(),
     }))
 }
 
@@ -136,25 +135,27 @@ fn labels_info(incoming: &Incoming) -> Result<&LabelsInfo, Fault> {
     match &incoming.root.info {
         KindInfo::Labels(info) if incoming.artifact.kind == Kind::Labels => Ok(info),
         _ => Err(Fault::integrity(format!(
-            "the manifest of {} is not that of labels",
+            "the manifest of {} is not that of a label set",
             incoming.artifact
         ))
-        .with_next("publish it again under its own kind")),
+        .with_next("publish it again with the correct kind")),
     }
 }
 
 impl LabelsSink {
-    fn kept_folder(&self, artifact: &ArtifactRef) -> PathBuf {
-        self.kept.join(artifact.name()).join(artifact.version())
+    fn dir_of(&self, artifact: &ArtifactRef) -> PathBuf {
+        self.stored_dir
+            .join(artifact.name())
+            .join(artifact.version())
     }
 
-    /// Changes kept folders, one change at a time. The thread has the lock, because it goes on when
-    /// its caller is dropped.
-    async fn change_kept<R: Send + 'static>(
+    /// Changes the stored files, one change at a time. The thread holds the lock, because it
+    /// continues if its caller is dropped.
+    async fn change_stored<R: Send + 'static>(
         &self,
         work: impl FnOnce() -> Result<R, Fault> + Send + 'static,
     ) -> Result<R, Fault> {
-        let lock = self.changing.clone().lock_owned().await;
+        let lock = self.change_lock.clone().lock_owned().await;
         let work = move || {
             let _lock = lock;
             work()
@@ -162,27 +163,27 @@ impl LabelsSink {
         self.threads.run(work).await
     }
 
-    /// Waits for the change that a caller left running: until its end the staged folder may go any
-    /// moment. A sink promises that a commit may be given up and repeated; the daemon itself gives
-    /// one up only when it ends.
-    async fn settled(&self) {
-        drop(self.changing.lock().await);
+    /// Waits for a change that a dropped caller left running: until its end, the staging directory
+    /// may disappear. The contract of a sink allows to cancel and repeat a commit; the daemon
+    /// cancels one only when it ends.
+    async fn wait_for_changes(&self) {
+        drop(self.change_lock.lock().await);
     }
 
-    /// The active version of a label set, for publishing "what is current".
+    /// The active version of a label set.
     pub async fn active_version(&self, label_set: &str) -> Result<Option<String>, Fault> {
         self.engine.active(label_set).await
     }
 
-    /// Sends the rows of a query from one consistent snapshot, in any order: `source::labels` puts
-    /// them in order and checks them. The query can only read, and returns columns of
+    /// Sends the rows of a query from one consistent snapshot, in any order: `source::labels` sorts
+    /// and checks them. The query can only read, and returns columns of
     /// [`content::label_rows::QUERY_COLUMNS`].
     pub async fn query(&self, sql: &str, out: mpsc::Sender<Vec<QueryRow>>) -> Result<(), Fault> {
         self.engine.query(sql, out).await
     }
 
-    /// Writes the canonical files of a version that the database holds into `dir`, from one
-    /// consistent snapshot: the same bytes that were loaded. Not synced.
+    /// Writes the canonical files of a stored version to `dir`, from one consistent snapshot: the
+    /// same bytes that were loaded. Not synced.
     pub async fn export_canonical(
         &self,
         label_set: &str,
@@ -195,7 +196,8 @@ impl LabelsSink {
         let (sender, mut receiver) = mpsc::channel::<Rows>(LABEL_BATCHES_QUEUED_MAX);
         let dir = dir.to_path_buf();
         let writer = self.threads.spawn(move || {
-            std::fs::create_dir_all(&dir).at(format_args!("make the folder {}", dir.display()))?;
+            std::fs::create_dir_all(&dir)
+                .at(format_args!("create the directory {}", dir.display()))?;
             let path = |table: Table| dir.join(table.file());
             let mut files = Vec::with_capacity(Table::ALL.len());
             for table in Table::ALL {
@@ -216,11 +218,11 @@ impl LabelsSink {
             Ok(())
         });
         let exported = self.engine.export(label_set, version, sender).await;
-        // The writer's fault is the cause when both failed: a full disk, say.
-        joined(writer).await?;
+        // If both failed, the error of the writer is the cause, for example a full disk.
+        join_thread(writer).await?;
         if exported? != held {
             return Err(Fault::integrity(format!(
-                "the rows of {label_set}:{version} are no longer those that were committed"
+                "the rows of {label_set}:{version} were changed since they were committed"
             ))
             .with_next(format!(
                 "run 'packhorse verify labels/{label_set}:{version}' to see which rows differ"
@@ -241,11 +243,15 @@ impl LabelsSink {
         })
     }
 
-    /// The canonical files move to where they are kept.
-    async fn keep(&self, artifact: &ArtifactRef, staged: &Path) -> Result<StorageLocation, Fault> {
-        let kept = self.kept_folder(artifact);
-        let (from, to) = (staged.to_path_buf(), kept.clone());
-        self.change_kept(move || {
+    /// Moves the canonical files to their final directory.
+    async fn store_files(
+        &self,
+        artifact: &ArtifactRef,
+        staged: &Path,
+    ) -> Result<StorageLocation, Fault> {
+        let stored_dir = self.dir_of(artifact);
+        let (from, to) = (staged.to_path_buf(), stored_dir.clone());
+        self.change_stored(move || {
             if !from.try_exists().at(from.display())? {
                 if to.try_exists().at(to.display())? {
                     return Ok(()); // renamed before a crash
@@ -256,8 +262,8 @@ impl LabelsSink {
                 durable::sync_file(&from.join(table.file()))?;
             }
             durable::sync_dir(&from)?;
-            // What an earlier commit of this version kept (its rows were dropped by hand since) is
-            // only a copy.
+            // Files of an earlier commit of this version, whose rows were deleted manually since,
+            // are only a copy.
             durable::remove_all(&to)?;
             if let Some(parent) = to.parent() {
                 durable::create_dir_all(parent)?;
@@ -265,7 +271,7 @@ impl LabelsSink {
             durable::rename_noreplace(&from, &to)
         })
         .await?;
-        Ok(StorageLocation::Folder { path: kept })
+        Ok(StorageLocation::Folder { path: stored_dir })
     }
 }
 
@@ -297,44 +303,45 @@ impl Sink for LabelsSink {
 
     fn refuse_path(&self, path: &RelPath) -> Option<String> {
         let known = Table::ALL.iter().any(|table| table.file() == path.as_str());
-        (!known)
-            .then(|| "labels consist of annotations.jsonl, classes.jsonl and samples.jsonl".into())
+        (!known).then(|| {
+            "a label set must consist of annotations.jsonl, classes.jsonl and samples.jsonl".into()
+        })
     }
 
     async fn commit(&self, incoming: &Incoming, staged: &Path) -> Result<Landed, Fault> {
         let artifact = &incoming.artifact;
         let new = self.new_version(incoming, staged)?;
-        self.settled().await;
-        // Again, because the database may be another than the one that was checked, hours ago.
+        self.wait_for_changes().await;
+        // Prepare again: the database may have changed since it was checked, possibly hours ago.
         self.engine.prepare(0).await?;
         let (set, version) = (artifact.name(), artifact.version());
-        // A version is staged again when something of it was found gone or changed, or when a crash
-        // came right behind the load. Either way its rows are made anew, and readers of the series
-        // stay where they were.
-        let looked = staged.to_owned();
+        // A version is staged again if some of it was found missing or changed, or after a crash
+        // directly after the load. In both cases its rows are loaded again, and the active version
+        // does not change.
+        let staged_path = staged.to_owned();
         let is_staged = self
             .threads
-            .run(move || looked.try_exists().at_sink(looked.display()))
+            .run(move || staged_path.try_exists().at_sink(staged_path.display()))
             .await?;
-        let stood = is_staged
+        let is_reload = is_staged
             && self
                 .engine
                 .held(set, version)
                 .await?
                 .is_some_and(|held| held.digest == incoming.digest.hex());
-        let active = if stood {
+        let active = if is_reload {
             self.engine.active(set).await?
         } else {
             None
         };
-        if stood {
+        if is_reload {
             self.engine.supersede(set, version).await?;
         }
         self.engine.load(&new).await?;
         if let Some(active) = active.filter(|active| active != version) {
             self.engine.activate(set, &active).await?;
         }
-        let place = self.keep(artifact, staged).await?;
+        let place = self.store_files(artifact, staged).await?;
         Ok(Landed {
             place,
             location: self.engine.location(artifact.name(), artifact.version()),
@@ -366,7 +373,7 @@ impl Sink for LabelsSink {
     ) -> Result<Bytes, Fault> {
         let StorageLocation::Folder { path: folder } = place else {
             return Err(Fault::internal(
-                "labels are kept in a folder, not in a registry",
+                "labels are stored in a directory, not in a registry",
             ));
         };
         let file = path.in_dir(folder);
@@ -398,33 +405,33 @@ impl Sink for LabelsSink {
         let (set, version) = (incoming.artifact.name(), incoming.artifact.version());
         let Some(held) = self.engine.held(set, version).await? else {
             return Ok(vec![format!(
-                "the label database does not hold {set}:{version}"
+                "the label database does not contain {set}:{version}"
             )]);
         };
         if held.digest != incoming.digest.hex() {
             return Ok(vec![format!(
-                "the label database holds {set}:{version} with the digest {}, not {}",
+                "the label database contains {set}:{version} with the digest {}, not {}",
                 held.digest, incoming.digest
             )]);
         }
         if look.quick {
             let info = labels_info(incoming)?;
-            let (holds, says) = (
+            let (stored, expected) = (
                 [held.classes, held.samples, held.annotations],
                 [info.classes, info.samples, info.annotations],
             );
-            look.note("quick check: the database was asked for the version, its digest and its counts; no row was read");
-            return Ok(if holds == says {
+            look.note("quick check: the version, its digest and its counts were read from the database; no row was read");
+            return Ok(if stored == expected {
                 Vec::new()
             } else {
                 vec![format!(
-                    "the label database holds {holds:?} classes, samples and annotations of {set}:{version}, not {says:?}"
+                    "the label database contains {stored:?} classes, samples and annotations of {set}:{version}, not {expected:?}"
                 )]
             });
         }
         let folder = match place {
             StorageLocation::Folder { path } => path.clone(),
-            StorageLocation::Registry { .. } => self.kept_folder(&incoming.artifact),
+            StorageLocation::Registry { .. } => self.dir_of(&incoming.artifact),
         };
         let (sender, mut receiver) = mpsc::channel::<Rows>(LABEL_BATCHES_QUEUED_MAX);
         let comparing = self.threads.spawn(move || {
@@ -435,11 +442,11 @@ impl Sink for LabelsSink {
             Ok(compare.finish())
         });
         let exported = self.engine.export(set, version, sender).await;
-        let mut found = joined(comparing).await?;
+        let mut found = join_thread(comparing).await?;
         let exported = exported?;
         if exported != held && found.is_empty() {
             found.push(format!(
-                "the rows of {set}:{version} are not those that were committed: annotations hash to {}, not {}",
+                "the rows of {set}:{version} were changed since they were committed: the hash of the annotations is {}, not {}",
                 exported.rows_digest, held.rows_digest
             ));
         }
@@ -450,11 +457,11 @@ impl Sink for LabelsSink {
         self.engine
             .remove(artifact.name(), artifact.version())
             .await?;
-        let kept = self.kept_folder(artifact);
-        self.change_kept(move || {
-            durable::remove_all(&kept)?;
-            // The folder of the name goes with its last version.
-            let _ = kept.parent().map(std::fs::remove_dir);
+        let stored_dir = self.dir_of(artifact);
+        self.change_stored(move || {
+            durable::remove_all(&stored_dir)?;
+            // The directory of the name is removed with its last version.
+            let _ = stored_dir.parent().map(std::fs::remove_dir);
             Ok(None)
         })
         .await

@@ -1,36 +1,35 @@
-//! A query whose rows are to be published: which columns it returns, and the statement that reads
-//! just these.
+//! A query whose rows are published: its columns, and the statement that reads exactly these.
 //!
-//! Both engines prepare what the user wrote, look at the names of its columns, and run it as a
-//! subquery of a statement of their own. So it must be one that returns rows, and it runs where
-//! nothing can be written. Keeps nothing.
+//! Both engines prepare the user's query, check the names of its columns, and run it as a subquery
+//! of their own statement. Therefore the query must return rows, and it runs in a context without
+//! write access. This module keeps no state.
 
 use base::fault::{Code, Fault, Retry};
 use content::label_rows::{QUERY_COLUMNS, QueryRow};
 
-/// The place of these columns in [`QUERY_COLUMNS`].
+/// The positions of these columns in [`QUERY_COLUMNS`].
 const SAMPLE_PATH: usize = 0;
 const LABEL_SET: usize = QUERY_COLUMNS.len() - 2;
 const VERSION: usize = QUERY_COLUMNS.len() - 1;
-/// Rows that travel together.
+/// The number of rows in a batch.
 pub(super) const ROWS_A_BATCH: usize = 500;
 
-/// What is run in the user's place.
+/// The statement that is run instead of the user's query.
 pub(super) struct Plan {
-    /// The statement.
     pub(super) sql: String,
-    /// Which of [`QUERY_COLUMNS`] each column of it is.
+    /// The index in [`QUERY_COLUMNS`] of each column of the statement.
     pub(super) columns: Vec<usize>,
 }
 
-/// The query as it may stand in brackets.
-pub(super) fn bare(query: &str) -> &str {
+/// The query without trailing semicolons, for use in parentheses.
+pub(super) fn without_semicolon(query: &str) -> &str {
     query
         .trim()
         .trim_end_matches(|c: char| c == ';' || c.is_whitespace())
 }
 
-/// Plans the statement for a query that returns columns of these names. `cast` is put behind each.
+/// Plans the statement for a query that returns columns with these names. `cast` is appended to
+/// each.
 pub(super) fn plan<'a>(
     query: &str,
     names: impl Iterator<Item = &'a str>,
@@ -38,7 +37,7 @@ pub(super) fn plan<'a>(
 ) -> Result<Plan, Fault> {
     let advice = || {
         format!(
-            "the columns may be {}; rename others by AS, or leave them out",
+            "the allowed columns are {}; rename other columns with AS, or omit them",
             QUERY_COLUMNS.join(", ")
         )
     };
@@ -49,7 +48,7 @@ pub(super) fn plan<'a>(
             .position(|known| known.eq_ignore_ascii_case(name))
         else {
             return Err(Fault::usage(format!(
-                "the query returns a column {name:?}, for which labels have no place"
+                "the query returns a column {name:?}, which is not a column of labels"
             ))
             .with_next(advice()));
         };
@@ -64,18 +63,22 @@ pub(super) fn plan<'a>(
     }
     if !columns.contains(&SAMPLE_PATH) {
         return Err(Fault::usage(
-            "the query returns no column sample_path, so that its rows belong to no sample",
+            "the query does not return the column sample_path, so its rows belong to no sample",
         )
         .with_next(advice()));
     }
-    // On a line of its own: the query may end with a comment.
+    // On its own line, because the query may end with a comment.
     Ok(Plan {
-        sql: format!("SELECT {} FROM (\n{}\n) AS q", list.join(", "), bare(query)),
+        sql: format!(
+            "SELECT {} FROM (\n{}\n) AS q",
+            list.join(", "),
+            without_semicolon(query)
+        ),
         columns,
     })
 }
 
-/// Rows on their way out, which must all be of one version where they say it.
+/// A batch of rows, which must all belong to one version if they state it.
 #[derive(Default)]
 pub(super) struct Batch {
     rows: Vec<QueryRow>,
@@ -83,7 +86,7 @@ pub(super) struct Batch {
 }
 
 impl Batch {
-    /// Adds a row; gives back all rows once they make a batch.
+    /// Adds a row. Returns all rows when they fill a batch.
     pub(super) fn push(&mut self, row: QueryRow) -> Result<Option<Vec<QueryRow>>, Fault> {
         let version = [row[LABEL_SET].clone(), row[VERSION].clone()];
         let first = self.version.get_or_insert_with(|| version.clone());
@@ -96,32 +99,32 @@ impl Batch {
                 )
             };
             return Err(Fault::usage(format!("the query mixes the rows of {} with those of {}", name(first), name(&version)))
-                .with_next("add WHERE label_set = … AND version = …; to mix them on purpose, do not return these two columns"));
+                .with_next("add WHERE label_set = … AND version = …; to mix them intentionally, do not return these two columns"));
         }
         self.rows.push(row);
         Ok((self.rows.len() == ROWS_A_BATCH).then(|| std::mem::take(&mut self.rows)))
     }
 
-    /// The last rows.
+    /// The remaining rows.
     pub(super) fn finish(self) -> Vec<QueryRow> {
         self.rows
     }
 }
 
-/// The fault of the reader that went away.
-pub(super) fn unread() -> Fault {
-    Fault::internal("the reader of the query's rows ended early")
+/// The fault of a reader that disappeared.
+pub(super) fn reader_gone() -> Fault {
+    Fault::internal("the reader of the query's rows ended unexpectedly")
 }
 
-/// A fault of the user's own statement: his to mend, and nothing gets better by waiting.
-pub(super) fn users(fault: Fault) -> Fault {
+/// A fault of the user's own statement, which the user must correct; a retry does not help.
+pub(super) fn as_query_fault(fault: Fault) -> Fault {
     Fault {
         code: Code::Usage,
         retry: Retry::Never,
         ..fault
     }
     .context("the query")
-    .with_next("try the query in a client of the database; it must be one SELECT that only reads")
+    .with_next("test the query in a database client; it must be one SELECT that only reads")
 }
 
 #[cfg(test)]
@@ -129,7 +132,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn columns_are_known_and_come_once() {
+    fn columns_must_be_known_and_unique() {
         let plan_of = |names: &[&str]| plan("SELECT 1 -- x ; ", names.iter().copied(), "::text");
         let plan = plan_of(&["Sample_Path", "x"]).unwrap();
         assert_eq!(plan.columns, [0, 5]);
@@ -138,7 +141,7 @@ mod tests {
             "SELECT q.\"Sample_Path\"::text, q.\"x\"::text FROM (\nSELECT 1 -- x\n) AS q"
         );
         for (names, why) in [
-            (&["x"][..], "no column sample_path"),
+            (&["x"][..], "not return the column sample_path"),
             (&["sample_path", "colour"], "\"colour\""),
             (&["sample_path", "x", "X"], "twice"),
         ] {

@@ -1,10 +1,10 @@
 //! Labels in an SQLite file: the embedded default.
 //!
-//! A commit is one transaction (WAL, `synchronous=FULL`), so a reader sees the old version's rows
-//! or the new one's and a crash leaves the old ones. Dirty pages spill into the WAL, so memory
-//! stays bounded; the WAL is cut back afterwards. One writer at a time inside the daemon, SQLite's
-//! own lock between processes; readers are never held up. The file may not lie on a network
-//! filesystem, where SQLite's locks and its shared memory do not hold.
+//! A commit is one transaction (WAL, `synchronous=FULL`): a reader sees the rows of the old version
+//! or of the new one, and a crash leaves the old rows. Dirty pages are written to the WAL, so
+//! memory stays bounded; afterwards the WAL is truncated. Inside the daemon a mutex allows one
+//! writer at a time, between processes the lock of SQLite does; readers never wait. The file must
+//! not be on a network filesystem, where the locks and the shared memory of SQLite do not work.
 
 use std::path::{Path, PathBuf};
 
@@ -23,7 +23,9 @@ use tokio::sync::mpsc;
 use super::canonical::{
     Annotation, Class, Sample, Table, read_annotations, read_classes, read_samples,
 };
-use super::engine::{Batcher, Engine, NewVersion, Rows, StoredVersion, joined, not_held, pump};
+use super::engine::{
+    Batcher, Engine, NewVersion, Rows, StoredVersion, join_thread, not_held, pump,
+};
 use super::query::{self, Batch};
 use crate::Threads;
 use base::fault::{Fault, IoContext, Reason, Retry};
@@ -31,8 +33,7 @@ use base::limits::{LABEL_BATCH_BYTES, LABEL_BATCHES_QUEUED_MAX, LABEL_WRITER_WAI
 use base::space::Space;
 use content::label_rows::QueryRow;
 
-/// Rows in one INSERT: SQLite takes 32,766 parameters at most, and more rows than this are no
-/// faster.
+/// The rows of one INSERT: SQLite accepts at most 32,766 parameters, and more rows are not faster.
 const ROWS_AN_INSERT: usize = 100;
 /// `f_type` of statfs(2) for NFS, SMB, CIFS and SMB2 (linux/magic.h).
 const NETWORK_FILESYSTEMS: [(u32, &str); 4] = [
@@ -51,7 +52,7 @@ const EXPORT_ANNOTATIONS: &str = "SELECT n.ann_no, i.path, n.class_id, n.kind, n
     FROM annotation n JOIN version_sample i ON i.version_id = n.version_id AND i.sample_no = n.sample_no
     WHERE n.version_id = ? ORDER BY n.ann_no";
 
-/// An SQLite file; nothing is open between two calls.
+/// An SQLite file. No connection is open between two calls.
 pub(super) struct Sqlite {
     file: PathBuf,
     options: SqliteConnectOptions,
@@ -70,7 +71,7 @@ fn text(value: Option<&str>) -> Value {
     Value::Text(value.map(Into::into))
 }
 
-/// Some rows of one table, value after value.
+/// Rows of one table, value after value.
 #[derive(Default)]
 struct Values {
     values: Vec<Value>,
@@ -79,7 +80,7 @@ struct Values {
 }
 
 impl Values {
-    /// Adds a row; gives back all rows once they make a batch.
+    /// Adds a row. Returns all rows when they fill a batch.
     fn row<const N: usize>(&mut self, row: [Value; N]) -> Option<Values> {
         let text_bytes = |v: &Value| {
             if let Value::Text(Some(text)) = v {
@@ -96,7 +97,7 @@ impl Values {
     }
 }
 
-/// An INSERT of one row and of a whole batch; only these two are ever prepared.
+/// An INSERT of one row and one of a whole batch; only these two are prepared.
 struct Insert {
     columns: usize,
     one: String,
@@ -126,7 +127,7 @@ fn bind<'q>(query: Query<'q>, value: Value) -> Query<'q> {
 }
 
 impl Sqlite {
-    /// Names the file; opens nothing.
+    /// Sets the path of the file; does not open it.
     pub(super) fn new(file: &Path, threads: Threads) -> Self {
         let options = SqliteConnectOptions::new()
             .filename(file)
@@ -134,7 +135,7 @@ impl Sqlite {
             .journal_mode(SqliteJournalMode::Wal)
             .synchronous(SqliteSynchronous::Full)
             .busy_timeout(LABEL_WRITER_WAIT_MAX)
-            .foreign_keys(false) // the reader of the canonical files checks more than they could
+            .foreign_keys(false) // the reader of the canonical files checks more
             .disable_statement_logging();
         Self {
             file: file.into(),
@@ -144,7 +145,7 @@ impl Sqlite {
         }
     }
 
-    /// The file of `sqlite:///path` or `sqlite:path`.
+    /// The path in `sqlite:///path` or `sqlite:path`.
     pub(super) fn file_of(url: &str) -> Result<PathBuf, Fault> {
         let path = url
             .strip_prefix("sqlite://")
@@ -159,7 +160,8 @@ impl Sqlite {
         .with_next("write it as sqlite:///absolute/path/labels.db"))
     }
 
-    /// Refuses a network filesystem. Where the folder is missing, the next one above it is asked.
+    /// Rejects a network filesystem. If the directory does not exist, its nearest existing parent
+    /// is checked.
     fn check_filesystem(&self) -> Result<(), Fault> {
         let mut folder = self.file.parent().unwrap_or(Path::new("/"));
         while !folder.exists() {
@@ -168,19 +170,19 @@ impl Sqlite {
         let stat = rustix::fs::statfs(folder)
             .map_err(std::io::Error::from)
             .at(format_args!(
-                "ask for the filesystem of {}",
+                "determine the filesystem of {}",
                 folder.display()
             ))?;
-        // The field is signed or wider on some machines; the numbers have 32 bits.
+        // The field is signed or wider on some platforms; the numbers have 32 bits.
         let kind = stat.f_type as u32;
         match NETWORK_FILESYSTEMS.iter().find(|(magic, _)| *magic == kind) {
             None => Ok(()),
             Some((_, name)) => Err(Fault::config(format!(
-                "{} lies on {name}, where SQLite's locks do not hold",
+                "{} is on {name}, where SQLite's locks do not work",
                 self.file.display()
             ))
             .with_reason(Reason::SinkRefused)
-            .with_next("put the file on a local disk, or name a Postgres in [sink.labels]")),
+            .with_next("move the file to a local disk, or configure PostgreSQL in [sink.labels]")),
         }
     }
 
@@ -203,7 +205,7 @@ impl Sqlite {
             .map_err(|e| self.fault("open", &e))
     }
 
-    /// A connection for reading, when there is something to read.
+    /// A connection for reading, if the tables exist.
     async fn connect_existing(&self) -> Result<Option<SqliteConnection>, Fault> {
         if !self.file.exists() {
             return Ok(None);
@@ -215,12 +217,12 @@ impl Sqlite {
         let tables = query
             .fetch_one(&mut conn)
             .await
-            .map_err(|e| self.fault("look for the tables", &e))?;
+            .map_err(|e| self.fault("look up the tables", &e))?;
         Ok((tables == 1).then_some(conn))
     }
 
     async fn close(&self, conn: SqliteConnection) {
-        // All is committed by now.
+        // Everything is committed.
         let _ = conn.close().await;
     }
 
@@ -237,7 +239,7 @@ impl Sqlite {
         Ok(())
     }
 
-    /// Classes an error by its primary result code (SQLite documentation, "Result and Error
+    /// Classifies an error by its primary result code (SQLite documentation, "Result and Error
     /// Codes").
     fn fault(&self, what: &str, error: &sqlx::Error) -> Fault {
         let place = self.file.display();
@@ -251,22 +253,22 @@ impl Sqlite {
         let code: u32 = database.code().and_then(|c| c.parse().ok()).unwrap_or(0);
         match code & 0xff {
             5 | 6 => Fault::unreachable(message)
-                .with_next("another program writes to the file; this is tried again by itself"),
+                .with_next("another program writes to the file; this is retried automatically"),
             3 | 8 | 14 | 23 => Fault::not_allowed(message)
-                .with_next("give the daemon's user the right to write the file and its folder"),
+                .with_next("give the daemon's user write permission for the file and its directory"),
             13 => Fault::no_space(message),
             10 => Fault::internal(message).with_reason(Reason::SinkUnavailable),
             11 | 26 => Fault::integrity(message)
                 .with_reason(Reason::SinkRefused)
-                .with_next("the file is damaged: move it away, then deliver the labels again"),
+                .with_next("the file is damaged: move it to another location, then deliver the labels again"),
             18..=20 => Fault::integrity(message),
             _ => Fault::internal(format!("{message} ({code})")),
         }
     }
 
     async fn migrate(&self) -> Result<(), Fault> {
-        // SQLite's lock of migrations does nothing, so a file beside the database keeps two
-        // processes apart.
+        // The migration lock of sqlx does nothing for SQLite, so a lock file serialises two
+        // processes.
         let lock_path = self.file.with_added_extension("migrate-lock");
         let what = format!("lock {} for migrations", self.file.display());
         let lock = move || {
@@ -293,11 +295,11 @@ impl Sqlite {
             }
             Err(error) => {
                 return Err(Fault::config(format!(
-                    "{} is not this program's, or newer than it: {error}",
+                    "{} was created by another program or by a newer version: {error}",
                     self.file.display()
                 ))
                 .with_retry(Retry::Never)
-                .with_next("run the version of packhorse that made it, or a newer one"));
+                .with_next("run the version of packhorse that created it, or a newer one"));
             }
         }
         self.close(conn).await;
@@ -311,7 +313,7 @@ impl Sqlite {
         set: &str,
         version: &str,
     ) -> Result<Option<(i64, StoredVersion)>, Fault> {
-        let what = "look for the version";
+        let what = "look up the version";
         let row = sqlx::query(HELD)
             .bind(set)
             .bind(version)
@@ -331,7 +333,7 @@ impl Sqlite {
         row.map(held).transpose().map_err(|e| self.fault(what, &e))
     }
 
-    /// Inserts what `work` reads on a thread of the sink.
+    /// Inserts the rows that `work` reads on a thread of the sink.
     async fn insert<R, W>(
         &self,
         conn: &mut SqliteConnection,
@@ -344,10 +346,10 @@ impl Sqlite {
             + Send
             + 'static,
     {
-        let (mut batches, task) = pump(&self.threads, move |give| {
+        let (mut batches, task) = pump(&self.threads, move |send_batch| {
             let mut values = Values::default();
-            let result = work(&mut values, give)?;
-            give(values)?;
+            let result = work(&mut values, send_batch)?;
+            send_batch(values)?;
             Ok(result)
         });
         while let Some(batch) = batches.recv().await {
@@ -367,10 +369,10 @@ impl Sqlite {
                     .map_err(|e| self.fault("insert rows", &e))?;
             }
         }
-        joined(task).await
+        join_thread(task).await
     }
 
-    /// The rows of a version, inside the caller's transaction.
+    /// Inserts the rows of a version, in the transaction of the caller.
     async fn fill(
         &self,
         conn: &mut SqliteConnection,
@@ -382,7 +384,7 @@ impl Sqlite {
         let dir = new.dir.clone();
         let insert = Insert::new("label_class", &["version_id", "class_id", "name", "attrs"]);
         let classes = self
-            .insert(conn, &insert, move |rows, give| {
+            .insert(conn, &insert, move |rows, send_batch| {
                 read_classes(&dir, &mut |class| {
                     let row = [
                         version(),
@@ -390,7 +392,7 @@ impl Sqlite {
                         text(Some(class.name)),
                         text(class.attrs),
                     ];
-                    rows.row(row).map_or(Ok(()), &mut *give)
+                    rows.row(row).map_or(Ok(()), &mut *send_batch)
                 })
             })
             .await?;
@@ -411,7 +413,7 @@ impl Sqlite {
             .insert(
                 conn,
                 &Insert::new("version_sample", &columns),
-                move |rows, give| {
+                move |rows, send_batch| {
                     read_samples(&dir, &mut |no, sample| {
                         let row = [
                             version(),
@@ -423,7 +425,7 @@ impl Sqlite {
                             text(sample.split),
                             text(sample.meta),
                         ];
-                        rows.row(row).map_or(Ok(()), &mut *give)
+                        rows.row(row).map_or(Ok(()), &mut *send_batch)
                     })
                 },
             )
@@ -449,7 +451,7 @@ impl Sqlite {
             .insert(
                 conn,
                 &Insert::new("annotation", &columns),
-                move |rows, give| {
+                move |rows, send_batch| {
                     read_annotations(&dir, &classes, &mut |no, sample_no, row| {
                         let [x, y, w, h] = row.bbox.map(Value::Float);
                         let (no, sample_no) = (
@@ -472,7 +474,7 @@ impl Sqlite {
                             attrs,
                             raw,
                         ];
-                        rows.row(row).map_or(Ok(()), &mut *give)
+                        rows.row(row).map_or(Ok(()), &mut *send_batch)
                     })
                 },
             )
@@ -582,8 +584,8 @@ impl Sqlite {
     }
 }
 
-// Unchecked: a column may hold what others put there, and `verify` shall say how it differs, not
-// that it cannot be read.
+// Unchecked: a column may contain other data, and `verify` must report the difference instead of a
+// read error.
 fn class_of(row: &SqliteRow) -> sqlx::Result<Class<'_>> {
     Ok(Class {
         id: row.try_get_unchecked(0)?,
@@ -622,8 +624,8 @@ fn annotation_of(row: &SqliteRow) -> sqlx::Result<(i64, Annotation<'_>)> {
     Ok((row.try_get_unchecked(0)?, annotation))
 }
 
-/// A value as JSON, by the type that it has and not by that of its column: a cast to text would
-/// round a number.
+/// A value as JSON, by its own type instead of that of its column: a cast to text would round a
+/// number.
 fn value_of(row: &SqliteRow, at: usize) -> sqlx::Result<Option<String>> {
     let raw = row.try_get_raw(at)?;
     if raw.is_null() {
@@ -631,7 +633,7 @@ fn value_of(row: &SqliteRow, at: usize) -> sqlx::Result<Option<String>> {
     }
     let json = match raw.type_info().name() {
         "INTEGER" => serde_json::to_string(&row.try_get_unchecked::<i64, _>(at)?),
-        // Not finite, it prints as null.
+        // A number that is not finite becomes null.
         "REAL" => serde_json::to_string(&row.try_get_unchecked::<f64, _>(at)?),
         _ => serde_json::to_string(row.try_get_unchecked::<&str, _>(at)?),
     };
@@ -644,7 +646,7 @@ impl Engine for Sqlite {
         self.check_filesystem()?;
         if let Some(folder) = self.file.parent() {
             std::fs::create_dir_all(folder)
-                .at(format_args!("make the folder {}", folder.display()))?;
+                .at(format_args!("create the directory {}", folder.display()))?;
         }
         self.check_room(room_bytes)?;
         self.migrate().await
@@ -654,7 +656,9 @@ impl Engine for Sqlite {
         self.check_filesystem()?;
         let place = self.file.display();
         let Some(mut conn) = self.connect_existing().await? else {
-            return Ok(format!("sqlite://{place}: made with the first commit"));
+            return Ok(format!(
+                "sqlite://{place}: will be created by the first commit"
+            ));
         };
         let query = sqlx::query_scalar::<_, i64>("SELECT count(*) FROM label_version");
         let held = query
@@ -662,7 +666,7 @@ impl Engine for Sqlite {
             .await
             .map_err(|e| self.fault("count the versions", &e))?;
         self.close(conn).await;
-        Ok(format!("sqlite://{place}: {held} label versions held"))
+        Ok(format!("sqlite://{place}: {held} label versions stored"))
     }
 
     async fn held(&self, set: &str, version: &str) -> Result<Option<StoredVersion>, Fault> {
@@ -677,7 +681,8 @@ impl Engine for Sqlite {
     async fn load(&self, new: &NewVersion) -> Result<(), Fault> {
         let _one_writer = self.writer.lock().await;
         let mut conn = self.connect().await?;
-        // Dropped without a commit, by an error or because the caller went away, it is rolled back.
+        // Dropping it without a commit, after an error or because the caller was dropped, rolls it
+        // back.
         let mut transaction = conn
             .begin_with("BEGIN IMMEDIATE")
             .await
@@ -690,11 +695,11 @@ impl Engine for Sqlite {
             .commit()
             .await
             .map_err(|e| self.fault("commit", &e))?;
-        // Gives the WAL's room back; when a reader is in the way, a later one will.
+        // Frees the space of the WAL. If a reader prevents it, a later commit does it.
         let _ = self
             .run(
                 &mut conn,
-                "cut back the WAL",
+                "truncate the WAL",
                 "PRAGMA wal_checkpoint(TRUNCATE)",
             )
             .await;
@@ -751,7 +756,7 @@ impl Engine for Sqlite {
                 "DELETE FROM version_sample WHERE version_id = ?",
                 "DELETE FROM label_class WHERE version_id = ?",
                 "DELETE FROM label_active WHERE version_id = ?",
-                // The newest that is left becomes the active one, where this one was.
+                // If this version was the active one, the newest remaining version becomes active.
                 "INSERT INTO label_active (label_set_id, version_id) SELECT label_set_id, max(id) FROM label_version
                  WHERE id <> ?1 AND label_set_id = (SELECT label_set_id FROM label_version WHERE id = ?1)
                  GROUP BY label_set_id ON CONFLICT (label_set_id) DO NOTHING",
@@ -769,7 +774,7 @@ impl Engine for Sqlite {
         let _ = self
             .run(
                 &mut conn,
-                "cut back the WAL",
+                "truncate the WAL",
                 "PRAGMA wal_checkpoint(TRUNCATE)",
             )
             .await;
@@ -800,11 +805,11 @@ impl Engine for Sqlite {
     async fn query(&self, sql: &str, out: mpsc::Sender<Vec<QueryRow>>) -> Result<(), Fault> {
         if self.connect_existing().await?.is_none() {
             return Err(Fault::not_found(format!(
-                "there are no labels in {} yet",
+                "{} contains no labels yet",
                 self.file.display()
             )));
         }
-        // Opened for reading only: whatever the query says, it writes nothing.
+        // Opened read-only, so that no query can write.
         let options = self
             .options
             .clone()
@@ -814,13 +819,13 @@ impl Engine for Sqlite {
             .connect()
             .await
             .map_err(|e| self.fault("open", &e))?;
-        let own = |e: sqlx::Error| query::users(self.fault("run the query", &e));
+        let query_fault = |e: sqlx::Error| query::as_query_fault(self.fault("run the query", &e));
         // One read transaction is one snapshot.
         let mut transaction = conn.begin().await.map_err(|e| self.fault("begin", &e))?;
         let prepared = (&mut *transaction)
-            .prepare(AssertSqlSafe(query::bare(sql)).into_sql_str())
+            .prepare(AssertSqlSafe(query::without_semicolon(sql)).into_sql_str())
             .await
-            .map_err(own)?;
+            .map_err(query_fault)?;
         let plan = query::plan(
             sql,
             prepared.columns().iter().map(|column| column.name()),
@@ -828,19 +833,19 @@ impl Engine for Sqlite {
         )?;
         let mut batch = Batch::default();
         let mut rows = sqlx::query(AssertSqlSafe(plan.sql.as_str())).fetch(&mut *transaction);
-        while let Some(row) = rows.try_next().await.map_err(own)? {
+        while let Some(row) = rows.try_next().await.map_err(query_fault)? {
             let mut cells = QueryRow::default();
             for (at, column) in plan.columns.iter().enumerate() {
-                cells[*column] = value_of(&row, at).map_err(own)?;
+                cells[*column] = value_of(&row, at).map_err(query_fault)?;
             }
             if let Some(full) = batch.push(cells)? {
-                out.send(full).await.map_err(|_| query::unread())?;
+                out.send(full).await.map_err(|_| query::reader_gone())?;
             }
         }
         drop(rows);
         out.send(batch.finish())
             .await
-            .map_err(|_| query::unread())?;
+            .map_err(|_| query::reader_gone())?;
         transaction
             .commit()
             .await

@@ -1,4 +1,4 @@
-//! One contract for both engines, and what only Postgres can do wrong.
+//! One contract for both engines, and tests of PostgreSQL only.
 
 mod contract;
 mod postgres_only;

@@ -1,10 +1,10 @@
-//! What files and folders have beside names, content, links and permission bits: no artifact
-//! carries it, so it is counted.
+//! Counts the properties of files and directories that no artifact contains: everything except
+//! names, content, links and permission bits.
 //!
-//! [`super::FilesSource`] shows every entry that it reads, with its metadata. Memory is bounded,
-//! whatever the size of the tree. The extended attributes of a file are listed when its content is
-//! open: by its path it costs three times as much, which many small files notice. Holes of sparse
-//! files are not counted: they are content, and read as zeros.
+//! [`super::FilesSource`] passes every entry that it reads, with its metadata. Memory is bounded
+//! for a tree of any size. The extended attributes of a file are listed when its content is open,
+//! because listing them by path costs three times as much, which matters for many small files.
+//! Holes of sparse files are not counted: they are content, and are read as zeros.
 
 use std::collections::HashSet;
 use std::fs::{File, Metadata};
@@ -16,13 +16,13 @@ use rustix::io::Errno;
 use base::limits::{HARD_LINKED_FILES_KEPT_MAX, XATTR_NAMES_BYTES_MAX};
 use base::omitted::{Category, Omitted};
 
-/// Room for the names of the attributes that one file commonly has, in bytes.
+/// The buffer for the attribute names of a typical file, in bytes.
 const NAMES_BYTES: usize = 1 << 10;
-/// The bits set-user-ID, set-group-ID and sticky.
+/// The set-user-ID, set-group-ID and sticky bits.
 const SPECIAL_BITS: u32 = 0o7000;
-/// Extended attributes that the system or the filesystem puts on files by itself: labels of
-/// SELinux, Smack and AppArmor, the measurements of IMA and EVM…
-const OF_THE_SYSTEM: [&str; 9] = [
+/// Extended attributes that the system or the filesystem sets itself: labels of SELinux, Smack and
+/// AppArmor, the measurements of IMA and EVM, and the metadata of GlusterFS and Lustre.
+const SYSTEM_XATTRS: [&str; 9] = [
     "security.selinux",
     "security.ima",
     "security.evm",
@@ -33,9 +33,9 @@ const OF_THE_SYSTEM: [&str; 9] = [
     "trusted.link",
     "trusted.fid",
 ];
-/// …and what NFS, SMB, NTFS, overlayfs, GlusterFS, Lustre, Ceph and Btrfs show of every file, or
-/// keep there for themselves.
-const PREFIXES_OF_THE_SYSTEM: [&str; 12] = [
+/// Prefixes of attributes that NFS, SMB, NTFS, overlayfs, GlusterFS, Lustre, Ceph and Btrfs show on
+/// every file or use internally.
+const SYSTEM_XATTR_PREFIXES: [&str; 12] = [
     "security.SMACK64",
     "security.apparmor",
     "system.nfs4",
@@ -50,25 +50,25 @@ const PREFIXES_OF_THE_SYSTEM: [&str; 12] = [
     "btrfs.",
 ];
 
-/// What was counted so far.
+/// The counts so far.
 #[derive(Debug)]
 pub(super) struct Lost {
     omitted: Omitted,
-    /// Whether a folder is read: a file alone has no hard links, and one owner.
+    /// Whether a directory is read. A single file has no hard links and one owner.
     in_folder: bool,
-    /// The owner and the group of the first entry of the folder.
+    /// The owner and group of the first entry of the directory.
     owner: Option<(u32, u32)>,
     /// Files with several names, by device and inode.
     linked: HashSet<(u64, u64)>,
-    /// The device on which it was last found that the filesystem has no extended attributes.
+    /// The device whose filesystem was found to have no extended attributes.
     without_xattrs: Option<u64>,
     names: Vec<u8>,
     /// The entry whose attributes are not listed yet.
-    waiting: Option<Waiting>,
+    pending: Option<Pending>,
 }
 
 #[derive(Debug)]
-struct Waiting {
+struct Pending {
     path: String,
     full: PathBuf,
     device: u64,
@@ -84,14 +84,14 @@ impl Lost {
             linked: HashSet::new(),
             without_xattrs: None,
             names: vec![0; NAMES_BYTES],
-            waiting: None,
+            pending: None,
         };
         lost.note(path, full, meta);
-        lost.settle();
+        lost.finish_pending();
         lost
     }
 
-    /// For a folder.
+    /// For a directory.
     pub(super) fn of_folder(root: &Path, meta: &Metadata) -> Self {
         Self {
             in_folder: true,
@@ -103,15 +103,15 @@ impl Lost {
         &self.omitted
     }
 
-    /// Counts what is lost of an entry at `path` below the folder; its extended attributes wait for
-    /// [`Lost::opened`] or [`Lost::settle`].
+    /// Counts the properties of an entry at `path` in the directory. Its extended attributes are
+    /// counted by [`Lost::opened`] or [`Lost::settle`].
     pub(super) fn note(&mut self, path: &str, full: &Path, meta: &Metadata) {
-        self.settle();
+        self.finish_pending();
         if meta.is_symlink() {
             return;
         }
         if meta.is_file() {
-            // Every file has one: an example would say nothing.
+            // Every file has a modification time, so an example has no value.
             self.omitted.add_many(Category::Times, 1, []);
             self.note_links(path, meta);
         }
@@ -125,14 +125,14 @@ impl Lost {
             if owner != first {
                 self.add(Category::Owners, 1, || {
                     format!(
-                        "{path}: {}:{}, the first entry has {}:{}",
+                        "{path}: {}:{}, but the first entry has {}:{}",
                         owner.0, owner.1, first.0, first.1
                     )
                 });
             }
         }
         if self.without_xattrs != Some(meta.dev()) {
-            self.waiting = Some(Waiting {
+            self.pending = Some(Pending {
                 path: path.to_owned(),
                 full: full.to_owned(),
                 device: meta.dev(),
@@ -140,18 +140,18 @@ impl Lost {
         }
     }
 
-    /// Counts the extended attributes of the file that was noted last, which is open now.
+    /// Counts the extended attributes of the last noted file, which is open now.
     pub(super) fn opened(&mut self, file: &File) {
-        if let Some(waiting) = self.waiting.take() {
-            self.note_xattrs(&waiting, |names| rustix::fs::flistxattr(file, names));
+        if let Some(pending) = self.pending.take() {
+            self.note_xattrs(&pending, |names| rustix::fs::flistxattr(file, names));
         }
     }
 
-    /// Counts the extended attributes of the entry that was noted last, if nobody opened it.
-    pub(super) fn settle(&mut self) {
-        if let Some(waiting) = self.waiting.take() {
-            self.note_xattrs(&waiting, |names| {
-                rustix::fs::llistxattr(&waiting.full, names)
+    /// Counts the extended attributes of the last noted entry, if it was not opened.
+    pub(super) fn finish_pending(&mut self) {
+        if let Some(pending) = self.pending.take() {
+            self.note_xattrs(&pending, |names| {
+                rustix::fs::llistxattr(&pending.full, names)
             });
         }
     }
@@ -161,7 +161,8 @@ impl Lost {
         self.omitted.add_many(what, count, example);
     }
 
-    /// The first name of a file in the tree is no hard link: its other names may lie elsewhere.
+    /// The first name of a file in the tree is not counted: its other names may be outside the
+    /// tree.
     fn note_links(&mut self, path: &str, meta: &Metadata) {
         if meta.nlink() < 2 || !self.in_folder {
             return;
@@ -170,14 +171,14 @@ impl Lost {
         let is_first = if self.linked.len() < HARD_LINKED_FILES_KEPT_MAX {
             self.linked.insert(file)
         } else {
-            false // too many to know: better one too many than one too few
+            false // too many to track: count one too many rather than one too few
         };
         if !is_first {
             self.add(Category::HardLinks, 1, || path.to_owned());
         }
     }
 
-    fn note_xattrs(&mut self, of: &Waiting, list: impl Fn(&mut [u8]) -> rustix::io::Result<usize>) {
+    fn note_xattrs(&mut self, of: &Pending, list: impl Fn(&mut [u8]) -> rustix::io::Result<usize>) {
         let path = &of.path;
         let mut listed = list(&mut self.names);
         if listed == Err(Errno::RANGE) && self.names.len() < XATTR_NAMES_BYTES_MAX {
@@ -190,7 +191,7 @@ impl Lost {
                 let list = self.names.get(..len).unwrap_or_default();
                 let names: Vec<_> = list
                     .split(|byte| *byte == 0)
-                    .filter(|name| !name.is_empty() && !is_of_the_system(name))
+                    .filter(|name| !name.is_empty() && !is_system_xattr(name))
                     .collect();
                 let count = names.len() as u64;
                 let example = || {
@@ -200,7 +201,7 @@ impl Lost {
                         .collect();
                     format!("{path}: {}", names.join(", "))
                 };
-                // As `add`, which would borrow the names a second time.
+                // Not with `add`, which would borrow the names a second time.
                 let example = self.omitted.wants_example(Category::Xattrs).then(example);
                 self.omitted.add_many(Category::Xattrs, count, example);
             }
@@ -212,9 +213,9 @@ impl Lost {
     }
 }
 
-fn is_of_the_system(name: &[u8]) -> bool {
-    OF_THE_SYSTEM.iter().any(|known| known.as_bytes() == name)
-        || PREFIXES_OF_THE_SYSTEM
+fn is_system_xattr(name: &[u8]) -> bool {
+    SYSTEM_XATTRS.iter().any(|known| known.as_bytes() == name)
+        || SYSTEM_XATTR_PREFIXES
             .iter()
             .any(|prefix| name.starts_with(prefix.as_bytes()))
 }
@@ -244,8 +245,8 @@ mod tests {
         File::create(path).unwrap().write_all(b"content").unwrap();
     }
 
-    /// What is left out, counted before the content is read, with it, and without it: all must
-    /// agree.
+    /// The omissions, counted before the content is read, while it is read, and without reading it.
+    /// All must be equal.
     fn lost(path: &Path) -> Omitted {
         let mut first = FilesSource::open_for(path, Arc::new(Own::none()), true).unwrap();
         let mut source = FilesSource::open(path).unwrap();
@@ -263,7 +264,7 @@ mod tests {
         assert_eq!(
             first.omitted(),
             source.omitted(),
-            "nothing is counted twice"
+            "no item is counted twice"
         );
         source.omitted()
     }
@@ -287,7 +288,7 @@ mod tests {
     }
 
     #[test]
-    fn of_a_plain_folder_only_the_times_are_lost() {
+    fn a_plain_directory_loses_only_times() {
         let (_dir, root) = folder();
         symlink("a", root.join("link")).unwrap();
         let omitted = lost(&root);
@@ -303,7 +304,7 @@ mod tests {
     }
 
     #[test]
-    fn each_further_name_of_a_file_is_a_hard_link() {
+    fn each_additional_name_of_a_file_is_a_hard_link() {
         let (dir, root) = folder();
         fs::hard_link(root.join("a"), root.join("a2")).unwrap();
         fs::hard_link(root.join("a"), root.join("sub/a3")).unwrap();
@@ -314,7 +315,7 @@ mod tests {
         assert_eq!(
             lost(&root.join("b")).count(Category::HardLinks),
             0,
-            "a file alone has one name"
+            "a single file has one name"
         );
     }
 
@@ -338,7 +339,7 @@ mod tests {
                 && found[1].contains("user.checked"),
             "{found:?}"
         );
-        // More names than the usual room for them holds.
+        // More names than the usual buffer holds.
         for n in 0..8 {
             set(&root.join("b"), &format!("user.{n}{}", "x".repeat(180)));
         }
@@ -352,7 +353,7 @@ mod tests {
             ("security.selinux2", false),
             ("user.nfs4", false),
         ] {
-            assert_eq!(is_of_the_system(name.as_bytes()), of_the_system, "{name}");
+            assert_eq!(is_system_xattr(name.as_bytes()), of_the_system, "{name}");
         }
     }
 
@@ -384,7 +385,7 @@ mod tests {
         assert_eq!(
             lost(&root).count(Category::Owners),
             0,
-            "one owner of all is no difference"
+            "the same owner for all entries is not counted"
         );
     }
 }

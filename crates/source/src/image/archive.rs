@@ -1,10 +1,10 @@
-//! An index of a tar's members: what lies where, so that nothing is ever unpacked.
+//! An index of the members of a tar, so that nothing needs to be unpacked.
 //!
-//! Used by [`super::holder`] alone. Every header is read here and checked before its name is
-//! believed: members that leave the archive, links that go round or out, names that come twice with
-//! other content, and an archive that ends too early are refused, each by name. Header by header
-//! instead of with `tar::Archive`, because that reads a long name of any length into memory. Reads
-//! only, so a crash leaves nothing.
+//! Only [`super::holder`] uses it. Every header is read and checked before its name is used.
+//! Members that leave the archive, links that form a loop or leave the archive, repeated names with
+//! different content, and truncated archives are rejected with the name of the member. Headers are
+//! read directly instead of with `tar::Archive`, which reads a long name of any length into memory.
+//! Only reads, so a crash leaves nothing.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -20,16 +20,16 @@ use base::durable;
 use base::fault::{Fault, IoContext};
 use base::limits::{ARCHIVE_HEADER_BYTES_MAX, ARCHIVE_MEMBERS_MAX, ARCHIVE_NAMES_BYTES_MAX};
 
-/// The unit of a tar, in bytes.
+/// The block size of a tar, in bytes.
 const BLOCK: u64 = 512;
-/// The links followed to find a member before they are taken to go round.
+/// The number of links that are followed to find a member before they count as a loop.
 const HOPS_MAX: usize = 40;
 
-/// Where the members of a tar lie.
+/// The positions of the members of a tar.
 #[derive(Debug)]
 pub(super) struct TarIndex {
     pub(super) file: Arc<PathBuf>,
-    /// The file before its first header was read.
+    /// The identity of the file before its first header was read.
     pub(super) identity: FileIdentity,
     members: BTreeMap<String, Member>,
 }
@@ -37,19 +37,19 @@ pub(super) struct TarIndex {
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Member {
     File(Extent),
-    /// A symbolic or hard link, its target as a name in the archive.
+    /// A symbolic or hard link; its target as a name in the archive.
     Link(String),
     Dir,
 }
 
-/// A member's bytes in the tar.
+/// The position of a member's bytes in the tar.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Extent {
     pub(super) offset: u64,
     pub(super) size: u64,
 }
 
-/// What extended headers say of the member that follows them.
+/// The extended headers of the next member.
 #[derive(Debug, Default)]
 struct Extended {
     path: Option<Vec<u8>>,
@@ -58,8 +58,8 @@ struct Extended {
 }
 
 impl TarIndex {
-    /// Reads every header of the tar at `path`. `shown` stands for the archive in messages: `path`
-    /// may be a decompressed copy that nobody knows.
+    /// Reads every header of the tar at `path`. Messages show `shown` instead, because `path` may
+    /// be an internal decompressed copy.
     pub(super) fn open(path: &Path, shown: &Path) -> Result<Self, Fault> {
         let file = durable::open_regular(path).at(format_args!("open {}", path.display()))?;
         let meta = file
@@ -88,13 +88,16 @@ impl TarIndex {
         Ok(index)
     }
 
-    /// The member of this name, through links; `None` when there is none or it is a folder.
+    /// The member with this name, after following links; `None` if there is none or it is a
+    /// directory.
     pub(super) fn find(&self, name: &str) -> Option<Extent> {
-        self.follow(&normal(name.as_bytes()).ok()?).ok().flatten()
+        self.follow(&normalize(name.as_bytes()).ok()?)
+            .ok()
+            .flatten()
     }
 
-    /// The folder that all members lie in, when it is not the top: what a tar made one level too
-    /// high has.
+    /// The directory that contains all members, if there is one. Such an archive was created one
+    /// level too high.
     pub(super) fn only_folder(&self) -> Option<&str> {
         let first = self.members.keys().next()?.split('/').next()?;
         self.members
@@ -112,7 +115,7 @@ impl TarIndex {
                 Some(Member::Dir) | None => return Ok(None),
             }
         }
-        Err("the link goes round in a circle".into())
+        Err("the links form a loop".into())
     }
 }
 
@@ -126,10 +129,10 @@ struct Scan<'a> {
 
 impl Scan<'_> {
     fn run(&mut self) -> Result<(), Fault> {
-        let mut pos = 0;
+        let mut position = 0;
         let mut extended = Extended::default();
         loop {
-            let Some(header) = self.header(pos)? else {
+            let Some(header) = self.header(position)? else {
                 return Ok(());
             };
             let kind = header.entry_type();
@@ -143,7 +146,7 @@ impl Scan<'_> {
                     format!("its header is damaged: {e}"),
                 )
             })?;
-            let data = pos + BLOCK;
+            let data = position + BLOCK;
             if is_extension(kind) {
                 let bytes = self.extension(&shown_name, data, size)?;
                 extended
@@ -159,26 +162,26 @@ impl Scan<'_> {
                 self.check_end(&shown_name, data, size)?;
                 self.member(&header, extended, Extent { offset: data, size })?;
             }
-            pos = size
+            position = size
                 .div_ceil(BLOCK)
                 .checked_mul(BLOCK)
                 .and_then(|padded| data.checked_add(padded))
-                .ok_or_else(|| refuse(self.shown, &shown_name, "its size is absurd"))?;
+                .ok_or_else(|| refuse(self.shown, &shown_name, "its size is invalid"))?;
         }
     }
 
     /// The header at `pos`; `None` at the block of zeros that ends an archive.
-    fn header(&self, pos: u64) -> Result<Option<Header>, Fault> {
-        if pos.saturating_add(BLOCK) > self.len {
+    fn header(&self, position: u64) -> Result<Option<Header>, Fault> {
+        if position.saturating_add(BLOCK) > self.len {
             let why = format!(
-                "it is truncated: it ends at byte {} without the block that ends an archive",
+                "it is truncated: it ends at byte {} without an end-of-archive block",
                 self.len
             );
             return Err(refuse(self.shown, "the archive", why));
         }
         let mut block = [0; BLOCK as usize];
         self.file
-            .read_exact_at(&mut block, pos)
+            .read_exact_at(&mut block, position)
             .at(format_args!("read {}", self.shown.display()))?;
         if block.iter().all(|b| *b == 0) {
             return Ok(None);
@@ -197,10 +200,10 @@ impl Scan<'_> {
             })
             .sum();
         if header.cksum().ok() != Some(sum) {
-            let why = if pos == 0 {
+            let why = if position == 0 {
                 "it is not a tar archive".into()
             } else {
-                format!("it is damaged: the header at byte {pos} has a wrong checksum")
+                format!("it is damaged: the header at byte {position} has a wrong checksum")
             };
             return Err(refuse(self.shown, "the archive", why));
         }
@@ -212,7 +215,7 @@ impl Scan<'_> {
             return Ok(());
         }
         let why = format!(
-            "the archive is truncated: this member has {size} bytes and {} are there",
+            "the archive is truncated: this member has {size} bytes, but only {} exist",
             self.len.saturating_sub(data)
         );
         Err(refuse(self.shown, name, why))
@@ -241,7 +244,7 @@ impl Scan<'_> {
             .unwrap_or_else(|| header.path_bytes().into_owned());
         let shown_name = String::from_utf8_lossy(&raw).into_owned();
         let refused = |why: String| refuse(self.shown, &shown_name, why);
-        let name = normal(&raw).map_err(&refused)?;
+        let name = normalize(&raw).map_err(&refused)?;
         let target = extended
             .link
             .or_else(|| header.link_name_bytes().map(|l| l.into_owned()))
@@ -252,13 +255,15 @@ impl Scan<'_> {
             Member::Dir
         } else if kind.is_hard_link() {
             Member::Link(
-                normal(&target)
-                    .map_err(|why| refused(format!("it links to a name that cannot be: {why}")))?,
+                normalize(&target)
+                    .map_err(|why| refused(format!("it links to an invalid name: {why}")))?,
             )
         } else if kind.is_symlink() {
             Member::Link(resolve(&name, &target).map_err(&refused)?)
         } else {
-            return Err(refused("it is neither a file, a folder nor a link".into()));
+            return Err(refused(
+                "it is neither a file nor a directory nor a link".into(),
+            ));
         };
         if name.is_empty() {
             return if member == Member::Dir {
@@ -267,10 +272,10 @@ impl Scan<'_> {
                 Err(refused("it has no name".into()))
             };
         }
-        if let Some(earlier) = self.members.get(&name) {
-            if !self.same(earlier, &member)? {
+        if let Some(existing) = self.members.get(&name) {
+            if !self.has_same_content(existing, &member)? {
                 return Err(refused(
-                    "the archive has this name twice with different content".into(),
+                    "the archive contains this name twice with different content".into(),
                 ));
             }
             return Ok(());
@@ -278,7 +283,7 @@ impl Scan<'_> {
         self.names_bytes += name.len();
         if self.members.len() >= ARCHIVE_MEMBERS_MAX || self.names_bytes > ARCHIVE_NAMES_BYTES_MAX {
             let why = format!(
-                "the archive has more than {ARCHIVE_MEMBERS_MAX} members, which no image archive has"
+                "the archive has more than {ARCHIVE_MEMBERS_MAX} members or too many bytes of names"
             );
             return Err(refused(why));
         }
@@ -286,7 +291,7 @@ impl Scan<'_> {
         Ok(())
     }
 
-    fn same(&self, a: &Member, b: &Member) -> Result<bool, Fault> {
+    fn has_same_content(&self, a: &Member, b: &Member) -> Result<bool, Fault> {
         let (Member::File(a), Member::File(b)) = (a, b) else {
             return Ok(a == b);
         };
@@ -337,7 +342,9 @@ impl Extended {
                             Some(size.ok_or("the size in its extended header is not a number")?);
                     }
                     key if key.starts_with(b"GNU.sparse.") => {
-                        return Err("it is a sparse file, which no image archive has".into());
+                        return Err(
+                            "it is a sparse file, which is not allowed in an image archive".into(),
+                        );
                     }
                     _ => {}
                 }
@@ -347,8 +354,8 @@ impl Extended {
     }
 }
 
-/// A member's name without `.` and empty components; empty for the top folder.
-fn normal(raw: &[u8]) -> Result<String, String> {
+/// The name of a member without `.` and empty components; empty for the top directory.
+fn normalize(raw: &[u8]) -> Result<String, String> {
     let text = std::str::from_utf8(raw).map_err(|_| "its name is not UTF-8")?;
     if text.starts_with('/') {
         return Err("its name is absolute".into());
@@ -364,11 +371,11 @@ fn normal(raw: &[u8]) -> Result<String, String> {
     Ok(parts.join("/"))
 }
 
-/// The member that a symbolic link means, by its text.
+/// Resolves the target of a symbolic link by its text.
 fn resolve(name: &str, target: &[u8]) -> Result<String, String> {
     let text = std::str::from_utf8(target).map_err(|_| "it links to a name that is not UTF-8")?;
     if text.starts_with('/') {
-        return Err(format!("it links to {text:?}, out of the archive"));
+        return Err(format!("its link target {text:?} is outside the archive"));
     }
     let mut parts: Vec<&str> = name.split('/').collect();
     parts.pop();
@@ -378,7 +385,7 @@ fn resolve(name: &str, target: &[u8]) -> Result<String, String> {
             ".." => {
                 parts
                     .pop()
-                    .ok_or_else(|| format!("it links to {text:?}, out of the archive"))?;
+                    .ok_or_else(|| format!("its link target {text:?} is outside the archive"))?;
             }
             part => parts.push(part),
         }

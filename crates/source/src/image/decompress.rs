@@ -1,13 +1,13 @@
-//! gzip and zstd, told by their first bytes and read with a cap.
+//! gzip and zstd, detected by their first bytes and decompressed with a limit.
 //!
-//! A few kilobytes can decompress to terabytes, so every decompressed byte in the program's image
-//! source passes a [`Bounded`] reader. **The rule**: input is refused as a bomb when more than
-//! [`BOMB_BYTES`] came out of it and that is more than [`BOMB_RATIO`] times what went in. So small
-//! things may be as dense as they like, and large ones must be as plausible as real files are.
+//! A few kilobytes can decompress to terabytes, so every decompressed byte of the image source
+//! passes through a [`Bounded`] reader. **The rule**: input is rejected as a decompression bomb if
+//! its output exceeds [`BOMB_BYTES`] and also exceeds [`BOMB_RATIO`] times the input. So small
+//! inputs may have any ratio, and large ones must have a plausible ratio.
 //!
-//! [`to_scratch`] writes one file into the scratch folder, and stops before the disk is full: the
-//! daemon's own state is on it. After a crash the file lies there half written until the next start
-//! cleans the folder.
+//! [`to_scratch`] writes one file to the scratch directory, and stops before the disk is full,
+//! because the daemon's own state is on the same disk. After a crash, the next start removes the
+//! incomplete file.
 
 use std::cell::Cell;
 use std::fs::{self, File};
@@ -26,23 +26,23 @@ use base::space::{Reservation, Space};
 /// The size of read and write buffers, in bytes.
 pub(super) const BUFFER: usize = 128 << 10;
 
-/// How much of something [`Compression::of`] looks at.
+/// The number of bytes that [`Compression::of`] examines.
 pub(super) const SNIFFED_BYTES: usize = 262;
 
-/// How bytes are compressed, by their first bytes.
+/// A compression format, detected by the first bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Compression {
-    /// Not with anything that is known here.
+    /// No known compression.
     None,
     Gzip,
     Zstd,
-    /// With something that is known and not read here; its name.
+    /// A known format that is not supported; its name.
     Foreign(&'static str),
 }
 
 impl Compression {
-    /// What the first [`SNIFFED_BYTES`] of something say. A tar's own mark goes first: its first
-    /// bytes are a file's name.
+    /// Detects the format by the first [`SNIFFED_BYTES`]. The magic of a tar takes precedence,
+    /// because a tar starts with a file name.
     pub(super) fn of(first: &[u8]) -> Self {
         match first {
             _ if first.get(257..262) == Some(b"ustar") => Self::None,
@@ -56,14 +56,14 @@ impl Compression {
         }
     }
 
-    /// A reader of the decompressed bytes, with the cap of `caps`.
+    /// A reader of the decompressed bytes, limited by `caps`.
     pub(super) fn reader<'a>(self, input: impl Read + 'a, caps: Caps) -> io::Result<Bounded<'a>> {
-        let taken = Rc::new(Cell::new(0));
+        let input_bytes = Rc::new(Cell::new(0));
         let input = BufReader::with_capacity(
             BUFFER,
             Counted {
                 input,
-                taken: Rc::clone(&taken),
+                input_bytes: Rc::clone(&input_bytes),
             },
         );
         let output: Box<dyn Read + 'a> = match self {
@@ -79,14 +79,14 @@ impl Compression {
         };
         Ok(Bounded {
             output,
-            taken,
-            given: 0,
+            input_bytes,
+            output_bytes: 0,
             caps,
         })
     }
 }
 
-/// When decompression is refused as a bomb.
+/// The limits from which input is rejected as a decompression bomb.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Caps {
     pub(super) bytes: u64,
@@ -104,34 +104,36 @@ impl Default for Caps {
 
 struct Counted<R> {
     input: R,
-    taken: Rc<Cell<u64>>,
+    input_bytes: Rc<Cell<u64>>,
 }
 
 impl<R: Read> Read for Counted<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let n = self.input.read(buffer)?;
-        self.taken.set(self.taken.get() + n as u64);
+        self.input_bytes.set(self.input_bytes.get() + n as u64);
         Ok(n)
     }
 }
 
-/// Decompressed bytes, up to the cap.
+/// Decompressed bytes, up to the limit.
 pub(super) struct Bounded<'a> {
     output: Box<dyn Read + 'a>,
-    taken: Rc<Cell<u64>>,
-    given: u64,
+    input_bytes: Rc<Cell<u64>>,
+    output_bytes: u64,
     caps: Caps,
 }
 
 impl Read for Bounded<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let n = self.output.read(buffer)?;
-        self.given += n as u64;
-        if self.given > self.caps.bytes && self.given / self.caps.ratio > self.taken.get() {
+        self.output_bytes += n as u64;
+        if self.output_bytes > self.caps.bytes
+            && self.output_bytes / self.caps.ratio > self.input_bytes.get()
+        {
             let why = format!(
-                "a decompression bomb: {} bytes came out of {}",
-                self.given,
-                self.taken.get()
+                "a decompression bomb: {} bytes were decompressed from {} bytes",
+                self.output_bytes,
+                self.input_bytes.get()
             );
             return Err(io::Error::new(io::ErrorKind::InvalidData, why));
         }
@@ -139,7 +141,7 @@ impl Read for Bounded<'_> {
     }
 }
 
-/// Decompresses the archive `path` to the new file `copy` in the scratch folder.
+/// Decompresses the archive `path` to the new file `copy` in the scratch directory.
 pub(super) fn to_scratch(
     path: &Path,
     compression: Compression,
@@ -149,38 +151,39 @@ pub(super) fn to_scratch(
     let input = durable::open_regular(path).at(format_args!("open {}", path.display()))?;
     let compressed = input
         .metadata()
-        .at(format_args!("look at {}", path.display()))?
+        .at(format_args!("read the metadata of {}", path.display()))?
         .len();
     let output = File::create(copy).at(format_args!("create {}", copy.display()))?;
-    // The next piece is reserved: of two that decompress at once, none counts the same bytes.
-    let mut held: Option<Reservation> = None;
+    // Reserves the next piece, so that two concurrent decompressions never count the same bytes.
+    let mut reservation: Option<Reservation> = None;
     let reserve = |bytes| -> Result<(), Fault> {
-        drop(held.take()); // it is written, and counts as used
-        held = Some(Reservation::take(
+        drop(reservation.take()); // its bytes are written and count as used
+        reservation = Some(Reservation::take(
             copy,
             bytes,
             SCRATCH_SPARE_BYTES,
             0,
-            "the rest of it",
+            "the rest of the archive",
         )?);
         Ok(())
     };
-    // Almost nothing decompresses to less than it is: what has no room for that much is not begun.
+    // An archive almost never decompresses to less than its own size, so that much space is
+    // required before the start.
     let result = Space::check(copy, compressed.saturating_add(SCRATCH_SPARE_BYTES), 0, "the decompressed archive")
         .and_then(|()| copy_to(path, compression, input, output, caps, reserve))
         .map_err(|fault| match fault.code {
             Code::NoSpace => fault
                 .context(format_args!("decompress {} to {}", path.display(), copy.display()))
-                .with_next("make room on that disk and run the command again, or publish the archive decompressed, which needs no copy"),
+                .with_next("free space on that disk and run the command again, or publish the decompressed archive, which needs no copy"),
             _ => fault,
         });
     if result.is_err() {
-        let _ = fs::remove_file(copy); // it may be what filled the disk; the scratch folder goes anyway
+        let _ = fs::remove_file(copy); // it may have filled the disk; the scratch directory is removed anyway
     }
     result
 }
 
-/// `reserve` reserves room for the next bytes where `output` goes.
+/// `reserve` reserves space for the next bytes of `output`.
 fn copy_to(
     path: &Path,
     compression: Compression,
@@ -193,17 +196,17 @@ fn copy_to(
         .reader(input, caps)
         .map_err(|e| damaged(path, &e))?;
     let mut buffer = vec![0; BUFFER];
-    // What may be written before the room is looked at again.
-    let mut sure = 0;
+    // The number of bytes that may be written before space is reserved again.
+    let mut reserved = 0;
     loop {
         match reader.read(&mut buffer) {
             Ok(0) => return output.flush().at("write the decompressed archive"),
             Ok(n) => {
-                if sure < n {
+                if reserved < n {
                     reserve(SCRATCH_LOOK_BYTES)?;
-                    sure = SCRATCH_LOOK_BYTES as usize;
+                    reserved = SCRATCH_LOOK_BYTES as usize;
                 }
-                sure -= n;
+                reserved -= n;
                 output
                     .write_all(&buffer[..n])
                     .at("write the decompressed archive")?;
@@ -221,12 +224,10 @@ fn damaged(path: &Path, error: &io::Error) -> Fault {
     refuse(path, "the archive", why_damaged(error))
 }
 
-/// What a decoder's error means, in words.
+/// The meaning of a decoder's error.
 pub(super) fn why_damaged(error: &io::Error) -> String {
     match error.kind() {
-        io::ErrorKind::UnexpectedEof => {
-            "it is truncated: its compressed data ends too early".into()
-        }
+        io::ErrorKind::UnexpectedEof => "it is truncated: its compressed data is incomplete".into(),
         _ => format!("it cannot be decompressed: {error}"),
     }
 }
@@ -241,7 +242,7 @@ mod tests {
     };
 
     #[test]
-    fn both_compressions_come_back() {
+    fn both_compressions_are_decompressed() {
         let text = b"panel ".repeat(10_000);
         let mut gz = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
         gz.write_all(&text).unwrap();
@@ -278,7 +279,7 @@ mod tests {
     }
 
     #[test]
-    fn truncation_and_a_full_disk_are_told_apart() {
+    fn truncation_and_a_full_disk_are_distinguished() {
         let whole = zstd::encode_all(&b"x".repeat(300_000)[..], 1).unwrap();
         let path = Path::new("/img.tar.zst");
         let room = |_| Ok(());

@@ -1,10 +1,10 @@
-//! `docker save` archives: `manifest.json`, a config and `layer.tar`s, with no registry manifest
-//! inside.
+//! `docker save` archives: `manifest.json`, a config and `layer.tar` files, without a registry
+//! manifest.
 //!
-//! Where the archive has OCI parts beside it (Docker 25 and later) those are taken, unless they
-//! contradict the config. Else an OCI manifest is made from the config and the layers as they are:
-//! the same archive gives the same bytes, and so the same digest, every time. Called by
-//! [`super::ImageSource`]; reads only.
+//! If the archive also contains OCI parts (Docker 25 and later), those are used, unless they
+//! contradict the config. Otherwise an OCI manifest is created from the unchanged config and
+//! layers: the same archive always gives the same bytes and the same digest. [`super::ImageSource`]
+//! calls this module. Only reads.
 
 use std::collections::BTreeMap;
 
@@ -36,20 +36,20 @@ impl Listed {
     }
 }
 
-/// The image of `manifest.json` that is meant, its config read and checked.
+/// The selected image of `manifest.json`, with its config read and checked.
 #[derive(Debug)]
 pub(super) struct Saved {
     pub(super) config_digest: BlobDigest,
-    /// The names it goes by.
+    /// The names of the image.
     pub(super) tags: Vec<String>,
     config_piece: Piece,
     config: Config,
     layers: Vec<String>,
 }
 
-/// Reads `manifest.json` and chooses from it; `None` when the archive has none, or when it names a
-/// config that is not there while there are OCI parts (`has_oci`): the platform it speaks of was
-/// left out.
+/// Reads `manifest.json` and selects an image. Returns `None` if the archive has no
+/// `manifest.json`, or if its config is missing and there are OCI parts (`has_oci`): then the
+/// platform of that config was left out.
 pub(super) fn saved(
     holder: &Holder,
     tag: Option<&str>,
@@ -59,41 +59,41 @@ pub(super) fn saved(
         return Ok(None);
     };
     let all: Vec<Listed> = holder.json(&piece)?;
-    let mut some: Vec<&Listed> = all
+    let mut matching: Vec<&Listed> = all
         .iter()
         .filter(|l| tag.is_none_or(|tag| l.tags().any(|t| listing::matches(t, tag))))
         .collect();
-    let tags: Vec<String> = some
+    let tags: Vec<String> = matching
         .iter()
         .flat_map(|listed| listed.tags())
         .map(str::to_owned)
         .collect();
-    // The same image listed again under another name.
-    some.dedup_by(|a, b| a.config == b.config && a.layers == b.layers);
-    let chosen = match some.as_slice() {
+    // The same image may be listed again with another name.
+    matching.dedup_by(|a, b| a.config == b.config && a.layers == b.layers);
+    let chosen = match matching.as_slice() {
         [one] => *one,
         [] => {
             return Err(match tag {
                 Some(tag) => {
                     listing::unknown(&holder.shown, tag, all.iter().flat_map(Listed::tags))
                 }
-                None => holder.refuse("manifest.json", "it lists no image"),
+                None => holder.refuse("manifest.json", "it contains no image"),
             });
         }
         _ => {
             return Err(listing::several(
                 &holder.shown,
-                some.iter().flat_map(|l| l.tags()),
+                matching.iter().flat_map(|l| l.tags()),
             ));
         }
     };
     if has_oci && holder.find(&chosen.config)?.is_none() {
         return Ok(None);
     }
-    let config_piece = needed(holder, &chosen.config)?;
+    let config_piece = require(holder, &chosen.config)?;
     let bytes = holder.read_small(&config_piece)?;
     let config_digest = BlobDigest::of(&bytes);
-    named_right(holder, &config_piece, &config_digest)?;
+    check_name(holder, &config_piece, &config_digest)?;
     let config = holder.parse(&config_piece.name, &bytes)?;
     let layers = chosen.layers.clone().unwrap_or_default();
     Ok(Some(Saved {
@@ -105,28 +105,28 @@ pub(super) fn saved(
     }))
 }
 
-fn needed(holder: &Holder, name: &str) -> Result<Piece, Fault> {
+fn require(holder: &Holder, name: &str) -> Result<Piece, Fault> {
     holder
         .find(name)?
         .ok_or_else(|| holder.refuse(name, "it is missing: manifest.json lists it"))
 }
 
-/// A config is named by its digest, `<hex>.json` or `blobs/sha256/<hex>`; another name says
-/// nothing.
-fn named_right(holder: &Holder, piece: &Piece, digest: &BlobDigest) -> Result<(), Fault> {
+/// A config is named by its digest, `<hex>.json` or `blobs/sha256/<hex>`. Other names are not
+/// checked.
+fn check_name(holder: &Holder, piece: &Piece, digest: &BlobDigest) -> Result<(), Fault> {
     let file = piece.name.rsplit('/').next().unwrap_or_default();
     let stem = file.strip_suffix(".json").unwrap_or(file);
     match format!("sha256:{stem}").parse::<BlobDigest>() {
         Ok(named) if named != *digest => Err(holder.refuse(
             &piece.name,
-            format!("wrong digest: by its name it should be {named} and is {digest}"),
+            format!("wrong digest: its name states {named}, but it is {digest}"),
         )),
         _ => Ok(()),
     }
 }
 
 impl Saved {
-    /// Makes an OCI image of it. All layers are read and compared with the config.
+    /// Converts it to an OCI image. Reads all layers and compares them with the config.
     pub(super) fn image(self, holder: &Holder, caps: Caps) -> Result<Image, Fault> {
         let Some(diff_ids) = self.config.diff_ids() else {
             return Err(holder.refuse(
@@ -136,7 +136,7 @@ impl Saved {
         };
         if diff_ids.len() != self.layers.len() {
             let why = format!(
-                "it lists {} layers and the config {} (diff_ids)",
+                "it lists {} layers, but the config lists {} (diff_ids)",
                 self.layers.len(),
                 diff_ids.len()
             );
@@ -145,7 +145,7 @@ impl Saved {
         let pieces = self
             .layers
             .iter()
-            .map(|name| needed(holder, name))
+            .map(|name| require(holder, name))
             .collect::<Result<Vec<_>, _>>()?;
         let checks: Vec<Check> = pieces
             .iter()
@@ -180,7 +180,10 @@ impl Saved {
             digest: BlobDigest::of(&bytes),
             size: bytes.len() as u64,
         };
-        blobs.insert(top.digest.clone(), Piece::made(top.digest.member(), bytes));
+        blobs.insert(
+            top.digest.clone(),
+            Piece::created(top.digest.member(), bytes),
+        );
         let platforms = self.config.platform().into_iter().collect();
         Ok(Image {
             top,

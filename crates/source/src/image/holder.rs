@@ -1,9 +1,8 @@
-//! Where an image's pieces are: the members of an archive or the files of a folder, found by name,
-//! read with care.
+//! Finds and reads the pieces of an image by name: the members of an archive or the files of a
+//! directory.
 //!
-//! [`super::oci`] and [`super::docker`] ask here for JSON and layers and never open anything
-//! themselves. A piece is a regular file or a range of one; links inside a folder are not followed.
-//! Reads only.
+//! [`super::oci`] and [`super::docker`] read JSON and layers only through this module. A piece is a
+//! regular file or a range of one; links inside a directory are not followed. Only reads.
 
 use std::collections::{HashMap, HashSet};
 use std::fmt;
@@ -27,7 +26,7 @@ use base::fault::Fault;
 use base::limits::{IMAGE_CHECKS_MAX, IMAGE_JSON_BYTES_MAX};
 use base::names::RelPath;
 
-/// `sha256:` and 64 lower-case hex digits: the name of a blob.
+/// The name of a blob: `sha256:` and 64 lower-case hex digits.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Deserialize)]
 #[serde(try_from = "String")]
 pub(super) struct BlobDigest(String);
@@ -37,7 +36,7 @@ impl BlobDigest {
         Self(hex::encode(Sha256::digest(bytes)))
     }
 
-    /// Where an image layout keeps the blob.
+    /// The path of the blob in an image layout.
     pub(super) fn member(&self) -> String {
         format!("blobs/sha256/{}", self.0)
     }
@@ -72,20 +71,20 @@ impl TryFrom<String> for BlobDigest {
     }
 }
 
-/// A piece of an image: a member of the archive or a file of the folder.
+/// A piece of an image: a member of the archive or a file of the directory.
 #[derive(Debug, Clone)]
 pub(super) struct Piece {
-    /// Its name, for messages.
+    /// The name, for messages.
     pub(super) name: String,
     pub(super) size: u64,
     pub(super) content: Content,
-    /// Its file before anything was read of it.
+    /// The identity of the file before anything was read from it.
     pub(super) identity: Option<FileIdentity>,
 }
 
 impl Piece {
-    /// Something this program made itself.
-    pub(super) fn made(name: String, bytes: Vec<u8>) -> Self {
+    /// A piece that this program created.
+    pub(super) fn created(name: String, bytes: Vec<u8>) -> Self {
         Self {
             name,
             size: bytes.len() as u64,
@@ -113,10 +112,10 @@ enum Container {
     Tar(TarIndex),
 }
 
-/// All pieces of one archive or folder.
+/// All pieces of one archive or directory.
 #[derive(Debug)]
 pub(super) struct Holder {
-    /// What the user named, for messages.
+    /// The path that the user named, for messages.
     pub(super) shown: PathBuf,
     place: Container,
 }
@@ -137,12 +136,12 @@ impl Holder {
         })
     }
 
-    /// A refusal that names the archive or folder, and the member.
+    /// A fault that names the archive or directory, and the member.
     pub(super) fn refuse(&self, member: &str, why: impl fmt::Display) -> Fault {
         refuse(&self.shown, member, why)
     }
 
-    /// A read error, which is the disk's fault and not the image's.
+    /// The fault of a read error, which is caused by the disk and not by the image.
     fn io(&self, member: &str, error: &io::Error) -> Fault {
         Fault::io(
             format_args!("read {member} of {}", self.shown.display()),
@@ -150,7 +149,7 @@ impl Holder {
         )
     }
 
-    /// The piece of this name; `None` when there is none.
+    /// The piece with this name; `None` if there is none.
     pub(super) fn find(&self, name: &str) -> Result<Option<Piece>, Fault> {
         let name = name.trim_start_matches("./");
         match &self.place {
@@ -169,7 +168,7 @@ impl Holder {
                 if let Some(link) = first_linked_folder(&self.shown, &rel) {
                     return Err(self.refuse(
                         name,
-                        format!("{} is a link, and no link is followed", link.display()),
+                        format!("{} is a link, and links are not followed", link.display()),
                     ));
                 }
                 match fs::symlink_metadata(&path) {
@@ -191,25 +190,25 @@ impl Holder {
         }
     }
 
-    /// What to say where neither `index.json` nor `manifest.json` is found.
+    /// The message if neither `index.json` nor `manifest.json` exists.
     pub(super) fn why_no_image(&self) -> String {
         let folder = match &self.place {
             Container::Tar(index) => index.only_folder(),
             Container::Folder(_) => None,
         };
         match folder {
-            Some(folder) => format!("it is missing: everything lies in the folder {folder:?}; make the archive from inside it"),
-            None => "it is missing, and so is manifest.json: this is neither an OCI layout nor a docker archive".into(),
+            Some(folder) => format!("it is missing: all members are in the directory {folder:?}; create the archive from inside that directory"),
+            None => "it is missing, and manifest.json is missing too: this is neither an OCI layout nor a docker archive".into(),
         }
     }
 
-    /// The whole of a small piece.
+    /// Reads a small piece completely.
     pub(super) fn read_small(&self, piece: &Piece) -> Result<Vec<u8>, Fault> {
         if piece.size > IMAGE_JSON_BYTES_MAX {
             return Err(self.refuse(
                 &piece.name,
                 format!(
-                    "this JSON has {} bytes, more than the {IMAGE_JSON_BYTES_MAX} allowed",
+                    "this JSON has {} bytes, more than the allowed {IMAGE_JSON_BYTES_MAX}",
                     piece.size
                 ),
             ));
@@ -225,7 +224,7 @@ impl Holder {
         Ok(bytes)
     }
 
-    /// A JSON file that has no digest to be checked against.
+    /// Parses a JSON file that has no digest to check.
     pub(super) fn json<T: for<'a> Deserialize<'a>>(&self, piece: &Piece) -> Result<T, Fault> {
         self.parse(&piece.name, &self.read_small(piece)?)
     }
@@ -236,10 +235,10 @@ impl Holder {
         bytes: &[u8],
     ) -> Result<T, Fault> {
         serde_json::from_slice(bytes)
-            .map_err(|e| self.refuse(member, format!("it is not the JSON that it should be: {e}")))
+            .map_err(|e| self.refuse(member, format!("it is malformed JSON: {e}")))
     }
 
-    /// How a piece is compressed, by its first bytes.
+    /// Detects the compression of a piece by its first bytes.
     pub(super) fn compression(&self, piece: &Piece) -> Result<Compression, Fault> {
         let mut first = Vec::with_capacity(SNIFFED_BYTES);
         piece
@@ -249,8 +248,7 @@ impl Holder {
         Ok(Compression::of(&first))
     }
 
-    /// Reads a blob to its end and compares it with everything that was said of it. Gives its
-    /// digest.
+    /// Reads a blob completely and compares it with all stated properties. Returns its digest.
     fn check(&self, check: &Check, caps: Caps) -> Result<BlobDigest, Fault> {
         let refuse = |why: String| self.refuse(&check.piece.name, why);
         let io = |e: io::Error| self.io(&check.piece.name, &e);
@@ -276,26 +274,26 @@ impl Holder {
         let digest = BlobDigest(hex::encode(blob.sha.finalize()));
         if blob.bytes != check.piece.size {
             return Err(refuse(format!(
-                "its size changed while it was read: {} bytes, not {}",
+                "its size changed while it was read: {} bytes instead of {}",
                 blob.bytes, check.piece.size
             )));
         }
         if let Some(expected) = check.digest.as_ref().filter(|d| **d != digest) {
             return Err(refuse(format!(
-                "wrong digest: it should be {expected} and is {digest}"
+                "wrong digest: expected {expected}, found {digest}"
             )));
         }
         let diff = diff.unwrap_or_else(|| digest.0.clone());
         if let Some(expected) = check.diff_id.as_ref().filter(|d| d.0 != diff) {
             return Err(refuse(format!(
-                "wrong content: the image's config says {expected} and it is sha256:{diff} (uncompressed)"
+                "wrong content: the image's config states {expected}, but the uncompressed content is sha256:{diff}"
             )));
         }
         Ok(digest)
     }
 
-    /// Runs all checks, several at once. Gives the digests in the order of the checks, or the first
-    /// fault in it.
+    /// Runs all checks, several in parallel. Returns the digests in the order of the checks, or the
+    /// first fault in that order.
     pub(super) fn check_all(&self, checks: &[Check], caps: Caps) -> Result<Vec<BlobDigest>, Fault> {
         let next = AtomicUsize::new(0);
         let done: Mutex<HashMap<usize, Result<BlobDigest, Fault>>> = Mutex::new(HashMap::new());
@@ -329,18 +327,18 @@ impl Holder {
             work();
         });
         let mut done = done.into_inner().unwrap_or_else(PoisonError::into_inner);
-        // Checks were taken in order, so those before the first fault are all there.
+        // The checks were started in order, so all results before the first fault exist.
         (0..checks.len()).map_while(|i| done.remove(&i)).collect()
     }
 }
 
-/// What a blob has to be.
+/// The expected properties of a blob.
 #[derive(Debug, Clone)]
 pub(super) struct Check {
     pub(super) piece: Piece,
-    /// Its own digest, where something says it.
+    /// Its digest, if it is stated.
     pub(super) digest: Option<BlobDigest>,
-    /// The digest of its uncompressed bytes, where the image's config says it.
+    /// The digest of its uncompressed bytes, if the image's config states it.
     pub(super) diff_id: Option<BlobDigest>,
 }
 
@@ -371,7 +369,7 @@ fn drain(mut reader: impl Read, mut each: impl FnMut(&[u8])) -> io::Result<()> {
     }
 }
 
-/// The first folder on the way to a file below `root` that is a link: what it leads to may lie
+/// The first directory on the path to a file below `root` that is a link; its target may be
 /// anywhere.
 fn first_linked_folder(root: &Path, rel: &RelPath) -> Option<PathBuf> {
     let mut at = root.to_path_buf();
@@ -385,7 +383,7 @@ fn first_linked_folder(root: &Path, rel: &RelPath) -> Option<PathBuf> {
     })
 }
 
-/// Names the distinct digests of these, in order.
+/// The distinct digests, in order.
 pub(super) fn distinct<'a>(digests: impl Iterator<Item = &'a BlobDigest>) -> Vec<&'a BlobDigest> {
     let mut seen = HashSet::new();
     digests.filter(|d| seen.insert(*d)).collect()

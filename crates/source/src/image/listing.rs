@@ -1,4 +1,4 @@
-//! The names of images in an archive that holds several, and the choice by `path#tag`.
+//! The names of images in an archive with several images, and the selection by `path#tag`.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use base::fault::Fault;
 use base::limits::OFFENDERS_LISTED_MAX;
 
-/// Splits `path#tag`. A path that exists with the `#` in it is a path.
+/// Splits `path#tag`. If a path with the `#` exists, it is used as a path.
 pub fn split_tag(source: &str) -> (PathBuf, Option<&str>) {
     match source.rsplit_once('#') {
         Some((path, tag)) if !tag.is_empty() && !Path::new(source).exists() => {
@@ -16,8 +16,8 @@ pub fn split_tag(source: &str) -> (PathBuf, Option<&str>) {
     }
 }
 
-/// Whether an image's name is what the user asked for: the whole name, or its part behind the
-/// colon.
+/// Whether the name of an image matches the user's selection: the complete name, or its part after
+/// the colon.
 pub(super) fn matches(name: &str, tag: &str) -> bool {
     name == tag
         || name
@@ -25,7 +25,7 @@ pub(super) fn matches(name: &str, tag: &str) -> bool {
             .is_some_and(|(_, own)| own == tag && !own.contains('/'))
 }
 
-/// Whether two names mean one image: Docker writes `app:v1` in one place and
+/// Whether two names refer to one image: Docker writes `app:v1` in one place and
 /// `docker.io/library/app:v1` or `v1` in another.
 pub(super) fn same_image(a: &str, b: &str) -> bool {
     let tail = |long: &str, short: &str| {
@@ -35,24 +35,24 @@ pub(super) fn same_image(a: &str, b: &str) -> bool {
     a == b || tail(a, b) || tail(b, a)
 }
 
-/// The refusal of an archive with several images where none was chosen.
+/// The fault of an archive with several images and no selection.
 pub(super) fn several<'a>(shown: &Path, names: impl Iterator<Item = &'a str>) -> Fault {
     let message = format!(
-        "image {}: it holds several images: {}",
+        "image {}: it contains several images: {}",
         shown.display(),
         list(names)
     );
     Fault::usage(message).with_next(format!("choose one: publish '{}#TAG'", shown.display()))
 }
 
-/// The refusal of a tag that the archive does not have.
+/// The fault of a tag that the archive does not contain.
 pub(super) fn unknown<'a>(shown: &Path, tag: &str, names: impl Iterator<Item = &'a str>) -> Fault {
     let message = format!(
-        "image {}: it holds no image {tag:?}, but these: {}",
+        "image {}: it does not contain the image {tag:?}, only: {}",
         shown.display(),
         list(names)
     );
-    Fault::not_found(message).with_next("choose one of these behind the '#'")
+    Fault::not_found(message).with_next("put one of these after the '#'")
 }
 
 fn list<'a>(names: impl Iterator<Item = &'a str>) -> String {
@@ -67,7 +67,7 @@ fn list<'a>(names: impl Iterator<Item = &'a str>) -> String {
         text.push_str(&format!(" and {} more", names.len() - OFFENDERS_LISTED_MAX));
     }
     if text.is_empty() {
-        "none with a name".into()
+        "none has a name".into()
     } else {
         text
     }
@@ -78,7 +78,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_tag_is_chosen_behind_a_hash() {
+    fn a_tag_is_selected_after_a_hash() {
         assert_eq!(split_tag("/a/img.tar"), ("/a/img.tar".into(), None));
         assert_eq!(
             split_tag("/a/img.tar#app:v1"),

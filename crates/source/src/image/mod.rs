@@ -1,27 +1,27 @@
-//! An operator image as a source: `docker save` archives, OCI layouts as a folder or an archive,
-//! compressed or not.
+//! An operator image as a source: `docker save` archives, and OCI layouts as a directory or an
+//! archive, compressed or not.
 //!
-//! Whatever comes in goes out as one OCI image layout folder, so that the hub and every site hold
-//! the same bytes and the same digest:
+//! Every input becomes one OCI image layout directory, so that the hub and every site have the same
+//! bytes and the same digest:
 //! ```text
-//! blobs/sha256/<hex>   configs, layers, manifests and indexes, as they were
+//! blobs/sha256/<hex>   configs, layers, manifests and indexes, unchanged
 //! index.json           one descriptor: the image's manifest or index; no names, so that the same image is the same artifact
 //! oci-layout           {"imageLayoutVersion":"1.0.0"}
 //! ```
-//! `ingest` drives it. All checks are done in `open`, before the first entry: structure first, then
-//! every layer is read and hashed, compressed and uncompressed. Each entry carries the identity of
-//! its file from before that, so that nothing else is taken than what was checked. Nothing is
-//! unpacked; a compressed archive is decompressed as a whole into the scratch folder, which is all
-//! that a crash leaves, and which the next start cleans.
+//! `ingest` drives it. All checks are done in `open`, before the first entry: first the structure,
+//! then every layer is read and hashed, compressed and uncompressed. Each entry carries the
+//! identity of its file from before the checks, so that exactly the checked content is used.
+//! Nothing is unpacked. A compressed archive is decompressed completely into the scratch directory;
+//! a crash leaves only that file, and the next start removes it.
 //!
-//! `oci` knows layouts, `docker` knows `manifest.json`, `holder` finds and reads pieces, `archive`
-//! reads tar headers, `decompress` holds the rule against bombs, `listing` the choice among several
-//! images, `referrers` what refers to an image.
+//! `oci` reads layouts, `docker` reads `manifest.json`, `holder` finds and reads pieces, `archive`
+//! reads tar headers, `decompress` enforces the limit against decompression bombs, `listing`
+//! selects among several images, `referrers` finds what refers to an image.
 //!
-//! What the source has of the image and the layout has not is counted ([`Source::omitted`]):
-//! platforms that are absent, the digest that changes by that, referrers, and further names. Blobs
-//! that nothing in the source names are no part of any image and do not count, nor do other images
-//! where a tag chooses one.
+//! Parts of the image in the source that the layout does not contain are counted
+//! ([`Source::omitted`]): absent platforms, the digest that changes because of that, referrers, and
+//! additional names. Blobs that nothing in the source references belong to no image and do not
+//! count; other images do not count if a tag selects one.
 
 mod archive;
 mod decompress;
@@ -45,7 +45,7 @@ use bytes::Bytes;
 use self::decompress::{Caps, Compression, SNIFFED_BYTES};
 use self::holder::{Holder, Piece};
 pub use self::listing::split_tag;
-use self::oci::{Chosen, Descriptor, Image, Trouble};
+use self::oci::{Chosen, Descriptor, Image, ImageError};
 use self::referrers::Referrers;
 use super::{Content, FileIdentity, Source, SourceBody, SourceEntry};
 use crate::own::Own;
@@ -56,10 +56,10 @@ use content::manifest::{ImageInfo, KindInfo};
 
 const FOLDER_MODE: u32 = 0o755;
 const FILE_MODE: u32 = 0o644;
-/// The name of a decompressed archive in the scratch folder.
+/// The name of a decompressed archive in the scratch directory.
 const DECOMPRESSED: &str = "image.tar";
 
-/// The refusal of a damaged or lying image: which file, which member of it, why.
+/// The fault of a damaged or inconsistent image: the file, its member, and the reason.
 fn refuse(shown: &Path, member: &str, why: impl fmt::Display) -> Fault {
     let member: String = member
         .chars()
@@ -73,10 +73,10 @@ fn refuse(shown: &Path, member: &str, why: impl fmt::Display) -> Fault {
         })
         .collect();
     Fault::integrity(format!("image {}: {member}: {why}", shown.display()))
-        .with_next("make the image's archive again, then publish that")
+        .with_next("create the image archive again, then publish it")
 }
 
-/// Reads an image, whatever form it came in, as an OCI layout.
+/// Reads an image of any supported form as an OCI layout.
 #[derive(Debug)]
 pub struct ImageSource {
     entries: std::vec::IntoIter<SourceEntry>,
@@ -85,20 +85,20 @@ pub struct ImageSource {
 }
 
 impl ImageSource {
-    /// The only image of an archive or layout folder. `scratch` takes the decompressed copy of a
-    /// compressed archive.
+    /// Opens the only image of an archive or layout directory. `scratch` is the directory for the
+    /// decompressed copy of a compressed archive.
     pub fn open(path: &Path, scratch: &Path) -> Result<Self, Fault> {
         Self::open_tag(path, scratch, None)
     }
 
-    /// The image named `tag` of an archive or layout folder: a whole name, the part of it behind
-    /// the colon, or the digest of its manifest. Without a tag there must be one image; `usage`
-    /// lists the tags where there are several.
+    /// Opens the image `tag` of an archive or layout directory. `tag` is a complete name, its part
+    /// after the colon, or the digest of its manifest. Without a tag there must be exactly one
+    /// image; if there are several, the fault is `usage` and lists the tags.
     pub fn open_tag(path: &Path, scratch: &Path, tag: Option<&str>) -> Result<Self, Fault> {
         open(path, scratch, tag, Caps::default(), &Arc::default())
     }
 
-    /// [`ImageSource::open_tag`] for a daemon, which publishes nothing that is its own.
+    /// Like [`ImageSource::open_tag`], for a daemon, which never publishes its own state.
     pub fn open_for(
         path: &Path,
         scratch: &Path,
@@ -108,7 +108,7 @@ impl ImageSource {
         open(path, scratch, tag, Caps::default(), own)
     }
 
-    /// The only image of a layout folder, such as a registry was read into.
+    /// Opens the only image of a layout directory, for example one that was pulled from a registry.
     pub fn open_layout(folder: &Path) -> Result<Self, Fault> {
         from_holder(
             &Holder::folder(folder, Arc::default()),
@@ -117,7 +117,8 @@ impl ImageSource {
         )
     }
 
-    /// The same of a layout folder in the scratch folder: each blob is removed once it was read.
+    /// Like [`ImageSource::open_layout`], for a layout in the scratch directory: each blob is
+    /// removed after it was read.
     pub fn open_scratch(folder: &Path) -> Result<Self, Fault> {
         let Self {
             entries,
@@ -144,13 +145,13 @@ impl ImageSource {
         })
     }
 
-    /// The same, where whoever fetched the image left more out.
+    /// Adds what the program that fetched the image left out.
     pub fn with_omitted(mut self, more: Omitted) -> Self {
         self.omitted.merge(more);
         self
     }
 
-    /// What the artifact is known by: also what [`Source::info`] gives.
+    /// The metadata of the artifact, which [`Source::info`] also returns.
     pub fn image_info(&self) -> &ImageInfo {
         &self.info
     }
@@ -187,7 +188,7 @@ fn open(
         return Err(refuse(
             path,
             "the archive",
-            "it is neither a file nor a folder",
+            "it is neither a file nor a directory",
         ));
     }
     let mut first = Vec::with_capacity(SNIFFED_BYTES);
@@ -227,7 +228,7 @@ fn from_holder(holder: &Holder, tag: Option<&str>, caps: Caps) -> Result<ImageSo
         (None, None) => return Err(holder.refuse("index.json", holder.why_no_image())),
         (Some(tops), None) => {
             let chosen = oci::choose(holder, &tops, tag, &referrers)?;
-            let mut image = oci::image(holder, &chosen).map_err(Trouble::fault)?;
+            let mut image = oci::image(holder, &chosen).map_err(ImageError::fault)?;
             if let (Some(entry), None) = (chosen.entry(), tag) {
                 let of_image = tops.iter().filter(|top| top.digest == entry.digest);
                 note_names(
@@ -236,19 +237,19 @@ fn from_holder(holder: &Holder, tag: Option<&str>, caps: Caps) -> Result<ImageSo
                 );
             }
             referrers.note(&mut image, chosen.entry(), tag);
-            checked(holder, image, caps)?
+            check_layers(holder, image, caps)?
         }
-        (None, Some(saved)) => of_saved(holder, saved, tag, caps)?,
-        (Some(tops), Some(saved)) => match oci_of_saved(holder, &tops, &saved)? {
+        (None, Some(saved)) => from_saved(holder, saved, tag, caps)?,
+        (Some(tops), Some(saved)) => match oci_from_saved(holder, &tops, &saved)? {
             Some((entry, mut image)) => {
                 if tag.is_none() {
                     note_names(saved.tags.iter().map(String::as_str), &mut image.omitted);
                 }
                 referrers.note(&mut image, Some(&entry), tag);
-                checked(holder, image, caps)?
+                check_layers(holder, image, caps)?
             }
             None => {
-                let mut image = of_saved(holder, saved, tag, caps)?;
+                let mut image = from_saved(holder, saved, tag, caps)?;
                 let stated: Vec<&Descriptor> =
                     tops.iter().filter(|top| !referrers.has(top)).collect();
                 if let [stated] = stated.as_slice() {
@@ -262,11 +263,11 @@ fn from_holder(holder: &Holder, tag: Option<&str>, caps: Caps) -> Result<ImageSo
             }
         },
     };
-    source(image)
+    into_source(image)
 }
 
-/// The image of `manifest.json`, made of its config and its layers.
-fn of_saved(
+/// The image of `manifest.json`, built from its config and layers.
+fn from_saved(
     holder: &Holder,
     saved: docker::Saved,
     tag: Option<&str>,
@@ -280,8 +281,8 @@ fn of_saved(
     Ok(image)
 }
 
-/// Counts the names of an image beyond the first: the artifact has one name, its own. Whoever
-/// chooses a tag chooses one of them.
+/// Counts the names of an image except the first. The artifact has its own name; a user who selects
+/// a tag selects one of the names.
 fn note_names<'a>(names: impl Iterator<Item = &'a str>, omitted: &mut Omitted) {
     let names: BTreeSet<&str> = names.collect();
     for name in names.into_iter().skip(1) {
@@ -289,21 +290,21 @@ fn note_names<'a>(names: impl Iterator<Item = &'a str>, omitted: &mut Omitted) {
     }
 }
 
-/// Reads every layer of an OCI image.
-fn checked(holder: &Holder, image: Image, caps: Caps) -> Result<Image, Fault> {
+/// Reads and checks every layer of an OCI image.
+fn check_layers(holder: &Holder, image: Image, caps: Caps) -> Result<Image, Fault> {
     holder.check_all(&image.checks, caps)?;
     Ok(image)
 }
 
-/// The OCI image in `index.json` that is the chosen one of `manifest.json`: the one with the same
-/// config. `None` when no such is there or it contradicts that config, as Docker 25.0 wrote them;
-/// then `manifest.json` is what counts.
-fn oci_of_saved(
+/// The OCI image in `index.json` that corresponds to the selected image of `manifest.json`: the one
+/// with the same config. Returns `None` if there is none or it contradicts that config, as Docker
+/// 25.0 wrote them; then `manifest.json` is used.
+fn oci_from_saved(
     holder: &Holder,
     tops: &[Descriptor],
     saved: &docker::Saved,
 ) -> Result<Option<(Descriptor, Image)>, Fault> {
-    // By name first: two names may stand for two builds of one config.
+    // By name first, because two names may refer to two builds with one config.
     let named = |d: &&Descriptor| {
         d.names()
             .any(|n| saved.tags.iter().any(|t| listing::same_image(n, t)))
@@ -319,20 +320,20 @@ fn oci_of_saved(
                 return Ok(Some((top.clone(), image)));
             }
             Ok(_) => {}
-            Err(Trouble::Disagrees(fault)) => why = Some(fault.message),
-            Err(Trouble::Refused(fault)) => return Err(fault),
+            Err(ImageError::Disagrees(fault)) => why = Some(fault.message),
+            Err(ImageError::Refused(fault)) => return Err(fault),
         }
     }
     tracing::warn!(
         archive = %holder.shown.display(),
         why = why.as_deref().unwrap_or("no image in index.json has the config that manifest.json names"),
-        "the OCI parts of a docker archive are not used",
+        "the OCI parts of a docker archive are ignored",
     );
     Ok(None)
 }
 
-/// The two files of the normalised layout that are no blobs. They follow from what the artifact is
-/// known by.
+/// The two files of the normalised layout that are not blobs. They are derived from the metadata of
+/// the artifact.
 pub fn layout_files(info: &ImageInfo) -> Result<[(&'static str, Bytes); 2], Fault> {
     let descriptor = serde_json::json!({ "mediaType": info.media_type, "digest": info.digest, "size": info.size });
     let index = oci::to_bytes(
@@ -348,7 +349,7 @@ pub fn layout_files(info: &ImageInfo) -> Result<[(&'static str, Bytes); 2], Faul
 }
 
 /// The entries of the normalised layout, in manifest order.
-fn source(image: Image) -> Result<ImageSource, Fault> {
+fn into_source(image: Image) -> Result<ImageSource, Fault> {
     let info = ImageInfo {
         media_type: image.top.media_type,
         digest: image.top.digest.to_string(),

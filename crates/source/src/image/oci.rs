@@ -1,9 +1,10 @@
-//! OCI image layouts: from `index.json` down to the layers of every platform.
+//! OCI image layouts: from `index.json` to the layers of every platform.
 //!
-//! Owns which blobs belong to an image, and that they fit each other: every descriptor's digest and
-//! size, a config's layer count, and the order of its layers. Platforms that an index lists and the
-//! source does not hold are left out, with the indexes above them rewritten, and counted; where
-//! nothing is left out, all bytes stay as they are. Called by [`super::ImageSource`]; reads only.
+//! This module determines which blobs belong to an image, and checks that they are consistent: the
+//! digest and size of every descriptor, the layer count of a config, and the order of its layers.
+//! Platforms that an index lists and the source does not contain are left out and counted; the
+//! indexes above them are rewritten. If nothing is left out, all bytes stay unchanged.
+//! [`super::ImageSource`] calls this module. Only reads.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::mem::take;
@@ -25,31 +26,31 @@ pub(super) const OCI_CONFIG: &str = "application/vnd.oci.image.config.v1+json";
 const DOCKER_MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+json";
 const DOCKER_LIST: &str = "application/vnd.docker.distribution.manifest.list.v2+json";
 const DOCKER_CONFIG: &str = "application/vnd.docker.container.image.v1+json";
-/// The annotations that carry an image's name in `index.json`.
+/// The annotations with the name of an image in `index.json`.
 const NAME_ANNOTATIONS: [&str; 2] = [
     "io.containerd.image.name",
     "org.opencontainers.image.ref.name",
 ];
-/// The annotation of an attestation that names the manifest it is about.
+/// The annotation of an attestation with the digest of the manifest that it describes.
 const ATTESTED: &str = "vnd.docker.reference.digest";
 
-/// Why an image cannot be taken as it is.
+/// Why an image cannot be used unchanged.
 #[derive(Debug)]
-pub(super) enum Trouble {
-    /// It is to be refused.
+pub(super) enum ImageError {
+    /// The image is rejected.
     Refused(Fault),
-    /// The OCI parts contradict themselves in the way Docker 25 wrote them: `manifest.json` may
-    /// still be right.
+    /// The OCI parts contradict each other in the way Docker 25 wrote them; `manifest.json` may
+    /// still be correct.
     Disagrees(Fault),
 }
 
-impl From<Fault> for Trouble {
+impl From<Fault> for ImageError {
     fn from(fault: Fault) -> Self {
         Self::Refused(fault)
     }
 }
 
-impl Trouble {
+impl ImageError {
     pub(super) fn fault(self) -> Fault {
         match self {
             Self::Refused(fault) | Self::Disagrees(fault) => fault,
@@ -72,7 +73,7 @@ impl Descriptor {
         self.annotations.as_ref()?.get(key).map(String::as_str)
     }
 
-    /// Whether it is an attestation of Docker: a manifest beside the one that it is about.
+    /// Whether it is an attestation of Docker: a manifest next to the manifest that it describes.
     fn is_attestation(&self) -> bool {
         self.annotation(ATTESTED).is_some()
             || self
@@ -81,7 +82,7 @@ impl Descriptor {
                 .is_some_and(|platform| platform.os == "unknown")
     }
 
-    /// The names that `index.json` gives this image.
+    /// The names of this image in `index.json`.
     pub(super) fn names(&self) -> impl Iterator<Item = &str> {
         NAME_ANNOTATIONS
             .into_iter()
@@ -114,7 +115,7 @@ impl Platform {
     }
 }
 
-/// An image's config, as far as it matters here.
+/// The relevant fields of an image's config.
 #[derive(Debug, Deserialize)]
 pub(super) struct Config {
     #[serde(flatten)]
@@ -132,7 +133,7 @@ impl Config {
         self.platform.text()
     }
 
-    /// The digests of the layers' uncompressed bytes, where the config lists them.
+    /// The digests of the uncompressed layers, if the config lists them.
     pub(super) fn diff_ids(&self) -> Option<&[BlobDigest]> {
         self.rootfs
             .as_ref()
@@ -140,7 +141,7 @@ impl Config {
     }
 }
 
-/// A manifest or an index; which of them its media type and its members say.
+/// A manifest or an index; its media type and members determine which.
 #[derive(Debug, Deserialize)]
 struct Document {
     #[serde(rename = "schemaVersion")]
@@ -168,7 +169,7 @@ struct LayoutFile {
     version: String,
 }
 
-/// A top manifest or index: what an image is known by.
+/// The top manifest or index of an image.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Top {
     pub(super) media_type: String,
@@ -176,7 +177,7 @@ pub(super) struct Top {
     pub(super) size: u64,
 }
 
-/// All that belongs to one image. The layers still have to be read: `checks`.
+/// All parts of one image. The layers must still be read: `checks`.
 #[derive(Debug)]
 pub(super) struct Image {
     pub(super) top: Top,
@@ -184,11 +185,11 @@ pub(super) struct Image {
     pub(super) platforms: Vec<String>,
     pub(super) absent: Vec<String>,
     pub(super) checks: Vec<Check>,
-    /// What the source has of this image and the artifact has not.
+    /// What the source contains of this image and the artifact does not.
     pub(super) omitted: Omitted,
 }
 
-/// The descriptors of `index.json`; `None` when the source has none.
+/// The descriptors of `index.json`; `None` if the source has none.
 pub(super) fn top_descriptors(holder: &Holder) -> Result<Option<Vec<Descriptor>>, Fault> {
     let Some(piece) = holder.find("index.json")? else {
         return Ok(None);
@@ -213,7 +214,7 @@ pub(super) fn top_descriptors(holder: &Holder) -> Result<Option<Vec<Descriptor>>
     Ok(Some(index.manifests.unwrap_or_default()))
 }
 
-/// Chooses the image of `index.json` that is meant. A referrer is meant only where no image is.
+/// Selects the image of `index.json`. A referrer is selected only if no image matches.
 pub(super) fn choose(
     holder: &Holder,
     all: &[Descriptor],
@@ -227,38 +228,40 @@ pub(super) fn choose(
     };
     let (others, images): (Vec<&Descriptor>, Vec<&Descriptor>) =
         all.iter().filter(of_tag).partition(|d| referrers.has(d));
-    let some = if images.is_empty() { others } else { images };
-    let names: BTreeSet<&str> = some.iter().flat_map(|d| d.names().last()).collect();
-    match (distinct(some.iter().map(|d| &d.digest)).len(), some.first()) {
+    let matching = if images.is_empty() { others } else { images };
+    let names: BTreeSet<&str> = matching.iter().flat_map(|d| d.names().last()).collect();
+    match (
+        distinct(matching.iter().map(|d| &d.digest)).len(),
+        matching.first(),
+    ) {
         (0, _) | (_, None) => Err(match tag {
             Some(tag) => {
                 listing::unknown(&holder.shown, tag, all.iter().flat_map(Descriptor::names))
             }
-            None => holder.refuse("index.json", "it lists no image"),
+            None => holder.refuse("index.json", "it contains no image"),
         }),
         (1, Some(one)) => Ok(Chosen::One((*one).clone())),
-        // The platforms of one image, listed at the top and not in an index of their own.
-        _ if names.len() < 2 && some.iter().all(|d| d.platform.is_some()) => {
-            Ok(Chosen::Platforms(distinct_descriptors(&some)))
+        // The platforms of one image, listed at the top instead of in their own index.
+        _ if names.len() < 2 && matching.iter().all(|d| d.platform.is_some()) => {
+            Ok(Chosen::Platforms(distinct_descriptors(&matching)))
         }
-        _ if names.is_empty() => Err(holder.refuse(
-            "index.json",
-            "it lists several images and names none of them",
-        )),
+        _ if names.is_empty() => {
+            Err(holder.refuse("index.json", "it lists several images without names"))
+        }
         _ => Err(listing::several(&holder.shown, names.into_iter())),
     }
 }
 
-/// What [`choose`] found.
+/// The result of [`choose`].
 #[derive(Debug)]
 pub(super) enum Chosen {
     One(Descriptor),
-    /// Manifests that an index has to be made for.
+    /// Manifests for which an index must be created.
     Platforms(Vec<Descriptor>),
 }
 
 impl Chosen {
-    /// The entry of `index.json` that is the image.
+    /// The entry of the image in `index.json`.
     pub(super) fn entry(&self) -> Option<&Descriptor> {
         match self {
             Self::One(one) => Some(one),
@@ -267,20 +270,21 @@ impl Chosen {
     }
 }
 
-fn distinct_descriptors(some: &[&Descriptor]) -> Vec<Descriptor> {
+fn distinct_descriptors(matching: &[&Descriptor]) -> Vec<Descriptor> {
     let mut seen = BTreeSet::new();
-    some.iter()
+    matching
+        .iter()
         .filter(|d| seen.insert(&d.digest))
         .map(|d| (*d).clone())
         .collect()
 }
 
 /// The image below a descriptor of `index.json`.
-pub(super) fn image(holder: &Holder, chosen: &Chosen) -> Result<Image, Trouble> {
+pub(super) fn image(holder: &Holder, chosen: &Chosen) -> Result<Image, ImageError> {
     let mut graph = Graph::new(holder);
     let top = match chosen {
         Chosen::One(top) => match graph.add(top, 0)? {
-            Resolution::Whole => Top {
+            Resolution::Complete => Top {
                 media_type: top.media_type.clone(),
                 digest: top.digest.clone(),
                 size: top.size,
@@ -292,26 +296,26 @@ pub(super) fn image(holder: &Holder, chosen: &Chosen) -> Result<Image, Trouble> 
                 );
                 new
             }
-            Resolution::Absent => return Err(graph.nothing_held(top).into()),
+            Resolution::Absent => return Err(graph.nothing_found(top).into()),
         },
         Chosen::Platforms(all) => {
-            let mut kept = Vec::new();
+            let mut entries = Vec::new();
             for descriptor in all {
                 match graph.add(descriptor, 1)? {
                     Resolution::Absent => graph.leave_out(descriptor),
-                    Resolution::Whole => kept.push(index_entry(descriptor, None)),
-                    Resolution::Rewritten(new) => kept.push(index_entry(descriptor, Some(&new))),
+                    Resolution::Complete => entries.push(index_entry(descriptor, None)),
+                    Resolution::Rewritten(new) => entries.push(index_entry(descriptor, Some(&new))),
                 }
             }
-            if kept.is_empty() {
+            if entries.is_empty() {
                 return Err(holder
-                    .refuse("index.json", "none of the platforms that it lists is there")
+                    .refuse("index.json", "none of the listed platforms exists")
                     .into());
             }
-            graph.keep_made(OCI_INDEX, index_bytes(&kept)?)
+            graph.add_created(OCI_INDEX, index_bytes(&entries)?)
         }
     };
-    graph.finish(top).map_err(Trouble::from)
+    graph.finish(top).map_err(ImageError::from)
 }
 
 fn index_entry(descriptor: &Descriptor, new: Option<&Top>) -> Value {
@@ -345,24 +349,24 @@ fn index_bytes(manifests: &[Value]) -> Result<Vec<u8>, Fault> {
     )
 }
 
-/// The bytes of JSON that this program made: compact, keys in the order they were put in.
+/// The bytes of JSON that this program creates: compact, keys in insertion order.
 pub(super) fn to_bytes(value: &Value) -> Result<Vec<u8>, Fault> {
     serde_json::to_vec(value)
-        .map_err(|e| Fault::internal(format!("write the JSON of an image: {e}")))
+        .map_err(|e| Fault::internal(format!("serialise the JSON of an image: {e}")))
 }
 
-/// What became of a descriptor.
+/// The result for a descriptor.
 #[derive(Debug, Clone)]
 enum Resolution {
-    /// All of it is there.
-    Whole,
-    /// An index that lost platforms; this stands for it now.
+    /// Everything below it exists.
+    Complete,
+    /// An index that lost platforms, and its replacement.
     Rewritten(Top),
-    /// The source does not hold it.
+    /// The source does not contain it.
     Absent,
 }
 
-/// A manifest that is there while a blob of it is not.
+/// An existing manifest with a missing blob.
 #[derive(Debug)]
 struct Partial {
     manifest: BlobDigest,
@@ -397,15 +401,15 @@ impl<'a> Graph<'a> {
         }
     }
 
-    /// Adds a manifest or an index, and all below it.
-    fn add(&mut self, descriptor: &Descriptor, depth: usize) -> Result<Resolution, Trouble> {
+    /// Adds a manifest or an index, and everything below it.
+    fn add(&mut self, descriptor: &Descriptor, depth: usize) -> Result<Resolution, ImageError> {
         if let Some(found) = self.seen.get(&descriptor.digest) {
             return Ok(found.clone());
         }
         let Some(piece) = self.find(descriptor)? else {
             return Ok(Resolution::Absent);
         };
-        let bytes = self.verified(&piece, descriptor)?;
+        let bytes = self.read_verified(&piece, descriptor)?;
         let document: Document = self.holder.parse(&piece.name, &bytes)?;
         self.check_document(&piece, descriptor, &document)?;
         let found = match descriptor.media_type.as_str() {
@@ -420,7 +424,7 @@ impl<'a> Graph<'a> {
                     .holder
                     .refuse(
                         &piece.name,
-                        format!("indexes stand in each other deeper than {IMAGE_INDEX_DEPTH_MAX}"),
+                        format!("indexes are nested deeper than {IMAGE_INDEX_DEPTH_MAX}"),
                     )
                     .into());
             }
@@ -432,7 +436,7 @@ impl<'a> Graph<'a> {
                     .into());
             }
         };
-        if matches!(found, Resolution::Whole) {
+        if matches!(found, Resolution::Complete) {
             self.blobs.insert(descriptor.digest.clone(), piece);
         }
         self.seen.insert(descriptor.digest.clone(), found.clone());
@@ -456,11 +460,11 @@ impl<'a> Graph<'a> {
         }
         if document.manifests.is_some() && (document.layers.is_some() || document.config.is_some())
         {
-            return refuse("it says to be a manifest and an index at once".into());
+            return refuse("it is declared as both a manifest and an index".into());
         }
         match document.media_type.as_deref() {
             Some(own) if own != descriptor.media_type => refuse(format!(
-                "it says to be {own:?} and is listed as {:?}",
+                "it is declared as {own:?} but listed as {:?}",
                 descriptor.media_type
             )),
             _ => Ok(()),
@@ -473,16 +477,16 @@ impl<'a> Graph<'a> {
         bytes: &[u8],
         children: &[Descriptor],
         depth: usize,
-    ) -> Result<Resolution, Trouble> {
-        // Attestations last: one of an image that is not there is left out with it.
-        let mut fates = vec![Resolution::Absent; children.len()];
+    ) -> Result<Resolution, ImageError> {
+        // Attestations come last: an attestation of a missing image is left out with it.
+        let mut states = vec![Resolution::Absent; children.len()];
         let (attestations, images): (Vec<usize>, Vec<usize>) =
             (0..children.len()).partition(|i| children[*i].annotation(ATTESTED).is_some());
         for i in images {
-            fates[i] = self.add(&children[i], depth + 1)?;
+            states[i] = self.add(&children[i], depth + 1)?;
         }
-        let is_gone = |fates: &[Resolution], digest: &str| {
-            children.iter().zip(fates).any(|(c, f)| {
+        let is_absent = |states: &[Resolution], digest: &str| {
+            children.iter().zip(states).any(|(c, f)| {
                 matches!(f, Resolution::Absent)
                     && c.annotation(ATTESTED).is_none()
                     && c.digest.to_string() == digest
@@ -491,26 +495,26 @@ impl<'a> Graph<'a> {
         for i in attestations {
             if !children[i]
                 .annotation(ATTESTED)
-                .is_some_and(|about| is_gone(&fates, about))
+                .is_some_and(|about| is_absent(&states, about))
             {
-                fates[i] = self.add(&children[i], depth + 1)?;
+                states[i] = self.add(&children[i], depth + 1)?;
             }
         }
         for (child, _) in children
             .iter()
-            .zip(&fates)
-            .filter(|(_, fate)| matches!(fate, Resolution::Absent))
+            .zip(&states)
+            .filter(|(_, state)| matches!(state, Resolution::Absent))
         {
             self.leave_out(child);
         }
-        if fates.iter().all(|f| matches!(f, Resolution::Whole)) {
+        if states.iter().all(|f| matches!(f, Resolution::Complete)) {
             return Ok(if children.is_empty() {
                 Resolution::Absent
             } else {
-                Resolution::Whole
+                Resolution::Complete
             });
         }
-        if fates.iter().all(|f| matches!(f, Resolution::Absent)) {
+        if states.iter().all(|f| matches!(f, Resolution::Absent)) {
             return Ok(Resolution::Absent);
         }
         let mut value: Value = self.holder.parse(&piece.name, bytes)?;
@@ -522,18 +526,18 @@ impl<'a> Graph<'a> {
         if let Some(Value::Array(entries)) = value.get_mut("manifests") {
             *entries = take(entries)
                 .into_iter()
-                .zip(&fates)
-                .filter_map(|(entry, fate)| rewritten(entry, fate))
+                .zip(&states)
+                .filter_map(|(entry, state)| rewritten(entry, state))
                 .collect();
         }
         Ok(Resolution::Rewritten(
-            self.keep_made(&media_type, to_bytes(&value)?),
+            self.add_created(&media_type, to_bytes(&value)?),
         ))
     }
 
-    /// Notes a manifest or an index that is not taken.
+    /// Records a manifest or an index that is left out.
     fn leave_out(&mut self, child: &Descriptor) {
-        // Of an index that is there and holds nothing its own children count.
+        // For an existing index without content, its children are counted instead.
         let is_counted = matches!(child.media_type.as_str(), OCI_INDEX | DOCKER_LIST)
             && self.seen.contains_key(&child.digest);
         if !self.absent.insert(child.digest.clone()) || is_counted {
@@ -556,11 +560,11 @@ impl<'a> Graph<'a> {
         piece: &Piece,
         descriptor: &Descriptor,
         document: Document,
-    ) -> Result<Resolution, Trouble> {
+    ) -> Result<Resolution, ImageError> {
         let Some(config) = document.config else {
             return Err(self
                 .holder
-                .refuse(&piece.name, "the manifest names no config")
+                .refuse(&piece.name, "the manifest contains no config")
                 .into());
         };
         let layers = document.layers.unwrap_or_default();
@@ -597,15 +601,15 @@ impl<'a> Graph<'a> {
         let mut diff_ids = vec![None; layers.len()];
         let mut platform = descriptor.platform.as_ref().and_then(Platform::text);
         if matches!(config.media_type.as_str(), OCI_CONFIG | DOCKER_CONFIG) {
-            let bytes = self.verified(config_piece, &config)?;
+            let bytes = self.read_verified(config_piece, &config)?;
             let parsed: Config = self.holder.parse(&config_piece.name, &bytes)?;
             if let Some(listed) = parsed.diff_ids() {
-                self.fit(piece, &layers, &pieces, listed)?;
+                self.check_layers_match(piece, &layers, &pieces, listed)?;
                 diff_ids = listed.iter().cloned().map(Some).collect();
             }
             platform = parsed.platform().or(platform);
         } else {
-            // Not an image's config (a chart, a signature…): a blob like any other.
+            // Not the config of an image (a chart, a signature…): an ordinary blob.
             self.blob(&config, config_piece, None);
         }
         self.blobs
@@ -616,23 +620,25 @@ impl<'a> Graph<'a> {
         if let Some(platform) = platform.filter(|p| !self.platforms.contains(p)) {
             self.platforms.push(platform);
         }
-        Ok(Resolution::Whole)
+        Ok(Resolution::Complete)
     }
 
-    /// Whether the layers are those that the config lists, as far as can be told without reading
-    /// them.
-    fn fit(
+    /// Checks the layers against the config, as far as possible without reading them.
+    fn check_layers_match(
         &self,
         manifest: &Piece,
         layers: &[Descriptor],
         pieces: &[Piece],
         diff_ids: &[BlobDigest],
-    ) -> Result<(), Trouble> {
-        let disagree =
-            |why: String| Err(Trouble::Disagrees(self.holder.refuse(&manifest.name, why)));
+    ) -> Result<(), ImageError> {
+        let disagree = |why: String| {
+            Err(ImageError::Disagrees(
+                self.holder.refuse(&manifest.name, why),
+            ))
+        };
         if layers.len() != diff_ids.len() {
             return disagree(format!(
-                "it has {} layers and the config lists {} (diff_ids)",
+                "it has {} layers, but the config lists {} (diff_ids)",
                 layers.len(),
                 diff_ids.len()
             ));
@@ -640,7 +646,7 @@ impl<'a> Graph<'a> {
         for (i, ((layer, piece), diff_id)) in layers.iter().zip(pieces).zip(diff_ids).enumerate() {
             if &layer.digest != diff_id && self.holder.compression(piece)? == Compression::None {
                 return disagree(format!(
-                    "layer {} is {} and the config lists {diff_id} there",
+                    "layer {} is {}, but the config lists {diff_id}",
                     i + 1,
                     layer.digest
                 ));
@@ -666,7 +672,7 @@ impl<'a> Graph<'a> {
         };
         if piece.size != descriptor.size {
             let why = format!(
-                "wrong size: it has {} bytes and is listed with {}",
+                "wrong size: it has {} bytes, but its listing states {}",
                 piece.size, descriptor.size
             );
             return Err(self.holder.refuse(&piece.name, why));
@@ -674,12 +680,12 @@ impl<'a> Graph<'a> {
         Ok(Some(piece))
     }
 
-    /// The bytes of a JSON blob, of the right digest.
-    fn verified(&mut self, piece: &Piece, descriptor: &Descriptor) -> Result<Vec<u8>, Fault> {
+    /// The bytes of a JSON blob, after its digest was checked.
+    fn read_verified(&mut self, piece: &Piece, descriptor: &Descriptor) -> Result<Vec<u8>, Fault> {
         self.json_bytes += piece.size;
         if self.json_bytes > IMAGE_JSON_TOTAL_BYTES_MAX {
             let why = format!(
-                "the image has more than {IMAGE_JSON_TOTAL_BYTES_MAX} bytes of manifests and configs"
+                "the manifests and configs of the image have more than {IMAGE_JSON_TOTAL_BYTES_MAX} bytes"
             );
             return Err(self.holder.refuse(&piece.name, why));
         }
@@ -689,7 +695,7 @@ impl<'a> Graph<'a> {
             return Err(self.holder.refuse(
                 &piece.name,
                 format!(
-                    "wrong digest: it should be {} and is {digest}",
+                    "wrong digest: expected {}, found {digest}",
                     descriptor.digest
                 ),
             ));
@@ -697,18 +703,20 @@ impl<'a> Graph<'a> {
         Ok(bytes)
     }
 
-    fn keep_made(&mut self, media_type: &str, bytes: Vec<u8>) -> Top {
+    fn add_created(&mut self, media_type: &str, bytes: Vec<u8>) -> Top {
         let top = Top {
             media_type: media_type.into(),
             digest: BlobDigest::of(&bytes),
             size: bytes.len() as u64,
         };
-        self.blobs
-            .insert(top.digest.clone(), Piece::made(top.digest.member(), bytes));
+        self.blobs.insert(
+            top.digest.clone(),
+            Piece::created(top.digest.member(), bytes),
+        );
         top
     }
 
-    fn nothing_held(&self, top: &Descriptor) -> Fault {
+    fn nothing_found(&self, top: &Descriptor) -> Fault {
         match self.partials.first() {
             Some(p) => self.holder.refuse(
                 &p.missing.member(),
@@ -717,16 +725,15 @@ impl<'a> Graph<'a> {
             None if self.absent.is_empty() => self
                 .holder
                 .refuse(&top.digest.member(), "it is missing: index.json lists it"),
-            None => self.holder.refuse(
-                &top.digest.member(),
-                "none of the platforms that it lists is there",
-            ),
+            None => self
+                .holder
+                .refuse(&top.digest.member(), "none of the listed platforms exists"),
         }
     }
 
     fn finish(self, top: Top) -> Result<Image, Fault> {
-        // A platform that was left out on purpose has no layer but those it shares. One with a
-        // layer of its own is damaged.
+        // A platform that was left out intentionally has only layers that it shares. A platform
+        // with its own layer is damaged.
         for partial in &self.partials {
             if let Some(own) = partial
                 .layers_there
@@ -734,7 +741,7 @@ impl<'a> Graph<'a> {
                 .find(|l| !self.blobs.contains_key(l))
             {
                 let why = format!(
-                    "it is missing: manifest {} needs it, of which the layer {own} is there",
+                    "it is missing: manifest {} needs it, and its layer {own} exists",
                     partial.manifest
                 );
                 return Err(self.holder.refuse(&partial.missing.member(), why));
@@ -751,9 +758,9 @@ impl<'a> Graph<'a> {
     }
 }
 
-fn rewritten(mut entry: Value, fate: &Resolution) -> Option<Value> {
-    match fate {
-        Resolution::Whole => Some(entry),
+fn rewritten(mut entry: Value, state: &Resolution) -> Option<Value> {
+    match state {
+        Resolution::Complete => Some(entry),
         Resolution::Absent => None,
         Resolution::Rewritten(new) => {
             entry["digest"] = new.digest.to_string().into();

@@ -1,17 +1,17 @@
-//! What stands beside an image in a layout and refers to it: signatures, SBOMs and attestations. No
-//! artifact carries it.
+//! Objects in a layout that refer to an image: signatures, SBOMs and attestations. An artifact does
+//! not contain them.
 //!
-//! `index.json` lists it as it lists images. [`Referrers::find`] tells one from the other, so that
-//! a layout with one image and its signatures holds one image, and [`Referrers::note`] counts what
-//! refers to the image that was chosen. Known are:
+//! `index.json` lists them like images. [`Referrers::find`] distinguishes them, so that a layout
+//! with one image and its signatures counts as one image, and [`Referrers::note`] counts those that
+//! refer to the selected image. The following are recognised:
 //! - manifests with a `subject` (OCI 1.1);
 //! - the tags of cosign, `sha256-<hex>.sig`, `.att` and `.sbom`, and the kinds that `cosign save`
 //!   and hauler annotate;
 //! - the tag `sha256-<hex>` (OCI 1.1 for registries without the referrers API), an index that lists
 //!   referrers.
 //!
-//! Reads only. A document that cannot be read is taken for an image here: whoever chooses it gets
-//! the refusal.
+//! Only reads. An unreadable document is treated as an image here: a user who selects it gets the
+//! error.
 
 use std::collections::BTreeSet;
 
@@ -23,16 +23,16 @@ use super::oci::{Descriptor, Image, OCI_CONFIG, OCI_INDEX, OCI_MANIFEST};
 use base::limits::IMAGE_REFERRERS_JSON_BYTES_MAX;
 use base::omitted::{Category, Omitted};
 
-/// The annotation by which `cosign save` and hauler tell signatures from images.
+/// The annotation by which `cosign save` and hauler distinguish signatures from images.
 const KIND: &str = "kind";
 
 /// One referrer.
 #[derive(Debug)]
 struct Referrer {
     digest: String,
-    /// What it is: `signature`, `SBOM`, or its own media type.
+    /// Its type: `signature`, `SBOM`, or its own media type.
     what: String,
-    /// The manifest that it is about, where it says so.
+    /// The manifest that it describes, if it is stated.
     about: Option<BlobDigest>,
     /// The names of its entry in `index.json`.
     names: Vec<String>,
@@ -41,12 +41,12 @@ struct Referrer {
 /// All referrers that a layout lists.
 #[derive(Debug, Default)]
 pub(super) struct Referrers {
-    /// Entries of `index.json` that are no images.
+    /// Entries of `index.json` that are not images.
     entries: BTreeSet<BlobDigest>,
     found: Vec<Referrer>,
 }
 
-/// A manifest or an index, as far as it refers to another one.
+/// The fields of a manifest or index with which it refers to another one.
 #[derive(Debug, Deserialize)]
 struct Document {
     #[serde(rename = "artifactType")]
@@ -91,8 +91,7 @@ impl Document {
 }
 
 impl Referrers {
-    /// The referrers among the entries of `index.json`. A single entry is the image, whatever it
-    /// is.
+    /// Finds the referrers among the entries of `index.json`. A single entry is always the image.
     pub(super) fn find(holder: &Holder, tops: &[Descriptor]) -> Self {
         let mut referrers = Self::default();
         if tops.len() < 2 {
@@ -100,12 +99,12 @@ impl Referrers {
         }
         let mut bytes_left = IMAGE_REFERRERS_JSON_BYTES_MAX;
         for top in tops {
-            referrers.look_at(holder, top, &mut bytes_left);
+            referrers.examine(holder, top, &mut bytes_left);
         }
         referrers
     }
 
-    fn look_at(&mut self, holder: &Holder, top: &Descriptor, bytes_left: &mut u64) {
+    fn examine(&mut self, holder: &Holder, top: &Descriptor, bytes_left: &mut u64) {
         let names: Vec<String> = top.names().map(str::to_owned).collect();
         let tag = names.iter().find_map(|name| tag_of_referrer(name));
         let kind = top.annotation(KIND).and_then(kind_of_referrer);
@@ -125,7 +124,7 @@ impl Referrers {
             .filter(|_| matches!(tag, Some((_, None))))
             .and_then(|document| document.manifests.as_ref());
         if let Some(listed) = listed {
-            // The fallback tag: no referrer itself, but their list.
+            // The fallback tag: not a referrer itself, but a list of referrers.
             self.found.extend(listed.iter().map(|entry| {
                 Referrer {
                     digest: entry.digest.clone(),
@@ -156,9 +155,10 @@ impl Referrers {
         self.entries.contains(&entry.digest)
     }
 
-    /// Counts those of an image that are not part of it. Of a layout that is published as a whole
-    /// (`tag` is `None`) all count, else those that refer to the image, to a manifest of it, or to
-    /// one of those that do. `chosen` is the image's entry in `index.json`.
+    /// Counts the referrers that are not part of the image. If the complete layout is published
+    /// (`tag` is `None`), all count; otherwise those that refer to the image, to one of its
+    /// manifests, or to another counted referrer. `chosen` is the entry of the image in
+    /// `index.json`.
     pub(super) fn note(&self, image: &mut Image, chosen: Option<&Descriptor>, tag: Option<&str>) {
         let mut about: BTreeSet<String> = image
             .blobs
@@ -175,31 +175,31 @@ impl Referrers {
                     .iter()
                     .any(|name| of_image().any(|own| listing::same_image(name, own)))
         };
-        let carried = |digest: &str| {
+        let is_part_of_image = |digest: &str| {
             digest
                 .parse()
                 .is_ok_and(|digest: BlobDigest| image.blobs.contains_key(&digest))
         };
-        let mut left: Vec<&Referrer> = self
+        let mut remaining: Vec<&Referrer> = self
             .found
             .iter()
-            .filter(|referrer| !carried(&referrer.digest))
+            .filter(|referrer| !is_part_of_image(&referrer.digest))
             .collect();
         let (mut counted, mut omitted) = (BTreeSet::new(), Omitted::default());
         loop {
-            let (of_image, others): (Vec<&Referrer>, Vec<&Referrer>) =
-                left.into_iter()
-                    .partition(|referrer| match &referrer.about {
-                        _ if tag.is_none() => true,
-                        Some(digest) => about.contains(&digest.to_string()),
-                        None => shares_a_name(referrer),
-                    });
+            let (of_image, others): (Vec<&Referrer>, Vec<&Referrer>) = remaining
+                .into_iter()
+                .partition(|referrer| match &referrer.about {
+                    _ if tag.is_none() => true,
+                    Some(digest) => about.contains(&digest.to_string()),
+                    None => shares_a_name(referrer),
+                });
             if of_image.is_empty() {
                 break;
             }
             for referrer in of_image {
                 about.insert(referrer.digest.clone());
-                // The same object may be listed by itself and by the fallback tag.
+                // The same object may be listed directly and by the fallback tag.
                 if counted.insert(&referrer.digest) {
                     omitted.add(
                         Category::Referrers,
@@ -207,7 +207,7 @@ impl Referrers {
                     );
                 }
             }
-            left = others;
+            remaining = others;
         }
         image.omitted.merge(omitted);
     }
@@ -215,15 +215,15 @@ impl Referrers {
 
 fn document(holder: &Holder, top: &Descriptor, bytes_left: &mut u64) -> Option<Document> {
     if !matches!(top.media_type.as_str(), OCI_MANIFEST | OCI_INDEX) {
-        return None; // Docker's own have no subject
+        return None; // Docker's own formats have no subject
     }
     let piece = holder.find(&top.digest.member()).ok()??;
     *bytes_left = bytes_left.checked_sub(piece.size)?;
     holder.json(&piece).ok()
 }
 
-/// What a name says of a referrer: the manifest that it is about, and what it is. `None` within: a
-/// list of referrers.
+/// Parses the name of a referrer: the manifest that it describes, and its type. Type `None`: a list
+/// of referrers.
 fn tag_of_referrer(name: &str) -> Option<(BlobDigest, Option<&'static str>)> {
     let tag = name
         .rsplit_once(':')

@@ -1,5 +1,5 @@
-//! Reading and checking certificates: the holder's name, the validity, the chain, a signature. Pure
-//! functions.
+//! Reads and checks certificates: the name of the holder, the validity, the chain, a signature.
+//! Pure functions.
 
 use std::str::FromStr;
 use std::sync::{Arc, OnceLock};
@@ -21,14 +21,14 @@ use base::clock;
 use base::fault::Fault;
 use base::names::SiteName;
 
-/// Whom a certificate was issued to.
+/// The holder of a certificate.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Holder {
     /// The hub of this name.
     Hub(SiteName),
     /// The site of this name.
     Site(SiteName),
-    /// Whoever publishes at the hub from another machine, and may do nothing else.
+    /// A client that may only publish at the hub from another machine.
     Publisher(SiteName),
 }
 
@@ -41,7 +41,6 @@ impl Holder {
         }
     }
 
-    /// The name, whichever it is.
     pub fn name(&self) -> &SiteName {
         match self {
             Holder::Hub(name) | Holder::Site(name) | Holder::Publisher(name) => name,
@@ -64,7 +63,7 @@ impl FromStr for Holder {
     fn from_str(uri: &str) -> Result<Self, Fault> {
         let unknown = || {
             Fault::not_allowed(format!(
-                "the certificate names {uri:?}, which is no hub, no site and no publisher"
+                "the certificate names {uri:?}, which is neither a hub nor a site nor a publisher"
             ))
         };
         let rest = uri.strip_prefix("packhorse:").ok_or_else(unknown)?;
@@ -82,13 +81,11 @@ impl FromStr for Holder {
 fn parse(cert_der: &[u8]) -> Result<X509Certificate<'_>, Fault> {
     match X509Certificate::from_der(cert_der) {
         Ok(([], certificate)) => Ok(certificate),
-        _ => Err(Fault::not_allowed(
-            "the certificate cannot be read: it is malformed",
-        )),
+        _ => Err(Fault::not_allowed("the certificate is malformed")),
     }
 }
 
-/// The holder that a certificate names. Says nothing of who signed it.
+/// The holder that a certificate names. Does not check who issued it.
 pub fn holder(cert_der: &[u8]) -> Result<Holder, Fault> {
     let certificate = parse(cert_der)?;
     let names = certificate.subject_alternative_name().ok().flatten();
@@ -101,11 +98,13 @@ pub fn holder(cert_der: &[u8]) -> Result<Holder, Fault> {
         });
     match (uris.next(), uris.next()) {
         (Some(uri), None) => uri.parse(),
-        _ => Err(Fault::not_allowed("the certificate names no single holder")),
+        _ => Err(Fault::not_allowed(
+            "the certificate does not name exactly one holder",
+        )),
     }
 }
 
-/// From when until when a certificate is good.
+/// The validity period of a certificate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Validity {
     /// The first moment.
@@ -115,12 +114,12 @@ pub struct Validity {
 }
 
 impl Validity {
-    /// Refuses a moment after the end, and names the certificate's end and the clock that was
-    /// asked.
+    /// Rejects a time after the end. The fault names the end of the certificate and the clock that
+    /// was used.
     ///
     /// `whose` is the holder (`site chengdu`), `clock` the machine whose time `now` is (`this
-    /// machine`). A moment before the beginning is no reason to refuse: the hub dates no
-    /// certificate ahead, so it only says that one of the clocks is wrong. See [`Validity::early`].
+    /// machine`). A time before the beginning is not rejected: the hub never issues certificates
+    /// for the future, so this only means that one of the clocks is wrong. See [`Validity::early`].
     pub fn check(
         &self,
         whose: &impl std::fmt::Display,
@@ -132,14 +131,14 @@ impl Validity {
         }
         let (until, now_text) = (clock::rfc3339(self.until), clock::rfc3339(now));
         let message = format!(
-            "the certificate of {whose} has expired: it ended at {until}, and the clock of {clock} says {now_text}"
+            "the certificate of {whose} has expired: it ended at {until}, and the clock of {clock} shows {now_text}"
         );
         Err(Fault::not_allowed(message)
-            .with_next("if the clocks are right, make a new token at the hub with 'packhorse token create' and join again"))
+            .with_next("if the clocks are correct, create a new token at the hub with 'packhorse token create' and join again"))
     }
 
-    /// What is to be said if `now` lies before the beginning: the clock of `clock` is behind, or
-    /// the hub's was ahead when it issued the certificate.
+    /// Returns a message if `now` is before the beginning: the clock of `clock` is behind, or the
+    /// clock of the hub was ahead when it issued the certificate.
     pub fn early(
         &self,
         whose: &impl std::fmt::Display,
@@ -151,24 +150,24 @@ impl Validity {
             let (from, now) = (clock::rfc3339(self.from), clock::rfc3339(now));
             let by = clock::span(early.unsigned_abs());
             format!(
-                "the certificate of {whose} begins at {from}, {by} after the time of {clock}, {now}: set the clocks of both machines (NTP)"
+                "the certificate of {whose} begins at {from}, {by} after the time of {clock}, {now}: correct the clocks of both machines (NTP)"
             )
         })
     }
 
-    /// Whether less than a third of the time is left at `now`.
+    /// Whether less than a third of the validity period is left at `now`.
     pub fn is_ending(&self, now: Timestamp) -> bool {
         let whole = self.until.as_second() - self.from.as_second();
         self.until.as_second() - now.as_second() < whole / 3
     }
 }
 
-/// From when until when a certificate is good.
+/// The validity period of a certificate.
 pub fn validity(cert_der: &[u8]) -> Result<Validity, Fault> {
     let certificate = parse(cert_der)?;
     let at = |seconds: i64| {
         Timestamp::from_second(seconds)
-            .map_err(|_| Fault::not_allowed("the certificate's validity is out of any calendar"))
+            .map_err(|_| Fault::not_allowed("the certificate's validity is outside the calendar"))
     };
     Ok(Validity {
         from: at(certificate.validity().not_before.timestamp())?,
@@ -176,10 +175,10 @@ pub fn validity(cert_der: &[u8]) -> Result<Validity, Fault> {
     })
 }
 
-/// The moment nearest to `now` at which the certificate is valid.
+/// The time nearest to `now` at which the certificate is valid.
 ///
-/// Chains are checked at that moment, so that a wrong clock is not reported as a wrong certificate;
-/// whoever checks a chain checks [`Validity`] besides and can then name both clocks.
+/// Chains are checked at this time, so that a wrong clock is not reported as a wrong certificate.
+/// The caller also checks [`Validity`] and can then name both clocks.
 pub(crate) fn clamp_to_validity(cert_der: &[u8], now: UnixTime) -> UnixTime {
     let Ok(Validity { from, until }) = validity(cert_der) else {
         return now;
@@ -189,13 +188,14 @@ pub(crate) fn clamp_to_validity(cert_der: &[u8], now: UnixTime) -> UnixTime {
     UnixTime::since_unix_epoch(Duration::from_secs(seconds.max(0) as u64))
 }
 
-/// Ring, TLS 1.3 only, AES-128-GCM first: it is the fastest on every machine with AES instructions.
+/// Ring with TLS 1.3 only. AES-128-GCM comes first because it is fastest on every machine with AES
+/// instructions.
 pub(crate) fn crypto_provider() -> Arc<CryptoProvider> {
     use rustls::crypto::ring::cipher_suite::{
         TLS13_AES_128_GCM_SHA256, TLS13_AES_256_GCM_SHA384, TLS13_CHACHA20_POLY1305_SHA256,
     };
     static PROVIDER: OnceLock<Arc<CryptoProvider>> = OnceLock::new();
-    let make = || {
+    let create = || {
         let mut provider = rustls::crypto::ring::default_provider();
         provider.cipher_suites = vec![
             TLS13_AES_128_GCM_SHA256,
@@ -204,19 +204,19 @@ pub(crate) fn crypto_provider() -> Arc<CryptoProvider> {
         ];
         Arc::new(provider)
     };
-    PROVIDER.get_or_init(make).clone()
+    PROVIDER.get_or_init(create).clone()
 }
 
-/// What a leaf certificate is used as.
+/// The use of a leaf certificate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Role {
-    /// The hub's, with [`HUB_DNS_NAME`] in it.
+    /// A hub, with the name [`HUB_DNS_NAME`].
     Hub,
-    /// A site's, or a publisher's: whoever dials.
+    /// A site or a publisher, which open connections.
     Site,
 }
 
-/// A store that trusts this CA alone.
+/// A root store that trusts only this CA.
 pub(crate) fn roots_of(ca_der: &[u8]) -> Result<Arc<rustls::RootCertStore>, Fault> {
     let mut roots = rustls::RootCertStore::empty();
     roots
@@ -225,8 +225,7 @@ pub(crate) fn roots_of(ca_der: &[u8]) -> Result<Arc<rustls::RootCertStore>, Faul
     Ok(Arc::new(roots))
 }
 
-/// Checks that the CA signed this certificate, and for this use. Leaves the clock to
-/// [`Validity::check`].
+/// Checks that the CA signed this certificate for this use. [`Validity::check`] checks the clock.
 pub(crate) fn verify_chain(cert_der: &[u8], ca_der: &[u8], role: Role) -> Result<(), Fault> {
     let cert = CertificateDer::from(cert_der);
     let now = clamp_to_validity(
@@ -256,20 +255,20 @@ pub(crate) fn verify_chain(cert_der: &[u8], ca_der: &[u8], role: Role) -> Result
     };
     result.map_err(|e| {
         Fault::not_allowed(format!(
-            "the certificate does not come from the hub's CA: {e}"
+            "the certificate was not issued by the hub's CA: {e}"
         ))
     })
 }
 
-/// Checks that the holder of the certificate signed `message` (ECDSA P-256, SHA-256). Says nothing
-/// of who signed the certificate.
+/// Checks that the holder of the certificate signed `message` (ECDSA P-256, SHA-256). Does not
+/// check who issued the certificate.
 pub fn verify_signature(cert_der: &[u8], message: &[u8], signature: &[u8]) -> Result<(), Fault> {
     let certificate = parse(cert_der)?;
     let key = &certificate.public_key().subject_public_key.data;
     ring::signature::UnparsedPublicKey::new(&ring::signature::ECDSA_P256_SHA256_ASN1, key)
         .verify(message, signature)
         .map_err(|_| {
-            Fault::integrity("the signature is not by the certificate's holder over these bytes")
+            Fault::integrity("the signature does not match the certificate and the signed bytes")
         })
 }
 

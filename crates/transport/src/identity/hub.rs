@@ -1,4 +1,4 @@
-//! The hub's identity: its CA, and its own certificate.
+//! The identity of the hub: its CA and its own certificate.
 
 use std::path::Path;
 use std::time::Duration;
@@ -14,7 +14,7 @@ use rustls::pki_types::{
 };
 
 use super::{
-    HUB_DNS_NAME, Holder, Role, Validity, fingerprint, holder, identity_dir, read_if_there,
+    HUB_DNS_NAME, Holder, Role, Validity, fingerprint, holder, identity_dir, read_if_exists,
     validity, verify_chain,
 };
 use base::fault::Fault;
@@ -23,18 +23,18 @@ use base::{clock, durable};
 
 const DAY: Duration = Duration::from_secs(24 * 3600);
 const CA_DAYS: u32 = 20 * 365;
-/// Long, because whoever can issue it holds the CA beside it; it is made anew at a start in its
-/// last third.
+/// A long validity, because whoever can issue this certificate also has the CA key. The hub
+/// replaces it at a start in the last third of its validity.
 const HUB_DAYS: u32 = 10 * 365;
 const SITE_DAYS: u32 = 365;
-/// Certificates begin this much before they are made: a factory's clock may be behind by a wrong
-/// time zone.
+/// Certificates begin this long before they are created, because the clock of a factory may be
+/// behind by a wrong time zone.
 const BACKDATED: Duration = DAY;
-/// 2026-01-01: no hub was set up before. A machine without a battery begins in 1970, and a CA of
-/// that time would be of no use later.
+/// 2026-01-01: no hub is older. A machine without a clock battery starts in 1970, and a CA with
+/// that date would be expired later.
 const EARLIEST: Duration = Duration::from_secs(1_767_225_600);
 
-/// The hub's CA and its own certificate, as they are under `<data_dir>/identity/`.
+/// The CA of the hub and its own certificate, as stored under `<data_dir>/identity/`.
 pub struct HubIdentity {
     name: SiteName,
     ca_der: CertificateDer<'static>,
@@ -52,17 +52,18 @@ impl std::fmt::Debug for HubIdentity {
 }
 
 impl HubIdentity {
-    /// Reads the identity, and makes what is missing: the CA only if there is none, the hub's
-    /// certificate also when it is of another name or in its last third.
+    /// Reads the identity and creates what is missing: the CA only if there is none; the
+    /// certificate of the hub also if it has a different name or is in the last third of its
+    /// validity.
     pub fn open_or_create(data_dir: &Path, name: &SiteName) -> Result<Self, Fault> {
         let dir = identity_dir(data_dir)?;
         let ca_path = dir.join("ca.pem");
-        let (ca_key, ca_der) = match read_if_there(&ca_path)? {
+        let (ca_key, ca_der) = match read_if_exists(&ca_path)? {
             Some(pem) => read_pair(&ca_path, &pem)?,
             None => {
-                let (key, cert) = make_ca(name)?;
+                let (key, cert) = create_ca(name)?;
                 durable::replace_secret(&ca_path, &write_pair(&key, &cert))?;
-                tracing::info!(path = %ca_path.display(), "made the hub's certificate authority");
+                tracing::info!(path = %ca_path.display(), "created the hub's certificate authority");
                 (key, cert)
             }
         };
@@ -78,17 +79,17 @@ impl HubIdentity {
         let hub_path = dir.join("hub.pem");
         let usable = |pair: &(PrivatePkcs8KeyDer<'static>, CertificateDer<'static>)| {
             let now = issuing_time(&ca_der);
-            let fresh = validity(&pair.1).is_ok_and(|v| {
+            let is_current = validity(&pair.1).is_ok_and(|v| {
                 !v.is_ending(clock::now()) && v.from.as_second() <= now.as_secs() as i64
             });
-            fresh
+            is_current
                 && holder(&pair.1).ok() == Some(Holder::Hub(name.clone()))
                 && verify_chain(&pair.1, &ca_der, Role::Hub).is_ok()
         };
-        let kept = read_if_there(&hub_path)?
+        let stored = read_if_exists(&hub_path)?
             .and_then(|pem| read_pair(&hub_path, &pem).ok())
             .filter(usable);
-        let (key_der, cert_der) = match kept {
+        let (key_der, cert_der) = match stored {
             Some(pair) => pair,
             None => {
                 let key = generate_key()?;
@@ -96,11 +97,11 @@ impl HubIdentity {
                     &issuer,
                     &key,
                     &Holder::Hub(name.clone()),
-                    lasting(issuing_time(&ca_der), HUB_DAYS),
+                    validity_from(issuing_time(&ca_der), HUB_DAYS),
                 )?;
                 let pair = (PrivatePkcs8KeyDer::from(key.serialize_der()), cert);
                 durable::replace_secret(&hub_path, &write_pair(&pair.0, &pair.1))?;
-                tracing::info!(path = %hub_path.display(), "made the hub's certificate");
+                tracing::info!(path = %hub_path.display(), "created the hub's certificate");
                 pair
             }
         };
@@ -113,8 +114,8 @@ impl HubIdentity {
         })
     }
 
-    /// A secret that stays the same over restarts, with which the hub's endpoint says that a
-    /// connection is gone.
+    /// A secret that stays the same across restarts. The endpoint of the hub uses it for stateless
+    /// resets.
     pub fn reset_key(&self) -> [u8; 32] {
         blake3::derive_key(
             "packhorse QUIC stateless reset v1",
@@ -122,28 +123,27 @@ impl HubIdentity {
         )
     }
 
-    /// The hub's name.
     pub fn name(&self) -> &SiteName {
         &self.name
     }
 
-    /// The CA's certificate, DER.
+    /// The certificate of the CA, DER.
     pub fn ca_der(&self) -> &[u8] {
         &self.ca_der
     }
 
-    /// The hub's own certificate, DER.
+    /// The certificate of the hub, DER.
     pub fn cert_der(&self) -> &[u8] {
         &self.cert_der
     }
 
-    /// The SHA-256 of the CA's certificate, which join tokens carry.
+    /// The SHA-256 of the CA certificate, which join tokens contain.
     pub fn ca_hash(&self) -> [u8; 32] {
         fingerprint(&self.ca_der)
     }
 
-    /// Says that this machine's clock is behind, if it says a time before the hub's own certificate
-    /// or its CA begins.
+    /// Returns a message if the clock of this machine shows a time before the beginning of the
+    /// hub's own certificate or of its CA.
     pub fn clock_fault(&self) -> Option<String> {
         let now = clock::now();
         let early =
@@ -151,13 +151,13 @@ impl HubIdentity {
         early(&self.cert_der, "this hub").or_else(|| early(&self.ca_der, "this hub's CA"))
     }
 
-    /// The validity of the hub's own certificate.
+    /// The validity period of the hub's own certificate.
     pub fn validity(&self) -> Result<Validity, Fault> {
         validity(&self.cert_der)
     }
 
-    /// What the hub shows: its certificate, then the CA, so that a joining site can compare the CA
-    /// with its token.
+    /// The certificates that the hub presents: its own, then the CA, so that a joining site can
+    /// compare the CA with its token.
     pub(crate) fn chain(&self) -> Vec<CertificateDer<'static>> {
         vec![self.cert_der.clone(), self.ca_der.clone()]
     }
@@ -166,26 +166,26 @@ impl HubIdentity {
         PrivateKeyDer::Pkcs8(self.key_der.clone_key())
     }
 
-    /// Issues a site's certificate, good for a year, for the key in the request. Only the key is
-    /// taken from the request (which must be signed with it): the name is the caller's, from a
-    /// redeemed token or from the certificate that is renewed.
+    /// Issues a site certificate for the key in the request, valid for a year. Only the key is
+    /// taken from the request, which must be signed with it. The caller provides the name, from a
+    /// redeemed token or from the certificate being renewed.
     pub fn issue_for(&self, site: &SiteName, csr_der: &[u8]) -> Result<Vec<u8>, Fault> {
         self.issue_as(&Holder::Site(site.clone()), csr_der)
     }
 
-    /// [`HubIdentity::issue_for`] for a site or a publisher.
+    /// Like [`HubIdentity::issue_for`], for a site or a publisher.
     pub fn issue_as(&self, holder: &Holder, csr_der: &[u8]) -> Result<Vec<u8>, Fault> {
         let request = read_csr(csr_der)?;
         Ok(issue(
             &self.issuer,
             &request.public_key,
             holder,
-            lasting(issuing_time(&self.ca_der), SITE_DAYS),
+            validity_from(issuing_time(&self.ca_der), SITE_DAYS),
         )?
         .to_vec())
     }
 
-    /// A certificate of any lifetime (since 1970).
+    /// Issues a certificate with any validity period (since 1970).
     #[cfg(test)]
     pub(crate) fn issue_between(
         &self,
@@ -203,29 +203,29 @@ impl HubIdentity {
         .to_vec())
     }
 
-    /// The site a certificate was issued to, if this hub's CA issued it. Says nothing of the clock:
-    /// a receipt that was signed with a certificate since expired is still good.
+    /// The site of a certificate, if the CA of this hub issued it. Ignores the validity period: a
+    /// receipt stays valid after its certificate has expired.
     pub fn verify_site(&self, cert_der: &[u8]) -> Result<SiteName, Fault> {
         verify_chain(cert_der, &self.ca_der, Role::Site)?;
         match holder(cert_der)? {
             Holder::Site(name) => Ok(name),
             other => Err(Fault::not_allowed(format!(
-                "the certificate is that of {other}, not a site's"
+                "the certificate is for {other}, not for a site"
             ))),
         }
     }
 }
 
-/// What tells the key of a certificate request from others.
+/// A hash that identifies the key of a certificate request.
 pub(crate) fn key_hash(request: &CertificateSigningRequestParams) -> [u8; 32] {
     *blake3::hash(request.public_key.der_bytes()).as_bytes()
 }
 
-/// Reads a certificate request and checks that it is signed with its own key, of the one kind we
-/// use.
+/// Parses a certificate request and checks that it is signed with its own key, which must be ECDSA
+/// P-256.
 pub(crate) fn read_csr(csr_der: &[u8]) -> Result<CertificateSigningRequestParams, Fault> {
     let refuse =
-        |why: String| Fault::not_allowed(format!("the certificate request cannot be used: {why}"));
+        |why: String| Fault::not_allowed(format!("the certificate request is invalid: {why}"));
     let request =
         CertificateSigningRequestParams::from_der(&CertificateSigningRequestDer::from(csr_der))
             .map_err(|e| refuse(e.to_string()))?;
@@ -237,22 +237,22 @@ pub(crate) fn read_csr(csr_der: &[u8]) -> Result<CertificateSigningRequestParams
 
 pub(super) fn generate_key() -> Result<KeyPair, Fault> {
     KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)
-        .map_err(|e| Fault::internal(format!("make a key: {e}")))
+        .map_err(|e| Fault::internal(format!("generate a key: {e}")))
 }
 
-fn make_ca(
+fn create_ca(
     name: &SiteName,
 ) -> Result<(PrivatePkcs8KeyDer<'static>, CertificateDer<'static>), Fault> {
     let key = generate_key()?;
     let mut params = params(
         &format!("packhorse CA of {name}"),
-        lasting(now_or_earliest(), CA_DAYS),
+        validity_from(now_or_earliest(), CA_DAYS),
     );
     params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
     params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
     let cert = params
         .self_signed(&key)
-        .map_err(|e| Fault::internal(format!("make the CA's certificate: {e}")))?;
+        .map_err(|e| Fault::internal(format!("create the CA certificate: {e}")))?;
     Ok((
         PrivatePkcs8KeyDer::from(key.serialize_der()),
         cert.der().clone(),
@@ -265,30 +265,30 @@ fn issue(
     holder: &Holder,
     lifetime: (Duration, Duration),
 ) -> Result<CertificateDer<'static>, Fault> {
-    let wrong = |e: rcgen::Error| Fault::internal(format!("issue a certificate for {holder}: {e}"));
+    let error = |e: rcgen::Error| Fault::internal(format!("issue a certificate for {holder}: {e}"));
     let mut params = params(&holder.to_string(), lifetime);
     params.is_ca = IsCa::ExplicitNoCa;
     params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
     params.use_authority_key_identifier_extension = true;
     params
         .subject_alt_names
-        .push(SanType::URI(holder.uri().try_into().map_err(wrong)?));
+        .push(SanType::URI(holder.uri().try_into().map_err(error)?));
     match holder {
         Holder::Hub(_) => {
             params
                 .subject_alt_names
-                .push(SanType::DnsName(HUB_DNS_NAME.try_into().map_err(wrong)?));
+                .push(SanType::DnsName(HUB_DNS_NAME.try_into().map_err(error)?));
             params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
         }
         Holder::Site(_) | Holder::Publisher(_) => {
             params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
         }
     }
-    Ok(params.signed_by(key, issuer).map_err(wrong)?.der().clone())
+    Ok(params.signed_by(key, issuer).map_err(error)?.der().clone())
 }
 
-/// Now (since 1970); or, if this machine's clock says a time before the CA was made, the time when
-/// it was made.
+/// The current time (since 1970). If the clock of this machine is before the creation of the CA,
+/// the creation time of the CA.
 fn issuing_time(ca_der: &[u8]) -> Duration {
     let made = validity(ca_der).map_or(0, |v| v.from.as_second().max(0).unsigned_abs());
     now_or_earliest().max(Duration::from_secs(made) + BACKDATED)
@@ -298,8 +298,8 @@ fn now_or_earliest() -> Duration {
     Duration::from_millis(clock::now_unix_ms()).max(EARLIEST)
 }
 
-/// From a little before `now`, for so many days (since 1970).
-fn lasting(now: Duration, days: u32) -> (Duration, Duration) {
+/// The period from a little before `now`, for this number of days (since 1970).
+fn validity_from(now: Duration, days: u32) -> (Duration, Duration) {
     (now.saturating_sub(BACKDATED), now + DAY * days)
 }
 
@@ -326,17 +326,17 @@ fn read_pair(
     path: &Path,
     bytes: &[u8],
 ) -> Result<(PrivatePkcs8KeyDer<'static>, CertificateDer<'static>), Fault> {
-    let wrong = |e: rustls::pki_types::pem::Error| {
+    let error = |e: rustls::pki_types::pem::Error| {
         Fault::config(format!("read {}: {e}", path.display()))
-            .with_next("restore this file from a backup; a new one would shut every site out")
+            .with_next("restore this file from a backup; with a new file, no site could connect")
     };
     Ok((
-        PrivatePkcs8KeyDer::from_pem_slice(bytes).map_err(wrong)?,
-        CertificateDer::from_pem_slice(bytes).map_err(wrong)?,
+        PrivatePkcs8KeyDer::from_pem_slice(bytes).map_err(error)?,
+        CertificateDer::from_pem_slice(bytes).map_err(error)?,
     ))
 }
 
-/// One PEM section: base64 in lines of 64.
+/// One PEM section: base64 in lines of 64 characters.
 pub(super) fn pem(label: &str, der: &[u8]) -> String {
     use base64::Engine as _;
     let text = base64::engine::general_purpose::STANDARD.encode(der);

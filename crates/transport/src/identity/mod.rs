@@ -1,20 +1,20 @@
-//! Who is who on the line: the hub's CA, the certificates it issues, and the tokens that let a site
-//! join.
+//! Authentication of connections: the CA of the hub, the certificates that it issues, and the join
+//! tokens.
 //!
-//! The hub makes its CA on first start ([`HubIdentity`]); a site gets its certificate once, by a
-//! [`JoinToken`], and renews it over the line ([`SiteIdentity`]); so does a *publisher*, who may
-//! publish from another machine and do nothing else. A certificate names its holder in a URI
-//! (`packhorse:site:chengdu`), and that name comes from the token or from the certificate renewed,
-//! never from what the asking side wrote.
+//! The hub creates its CA at the first start ([`HubIdentity`]). A site gets its certificate once,
+//! with a [`JoinToken`], and renews it over its connection ([`SiteIdentity`]). A *publisher*, a
+//! client that may only publish from another machine, gets its certificate in the same way. A
+//! certificate names its holder in a URI (`packhorse:site:chengdu`). This name comes from the token
+//! or from the renewed certificate, never from the request.
 //!
 //! On disk, under `<data_dir>/identity/` (mode 0700, files 0600), PEM:
-//! - `ca.pem` at the hub: the CA's key, then its certificate;
-//! - `hub.pem`: the hub's key, then its certificate (made anew from the CA when lost, old or of
-//!   another name);
-//! - `site.pem`: the site's key, its certificate, then the hub's CA.
+//! - `ca.pem` at the hub: the key of the CA, then its certificate.
+//! - `hub.pem`: the key of the hub, then its certificate. The hub creates it again if it is
+//!   missing, old or has a different name.
+//! - `site.pem`: the key of the site, its certificate, then the CA of the hub.
 //!
-//! A key and its certificate share one file, and a file is replaced whole, so a crash leaves a
-//! complete identity or none.
+//! A key and its certificate are in the same file, and a file is replaced atomically. A crash
+//! therefore leaves a complete identity or none.
 
 mod certificate;
 mod hub;
@@ -33,22 +33,22 @@ use std::path::{Path, PathBuf};
 use base::durable;
 use base::fault::{Fault, IoContext};
 
-/// The DNS name in every hub's certificate: sites dial by address, so the name says only "this is a
-/// hub".
+/// The DNS name in the certificate of every hub. Sites connect by address, so this name only states
+/// that the certificate is for a hub.
 pub const HUB_DNS_NAME: &str = "hub.packhorse";
 
-/// The folder that holds the identity, made with mode 0700.
+/// The directory of the identity, created with mode 0700.
 fn identity_dir(data_dir: &Path) -> Result<PathBuf, Fault> {
     use std::os::unix::fs::PermissionsExt;
     let dir = data_dir.join("identity");
     durable::create_dir_all(&dir)?;
     std::fs::set_permissions(&dir, std::fs::Permissions::from_mode(0o700))
-        .at(format_args!("protect {}", dir.display()))?;
+        .at(format_args!("change the mode of {} to 0700", dir.display()))?;
     Ok(dir)
 }
 
-/// Reads a file of the identity; `None` when there is none.
-fn read_if_there(path: &Path) -> Result<Option<Vec<u8>>, Fault> {
+/// Reads a file of the identity; `None` if it does not exist.
+fn read_if_exists(path: &Path) -> Result<Option<Vec<u8>>, Fault> {
     match std::fs::read(path) {
         Ok(bytes) => Ok(Some(bytes)),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),

@@ -1,4 +1,4 @@
-//! The identity of a site, or of a publisher: its key, its certificate, and the CA of the hub it
+//! The identity of a site or publisher: its key, its certificate, and the CA of the hub that it
 //! joined.
 
 use std::path::{Path, PathBuf};
@@ -8,16 +8,16 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 
 use super::hub::{generate_key, pem};
-use super::{Holder, Role, Validity, holder, identity_dir, read_if_there, validity, verify_chain};
+use super::{Holder, Role, Validity, holder, identity_dir, read_if_exists, validity, verify_chain};
 use base::fault::Fault;
 use base::names::SiteName;
 use base::{clock, durable};
 
 const FILE: &str = "site.pem";
-/// The key of a join that has not ended.
+/// The file with the key of an unfinished join.
 const JOINING: &str = "joining.pem";
 
-/// Who this site (or publisher) is on the line.
+/// The identity of a site or publisher.
 pub struct SiteIdentity {
     holder: Holder,
     key: KeyPair,
@@ -34,42 +34,42 @@ impl std::fmt::Debug for SiteIdentity {
 }
 
 impl SiteIdentity {
-    /// Where the identity lies.
+    /// The path of the identity.
     pub fn path(data_dir: &Path) -> PathBuf {
         data_dir.join("identity").join(FILE)
     }
 
-    /// Reads the identity; `None` when this site has not joined yet.
+    /// Reads the identity; `None` if this site has not joined.
     pub fn load(data_dir: &Path) -> Result<Option<Self>, Fault> {
         let path = Self::path(data_dir);
-        let Some(bytes) = read_if_there(&path)? else {
+        let Some(bytes) = read_if_exists(&path)? else {
             return Ok(None);
         };
-        let wrong = |why: &dyn std::fmt::Display| {
+        let invalid = |why: &dyn std::fmt::Display| {
             Fault::config(format!("read {}: {why}", path.display()))
                 .with_next("remove this file and join again with a new token")
         };
-        let key_der = PrivatePkcs8KeyDer::from_pem_slice(&bytes).map_err(|e| wrong(&e))?;
+        let key_der = PrivatePkcs8KeyDer::from_pem_slice(&bytes).map_err(|e| invalid(&e))?;
         let certs: Vec<_> = CertificateDer::pem_slice_iter(&bytes)
             .collect::<Result<_, _>>()
-            .map_err(|e| wrong(&e))?;
-        let [cert_der, ca_der] =
-            <[_; 2]>::try_from(certs).map_err(|_| wrong(&"it does not hold two certificates"))?;
+            .map_err(|e| invalid(&e))?;
+        let [cert_der, ca_der] = <[_; 2]>::try_from(certs)
+            .map_err(|_| invalid(&"it does not contain exactly two certificates"))?;
         let key = KeyPair::from_pkcs8_der_and_sign_algo(&key_der, &PKCS_ECDSA_P256_SHA256)
-            .map_err(|e| wrong(&e))?;
+            .map_err(|e| invalid(&e))?;
         Self::assemble(key, cert_der, ca_der)
             .map(Some)
             .map_err(|fault| fault.context(path.display()))
     }
 
-    /// Writes the identity, whole or not at all.
+    /// Writes the identity atomically.
     pub fn save(&self, data_dir: &Path) -> Result<(), Fault> {
         let path = identity_dir(data_dir)?.join(FILE);
         let text = pem("PRIVATE KEY", self.key.serialized_der())
             + &pem("CERTIFICATE", &self.cert_der)
             + &pem("CERTIFICATE", &self.ca_der);
         durable::replace_secret(&path, text.as_bytes())?;
-        // A key that is left here would only be used again.
+        // The key of the finished join is no longer needed and must not be reused.
         let _ = std::fs::remove_file(path.with_file_name(JOINING));
         Ok(())
     }
@@ -83,12 +83,12 @@ impl SiteIdentity {
         let holder = holder(&cert_der)?;
         if matches!(holder, Holder::Hub(_)) {
             return Err(Fault::not_allowed(
-                "the certificate is a hub's, not a site's",
+                "the certificate is for a hub, not for a site",
             ));
         }
         if !is_for_key(&cert_der, &key) {
             return Err(Fault::not_allowed(format!(
-                "the certificate of {holder} is for another key"
+                "the certificate of {holder} is for a different key"
             )));
         }
         Ok(Self {
@@ -99,46 +99,45 @@ impl SiteIdentity {
         })
     }
 
-    /// The name the hub gave.
+    /// The name that the hub assigned.
     pub fn name(&self) -> &SiteName {
         self.holder.name()
     }
 
-    /// A site, or a publisher.
+    /// A site or a publisher.
     pub fn holder(&self) -> &Holder {
         &self.holder
     }
 
-    /// The site's certificate, DER; goes with every signature.
+    /// The certificate, DER. It accompanies every signature.
     pub fn cert_der(&self) -> &[u8] {
         &self.cert_der
     }
 
-    /// The hub's CA, DER.
+    /// The CA of the hub, DER.
     pub fn ca_der(&self) -> &[u8] {
         &self.ca_der
     }
 
-    /// The validity of the certificate.
     pub fn validity(&self) -> Result<Validity, Fault> {
         validity(&self.cert_der)
     }
 
-    /// Whether it is time to renew: less than a third of the certificate's life is left, or it is
-    /// dated ahead of this machine's clock.
+    /// Whether to renew the certificate: less than a third of its validity period is left, or it
+    /// begins after the time of this machine.
     pub fn needs_renewal(&self) -> bool {
         let now = clock::now();
         self.validity()
             .is_ok_and(|v| v.is_ending(now) || now < v.from)
     }
 
-    /// A new key with a request for it, to be sent over the line; the answer goes to
+    /// A new key with a certificate request, which is sent to the hub. Pass the answer to
     /// [`CertificateRequest::complete`] with [`SiteIdentity::ca_der`].
     pub fn make_renewal_request(&self) -> Result<CertificateRequest, Fault> {
         CertificateRequest::new()
     }
 
-    /// Signs with the certificate's key: ECDSA P-256 over SHA-256, ASN.1.
+    /// Signs with the key of the certificate: ECDSA P-256 over SHA-256, ASN.1.
     /// [`super::verify_signature`] checks it.
     pub fn sign(&self, message: &[u8]) -> Result<Vec<u8>, Fault> {
         self.key
@@ -161,25 +160,25 @@ fn is_for_key(cert_der: &[u8], key: &KeyPair) -> bool {
         .is_ok_and(|(_, cert)| *cert.public_key().subject_public_key.data == *key.der_bytes())
 }
 
-/// A fresh key that waits for its certificate. The key never leaves this machine.
+/// A new key that waits for its certificate. The key never leaves this machine.
 pub struct CertificateRequest {
     key: KeyPair,
     csr_der: Vec<u8>,
 }
 
 impl CertificateRequest {
-    /// Makes a key and the request for it.
+    /// Creates a key and its request.
     pub fn new() -> Result<Self, Fault> {
         Self::of(generate_key()?)
     }
 
-    /// The request of a join that has not ended yet, or a new one, whose key is kept until
-    /// [`SiteIdentity::save`]: if the hub's answer is lost, the same token is good for the same key
-    /// again.
+    /// The request of an unfinished join, or a new one. Its key is stored until
+    /// [`SiteIdentity::save`]: if the answer of the hub is lost, the same token still works for the
+    /// same key.
     pub fn kept(data_dir: &Path) -> Result<Self, Fault> {
         let path = identity_dir(data_dir)?.join(JOINING);
-        let kept =
-            read_if_there(&path)?.and_then(|bytes| PrivatePkcs8KeyDer::from_pem_slice(&bytes).ok());
+        let kept = read_if_exists(&path)?
+            .and_then(|bytes| PrivatePkcs8KeyDer::from_pem_slice(&bytes).ok());
         if let Some(key) = kept.and_then(|der| {
             KeyPair::from_pkcs8_der_and_sign_algo(&der, &PKCS_ECDSA_P256_SHA256).ok()
         }) {
@@ -191,25 +190,25 @@ impl CertificateRequest {
     }
 
     fn of(key: KeyPair) -> Result<Self, Fault> {
-        // The hub takes only the key from a request, so it names nobody.
+        // The hub uses only the key of a request, so the request contains no name.
         let mut params = CertificateParams::default();
         params.distinguished_name = rcgen::DistinguishedName::new();
         let csr = params
             .serialize_request(&key)
-            .map_err(|e| Fault::internal(format!("make a certificate request: {e}")))?;
+            .map_err(|e| Fault::internal(format!("create a certificate request: {e}")))?;
         Ok(Self {
             csr_der: csr.der().to_vec(),
             key,
         })
     }
 
-    /// What to send to the hub.
+    /// The certificate request, DER.
     pub fn csr_der(&self) -> &[u8] {
         &self.csr_der
     }
 
-    /// The identity, once the hub answered; refused unless the certificate is for this key and by
-    /// this CA.
+    /// Builds the identity from the answer of the hub. Fails unless the certificate is for this key
+    /// and was issued by this CA.
     pub fn complete(self, cert_der: &[u8], ca_der: &[u8]) -> Result<SiteIdentity, Fault> {
         SiteIdentity::assemble(
             self.key,

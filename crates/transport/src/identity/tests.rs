@@ -17,7 +17,7 @@ fn joined(hub: &HubIdentity, site: &str) -> SiteIdentity {
 }
 
 #[test]
-fn the_hub_keeps_its_ca_and_mends_its_certificate() {
+fn the_hub_keeps_its_ca_and_replaces_a_damaged_certificate() {
     let dir = tempfile::tempdir().unwrap();
     let first = HubIdentity::open_or_create(dir.path(), &name("hub")).unwrap();
     let again = HubIdentity::open_or_create(dir.path(), &name("hub")).unwrap();
@@ -32,7 +32,8 @@ fn the_hub_keeps_its_ca_and_mends_its_certificate() {
             .mode();
         assert_eq!(mode & 0o777, 0o600, "{file}");
     }
-    // A crash between the two files, and a torn second one, are both mended from the CA.
+    // A crash between writing the two files, and a truncated second file, are both repaired from
+    // the CA.
     for damage in [None, Some("-----BEGIN PRIVATE KEY-----\nAA")] {
         let path = dir.path().join("identity/hub.pem");
         std::fs::remove_file(&path).unwrap();
@@ -75,7 +76,7 @@ fn the_hubs_certificate_names_the_hub_and_serves_only_as_a_server() {
         Code::NotAllowed
     );
     let site = joined(&hub, "chengdu");
-    // A site's certificate must not let it play the hub.
+    // A site certificate must not work as that of a hub.
     assert_eq!(
         verify_chain(site.cert_der(), hub.ca_der(), Role::Hub)
             .unwrap_err()
@@ -138,7 +139,7 @@ fn a_site_keeps_renews_and_signs() {
 fn a_request_gives_only_its_key() {
     let dir = tempfile::tempdir().unwrap();
     let hub = HubIdentity::open_or_create(dir.path(), &name("hub")).unwrap();
-    // A request that asks for another name, and to be a CA, gets the caller's name and no CA.
+    // A request that contains another name and asks for a CA gets the name of the caller and no CA.
     let key = rcgen::KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256).unwrap();
     let mut params = rcgen::CertificateParams::new(vec![HUB_DNS_NAME.to_owned()]).unwrap();
     params.subject_alt_names.push(rcgen::SanType::URI(
@@ -170,7 +171,7 @@ fn a_request_gives_only_its_key() {
 }
 
 #[test]
-fn a_wrong_clock_is_named_with_both_times() {
+fn a_wrong_clock_is_reported_with_both_times() {
     let validity = Validity {
         from: "2026-01-01T00:00:00Z".parse().unwrap(),
         until: "2027-01-01T00:00:00Z".parse().unwrap(),
@@ -178,7 +179,7 @@ fn a_wrong_clock_is_named_with_both_times() {
     let june = "2026-06-01T00:00:00Z".parse().unwrap();
     validity.check(&"site a", "this machine", june).unwrap();
     assert_eq!(validity.early(&"site a", "this machine", june), None);
-    // Not valid yet: one of the clocks is wrong, which keeps nobody out.
+    // Not valid yet: one of the clocks is wrong, which is not a reason to reject.
     let before = "2025-12-29T23:00:00Z".parse().unwrap();
     validity.check(&"site a", "the hub", before).unwrap();
     let early = validity.early(&"site a", "the hub", before).unwrap();
@@ -205,7 +206,7 @@ fn a_wrong_clock_is_named_with_both_times() {
 }
 
 #[test]
-fn tokens_survive_printing_and_nothing_else() {
+fn printed_tokens_parse_and_changed_tokens_do_not() {
     let dir = tempfile::tempdir().unwrap();
     let hub = HubIdentity::open_or_create(dir.path(), &name("hub")).unwrap();
     let token = JoinToken::generate(&hub);
@@ -225,7 +226,7 @@ fn tokens_survive_printing_and_nothing_else() {
         let fault = bad.parse::<JoinToken>().unwrap_err();
         assert_eq!(fault.code, Code::NotAllowed, "{bad}");
         assert!(
-            fault.message.starts_with("the join token is not whole"),
+            fault.message.starts_with("the join token is incomplete"),
             "{fault}"
         );
     }
@@ -242,8 +243,8 @@ fn certificates_of_sites_last_a_year() {
 
 #[test]
 fn no_certificate_begins_before_its_ca() {
-    // A CA that was made while the clock was ahead by a day or less is the earliest that this test
-    // can make; the floor is its beginning.
+    // A CA created with a clock that was up to one day ahead is the earliest that this test can
+    // create; the beginning of the CA is the lower limit.
     let dir = tempfile::tempdir().unwrap();
     let hub = HubIdentity::open_or_create(dir.path(), &name("hub")).unwrap();
     let ca = validity(hub.ca_der()).unwrap();

@@ -1,8 +1,8 @@
-//! Join tokens: what an operator carries from the hub to a new site.
+//! Join tokens: an operator copies a token from the hub to a new site.
 //!
-//! Printed as `<id>.<secret>.<ca_hash>`: the id (10 letters and digits) finds the token at the hub,
-//! the secret (32 random bytes) proves that the site was given it, and the hash (SHA-256 of the
-//! CA's certificate) lets the site recognise the hub before it says the secret. The hub keeps the
+//! Printed as `<id>.<secret>.<ca_hash>`. The id (10 letters and digits) identifies the token at the
+//! hub. The secret (32 random bytes) proves that the site received the token. The hash (SHA-256 of
+//! the CA certificate) lets the site verify the hub before it sends the secret. The hub stores the
 //! id and [`secret_hash`], never the secret.
 
 use std::fmt;
@@ -27,11 +27,11 @@ pub struct JoinToken {
 }
 
 impl JoinToken {
-    /// A new token for this hub. It is good for nothing until the hub has stored its id and
+    /// Creates a token for this hub. It becomes valid when the hub has stored its id and
     /// [`JoinToken::secret_hash`].
     pub fn generate(hub: &HubIdentity) -> Self {
-        // No '-' in the id: a token that began with one would be taken for an option on a command
-        // line.
+        // The id contains no '-': a command line would parse a token that starts with '-' as an
+        // option.
         const ALPHABET: &[u8; 32] = b"abcdefghijkmnpqrstuvwxyz23456789";
         let mut rng = rand::rng();
         let id = (0..ID_CHARS)
@@ -44,17 +44,17 @@ impl JoinToken {
         }
     }
 
-    /// What finds the token at the hub.
+    /// Identifies the token at the hub.
     pub fn id(&self) -> &str {
         &self.id
     }
 
-    /// What the hub stores in place of the secret.
+    /// The value that the hub stores instead of the secret.
     pub fn secret_hash(&self) -> [u8; 32] {
         secret_hash(&self.id, &self.secret)
     }
 
-    /// The SHA-256 of the CA's certificate.
+    /// The SHA-256 of the CA certificate.
     pub fn ca_hash(&self) -> &[u8; 32] {
         &self.ca_hash
     }
@@ -64,9 +64,9 @@ impl JoinToken {
     }
 }
 
-/// The hash under which a token's secret is stored (BLAKE3 in key derivation mode, over id and
-/// secret). The secret has 256 random bits, so no slow hash is needed, and comparing hashes for
-/// equality leaks nothing of use.
+/// The hash under which the secret of a token is stored (BLAKE3 in key derivation mode, over the id
+/// and the secret). The secret has 256 random bits, so no slow hash is needed, and a comparison of
+/// hashes reveals nothing useful.
 pub fn secret_hash(id: &str, secret: &[u8; 32]) -> [u8; 32] {
     let mut hasher = blake3::Hasher::new_derive_key("packhorse join token v1");
     hasher.update(secret);
@@ -97,30 +97,31 @@ impl fmt::Debug for JoinToken {
 impl FromStr for JoinToken {
     type Err = Fault;
     fn from_str(text: &str) -> Result<Self, Fault> {
-        // The text is never quoted back: it holds the secret.
-        let wrong = |why: &str| {
-            Fault::not_allowed(format!("the join token is not whole: {why}"))
-                .with_next("copy the whole line that 'packhorse token create' printed at the hub")
+        // Errors never contain the token, because it includes the secret.
+        let invalid = |why: &str| {
+            Fault::not_allowed(format!("the join token is incomplete: {why}")).with_next(
+                "copy the complete line that 'packhorse token create' printed at the hub",
+            )
         };
         let parts: Vec<&str> = text.trim().split('.').collect();
         let [id, secret, ca_hash] = parts[..] else {
-            return Err(wrong(&format!(
-                "it has {} parts where three are joined by '.'",
+            return Err(invalid(&format!(
+                "it has {} parts separated by '.' instead of three",
                 parts.len()
             )));
         };
         if id.len() != ID_CHARS || !id.bytes().all(|b| b.is_ascii_alphanumeric()) {
-            return Err(wrong(&format!(
+            return Err(invalid(&format!(
                 "its first part is not {ID_CHARS} letters and digits"
             )));
         }
         let decode = |part: &str, which: &str| -> Result<[u8; 32], Fault> {
             let bytes = URL_SAFE_NO_PAD
                 .decode(part)
-                .map_err(|_| wrong(&format!("its {which} part is not url-safe base64")))?;
+                .map_err(|_| invalid(&format!("its {which} part is not url-safe base64")))?;
             <[u8; 32]>::try_from(bytes).map_err(|b| {
-                wrong(&format!(
-                    "its {which} part holds {} bytes where it should hold 32",
+                invalid(&format!(
+                    "its {which} part has {} bytes instead of 32",
                     b.len()
                 ))
             })
@@ -133,14 +134,14 @@ impl FromStr for JoinToken {
     }
 }
 
-/// The hub's store of tokens, as the line sees it.
+/// The token store of the hub.
 #[async_trait::async_trait]
 pub trait Redeemer: Send + Sync {
-    /// Uses up the token, in one transaction: it must exist with this hash, be unused, unexpired,
-    /// and be bound to whom asks; a mismatch is refused without using the token up. Used by the key
-    /// of this hash, it is good for that key still until its holder has connected: the answer may
-    /// have been lost. Returns whom the token is bound to; refuses with `not_allowed` and the
-    /// reason.
+    /// Uses the token in one transaction. The token must exist with this hash, must be unused and
+    /// not expired, and must be for the holder that asks. A request that does not match does not
+    /// use the token. The key that used a token may use it again until its holder has connected,
+    /// because the answer may have been lost. Returns the holder of the token, or `not_allowed`
+    /// with the reason.
     async fn redeem(
         &self,
         id: &str,
@@ -150,11 +151,11 @@ pub trait Redeemer: Send + Sync {
     ) -> Result<Holder, Fault>;
 }
 
-/// Who asks to join, as he says.
+/// The unverified claim of a joining client.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Claim {
-    /// The site of this name, as its config says.
+    /// The site with this name in its configuration.
     Site(SiteName),
-    /// A publisher, who goes by the name in his token.
+    /// A publisher, whose name is in its token.
     Publisher,
 }

@@ -1,4 +1,4 @@
-//! Moves bytes between the connection and the [`State`](super::State). One task a connection.
+//! Moves bytes between the connection and the [`State`](super::State). One task per connection.
 
 use std::collections::VecDeque;
 use std::future::poll_fn;
@@ -14,13 +14,14 @@ use super::frame::{HEADER_BYTES, Kind, put_header, read_header};
 use crate::{CLOSE_VIOLATION, Ended};
 use base::limits::CONNECTION_KEEP_ALIVE;
 
-/// How long the goodbye may take before the connection is dropped without it.
+/// How long sending the close message may take before the connection is dropped.
 const GOODBYE_MAX: Duration = Duration::from_secs(2);
-/// How long after a failed write the peer's goodbye is looked for: it says why the write failed.
+/// How long to wait after a failed write for the close message of the peer, which states why the
+/// write failed.
 const LAST_WORDS_MAX: Duration = Duration::from_millis(500);
 const SLICES_MAX: usize = 64;
 
-/// Runs until the line is over, then says goodbye if it was this end that ended it.
+/// Runs until the end of the connection. Then sends a close message if this end closed it.
 pub(super) async fn run<IO>(io: IO, shared: &MuxShared)
 where
     IO: AsyncRead + AsyncWrite + Send + Unpin,
@@ -34,12 +35,12 @@ where
             error = write_loop(&mut writer, shared, &mut batch) => match error {
                 Some(error) => match tokio::time::timeout(LAST_WORDS_MAX, reading).await {
                     Ok(ended) => ended,
-                    Err(_) => Ended::lost(&format!("writing to it failed: {error}")),
+                    Err(_) => Ended::lost(&format!("write error: {error}")),
                 },
-                // Ended from this side; what is recorded already stands.
-                None => Ended::lost("it was closed"),
+                // This end closed the connection; the recorded reason is kept.
+                None => Ended::lost("it was closed by this end"),
             },
-            silence = watch_silence(shared) => Ended::lost(&silence),
+            reason = watch_silence(shared) => Ended::lost(&reason),
         }
     };
     shared.end(ended);
@@ -47,14 +48,14 @@ where
     if let Some(ended) = recorded.filter(|e| !e.by_peer)
         && let Some(code) = ended.code
     {
-        // A frame that was cut in the middle must be completed first, or the goodbye would be taken
-        // for its body.
+        // Complete a partly written frame first. Otherwise the peer would read the close message as
+        // its body.
         put_close(&mut batch, code, &ended.reason);
         let goodbye = async {
             write_all(&mut writer, &mut batch).await?;
             writer.shutdown().await?;
-            // Dropping a socket with bytes unread would reset it, and the goodbye might be lost
-            // with it.
+            // Read until the peer closes: dropping a socket with unread bytes would reset it, and
+            // the close message could be lost.
             tokio::io::copy(&mut reader, &mut tokio::io::sink()).await
         };
         let _ = tokio::time::timeout(GOODBYE_MAX, goodbye).await;
@@ -69,7 +70,7 @@ fn put_close(batch: &mut VecDeque<Bytes>, code: u32, reason: &str) {
     batch.push_back(frame.freeze());
 }
 
-/// Writes whatever there is. Returns the error, or `None` once the line was ended from this side.
+/// Writes queued data. Returns the error, or `None` after this end has closed the connection.
 async fn write_loop(
     writer: &mut (impl AsyncWrite + Unpin),
     shared: &MuxShared,
@@ -80,7 +81,7 @@ async fn write_loop(
         shared.with(|state| state.take_batch(batch));
         let idle = batch.is_empty();
         let result = tokio::select! {
-            // A peer that reads nothing must not keep this end from closing.
+            // A peer that does not read must not prevent this end from closing.
             () = ended.as_mut() => return None,
             result = async { if idle { writer.flush().await } else { write_all(writer, batch).await } } => result,
         };
@@ -101,7 +102,8 @@ async fn ended_here(shared: &MuxShared) {
     let _ = ended.wait_for(Option::is_some).await;
 }
 
-/// Writes the batch; what is written leaves it, so that it stays exact when this is cancelled.
+/// Writes the batch and removes what was written, so that the batch is correct if this is
+/// cancelled.
 async fn write_all(
     writer: &mut (impl AsyncWrite + Unpin),
     batch: &mut VecDeque<Bytes>,
@@ -137,12 +139,12 @@ async fn read_loop(reader: &mut (impl AsyncRead + Unpin), shared: &MuxShared) ->
             Ok(None) => {}
             Ok(Some(ended)) => return ended,
             Err(ReadFrame::Io(error)) if error.kind() == std::io::ErrorKind::UnexpectedEof => {
-                return Ended::lost("the other end dropped the connection");
+                return Ended::lost("the peer dropped the connection");
             }
             Err(ReadFrame::Io(error)) => return Ended::from_io(&error),
             Err(ReadFrame::Violation(how)) => {
-                tracing::warn!(%how, "the peer broke the protocol of the line");
-                return Ended::by_us(CLOSE_VIOLATION, &format!("protocol broken: {how}"));
+                tracing::warn!(%how, "the peer violated the protocol of the connection");
+                return Ended::by_us(CLOSE_VIOLATION, &format!("protocol violation: {how}"));
             }
         }
     }
@@ -166,7 +168,7 @@ async fn read_frame(
     let mut bytes = [0; HEADER_BYTES];
     reader.read_exact(&mut bytes).await?;
     let header = read_header(bytes).map_err(ReadFrame::Violation)?;
-    // Its own allocation for each frame, so that an unread piece keeps no other memory alive.
+    // Each frame has its own allocation, so that an unread piece does not keep other memory alive.
     let mut body = BytesMut::with_capacity(header.len);
     while body.len() < header.len {
         let missing = header.len - body.len();
@@ -190,8 +192,8 @@ async fn watch_silence(shared: &MuxShared) -> String {
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         tick.tick().await;
-        if let Err(silence) = shared.with(|state| state.on_tick(Instant::now())) {
-            return silence;
+        if let Err(reason) = shared.with(|state| state.on_tick(Instant::now())) {
+            return reason;
         }
     }
 }

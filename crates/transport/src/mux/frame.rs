@@ -1,4 +1,4 @@
-//! The frames of the TCP line.
+//! The frames of the TCP connection.
 //!
 //! ```text
 //! 0      1          4            8
@@ -10,12 +10,12 @@
 //!
 //! | kind | name   | body                                                                     |
 //! |------|--------|--------------------------------------------------------------------------|
-//! | 1    | OPEN   | none; the next stream id of the sender (odd: the dialling end's)         |
-//! | 2    | DATA   | the stream's next bytes                                                  |
-//! | 3    | END    | the stream's last bytes                                                  |
-//! | 4    | RESET  | none; the sender gives this stream up, what was sent of it is void       |
-//! | 5    | STOP   | none; the sender reads no more of this stream, the other end resets it   |
-//! | 6    | CREDIT | u32: so many more bytes may be sent (stream 0: on all streams together)  |
+//! | 1    | OPEN   | none; the next stream id of the sender (odd: ids of the connecting end)  |
+//! | 2    | DATA   | the next bytes of the stream                                             |
+//! | 3    | END    | the last bytes of the stream                                             |
+//! | 4    | RESET  | none; the sender aborts this stream, the receiver discards its data      |
+//! | 5    | STOP   | none; the sender no longer reads this stream, the receiver resets it     |
+//! | 6    | CREDIT | u32: the receiver may send this many more bytes (stream 0: in total)     |
 //! | 7    | PING   | u64                                                                      |
 //! | 8    | PONG   | the same u64                                                             |
 //! | 9    | CLOSE  | u32 code, then the reason in UTF-8                                       |
@@ -46,15 +46,14 @@ pub(super) struct Header {
     pub(super) stream: u32,
 }
 
-/// Puts a header; the caller puts `len` bytes of body behind it.
+/// Writes a header; the caller appends a body of `len` bytes.
 pub(super) fn put_header(out: &mut BytesMut, kind: Kind, stream: u32, len: usize) {
     debug_assert!(len <= MUX_FRAME_BYTES_MAX);
     out.put_u32((kind as u32) << 24 | len as u32);
     out.put_u32(stream);
 }
 
-/// Reads a header, and refuses a length that its kind cannot have, so that nothing is allocated for
-/// it.
+/// Parses a header. Rejects a length that its kind does not allow, before anything is allocated.
 pub(super) fn read_header(bytes: [u8; HEADER_BYTES]) -> Result<Header, String> {
     let [kind, a, b, c, stream @ ..] = bytes;
     let len = u32::from_be_bytes([0, a, b, c]) as usize;
@@ -68,10 +67,12 @@ pub(super) fn read_header(bytes: [u8; HEADER_BYTES]) -> Result<Header, String> {
         7 => (Kind::Ping, 8..=8),
         8 => (Kind::Pong, 8..=8),
         9 => (Kind::Close, 4..=4 + CONNECTION_REASON_BYTES_MAX),
-        other => return Err(format!("a frame of the unknown kind {other}")),
+        other => return Err(format!("a frame of unknown kind {other}")),
     };
     if !allowed.contains(&len) {
-        return Err(format!("a {kind:?} frame of {len} bytes"));
+        return Err(format!(
+            "a {kind:?} frame with an invalid length of {len} bytes"
+        ));
     }
     Ok(Header {
         kind,

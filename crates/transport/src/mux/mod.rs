@@ -1,14 +1,13 @@
-//! Many streams over one ordered connection: what QUIC does for the line, on TCP + TLS where UDP is
-//! blocked.
+//! Multiplexes streams over one ordered connection: provides the streams of QUIC over TCP + TLS,
+//! where UDP is blocked.
 //!
-//! Windows, limits, priorities, resets and stops are QUIC's, so that nothing above notices the
-//! difference. (The common multiplexers could not be fitted: each stream starts with 256 KiB of
-//! window, which is a fifth of a request and starves a long line; a reset looks like an end; and a
-//! reader that goes away leaves its writer waiting forever.)
+//! Windows, limits, priorities, resets and stops behave as in QUIC, so the layers above see no
+//! difference. Common multiplexers were not suitable: each stream starts with a window of 256 KiB,
+//! a quarter of a request, which is too small for a connection with a long round trip; a reset
+//! looks like a normal end; and if a reader disappears, its writer waits forever.
 //!
-//! [`State`] is the core without I/O, `driver` moves bytes between it and the connection, and
-//! [`SendStream`] and [`RecvStream`] are the two halves of a stream. Nothing here survives a crash,
-//! nor has to.
+//! [`State`] is the core without I/O. `driver` moves bytes between it and the connection.
+//! [`SendStream`] and [`RecvStream`] are the two halves of a stream. Nothing survives a crash.
 
 mod driver;
 mod frame;
@@ -33,8 +32,8 @@ struct MuxShared {
     state: Mutex<State>,
     to_write: Notify,
     to_accept: Notify,
-    /// ChunkIndex for streams that this end opens.
-    places: Semaphore,
+    /// Slots for streams that this end opens.
+    slots: Semaphore,
     ended: watch::Sender<Option<Ended>>,
 }
 
@@ -50,8 +49,8 @@ impl MuxShared {
         for _ in 0..effects.accepted {
             self.to_accept.notify_one();
         }
-        if effects.places_freed > 0 {
-            self.places.add_permits(effects.places_freed);
+        if effects.slots_freed > 0 {
+            self.slots.add_permits(effects.slots_freed);
         }
         result
     }
@@ -59,13 +58,13 @@ impl MuxShared {
     fn end(&self, ended: Ended) {
         if self.with(|state| state.end(ended.clone())) {
             self.ended.send_replace(Some(ended));
-            self.places.close();
+            self.slots.close();
             self.to_accept.notify_waiters();
         }
     }
 }
 
-/// Closes the line when the last handle on it, and on any of its streams, is gone.
+/// Closes the connection when the last handle of it and of its streams is dropped.
 struct Handle(Arc<MuxShared>);
 
 impl Drop for Handle {
@@ -82,8 +81,8 @@ pub(crate) struct Mux {
 }
 
 impl Mux {
-    /// Starts the driver on a connection. `rtt` is a first guess, from the handshake; `guard` is
-    /// held as long as the connection is.
+    /// Starts the driver. `rtt` is a first estimate from the handshake; `guard` is dropped when the
+    /// connection ends.
     pub(crate) fn start<IO>(io: IO, end: End, rtt: Duration, guard: impl Send + 'static) -> Self
     where
         IO: AsyncRead + AsyncWrite + Send + Unpin + 'static,
@@ -92,7 +91,7 @@ impl Mux {
             state: Mutex::new(State::new(end, rtt, Instant::now())),
             to_write: Notify::new(),
             to_accept: Notify::new(),
-            places: Semaphore::new(CONNECTION_STREAMS_MAX as usize),
+            slots: Semaphore::new(CONNECTION_STREAMS_MAX as usize),
             ended: watch::Sender::new(None),
         });
         let driver = shared.clone();
@@ -105,18 +104,18 @@ impl Mux {
         }
     }
 
-    /// Says what the line may hold to be sent.
-    pub(crate) fn hold_at_most(&self, bytes: u64) {
-        self.shared().with(|state| state.hold_at_most(bytes));
+    /// Sets the number of bytes that the connection may queue for sending.
+    pub(crate) fn set_queue_limit(&self, bytes: u64) {
+        self.shared().with(|state| state.set_queue_limit(bytes));
     }
 
-    /// Fits what the line may hold to `room`, until it ends.
-    pub(crate) fn tend(&self, room: impl Fn() -> u64 + Send + 'static) {
+    /// Adjusts the number of queued bytes to `room` periodically, until the end of the connection.
+    pub(crate) fn adjust_limit(&self, room: impl Fn() -> u64 + Send + 'static) {
         let shared = self.handle.0.clone();
         tokio::spawn(async move {
             let mut ended = shared.ended.subscribe();
             loop {
-                shared.with(|state| state.hold_at_most(room()));
+                shared.with(|state| state.set_queue_limit(room()));
                 if tokio::time::timeout(CONNECTION_FIT_EVERY, ended.wait_for(Option::is_some))
                     .await
                     .is_ok()
@@ -131,31 +130,32 @@ impl Mux {
         &self.handle.0
     }
 
-    /// Opens a stream, after waiting for a place when [`CONNECTION_STREAMS_MAX`] are open.
+    /// Opens a stream. Waits for a slot if [`LINE_STREAMS_MAX`] are open.
     pub(crate) async fn open(&self, priority: i32) -> Result<(SendStream, RecvStream), StreamEnd> {
-        let place = self
+        let slot = self
             .shared()
-            .places
+            .slots
             .acquire()
             .await
             .map_err(|_| StreamEnd::LineGone)?;
-        place.forget();
+        slot.forget();
         match self.shared().with(|state| state.open(priority)) {
             Some(id) => Ok(self.halves(id)),
             None => {
-                self.shared()
-                    .end(Ended::lost("every stream id was used; it is dialled anew"));
+                self.shared().end(Ended::lost(
+                    "all stream ids are used; a new connection is needed",
+                ));
                 Err(StreamEnd::LineGone)
             }
         }
     }
 
-    /// The next stream that the peer opened; `None` when the line is over.
+    /// The next stream that the peer opened; `None` after the end of the connection.
     pub(crate) async fn accept(&self) -> Option<(SendStream, RecvStream)> {
         let shared = self.shared();
         loop {
             let mut woken = std::pin::pin!(shared.to_accept.notified());
-            // Listen before looking, or the end could fall between the two.
+            // Register before checking, so that an event between the two is not missed.
             woken.as_mut().enable();
             let (id, ended) = shared.with(|state| (state.accept(), state.ended.is_some()));
             match id {
@@ -171,7 +171,7 @@ impl Mux {
             SendStream {
                 mux: self.clone(),
                 id,
-                over: false,
+                is_over: false,
             },
             RecvStream {
                 mux: self.clone(),
@@ -188,7 +188,7 @@ impl Mux {
         let mut ended = self.shared().ended.subscribe();
         match ended.wait_for(Option::is_some).await.as_deref() {
             Ok(Some(ended)) => ended.clone(),
-            _ => Ended::lost("its driver is gone"),
+            _ => Ended::lost("its driver ended"),
         }
     }
 
@@ -201,16 +201,16 @@ impl Mux {
     }
 }
 
-/// The writing half of a stream. Dropped unfinished, it resets the stream.
+/// The writing half of a stream. Dropping it before `finish` resets the stream.
 pub(crate) struct SendStream {
     mux: Mux,
     id: u32,
-    over: bool,
+    is_over: bool,
 }
 
 impl SendStream {
-    /// Queues the bytes, once there is room for them. Given up before that, a part of them may have
-    /// been queued, as on QUIC.
+    /// Queues the bytes when there is space. If this is cancelled, a part of them may have been
+    /// queued, as on QUIC.
     pub(crate) async fn write_bytes(&mut self, mut data: Bytes) -> Result<(), StreamEnd> {
         poll_fn(|cx| {
             self.mux
@@ -235,12 +235,12 @@ impl SendStream {
     }
 
     pub(crate) fn finish(&mut self) -> Result<(), StreamEnd> {
-        self.over = true;
+        self.is_over = true;
         self.mux.shared().with(|state| state.finish(self.id))
     }
 
     pub(crate) fn reset(&mut self) {
-        self.over = true;
+        self.is_over = true;
         self.mux.shared().with(|state| state.reset(self.id));
     }
 
@@ -253,20 +253,20 @@ impl SendStream {
 
 impl Drop for SendStream {
     fn drop(&mut self) {
-        if !self.over {
+        if !self.is_over {
             self.reset();
         }
     }
 }
 
-/// The reading half of a stream. Dropped before the end, it asks the peer to stop.
+/// The reading half of a stream. Dropping it before the end asks the peer to stop.
 pub(crate) struct RecvStream {
     mux: Mux,
     id: u32,
 }
 
 impl RecvStream {
-    /// The next bytes, at most `max`, as they came; `None` at the end.
+    /// The next received bytes, at most `max`; `None` at the end.
     pub(crate) async fn read_chunk(&mut self, max: usize) -> Result<Option<Bytes>, StreamEnd> {
         poll_fn(|cx| {
             self.mux

@@ -1,12 +1,13 @@
-//! The core of the TCP line: streams, windows and priorities, without any I/O.
+//! The core of the TCP connection: streams, windows and priorities, without I/O.
 //!
-//! Frames go in by [`State::on_frame`] and come out by [`State::take_batch`]; the halves of streams
-//! call the rest. What must happen outside (wake the writer, wake an acceptor, free a place) is
-//! gathered in [`Effects`].
+//! Frames enter by [`State::on_frame`] and leave by [`State::take_batch`]; the halves of streams
+//! call the other methods. [`Effects`] collects the actions for the caller: wake the writer, wake
+//! an acceptor, free a slot.
 //!
-//! Here stand the line itself and the life of a stream, from its opening until both directions are
-//! over; `sending` has the direction that this end writes, `receiving` the other. Each bounds the
-//! memory it takes, and control frames that a peer provokes without reading end the line.
+//! This file contains the connection and the life cycle of a stream, from its opening until both
+//! directions have ended. `sending` contains the direction that this end writes, `receiving` the
+//! other. Both limit their memory. If a peer causes many control frames and does not read them, the
+//! connection ends.
 
 mod receiving;
 mod sending;
@@ -27,37 +28,37 @@ use base::limits::{
 use receiving::Incoming;
 use sending::Outgoing;
 
-/// Which end this is, which decides the stream ids it gives.
+/// Which end this is. It determines whether this end opens streams with odd or even ids.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum End {
     Dialling,
     Listening,
 }
 
-/// What the shell around the state has to do.
+/// The actions that the caller of the state must perform.
 #[derive(Debug, Default)]
 pub(super) struct Effects {
     pub(super) write: bool,
     pub(super) accepted: usize,
-    pub(super) places_freed: usize,
+    pub(super) slots_freed: usize,
 }
 
 struct Stream {
     outgoing: Outgoing,
     incoming: Incoming,
-    /// Whether this end knows of it: it opened it or took it.
-    taken: bool,
-    /// Whether it takes one of the places of [`CONNECTION_STREAMS_MAX`].
-    counted: bool,
+    /// Whether this end has the stream: it opened or accepted it.
+    is_taken: bool,
+    /// Whether the stream occupies one of the [`LINE_STREAMS_MAX`] slots.
+    has_slot: bool,
 }
 
 impl Stream {
-    fn new(priority: i32, taken: bool) -> Self {
+    fn new(priority: i32, is_taken: bool) -> Self {
         Self {
             outgoing: Outgoing::new(priority),
             incoming: Incoming::new(),
-            taken,
-            counted: true,
+            is_taken,
+            has_slot: true,
         }
     }
 }
@@ -69,19 +70,18 @@ pub(super) struct State {
     next_remote: u32,
     remote_open: u32,
     accepts: VecDeque<u32>,
-    /// Streams with something to send and room for it, by priority; within one priority they take
-    /// turns.
+    /// Streams that have data and credit, by priority. Streams of one priority alternate.
     ready: BTreeMap<Reverse<i32>, VecDeque<u32>>,
     control: BytesMut,
     headers: BytesMut,
-    /// What the pieces in the queues of all streams hold in memory.
+    /// The memory of all queued pieces.
     held: usize,
-    /// From which number of these on a stream takes no more than it needs.
-    hold_max: usize,
+    /// The value of `held` from which a stream queues only a limited amount.
+    queue_limit: usize,
     send_credit: u64,
     window: u32,
     unannounced: u32,
-    last_heard: Instant,
+    last_received: Instant,
     ping_sent: Option<Instant>,
     rtt: Duration,
     pub(super) ended: Option<Ended>,
@@ -105,11 +105,11 @@ impl State {
             control: BytesMut::new(),
             headers: BytesMut::new(),
             held: 0,
-            hold_max: MUX_QUEUE_BYTES,
+            queue_limit: MUX_QUEUE_BYTES,
             send_credit: CONNECTION_WINDOW_BYTES.into(),
             window: CONNECTION_WINDOW_BYTES,
             unannounced: 0,
-            last_heard: now,
+            last_received: now,
             ping_sent: None,
             rtt,
             ended: None,
@@ -117,9 +117,9 @@ impl State {
         }
     }
 
-    /// Says what the streams may hold to be sent; never more than [`MUX_QUEUE_BYTES`].
-    pub(super) fn hold_at_most(&mut self, bytes: u64) {
-        self.hold_max = usize::try_from(bytes)
+    /// Sets the limit on queued bytes; never more than [`MUX_LINE_QUEUE_BYTES`].
+    pub(super) fn set_queue_limit(&mut self, bytes: u64) {
+        self.queue_limit = usize::try_from(bytes)
             .unwrap_or(usize::MAX)
             .clamp(CONNECTION_SEND_BYTES_LEAST as usize, MUX_QUEUE_BYTES);
     }
@@ -128,8 +128,8 @@ impl State {
         self.rtt
     }
 
-    /// Opens a stream; the caller holds one of the places. `None`: every id was used, and the line
-    /// must be dialled anew.
+    /// Opens a stream; the caller has a slot for it. `None`: all ids are used, and a new connection
+    /// is needed.
     pub(super) fn open(&mut self, priority: i32) -> Option<u32> {
         let id = self.next_local;
         self.next_local = id.checked_add(2)?;
@@ -140,20 +140,20 @@ impl State {
 
     pub(super) fn accept(&mut self) -> Option<u32> {
         let id = self.accepts.pop_front()?;
-        self.streams.get_mut(&id)?.taken = true;
+        self.streams.get_mut(&id)?.is_taken = true;
         self.answer_stop(id);
         Some(id)
     }
 
-    /// Takes in one frame. `Ok(Some)`: the peer closed the line. `Err`: the peer broke the
-    /// protocol, and how.
+    /// Processes one frame. `Ok(Some)`: the peer closed the connection. `Err`: the peer violated
+    /// the protocol, with the reason.
     pub(super) fn on_frame(
         &mut self,
         header: Header,
         mut body: Bytes,
         now: Instant,
     ) -> Result<Option<Ended>, String> {
-        self.last_heard = now;
+        self.last_received = now;
         let id = header.stream;
         match header.kind {
             Kind::Open => self.on_open(id)?,
@@ -178,7 +178,7 @@ impl State {
             }
         }
         if self.control.len() > MUX_CONTROL_BYTES_MAX {
-            return Err("it asks for answers and does not read them".into());
+            return Err("it requests answers but does not read them".into());
         }
         Ok(None)
     }
@@ -187,7 +187,7 @@ impl State {
         (id % 2 == 1) == (self.end == End::Dialling)
     }
 
-    /// A frame may be about a stream that is forgotten already, but not about one that never was.
+    /// A frame may refer to a stream that was removed, but not to one that never existed.
     fn check_known(&self, id: u32) -> Result<(), String> {
         let next = if self.is_local(id) {
             self.next_local
@@ -195,7 +195,7 @@ impl State {
             self.next_remote
         };
         if id == 0 || id >= next {
-            Err(format!("a frame about stream {id}, which never was"))
+            Err(format!("a frame for stream {id}, which never existed"))
         } else {
             Ok(())
         }
@@ -204,7 +204,7 @@ impl State {
     fn on_open(&mut self, id: u32) -> Result<(), String> {
         if id != self.next_remote {
             return Err(format!(
-                "it opened stream {id} where {} is next",
+                "it opened stream {id}, but {} is next",
                 self.next_remote
             ));
         }
@@ -213,7 +213,7 @@ impl State {
                 "it opened more than {CONNECTION_STREAMS_MAX} streams"
             ));
         }
-        self.next_remote = id.checked_add(2).ok_or("it has used up every stream id")?;
+        self.next_remote = id.checked_add(2).ok_or("it has used all stream ids")?;
         self.remote_open += 1;
         self.streams.insert(id, Stream::new(0, false));
         self.accepts.push_back(id);
@@ -221,11 +221,11 @@ impl State {
         Ok(())
     }
 
-    /// Frees the stream's place once both directions are over on the wire, and forgets it once
-    /// nobody reads it either.
+    /// Frees the slot of the stream when both directions have ended on the wire, and removes the
+    /// stream when it has no reader.
     ///
-    /// Both ends count by frames alone and frames keep their order, so a peer that opens a stream
-    /// as soon as it sees one end never finds more than [`CONNECTION_STREAMS_MAX`] counted here.
+    /// Both ends count by frames only, and frames keep their order. Therefore a peer that opens a
+    /// stream as soon as it sees the end of another never exceeds [`LINE_STREAMS_MAX`] here.
     fn settle(&mut self, id: u32) {
         let local = self.is_local(id);
         let Some(stream) = self.streams.get_mut(&id) else {
@@ -234,9 +234,9 @@ impl State {
         if !stream.outgoing.is_over() || stream.incoming.is_open() {
             return;
         }
-        if std::mem::take(&mut stream.counted) {
+        if std::mem::take(&mut stream.has_slot) {
             if local {
-                self.effects.places_freed += 1;
+                self.effects.slots_freed += 1;
             } else {
                 self.remote_open -= 1;
             }
@@ -246,12 +246,12 @@ impl State {
         }
     }
 
-    /// To be called every few seconds: measures the round trip, and says so when the peer has been
-    /// silent too long.
+    /// Called every few seconds. Measures the round trip time, and fails if the peer was silent for
+    /// too long.
     pub(super) fn on_tick(&mut self, now: Instant) -> Result<(), String> {
-        let silence = now.saturating_duration_since(self.last_heard);
+        let silence = now.saturating_duration_since(self.last_received);
         if silence >= SILENCE_MAX {
-            return Err(format!("nothing was heard for {} s", silence.as_secs()));
+            return Err(format!("nothing was received for {} s", silence.as_secs()));
         }
         if self.ping_sent.is_none() {
             self.ping_sent = Some(now);
@@ -262,12 +262,12 @@ impl State {
         Ok(())
     }
 
-    /// Bytes came in, though no frame is complete yet.
+    /// Called when bytes were received but no frame is complete.
     pub(super) fn on_bytes(&mut self, now: Instant) {
-        self.last_heard = now;
+        self.last_received = now;
     }
 
-    /// The line is over: everything buffered is dropped, everybody who waits is woken.
+    /// Ends the connection: discards all buffers and wakes all waiting tasks.
     pub(super) fn end(&mut self, ended: Ended) -> bool {
         if self.ended.is_some() {
             return false;

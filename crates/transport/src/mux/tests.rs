@@ -52,7 +52,7 @@ async fn both_ends_open_streams_and_see_their_ends() {
 }
 
 #[tokio::test]
-async fn an_unread_stream_stops_its_writer_and_no_other() {
+async fn an_unread_stream_blocks_only_its_writer() {
     let (a, b) = pair();
     let (mut stuck, _unread) = a.open(0).await.unwrap();
     let piece = Bytes::from(vec![7; 64 << 10]);
@@ -63,7 +63,7 @@ async fn an_unread_stream_stops_its_writer_and_no_other() {
     {
         written += piece.len();
     }
-    // The window, and what waits on this side.
+    // The window, plus what is queued on this side.
     assert!(
         written <= CONNECTION_STREAM_WINDOW_BYTES as usize + (256 << 10),
         "{written}"
@@ -88,7 +88,7 @@ async fn an_unread_stream_stops_its_writer_and_no_other() {
 }
 
 #[tokio::test]
-async fn a_reader_that_goes_away_frees_its_writer() {
+async fn a_dropped_reader_unblocks_its_writer() {
     let (a, b) = pair();
     let (send, recv) = a.open(0).await.unwrap();
     let (mut answer, _question) = b.accept().await.unwrap();
@@ -101,7 +101,7 @@ async fn a_reader_that_goes_away_frees_its_writer() {
         }
     });
     tokio::time::sleep(Duration::from_millis(50)).await;
-    // The request was finished in good order; only then did the reader lose interest.
+    // The request was finished normally; only then was the reader dropped.
     let mut send = send;
     send.finish().unwrap();
     drop(recv);
@@ -109,7 +109,7 @@ async fn a_reader_that_goes_away_frees_its_writer() {
 }
 
 #[tokio::test]
-async fn a_dropped_writer_is_no_end() {
+async fn a_dropped_writer_resets_the_stream() {
     let (a, b) = pair();
     let (mut send, _recv) = a.open(0).await.unwrap();
     send.write_all(b"half").await.unwrap();
@@ -120,7 +120,7 @@ async fn a_dropped_writer_is_no_end() {
 }
 
 #[tokio::test]
-async fn places_are_limited_and_come_back() {
+async fn slots_are_limited_and_freed() {
     let (a, b) = pair();
     let mut held = Vec::new();
     for _ in 0..CONNECTION_STREAMS_MAX {
@@ -131,8 +131,8 @@ async fn places_are_limited_and_come_back() {
             .await
             .is_err()
     );
-    // Given up in both directions, and not taken yet: the places come back only once the other end
-    // takes the streams.
+    // Aborted in both directions before it was accepted: the slot is freed when the other end
+    // accepts the stream.
     held.clear();
     assert!(
         tokio::time::timeout(Duration::from_millis(50), a.open(0))
@@ -159,14 +159,14 @@ async fn places_are_limited_and_come_back() {
 }
 
 #[tokio::test]
-async fn a_message_nobody_may_answer_arrives() {
+async fn a_message_without_an_answer_arrives() {
     let (a, b) = pair();
     let (mut send, recv) = a.open(0).await.unwrap();
     drop(recv);
     send.write_all(b"welcome").await.unwrap();
     send.finish().unwrap();
     drop(send);
-    // Everything has come before anybody looks.
+    // All data has arrived before anybody reads.
     tokio::time::sleep(Duration::from_millis(50)).await;
     let (mut answer, mut message) = b.accept().await.unwrap();
     assert_eq!(read_all(&mut message).await.unwrap(), b"welcome");
@@ -179,7 +179,7 @@ async fn higher_priority_goes_first() {
     let mux = Mux::start(a, End::Dialling, RTT, ());
     let (mut low, _r1) = mux.open(0).await.unwrap();
     let (mut high, _r2) = mux.open(5).await.unwrap();
-    // The duplex takes 16 bytes, so both are queued before any data leaves.
+    // The duplex holds 16 bytes, so both messages are queued before any data is sent.
     low.write_bytes(Bytes::from(vec![1; 200 << 10]))
         .await
         .unwrap();
@@ -197,14 +197,14 @@ async fn higher_priority_goes_first() {
         .into_iter()
         .filter(|(kind, _)| *kind != Kind::Open)
         .collect();
-    // At most the one batch that was under way when the higher one came.
+    // At most the one batch that was being written when the message of higher priority arrived.
     let before = data.iter().take_while(|(_, id)| *id == 1).count();
     assert!(before * MUX_FRAME_BYTES_MAX <= 256 << 10, "{data:?}");
     assert!(data[before..].iter().all(|(_, id)| *id == 3), "{data:?}");
 }
 
 #[tokio::test]
-async fn close_tells_the_reason_and_wakes_everybody() {
+async fn close_sends_the_reason_and_wakes_all_tasks() {
     let (a, b) = pair();
     let (_send, mut recv) = a.open(0).await.unwrap();
     let waiting = tokio::spawn(async move { recv.read_chunk(1).await });
@@ -226,7 +226,7 @@ async fn close_tells_the_reason_and_wakes_everybody() {
 }
 
 #[tokio::test]
-async fn a_peer_that_vanishes_is_noticed() {
+async fn a_lost_peer_is_detected() {
     let (a, b) = tokio::io::duplex(1024);
     let mux = Mux::start(a, End::Listening, RTT, ());
     drop(b);
@@ -243,7 +243,7 @@ impl Wake for Woken {
     }
 }
 
-/// Writes one piece to a stream of its own, without a runtime.
+/// Writes one piece to its own stream, without a runtime.
 struct Writer {
     id: u32,
     rest: Bytes,
@@ -259,8 +259,8 @@ impl Writer {
         }
     }
 
-    /// As a runtime does: nothing happens unless it was woken.
-    fn go_on(&mut self, state: &mut State) {
+    /// Like a runtime: does nothing unless it was woken.
+    fn poll(&mut self, state: &mut State) {
         if self.rest.is_empty() || !self.woken.0.swap(false, Ordering::SeqCst) {
             return;
         }
@@ -273,8 +273,8 @@ impl Writer {
     }
 }
 
-/// Carries one batch over; `false` when there was nothing.
-fn carry(from: &mut State, to: &mut State) -> bool {
+/// Transfers one batch. Returns `false` if there was none.
+fn transfer_batch(from: &mut State, to: &mut State) -> bool {
     let mut batch = VecDeque::new();
     from.take_batch(&mut batch);
     let mut bytes = BytesMut::new();
@@ -291,7 +291,7 @@ fn carry(from: &mut State, to: &mut State) -> bool {
 }
 
 #[test]
-fn a_peer_that_reads_nothing_has_little_held_for_it_and_all_of_it_once_it_reads() {
+fn queues_are_limited_for_a_peer_that_does_not_read() {
     const STREAMS: usize = 128;
     const PIECE: usize = 1 << 20;
     let now = Instant::now();
@@ -299,7 +299,7 @@ fn a_peer_that_reads_nothing_has_little_held_for_it_and_all_of_it_once_it_reads(
         State::new(End::Listening, RTT, now),
         State::new(End::Dialling, RTT, now),
     );
-    // Of this each stream has another part.
+    // Each stream has a different share of this.
     let mut noise = vec![0; PIECE + STREAMS];
     blake3::Hasher::new().finalize_xof().fill(&mut noise);
     let noise = Bytes::from(noise);
@@ -307,7 +307,7 @@ fn a_peer_that_reads_nothing_has_little_held_for_it_and_all_of_it_once_it_reads(
         .map(|n| Writer::new(&mut hub, noise.slice(n..n + PIECE)))
         .collect();
     for _ in 0..3 {
-        writers.iter_mut().for_each(|writer| writer.go_on(&mut hub));
+        writers.iter_mut().for_each(|writer| writer.poll(&mut hub));
     }
     let taken: usize = writers.iter().map(|writer| PIECE - writer.rest.len()).sum();
     assert!(
@@ -316,14 +316,14 @@ fn a_peer_that_reads_nothing_has_little_held_for_it_and_all_of_it_once_it_reads(
     );
     assert!(
         writers.iter().all(|writer| writer.rest.len() < PIECE),
-        "no stream waits for what another has queued"
+        "no stream waits for the queue of another"
     );
 
     let mut reading: Vec<(usize, usize)> = (0..STREAMS).map(|n| (n, 0)).collect();
     while !reading.is_empty() {
-        let moved = carry(&mut hub, &mut site) | carry(&mut site, &mut hub);
-        assert!(moved, "{} streams stand still", reading.len());
-        writers.iter_mut().for_each(|writer| writer.go_on(&mut hub));
+        let moved = transfer_batch(&mut hub, &mut site) | transfer_batch(&mut site, &mut hub);
+        assert!(moved, "{} streams are stalled", reading.len());
+        writers.iter_mut().for_each(|writer| writer.poll(&mut hub));
         reading.retain_mut(|(n, read)| {
             loop {
                 match site.poll_read(writers[*n].id, usize::MAX, Waker::noop()) {
@@ -346,24 +346,24 @@ fn a_peer_that_reads_nothing_has_little_held_for_it_and_all_of_it_once_it_reads(
 }
 
 #[test]
-fn what_is_given_up_leaves_its_room_in_the_queue() {
+fn an_aborted_stream_frees_its_space_in_the_queue() {
     let mut state = State::new(End::Listening, RTT, Instant::now());
     let piece = Bytes::from(vec![7; 1 << 20]);
     for round in 0..100 {
         let mut writer = Writer::new(&mut state, piece.clone());
-        writer.go_on(&mut state);
+        writer.poll(&mut state);
         assert!(
             writer.rest.is_empty(),
-            "nothing is queued, and in round {round} a piece is not taken whole"
+            "the queue is empty, but in round {round} a piece was not taken completely"
         );
-        // Some of it is sent before.
+        // A part is sent before.
         state.take_batch(&mut VecDeque::new());
         state.reset(writer.id);
     }
 }
 
 #[test]
-fn a_silent_peer_is_given_up() {
+fn a_silent_peer_ends_the_connection() {
     let now = Instant::now();
     let mut state = State::new(End::Dialling, RTT, now);
     assert!(state.on_tick(now + Duration::from_secs(29)).is_ok());
@@ -378,7 +378,7 @@ fn a_silent_peer_is_given_up() {
 }
 
 #[tokio::test]
-async fn the_last_handle_closes() {
+async fn dropping_the_last_handle_closes_the_connection() {
     let (a, b) = pair();
     let (send, recv) = a.open(0).await.unwrap();
     drop(a);
@@ -391,7 +391,7 @@ async fn the_last_handle_closes() {
     assert_eq!(b.closed().await.reason, "no longer used");
 }
 
-/// The other end, by hand.
+/// The other end, controlled by the test.
 struct Peer(DuplexStream);
 
 impl Peer {
@@ -408,12 +408,12 @@ impl Peer {
         let mut frame = BytesMut::new();
         put_header(&mut frame, kind, stream, body.len());
         frame.put_slice(body);
-        // The far end may have closed by now; what it says of that is what is looked at.
+        // The other end may already be closed; the test checks its reason.
         let _ = self.0.write_all(&frame).await;
     }
 }
 
-/// Plays the frames to a fresh line and returns what it was closed for.
+/// Sends the frames to a new connection. Returns the reason with which it was closed.
 async fn violation(frames: &[(Kind, u32, Vec<u8>)]) -> String {
     let (a, b) = tokio::io::duplex(4 << 20);
     let mux = Mux::start(a, End::Listening, RTT, ());
@@ -423,13 +423,13 @@ async fn violation(frames: &[(Kind, u32, Vec<u8>)]) -> String {
     }
     let ended = tokio::time::timeout(Duration::from_secs(5), mux.closed())
         .await
-        .expect("the line stands");
+        .expect("the connection did not end");
     assert_eq!(
         (ended.code, ended.by_peer),
         (Some(CLOSE_VIOLATION), false),
         "{ended:?}"
     );
-    // The peer is told.
+    // The peer receives the reason.
     loop {
         let (kind, _, body) = peer.next().await;
         if kind == Kind::Close {
@@ -440,7 +440,7 @@ async fn violation(frames: &[(Kind, u32, Vec<u8>)]) -> String {
 }
 
 #[tokio::test]
-async fn broken_rules_end_the_line() {
+async fn protocol_violations_end_the_connection() {
     let full = vec![0; MUX_FRAME_BYTES_MAX];
     let mut too_much = vec![(Kind::Open, 1, vec![])];
     too_much.extend(
@@ -453,8 +453,8 @@ async fn broken_rules_end_the_line() {
     let pings: Vec<_> = (0..40_000).map(|_| (Kind::Ping, 0, vec![0; 8])).collect();
     for (frames, word) in [
         (vec![(Kind::Data, 1, b"x".to_vec())], "not open"),
-        (vec![(Kind::Open, 3, vec![])], "where 1 is next"),
-        (vec![(Kind::Open, 2, vec![])], "where 1 is next"),
+        (vec![(Kind::Open, 3, vec![])], "but 1 is next"),
+        (vec![(Kind::Open, 2, vec![])], "but 1 is next"),
         (vec![(Kind::Reset, 9, vec![])], "never was"),
         (vec![(Kind::Credit, 2, vec![0, 0, 0, 1])], "never was"),
         (
@@ -465,13 +465,13 @@ async fn broken_rules_end_the_line() {
             ],
             "not open",
         ),
-        (too_much, "more data than it was allowed"),
+        (too_much, "more data than its credit"),
         (too_many, "more than 256 streams"),
     ] {
         let reason = violation(&frames).await;
         assert!(reason.contains(word), "{reason:?} lacks {word:?}");
     }
-    // A peer that asks and never listens; it cannot be told.
+    // A peer that requests answers and never reads them cannot receive the reason.
     let (a, b) = tokio::io::duplex(1024);
     let mux = Mux::start(a, End::Listening, RTT, ());
     let (_unread, mut writer) = tokio::io::split(b);
@@ -487,7 +487,7 @@ async fn broken_rules_end_the_line() {
 }
 
 #[tokio::test]
-async fn garbage_ends_the_line() {
+async fn garbage_ends_the_connection() {
     for garbage in [
         &[0u8; 64][..],
         &[0xff; 64],
@@ -504,7 +504,7 @@ async fn garbage_ends_the_line() {
 }
 
 #[tokio::test]
-async fn tiny_frames_cost_no_more_than_their_bytes() {
+async fn tiny_frames_use_little_memory() {
     let (a, b) = tokio::io::duplex(1 << 20);
     let mux = Mux::start(a, End::Listening, RTT, ());
     let mut peer = Peer(b);
@@ -517,7 +517,7 @@ async fn tiny_frames_cost_no_more_than_their_bytes() {
     }
     peer.send(Kind::End, 1, &[]).await;
     let (_send, mut recv) = mux.accept().await.unwrap();
-    // Everything has come once the end has; it was joined on the way in.
+    // All data has arrived when the end has; it was joined on receipt.
     tokio::time::sleep(Duration::from_millis(300)).await;
     let first = recv.read_chunk(usize::MAX).await.unwrap().unwrap();
     let mut all = first.to_vec();

@@ -1,4 +1,4 @@
-//! Speaking to the server: sessions, bounded waits, the classes of its errors, rights and
+//! The connection to the server: sessions, time limits, the classes of its errors, permissions and
 //! migrations.
 
 use std::future::Future;
@@ -11,14 +11,14 @@ use super::{Postgres, password};
 use base::fault::{Fault, Reason};
 use base::limits::{LABEL_CONNECT_MAX, LABEL_LOCK_WAIT_MAX, LABEL_STATEMENT_MAX};
 
-/// Any number of our own: the lock under which the schema is made and migrated.
+/// An arbitrary number of our own: the advisory lock for creating and migrating the schema.
 const MIGRATION_LOCK: i64 = 0x7061_636b_686f_7273;
 const VERSION_MIN: u32 = 150_000;
 const DDL_LOCK_WAIT: Duration = Duration::from_millis(500);
 
-/// What holds in our sessions whatever the role or the database sets. A limit on a statement's or a
-/// transaction's time would end a long copy each time at the same place; every wait of ours has a
-/// limit of its own. A commit must be durable when it returns.
+/// The settings of our sessions, which override those of the role and the database. A time limit
+/// for statements or transactions would abort a long copy each time at the same place; all our
+/// waits have their own limits. A commit must be durable when it returns.
 fn session_settings(version: u32) -> String {
     let transaction_timeout = if version >= 170_000 {
         "SET transaction_timeout = 0;"
@@ -37,7 +37,7 @@ fn session_settings(version: u32) -> String {
 
 const NO_TIME_LIMITS: &str =
     "SET statement_timeout = 0; SET idle_in_transaction_session_timeout = 0";
-/// The same for one transaction: a pool between may give each transaction another session.
+/// The same for one transaction: a connection pool may run each transaction in another session.
 pub(super) const NO_TIME_LIMITS_HERE: &str =
     "SET LOCAL statement_timeout = 0; SET LOCAL idle_in_transaction_session_timeout = 0";
 
@@ -54,7 +54,7 @@ impl Postgres {
             Ok(Err(error)) => return Err(self.fault("connect", &error)),
             Err(_) => {
                 return Err(Fault::unreachable(format!(
-                    "{} did not answer in {} s",
+                    "{} did not respond within {} s",
                     self.place,
                     LABEL_CONNECT_MAX.as_secs()
                 )));
@@ -63,18 +63,18 @@ impl Postgres {
         let version = conn.server_version_num().unwrap_or(0);
         if version < VERSION_MIN {
             return Err(Fault::not_allowed(format!(
-                "{} is PostgreSQL {}; 15 or newer is needed",
+                "{} is PostgreSQL {}; version 15 or newer is required",
                 self.place,
                 version / 10_000
             ))
-            .with_next("name a newer server in [sink.labels]"));
+            .with_next("configure a newer server in [sink.labels]"));
         }
         self.run(&mut conn, "set up the session", session_settings(version))
             .await?;
         Ok(conn)
     }
 
-    /// A future of the driver, bounded in time, its error classed.
+    /// Waits for a future of the driver with a time limit, and classifies its error.
     pub(super) async fn within<T>(
         &self,
         what: &str,
@@ -84,14 +84,14 @@ impl Postgres {
         match tokio::time::timeout(limit, future).await {
             Ok(result) => result.map_err(|e| self.fault(what, &e)),
             Err(_) => Err(Fault::unreachable(format!(
-                "{} did not answer in {} s ({what})",
+                "{} did not respond within {} s ({what})",
                 self.place,
                 limit.as_secs()
             ))),
         }
     }
 
-    /// Runs statements without parameters. Only numbers of our own are ever put into them.
+    /// Runs statements without parameters. Only internal numbers are ever inserted into them.
     pub(super) async fn run(
         &self,
         conn: &mut PgConnection,
@@ -107,8 +107,8 @@ impl Postgres {
         Ok(())
     }
 
-    /// Runs a transaction that needs a lock which others may hold, so many times, each time waiting
-    /// only briefly: new readers queue up behind whoever waits for such a lock.
+    /// Runs a transaction that needs a lock which others may hold. Tries it up to `tries_max` times
+    /// and waits only briefly each time, because new readers queue behind a waiting lock.
     pub(super) async fn change_tables(
         &self,
         conn: &mut PgConnection,
@@ -132,7 +132,7 @@ impl Postgres {
                 Ok(Err(error)) => error,
                 Err(_) => {
                     return Err(Fault::unreachable(format!(
-                        "{} did not answer ({what})",
+                        "{} did not respond ({what})",
                         self.place
                     )));
                 }
@@ -155,21 +155,21 @@ impl Postgres {
     }
 
     pub(super) async fn close(&self, conn: PgConnection) {
-        // All is committed by now; a connection that cannot say goodbye is no fault.
+        // Everything is committed; an error while closing the connection is ignored.
         let _ = tokio::time::timeout(LABEL_CONNECT_MAX, conn.close()).await;
     }
 
-    /// Classes an error by its SQLSTATE (PostgreSQL documentation, appendix A).
+    /// Classifies an error by its SQLSTATE (PostgreSQL documentation, appendix A).
     pub(in crate::labels) fn fault(&self, what: &str, error: &sqlx::Error) -> Fault {
         let place = &self.place;
         let user = self.options.get_username();
         let Some(database) = error.as_database_error() else {
             return match error {
                 sqlx::Error::Io(e) => Fault::unreachable(format!("{place} cannot be reached ({what}): {e}")),
-                sqlx::Error::Tls(e) => Fault::unreachable(format!("{place}: no TLS connection ({what}): {e}"))
+                sqlx::Error::Tls(e) => Fault::unreachable(format!("{place}: the TLS connection failed ({what}): {e}"))
                     .with_next("check the server's certificate and sslmode/sslrootcert in the url of [sink.labels]"),
                 sqlx::Error::Configuration(e) => Fault::config(format!("{place}: {e}")),
-                sqlx::Error::Protocol(e) => Fault::unreachable(format!("{place} broke off ({what}): {e}")),
+                sqlx::Error::Protocol(e) => Fault::unreachable(format!("{place} closed the connection ({what}): {e}")),
                 other => Fault::internal(format!("{place} ({what}): {other}")),
             };
         };
@@ -180,32 +180,32 @@ impl Postgres {
                 "as the database's owner: GRANT CREATE ON DATABASE … TO {user}, or make {user} the owner of the schema packhorse"
             )),
             "3D000" => Fault::not_allowed(message).with_next(format!("create it as an administrator: CREATE DATABASE … OWNER {user}")),
-            "53100" => Fault::no_space(message).with_next("make room on the database's disk; the transfer goes on by itself"),
-            "40001" | "40P01" | "55P03" => Fault::unreachable(message).with_next("others hold locks there; this is tried again by itself"),
+            "53100" => Fault::no_space(message).with_next("free space on the database's disk; the transfer resumes automatically"),
+            "40001" | "40P01" | "55P03" => Fault::unreachable(message).with_next("other sessions hold locks; this is retried automatically"),
             "42P05" | "26000" => Fault::config(message)
                 .with_reason(Reason::SinkUnavailable)
-                .with_next("this is a pool in transaction mode: name the server itself in [sink.labels], or a pool in session mode"),
-            "25006" => Fault::unreachable(message).with_next("this server is read-only now (a standby?); this is tried again by itself"),
+                .with_next("this is a connection pool in transaction mode: configure the server itself or a pool in session mode in [sink.labels]"),
+            "25006" => Fault::unreachable(message).with_next("this server is read-only (possibly a standby); this is retried automatically"),
             c if c.starts_with("28") => Fault::not_allowed(message)
                 .with_next(format!("check the user {user} and the password_file in [sink.labels], and pg_hba.conf on the server")),
             "54001" => Fault::integrity(message),
             c if c.starts_with("22") || c.starts_with("23") => Fault::integrity(message),
-            // Insufficient resources, an operator's intervention, a connection's end, a time limit
-            // of the server's.
+            // Insufficient resources, operator intervention, a lost connection, a time limit of the
+            // server.
             c if ["53", "57", "58", "08", "25P"].iter().any(|class| c.starts_with(class)) => Fault::unreachable(message),
             c => Fault::internal(format!("{message} ({c})")),
         }
     }
 
-    /// Whether the schema is there at all; before the first commit it is not.
+    /// Whether the schema exists; it does not before the first commit.
     pub(super) async fn has_schema(&self, conn: &mut PgConnection) -> Result<bool, Fault> {
-        // Not to_regclass: that is an error for whoever may not look into the schema.
+        // `to_regclass` would fail for a role without access to the schema.
         let query = sqlx::query_scalar(
             "SELECT EXISTS (SELECT 1 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
              WHERE n.nspname = 'packhorse' AND c.relname = 'label_active')",
         );
         self.within(
-            "look for the schema",
+            "look up the schema",
             LABEL_STATEMENT_MAX,
             query.fetch_one(conn),
         )
@@ -222,23 +222,28 @@ impl Postgres {
         );
         let row = self
             .within(
-                "read the rights",
+                "read the permissions",
                 LABEL_STATEMENT_MAX,
                 query.fetch_one(conn),
             )
             .await?;
-        let get = |column: usize| {
+        let column_value = |column: usize| {
             row.try_get::<bool, _>(column)
-                .map_err(|e| self.fault("read the rights", &e))
+                .map_err(|e| self.fault("read the permissions", &e))
         };
         let user = self.options.get_username();
-        let (standby, exists, may_create, owns) = (get(0)?, get(1)?, get(2)?, get(3)?);
+        let (standby, exists, may_create, owns_tables) = (
+            column_value(0)?,
+            column_value(1)?,
+            column_value(2)?,
+            column_value(3)?,
+        );
         if standby {
             return Err(Fault::unreachable(format!(
-                "{} is a standby and cannot be written to",
+                "{} is a standby and is read-only",
                 self.place
             ))
-            .with_next("name the primary in [sink.labels]; this is tried again by itself"));
+            .with_next("configure the primary in [sink.labels]; this is retried automatically"));
         }
         if !may_create {
             let (what, grant) = if exists {
@@ -255,13 +260,13 @@ impl Postgres {
             ))
             .with_next(format!("as the database's owner: {grant}")));
         }
-        if !owns {
+        if !owns_tables {
             return Err(Fault::not_allowed(format!(
-                "{}: the tables in the schema packhorse belong to another user than {user}",
+                "{}: the tables in the schema packhorse do not belong to {user}",
                 self.place
             ))
             .with_next(format!(
-                "use that user in [sink.labels], or GRANT it TO {user}"
+                "use their owner in [sink.labels], or GRANT that role TO {user}"
             )));
         }
         Ok(())
@@ -269,8 +274,8 @@ impl Postgres {
 
     pub(super) async fn migrate(&self, conn: &mut PgConnection) -> Result<(), Fault> {
         let mut migrator = sqlx::migrate!("../../migrations/labels-postgres");
-        // In our own schema, whatever the search path is; two daemons that start at once are kept
-        // apart by our own lock, which covers the schema too.
+        // The schema does not depend on the search path. Two daemons that start at once are
+        // serialised by our own lock, which also covers the schema.
         migrator.set_locking(false);
         migrator.dangerous_set_table_name("packhorse.schema_migration");
         self.run(
@@ -279,12 +284,12 @@ impl Postgres {
             format!("SELECT pg_advisory_lock({MIGRATION_LOCK})"),
         )
         .await?;
-        // Asked first, because CREATE SCHEMA IF NOT EXISTS wants the right to create one even where
-        // it exists.
+        // Checked first, because CREATE SCHEMA IF NOT EXISTS requires the permission to create a
+        // schema even if it exists.
         let query = sqlx::query_scalar("SELECT to_regnamespace('packhorse') IS NOT NULL");
         let exists: bool = self
             .within(
-                "look for the schema",
+                "look up the schema",
                 LABEL_STATEMENT_MAX,
                 query.fetch_one(&mut *conn),
             )
@@ -302,10 +307,10 @@ impl Postgres {
             }
             Ok(Err(error)) => {
                 return Err(Fault::config(format!(
-                    "{}: the schema packhorse is not this program's, or newer than it: {error}",
+                    "{}: the schema packhorse was created by another program or by a newer version: {error}",
                     self.place
                 ))
-                .with_next("run the version of packhorse that made it, or a newer one"));
+                .with_next("run the version of packhorse that created it, or a newer one"));
             }
             Err(_) => {
                 return Err(Fault::unreachable(format!(
@@ -316,13 +321,13 @@ impl Postgres {
         }
         self.run(
             conn,
-            "give back the lock of migrations",
+            "release the lock of migrations",
             format!("SELECT pg_advisory_unlock({MIGRATION_LOCK})"),
         )
         .await
     }
 
-    /// Takes the lock of a label set for as long as the connection lives.
+    /// Takes the lock of a label set for the lifetime of the connection.
     pub(super) async fn lock_set(&self, conn: &mut PgConnection, set: &str) -> Result<(), Fault> {
         let query = sqlx::query("SELECT pg_advisory_lock(hashtextextended($1, 0))")
             .bind(format!("packhorse.labels/{set}"));

@@ -1,5 +1,5 @@
-//! The steps of a commit, and the dropping of what one left behind; the parent module tells the
-//! whole story.
+//! The steps of a commit, and the removal of leftovers. The parent module describes the complete
+//! procedure.
 
 use sqlx::PgConnection;
 use tokio::sync::mpsc;
@@ -9,21 +9,20 @@ use super::Postgres;
 use super::connect::NO_TIME_LIMITS_HERE;
 use crate::labels::canonical::{Table, read_annotations, read_classes, read_samples};
 use crate::labels::copy::CopyRows;
-use crate::labels::engine::{NewVersion, joined, pump};
+use crate::labels::engine::{NewVersion, join_thread, pump};
 use base::fault::{Fault, Reason};
 use base::limits::{
     LABEL_BATCH_BYTES, LABEL_DDL_TRIES_MAX, LABEL_SILENCE_MAX, LABEL_STATEMENT_MAX,
 };
 
-/// What tables of a version end with is appended to these.
+/// The partitioned tables; the suffix of a version is appended to their names.
 const PARTITIONED: [&str; 2] = ["packhorse.version_sample", "packhorse.annotation"];
-/// Stands between the name of a version that is being removed and its id; no version's name holds
-/// it.
-const GONE: char = '~';
-/// A transaction that has been open for longer than this may find no version active.
+/// Separates the name of a version that is being removed from its id; no version name contains it.
+const REMOVED_MARK: char = '~';
+/// A transaction that has been open for longer than this may find no active version.
 const PERIODS_KEPT: &str = "7 days";
 /// The statements that make a version the active one for every transaction that begins from now on.
-/// `now()` is the beginning of the transaction that they run in: later than the end of the one that
+/// `now()` is the start of their transaction, which is later than the end of the transaction that
 /// attached the partitions.
 fn activation(id: i64) -> String {
     let set = format!("(SELECT label_set_id FROM packhorse.label_version WHERE id = {id})");
@@ -54,13 +53,14 @@ impl Postgres {
             .await
     }
 
-    /// Hides a version from readers, in one small transaction that no reader can delay. When it was
-    /// the active one, the newest that is left becomes it: for transactions from then on, and only
-    /// from the end of every other period, so that none sees two. Its name is free from then on.
+    /// Hides a version from readers, in one small transaction that no reader can delay. If it was
+    /// the active one, the newest remaining version becomes active, only for transactions after the
+    /// end of all other periods, so that no transaction sees two versions. The name of the hidden
+    /// version can be used again.
     pub(super) async fn hide_version(&self, conn: &mut PgConnection, id: i64) -> Result<(), Fault> {
         let set = format!("(SELECT label_set_id FROM packhorse.label_version WHERE id = {id})");
         let hide = format!(
-            "BEGIN; UPDATE packhorse.label_version SET state = 'removing', version = split_part(version, '{GONE}', 1) || '{GONE}' || id
+            "BEGIN; UPDATE packhorse.label_version SET state = 'removing', version = split_part(version, '{REMOVED_MARK}', 1) || '{REMOVED_MARK}' || id
              WHERE id = {id};
              DELETE FROM packhorse.label_active WHERE version_id = {id};
              DELETE FROM packhorse.label_switch WHERE version_id = {id};
@@ -78,10 +78,14 @@ impl Postgres {
         self.run(conn, "hide the version", hide).await
     }
 
-    /// Drops what earlier commits and removals of this set left behind; what a reader holds stays
-    /// hidden, for the next commit. Gives back the version that stands attached with this digest
-    /// and only waits for its switch.
-    async fn clean(&self, conn: &mut PgConnection, new: &NewVersion) -> Result<Option<i64>, Fault> {
+    /// Drops the leftovers of earlier commits and removals of this set. What a reader uses stays
+    /// hidden until the next commit. Returns the version that is attached with this digest and only
+    /// waits for its switch.
+    async fn drop_leftovers(
+        &self,
+        conn: &mut PgConnection,
+        new: &NewVersion,
+    ) -> Result<Option<i64>, Fault> {
         let query = sqlx::query_as::<_, (i64, String, String, String)>(
             "SELECT v.id, v.version, v.manifest_digest, v.state FROM packhorse.label_version v
              JOIN packhorse.label_set s ON s.id = v.label_set_id WHERE s.name = $1 AND v.state <> 'ready'",
@@ -89,7 +93,7 @@ impl Postgres {
         .bind(&new.set);
         let rows = self
             .within(
-                "look for leftovers",
+                "look up leftovers",
                 LABEL_STATEMENT_MAX,
                 query.fetch_all(&mut *conn),
             )
@@ -99,7 +103,7 @@ impl Postgres {
             if state == "attached" && version == new.version && digest == new.digest.hex() {
                 attached = Some(id);
             } else {
-                tracing::info!(label_set = %new.set, version = %version, state = %state, "dropping what an earlier try left in the label database");
+                tracing::info!(label_set = %new.set, version = %version, state = %state, "dropping leftovers of an earlier attempt from the label database");
                 match self.drop_version(conn, id, 1).await {
                     Err(fault) if fault.reason == Reason::SinkUnavailable => {
                         self.hide_version(conn, id).await?;
@@ -111,7 +115,7 @@ impl Postgres {
         Ok(attached)
     }
 
-    /// Steps 2 and 3 of the module's description.
+    /// Steps 2 and 3 of the parent module's description.
     async fn copy_version(&self, conn: &mut PgConnection, new: &NewVersion) -> Result<i64, Fault> {
         let insert_set = sqlx::query(
             "INSERT INTO packhorse.label_set (name) VALUES ($1) ON CONFLICT (name) DO NOTHING",
@@ -137,8 +141,8 @@ impl Postgres {
                 insert.fetch_one(&mut *conn),
             )
             .await?;
-        // In a transaction of its own: LIKE locks the partitioned table until its end, and the load
-        // may take long.
+        // In a separate transaction: LIKE locks the partitioned table until the end of the
+        // transaction, and the load may take long.
         let create = PARTITIONED.map(|table| {
             format!(
                 "CREATE TABLE {table}_v{id} (LIKE {table}, CONSTRAINT one_version CHECK (version_id IS NOT NULL AND version_id = {id}))"
@@ -157,29 +161,29 @@ impl Postgres {
 
     /// Copies the rows into the empty tables of a version.
     async fn fill(&self, conn: &mut PgConnection, new: &NewVersion, id: i64) -> Result<(), Fault> {
-        // Truncated in the same transaction, so that COPY may write rows frozen: nothing has to
-        // touch them again later.
+        // Truncated in the same transaction, so that COPY may write frozen rows, which need no
+        // later processing.
         let begin = format!(
             "BEGIN; {NO_TIME_LIMITS_HERE}; TRUNCATE packhorse.version_sample_v{id}, packhorse.annotation_v{id}"
         );
-        self.run(conn, "begin the load", begin).await?;
+        self.run(conn, "start the load", begin).await?;
 
         let dir = new.dir.clone();
         let sql = "COPY packhorse.label_class (version_id, class_id, name, attrs) FROM STDIN WITH (FORMAT binary)";
         let (copied, classes) = self
-            .copy(conn, "copy the classes", sql, move |rows, give| {
+            .copy(conn, "copy the classes", sql, move |rows, send_batch| {
                 read_classes(&dir, &mut |class| {
                     rows.row(4)
                         .int(id)
                         .int(class.id)
                         .text(class.name)
                         .opt_text(class.attrs);
-                    rows.full().map_or(Ok(()), &mut *give)
+                    rows.full().map_or(Ok(()), &mut *send_batch)
                 })
             })
             .await?;
         new.check_count(Table::Classes, classes.len() as u64)?;
-        self.all_copied(Table::Classes, classes.len() as u64, copied)?;
+        self.check_all_copied(Table::Classes, classes.len() as u64, copied)?;
 
         let dir = new.dir.clone();
         let sql = format!(
@@ -187,7 +191,7 @@ impl Postgres {
              FROM STDIN WITH (FORMAT binary, FREEZE true)"
         );
         let (copied, samples) = self
-            .copy(conn, "copy the samples", &sql, move |rows, give| {
+            .copy(conn, "copy the samples", &sql, move |rows, send_batch| {
                 read_samples(&dir, &mut |no, sample| {
                     rows.row(8)
                         .int(id)
@@ -198,12 +202,12 @@ impl Postgres {
                         .opt_int(sample.height)
                         .opt_text(sample.split)
                         .opt_text(sample.meta);
-                    rows.full().map_or(Ok(()), &mut *give)
+                    rows.full().map_or(Ok(()), &mut *send_batch)
                 })
             })
             .await?;
         new.check_count(Table::Samples, samples)?;
-        self.all_copied(Table::Samples, samples, copied)?;
+        self.check_all_copied(Table::Samples, samples, copied)?;
 
         let dir = new.dir.clone();
         let sql = format!(
@@ -211,24 +215,29 @@ impl Postgres {
              FROM STDIN WITH (FORMAT binary, FREEZE true)"
         );
         let (copied, (annotations, rows_digest)) = self
-            .copy(conn, "copy the annotations", &sql, move |rows, give| {
-                read_annotations(&dir, &classes, &mut |no, sample_no, row| {
-                    rows.row(12)
-                        .int(id)
-                        .int(no.cast_signed())
-                        .int(sample_no.cast_signed())
-                        .opt_int(row.class)
-                        .text(row.kind);
-                    for value in row.bbox {
-                        rows.opt_float(value);
-                    }
-                    rows.opt_text(row.geom).opt_text(row.attrs).text(row.raw);
-                    rows.full().map_or(Ok(()), &mut *give)
-                })
-            })
+            .copy(
+                conn,
+                "copy the annotations",
+                &sql,
+                move |rows, send_batch| {
+                    read_annotations(&dir, &classes, &mut |no, sample_no, row| {
+                        rows.row(12)
+                            .int(id)
+                            .int(no.cast_signed())
+                            .int(sample_no.cast_signed())
+                            .opt_int(row.class)
+                            .text(row.kind);
+                        for value in row.bbox {
+                            rows.opt_float(value);
+                        }
+                        rows.opt_text(row.geom).opt_text(row.attrs).text(row.raw);
+                        rows.full().map_or(Ok(()), &mut *send_batch)
+                    })
+                },
+            )
             .await?;
         new.check_count(Table::Annotations, annotations)?;
-        self.all_copied(Table::Annotations, annotations, copied)?;
+        self.check_all_copied(Table::Annotations, annotations, copied)?;
 
         let finish = format!(
             "CREATE UNIQUE INDEX ON packhorse.version_sample_v{id} (sample_no);
@@ -245,20 +254,20 @@ impl Postgres {
         self.run(conn, "build the indexes", finish).await
     }
 
-    fn all_copied(&self, table: Table, sent: u64, copied: u64) -> Result<(), Fault> {
+    fn check_all_copied(&self, table: Table, sent: u64, copied: u64) -> Result<(), Fault> {
         if sent == copied {
             return Ok(());
         }
         Err(Fault::integrity(format!(
-            "{}: of {sent} rows of {} only {copied} arrived",
+            "{}: only {copied} of {sent} rows of {} were stored",
             self.place,
             table.file()
         )))
     }
 
-    /// One COPY, encoded on a thread of the sink. Gives back the rows that the server counted and
-    /// what `work` did. On any error the connection must be closed: the driver's COPY cannot be
-    /// taken up again.
+    /// One COPY, encoded on a thread of the sink. Returns the row count of the server and the
+    /// result of `work`. After any error the connection must be closed, because the driver cannot
+    /// continue its COPY.
     async fn copy<R, W>(
         &self,
         conn: &mut PgConnection,
@@ -276,24 +285,24 @@ impl Postgres {
             .within(what, LABEL_STATEMENT_MAX, conn.copy_in_raw(sql))
             .await?;
         let (mut batches, task): (mpsc::Receiver<Vec<u8>>, JoinHandle<_>) =
-            pump(&self.threads, move |give| {
+            pump(&self.threads, move |send_batch| {
                 let mut rows = CopyRows::new(LABEL_BATCH_BYTES);
-                let result = work(&mut rows, give)?;
-                give(rows.finish())?;
+                let result = work(&mut rows, send_batch)?;
+                send_batch(rows.finish())?;
                 Ok(result)
             });
         while let Some(batch) = batches.recv().await {
             self.within(what, LABEL_SILENCE_MAX, copy.send(batch))
                 .await?;
         }
-        let result = joined(task).await?;
+        let result = join_thread(task).await?;
         let copied = self
             .within(what, LABEL_STATEMENT_MAX, copy.finish())
             .await?;
         Ok((copied, result))
     }
 
-    /// Step 4 of the module's description.
+    /// Step 4 of the parent module's description.
     async fn attach(&self, conn: &mut PgConnection, id: i64) -> Result<(), Fault> {
         let attach = PARTITIONED.map(|table| {
             format!("ALTER TABLE {table} ATTACH PARTITION {table}_v{id} FOR VALUES IN ({id})")
@@ -306,9 +315,9 @@ impl Postgres {
             .await
     }
 
-    /// Step 5: the switch. The small tables are analysed because autovacuum leaves tables of a few
-    /// rows alone, and without that the planner does not see that one active version means one
-    /// partition.
+    /// Step 5: the switch. The small tables are analysed here, because autovacuum ignores tables
+    /// with few rows, and without statistics the planner does not recognise that one active version
+    /// means one partition.
     async fn switch(&self, conn: &mut PgConnection, id: i64) -> Result<(), Fault> {
         let sql = format!(
             "BEGIN; UPDATE packhorse.label_version SET state = 'ready', committed_at = now() WHERE id = {id}; {}; COMMIT;
@@ -345,7 +354,7 @@ impl Postgres {
                 Err(new.conflict(&held.digest))
             };
         }
-        let id = match self.clean(conn, new).await? {
+        let id = match self.drop_leftovers(conn, new).await? {
             Some(id) => id,
             None => {
                 let id = self.copy_version(conn, new).await?;
@@ -356,12 +365,12 @@ impl Postgres {
         self.switch(conn, id).await
     }
 
-    /// After a load that failed for good, on a fresh connection. Best effort: what this cannot
-    /// drop, the next commit will.
-    pub(super) async fn clean_after_failure(&self, new: &NewVersion) -> Result<(), Fault> {
+    /// Cleans up after a load that failed permanently, on a new connection. Best effort: the next
+    /// commit drops what remains.
+    pub(super) async fn drop_leftovers_after_failure(&self, new: &NewVersion) -> Result<(), Fault> {
         let mut conn = self.connect().await?;
         self.lock_set(&mut conn, &new.set).await?;
-        self.clean(&mut conn, new).await?;
+        self.drop_leftovers(&mut conn, new).await?;
         self.close(conn).await;
         Ok(())
     }

@@ -1,9 +1,9 @@
-//! Waiting for the locks of others: a second session looks who holds them, and whether ours is
-//! still alive.
+//! Waiting for locks of other sessions: a second session checks who holds them, and whether our
+//! session still exists.
 //!
-//! A statement that waits for a lock says nothing, and an error after the wait names nobody. So
-//! while a call runs longer than a moment, a session beside it asks the server by which sessions
-//! ours is blocked, and reports them with their application.
+//! A statement that waits for a lock reports nothing, and an error after the wait names no session.
+//! Therefore, while a call takes longer than a moment, a second session asks the server which
+//! sessions block ours, and reports them with their applications.
 
 use std::fmt::Write as _;
 use std::future::Future;
@@ -19,14 +19,14 @@ use base::limits::{
     LABEL_BLOCKED_REPORT_AFTER, LABEL_CONNECT_MAX, LABEL_UNREACHABLE_MAX, OFFENDERS_LISTED_MAX,
 };
 
-/// How often the second session looks.
+/// The interval of the checks.
 const LOOK_EVERY: Duration = Duration::from_millis(250);
-/// A call that was not blocked for this long continues. Longer than the pause between two tries for
-/// one lock.
-const CALM: Duration = Duration::from_secs(5);
+/// A call that was not blocked for this long is considered running again. Longer than the pause
+/// between two attempts for one lock.
+const UNBLOCKED_AFTER: Duration = Duration::from_secs(5);
 
-/// The sessions that hold what `$1` waits for, and whether `$1` is there at all. The application's
-/// name may be read by everybody.
+/// The sessions that hold what `$1` waits for, and whether `$1` exists. Every role can read the
+/// application name.
 const BLOCKERS: &str = "SELECT DISTINCT b.pid, coalesce(a.application_name, ''), coalesce(a.state, '')
     FROM unnest(pg_blocking_pids($1)) AS b(pid) LEFT JOIN pg_stat_activity a ON a.pid = b.pid ORDER BY 1";
 const ALIVE: &str = "SELECT EXISTS (SELECT 1 FROM pg_stat_activity WHERE pid = $1)";
@@ -34,19 +34,19 @@ const ALIVE: &str = "SELECT EXISTS (SELECT 1 FROM pg_stat_activity WHERE pid = $
 type Blocker = (i32, String, String);
 
 impl Postgres {
-    /// The server process of a session.
+    /// The process id of a session at the server.
     pub(super) async fn pid(&self, conn: &mut PgConnection) -> Result<i32, Fault> {
         self.within(
-            "read the session's number",
+            "read the session's process id",
             LABEL_CONNECT_MAX,
             sqlx::query_scalar("SELECT pg_backend_pid()").fetch_one(conn),
         )
         .await
     }
 
-    /// Does `work` in the session `pid`. Reports meanwhile who blocks it; the fault of a wait that
-    /// was too long names them too. Ends with a fault when the server has lost the session, or
-    /// cannot be reached any more.
+    /// Runs `work` in the session `pid`. Reports meanwhile which sessions block it; the fault of a
+    /// wait that was too long also names them. Fails if the server has lost the session or is no
+    /// longer reachable.
     pub(super) async fn watched<T>(
         &self,
         pid: i32,
@@ -59,7 +59,7 @@ impl Postgres {
             lost = self.watch(pid, waits) => Err(lost),
         };
         match (ended, waits.now()) {
-            // What it ended with is the wait itself, and the report says more of it.
+            // The call failed because of the wait, and the report contains more details.
             (Err(fault), Some(report)) if fault.reason == Reason::SinkUnavailable => Err(report),
             (ended, _) => {
                 waits.clear();
@@ -68,29 +68,29 @@ impl Postgres {
         }
     }
 
-    /// Looks until the session is lost; returns why.
+    /// Checks until the session is lost. Returns the reason.
     async fn watch(&self, pid: i32, waits: &Waits) -> Fault {
         sleep(LABEL_BLOCKED_REPORT_AFTER).await;
-        let mut beside: Option<PgConnection> = None;
-        let mut answered = Instant::now();
+        let mut second_session: Option<PgConnection> = None;
+        let mut last_answer = Instant::now();
         let mut blocked: Option<Instant> = None;
         loop {
-            let found = match self.look(&mut beside, pid).await {
+            let found = match self.look(&mut second_session, pid).await {
                 Ok(None) => {
                     return Fault::unreachable(format!(
-                        "{}: the server ended the session of this delivery",
+                        "{}: the server terminated the session of this delivery",
                         self.place
                     ));
                 }
                 Ok(Some(found)) => {
-                    answered = Instant::now();
+                    last_answer = Instant::now();
                     found
                 }
                 Err(fault) => {
-                    beside = None;
-                    // One that has no session left for us may still work on the first.
+                    second_session = None;
+                    // A server without a free session for us may still process the first one.
                     if fault.reason == Reason::SinkUnavailable {
-                        if answered.elapsed() >= LABEL_UNREACHABLE_MAX {
+                        if last_answer.elapsed() >= LABEL_UNREACHABLE_MAX {
                             return fault;
                         }
                         waits.report(fault);
@@ -102,7 +102,7 @@ impl Postgres {
             if !found.is_empty() {
                 blocked = Some(Instant::now());
                 waits.report(self.blocked_by(&found));
-            } else if blocked.is_none_or(|at| at.elapsed() >= CALM) {
+            } else if blocked.is_none_or(|at| at.elapsed() >= UNBLOCKED_AFTER) {
                 blocked = None;
                 waits.clear();
             }
@@ -110,15 +110,15 @@ impl Postgres {
         }
     }
 
-    /// Who blocks the session; `None` when the server does not have it.
+    /// The sessions that block the session; `None` if the server does not have it.
     async fn look(
         &self,
-        beside: &mut Option<PgConnection>,
+        second_session: &mut Option<PgConnection>,
         pid: i32,
     ) -> Result<Option<Vec<Blocker>>, Fault> {
-        let conn = match beside {
+        let conn = match second_session {
             Some(conn) => conn,
-            None => beside.insert(self.connect().await?),
+            None => second_session.insert(self.connect().await?),
         };
         let look = async {
             let alive: bool = sqlx::query_scalar(ALIVE)
@@ -132,9 +132,9 @@ impl Postgres {
             sqlx::Result::Ok(alive.then_some(found))
         };
         match timeout(LABEL_CONNECT_MAX, look).await {
-            Ok(result) => result.map_err(|e| self.fault("look for locks", &e)),
+            Ok(result) => result.map_err(|e| self.fault("look up locks", &e)),
             Err(_) => Err(Fault::unreachable(format!(
-                "{} did not answer in {} s (look for locks)",
+                "{} did not respond within {} s (look up locks)",
                 self.place,
                 LABEL_CONNECT_MAX.as_secs()
             ))),
@@ -169,7 +169,7 @@ impl Postgres {
             format!("SELECT pg_terminate_backend({pid})")
         });
         Fault::unreachable(format!("{}: the delivery waits for a lock that another session holds: {who}", self.place)).with_next(format!(
-            "end that transaction, or as an administrator of the database: {end}; then the delivery continues on its own"
+            "end that transaction, or as an administrator of the database: {end}; then the delivery resumes automatically"
         ))
     }
 }

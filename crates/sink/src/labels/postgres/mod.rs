@@ -1,38 +1,34 @@
-//! Labels in PostgreSQL ≥ 15: one partition a version, loaded beside the readers and switched to in
-//! one row.
+//! Labels in PostgreSQL ≥ 15: one partition per version. It is loaded while readers use other
+//! versions, and activated by changing one row.
 //!
 //! # A commit
-//! 1. A dedicated connection takes the session advisory lock of the label set, so that one commit
-//!    at a time works on
-//!    it, and drops what an earlier one left behind.
+//! 1. A dedicated connection takes the session advisory lock of the label set, so that only one
+//! commit at a time works on it, and drops the leftovers of earlier commits.
 //! 2. `label_version` gets a row in the state `loading`; its id names two tables,
-//!    `version_sample_v<id>` and
-//!    `annotation_v<id>`, with a CHECK on that id.
-//! 3. One transaction empties them, copies the rows in (binary, frozen), counts, builds the indexes
-//!    and analyses.
-//! 4. A second attaches them as partitions: thanks to the CHECK without a scan. The views do not
-//!    show them yet.
+//! `version_sample_v<id>` and `annotation_v<id>`, with a CHECK on that id.
+//! 3. One transaction truncates them, copies the rows (binary, frozen), counts, builds the indexes
+//! and analyses.
+//! 4. A second transaction attaches them as partitions; because of the CHECK, this needs no scan.
+//! The views do not show them yet.
 //! 5. A third transaction sets the state to `ready` and changes the one row in `label_active`: the
-//!    switch. In `label_switch` it ends the
-//!    period of the old version and begins that of the new one.
+//! switch. In `label_switch` it ends the period of the old version and starts that of the new one.
 //!
-//! **No commit waits for readers.** A session that already holds a lock on the partitioned table
-//! does not learn of a new partition before its transaction ends; it would find no rows of a
-//! version attached since. So the view of active versions compares the periods in `label_switch`
-//! with the time at which the reader's transaction began: one that began before step 5 reads the
-//! old version until it ends, every later one knows the partition. What needs a lock that readers
-//! hold, the dropping of old tables, is left to a later commit.
+//! **No commit waits for readers.** A session with a lock on the partitioned table does not see a
+//! new partition before its transaction ends, and would find no rows of a version that was attached
+//! since. Therefore the view of active versions compares the periods in `label_switch` with the
+//! start of the reader's transaction. A transaction that began before step 5 reads the old version
+//! until it ends; every later one sees the partition. Operations that need a lock which readers
+//! hold, such as dropping old tables, are left to a later commit.
 //!
-//! A crash before step 4 leaves a `loading` row and tables that the next commit of the set drops;
-//! after it, the next commit goes on at step 5. No DEFAULT partition: with one, each attach would
-//! scan it.
+//! A crash before step 4 leaves a `loading` row and tables, which the next commit of the set drops.
+//! After a crash later than that, the next commit continues with step 5. There is no DEFAULT
+//! partition: with one, each attach would scan it.
 //!
-//! Every operation has a connection of its own, closed afterwards: they are rare, a COPY that fails
-//! cannot poison a pool, and a changed password file is read anew. The server ends a session whose
-//! network is gone within a minute, so that its advisory lock does not outlive it.
+//! Every operation uses its own connection and closes it: operations are rare, a failed COPY cannot
+//! damage a pool, and a changed password file is read. The server ends a session whose network is
+//! lost within a minute, so that its advisory lock is released.
 //!
-//! Whoever reads needs `USAGE` on the schema `packhorse` and `SELECT` on its two views, nothing
-//! more.
+//! A reader needs only `USAGE` on the schema `packhorse` and `SELECT` on its two views.
 
 mod connect;
 mod load;
@@ -70,16 +66,16 @@ const EXPORT_ANNOTATIONS: &str = "SELECT n.ann_no, i.path, n.class_id, n.kind, n
     FROM packhorse.annotation n JOIN packhorse.version_sample i ON i.sample_no = n.sample_no AND i.version_id = $1
     WHERE n.version_id = $1 ORDER BY n.ann_no";
 
-/// A PostgreSQL database; nothing is open between two calls.
+/// A PostgreSQL database. No connection is open between two calls.
 pub(super) struct Postgres {
     options: PgConnectOptions,
     password_file: Option<PathBuf>,
-    /// `postgres://host:port/db`, for people.
+    /// `postgres://host:port/db`, for messages.
     place: String,
     threads: Threads,
 }
 
-/// Reads the secret that a file holds, without the line end that editors add.
+/// Reads the secret in a file, without the line end that editors add.
 fn password(file: &Path) -> std::io::Result<String> {
     Ok(
         base::durable::read_regular_text(file, base::limits::SECRET_BYTES_MAX)?
@@ -107,14 +103,14 @@ impl Postgres {
             || url.contains("password=");
         if in_url {
             return Err(
-                Fault::config("the url of [sink.labels] holds a password").with_next(
-                    "put the password in a file of mode 0600 and name it as password_file",
+                Fault::config("the url of [sink.labels] contains a password").with_next(
+                    "write the password to a file with mode 0600 and set password_file to its path",
                 ),
             );
         }
-        // The parser's own error could repeat the URL.
+        // The error of the parser could contain the URL.
         let options = PgConnectOptions::from_str(url)
-            .map_err(|_| Fault::config("the url of [sink.labels] is not of the form postgres://user@host:port/database"))?
+            .map_err(|_| Fault::config("the url of [sink.labels] does not have the form postgres://user@host:port/database"))?
             .application_name("packhorse")
             .disable_statement_logging();
         if let Some(file) = password_file {
@@ -151,7 +147,7 @@ impl Postgres {
         let query = sqlx::query(HELD).bind(set).bind(version);
         let row = self
             .within(
-                "look for the version",
+                "look up the version",
                 LABEL_STATEMENT_MAX,
                 query.fetch_optional(conn),
             )
@@ -168,7 +164,7 @@ impl Postgres {
         };
         row.map(held)
             .transpose()
-            .map_err(|e| self.fault("look for the version", &e))
+            .map_err(|e| self.fault("look up the version", &e))
     }
 
     async fn export_on(
@@ -178,13 +174,13 @@ impl Postgres {
         version: &str,
         out: mpsc::Sender<Rows>,
     ) -> Result<StoredVersion, Fault> {
-        // The lock comes before the snapshot: so a removal either is seen by it, or waits until the
-        // export has ended.
+        // The lock comes before the snapshot: a removal is either visible in the snapshot, or waits
+        // until the end of the export.
         let begin = format!(
             "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; {NO_TIME_LIMITS_HERE};
              LOCK TABLE packhorse.version_sample, packhorse.annotation IN ACCESS SHARE MODE"
         );
-        self.run(conn, "begin the export", begin).await?;
+        self.run(conn, "start the export", begin).await?;
         let Some((id, held)) = self.held_on(conn, set, version).await? else {
             return Err(not_held(set, version));
         };
@@ -253,21 +249,22 @@ impl Postgres {
         let what = "run the query";
         self.run(
             conn,
-            "begin the query",
+            "start the query",
             "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY".into(),
         )
         .await?;
-        let prepare = (&mut *conn).prepare(AssertSqlSafe(query::bare(sql)).into_sql_str());
+        let prepare =
+            (&mut *conn).prepare(AssertSqlSafe(query::without_semicolon(sql)).into_sql_str());
         let prepared = match tokio::time::timeout(LABEL_STATEMENT_MAX, prepare).await {
             Ok(prepared) => prepared.map_err(|e| self.fault_of_query(&e))?,
             Err(_) => {
                 return Err(Fault::unreachable(format!(
-                    "{} did not answer ({what})",
+                    "{} did not respond ({what})",
                     self.place
                 )));
             }
         };
-        // As text, which is exact for every type, numbers included.
+        // As text, which is exact for every type, including numbers.
         let plan = query::plan(
             sql,
             prepared.columns().iter().map(|column| column.name()),
@@ -280,7 +277,7 @@ impl Postgres {
                 Ok(row) => row.map_err(|e| self.fault_of_query(&e))?,
                 Err(_) => {
                     return Err(Fault::unreachable(format!(
-                        "{} did not answer ({what})",
+                        "{} did not respond ({what})",
                         self.place
                     )));
                 }
@@ -292,18 +289,18 @@ impl Postgres {
                 cells[*column] = text.and_then(|text| serde_json::to_string(text).ok());
             }
             if let Some(full) = batch.push(cells)? {
-                out.send(full).await.map_err(|_| query::unread())?;
+                out.send(full).await.map_err(|_| query::reader_gone())?;
             }
         }
         drop(rows);
         out.send(batch.finish())
             .await
-            .map_err(|_| query::unread())?;
+            .map_err(|_| query::reader_gone())?;
         self.run(conn, "end the query", "COMMIT".into()).await
     }
 
-    /// What the user's own statement does wrong is not the server's trouble: syntax, names and
-    /// rights (42), values (22), writing (25006, 0A000), several statements in one (42601).
+    /// Errors of the user's own statement are not errors of the server: syntax, names and
+    /// permissions (42), values (22), writing (25006, 0A000), several statements in one (42601).
     fn fault_of_query(&self, error: &sqlx::Error) -> Fault {
         let code = error
             .as_database_error()
@@ -316,7 +313,7 @@ impl Postgres {
             .any(|class| code.starts_with(class))
             || code == "25006"
         {
-            query::users(fault)
+            query::as_query_fault(fault)
         } else {
             fault
         }
@@ -390,7 +387,7 @@ impl Engine for Postgres {
         };
         self.close(conn).await;
         Ok(format!(
-            "{}: PostgreSQL {}.{}, {held} label versions held",
+            "{}: PostgreSQL {}.{}, {held} label versions stored",
             self.place,
             version / 10_000,
             version % 10_000
@@ -421,9 +418,11 @@ impl Engine for Postgres {
             }
             Err(fault) => {
                 drop(conn);
-                let down = fault.reason == Reason::SinkUnavailable;
-                if !down && let Err(left) = self.clean_after_failure(new).await {
-                    tracing::warn!(error = %left, "what a failed load left in the label database is dropped at the next commit");
+                let is_unavailable = fault.reason == Reason::SinkUnavailable;
+                if !is_unavailable
+                    && let Err(cleanup_fault) = self.drop_leftovers_after_failure(new).await
+                {
+                    tracing::warn!(error = %cleanup_fault, "the next commit drops the leftovers of a failed load in the label database");
                 }
                 Err(fault)
             }
@@ -481,7 +480,7 @@ impl Engine for Postgres {
             return Ok(());
         }
         self.lock_set(&mut conn, set).await?;
-        // An earlier removal may have hidden it, and so given it another name.
+        // An earlier removal may have hidden and therefore renamed it.
         let query = sqlx::query_as::<_, (i64, String)>(
             "SELECT v.id, v.state FROM packhorse.label_version v JOIN packhorse.label_set s ON s.id = v.label_set_id
              WHERE s.name = $1 AND split_part(v.version, '~', 1) = $2",
@@ -490,7 +489,7 @@ impl Engine for Postgres {
         .bind(version);
         for (id, state) in self
             .within(
-                "look for the version",
+                "look up the version",
                 LABEL_STATEMENT_MAX,
                 query.fetch_all(&mut conn),
             )

@@ -1,4 +1,4 @@
-//! Label databases of both engines, for the tests of this crate and of those that use it.
+//! Label databases of both engines, for the tests of this crate and of crates that use it.
 
 #![expect(
     clippy::unwrap_used,
@@ -19,7 +19,7 @@ use self::server::{PASSWORD, Server, server};
 use super::{LabelsSink, open};
 use crate::settings;
 
-/// A sink over a database of its own, and a way to look at that database from outside.
+/// A sink with its own database, and direct access to that database.
 pub struct Bench {
     pub sink: Arc<LabelsSink>,
     pub data: tempfile::TempDir,
@@ -56,7 +56,7 @@ impl Bench {
         }
     }
 
-    /// A table or view by the name that it has in this engine.
+    /// The name of a table or view in this engine.
     pub fn table(&self, name: &str) -> String {
         match &self.db {
             Db::Postgres(..) => format!("packhorse.{name}"),
@@ -64,7 +64,7 @@ impl Bench {
         }
     }
 
-    /// Runs SQL from outside. `{}` in it stands for the schema.
+    /// Runs SQL directly. `{}` in it is replaced by the schema.
     pub async fn sql(&self, sql: &str) {
         let sql = sql.replace("{}", &self.table(""));
         match &self.db {
@@ -85,7 +85,7 @@ impl Bench {
         }
     }
 
-    /// The one number that a query gives.
+    /// The single number that a query returns.
     pub async fn number(&self, sql: &str) -> i64 {
         let sql = sql.replace("{}", &self.table(""));
         match &self.db {
@@ -105,13 +105,13 @@ impl Bench {
         }
     }
 
-    /// Annotations in the active version.
+    /// The number of annotations in the active version.
     pub async fn current(&self) -> i64 {
         self.number("SELECT count(*) FROM {}current_annotations WHERE label_set = 'aoi-line3'")
             .await
     }
 
-    /// Tables of versions beside those of the versions held.
+    /// The number of tables that belong to no stored version.
     pub async fn leftovers(&self) -> i64 {
         let versions = self.number("SELECT count(*) FROM {}label_version").await;
         match &self.db {

@@ -1,5 +1,5 @@
-//! A real PostgreSQL of the tests' own: on a free loopback port and a Unix socket, shared by the
-//! tests of a process, gone with it, its folder too.
+//! A real PostgreSQL server for the tests: on a free loopback port and a Unix socket. The tests of
+//! a process share it; it ends with the process, and its directory is removed.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -13,10 +13,10 @@ pub struct Server {
     pub port: u16,
 }
 
-/// The password of every role that the tests make.
+/// The password of every role that the tests create.
 pub const PASSWORD: &str = "correct horse";
 
-/// The server of this process; started by the first who asks.
+/// The server of this process, started at first use.
 pub fn server() -> &'static Server {
     static SERVER: OnceLock<Server> = OnceLock::new();
     SERVER.get_or_init(start)
@@ -40,7 +40,7 @@ fn newest_bin() -> PathBuf {
     found.pop().expect(missing).1
 }
 
-/// A command as a user that postgres accepts: it refuses root.
+/// Runs a command as a user that postgres accepts, because it rejects root.
 fn as_postgres(program: &Path) -> Command {
     let mut command = Command::new("setpriv");
     if rustix::process::geteuid().is_root() {
@@ -96,14 +96,14 @@ fn start() -> Server {
         "initdb: {}",
         String::from_utf8_lossy(&initdb.stderr)
     );
-    // The shell outlives this process for a moment, to stop the server and to take its folder away.
+    // The shell outlives this process briefly, to stop the server and remove its directory.
     let script = r#"trap 'kill -INT $pid' TERM
         "$1/postgres" -D "$2/data" -k "$2" -p "$3" -c listen_addresses=127.0.0.1 -c fsync=off -c max_connections=60 \
             -c log_min_messages=fatal >"$2/log" 2>&1 & pid=$!
         wait $pid; wait $pid; rm -rf "$2""#;
     let (bin_arg, dir_arg) = (bin.clone(), dir.clone());
-    // A thread of its own: the signal of the parent's death is sent when the starting thread ends,
-    // not the process.
+    // Started on a separate thread: the death signal of the parent is sent when the starting thread
+    // ends, not the process.
     std::thread::spawn(move || {
         let mut command = Command::new("setpriv");
         if rustix::process::geteuid().is_root() {
@@ -149,7 +149,7 @@ fn start() -> Server {
 }
 
 impl Server {
-    /// Runs SQL as the superuser; gives back what psql prints, fields separated by `|`.
+    /// Runs SQL as the superuser. Returns the output of psql, fields separated by `|`.
     pub fn psql(&self, database: &str, sql: &str) -> String {
         let output = Command::new(self.bin.join("psql"))
             .args([
@@ -179,7 +179,7 @@ impl Server {
             .to_owned()
     }
 
-    /// A new database that belongs to the role `packhorse`.
+    /// Creates a database that belongs to the role `packhorse`.
     pub fn database(&self) -> String {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         let name = format!("labels_{}", NEXT.fetch_add(1, Ordering::Relaxed));
@@ -190,12 +190,12 @@ impl Server {
         name
     }
 
-    /// Its URL over TCP, where a password is asked for.
+    /// The URL over TCP, which requires a password.
     pub fn url(&self, user: &str, database: &str) -> String {
         format!("postgres://{user}@127.0.0.1:{}/{database}", self.port)
     }
 
-    /// Its URL over the Unix socket, as the superuser.
+    /// The URL over the Unix socket, as the superuser.
     pub fn admin_url(&self, database: &str) -> String {
         format!(
             "postgres:///{database}?host={}&port={}&user=postgres",

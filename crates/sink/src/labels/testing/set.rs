@@ -1,5 +1,5 @@
-//! Label sets for the tests, in canonical form, with what is hard to carry: names in Chinese,
-//! escapes, repeated and unordered keys, numbers that a parser would rewrite, rows without a class.
+//! Label sets for tests, in canonical form, with difficult content: names in Chinese, escapes,
+//! repeated and unordered keys, numbers that a parser would change, rows without a class.
 
 use std::path::{Path, PathBuf};
 
@@ -30,8 +30,8 @@ fn lines<T: serde::Serialize>(rows: &[T]) -> String {
 }
 
 impl Set {
-    /// `samples` samples with about `each` annotations (some have none), each record `padding`
-    /// bytes longer than need be.
+    /// `samples` samples with about `each` annotations (some have none); each record has `padding`
+    /// additional bytes.
     pub fn new(seed: u64, samples: usize, each: usize, padding: usize) -> Self {
         let classes: Vec<ClassRow> = ["scratch", "划痕", "a \"quoted\"\tname", "dead pixel"]
             .iter()
@@ -44,7 +44,7 @@ impl Set {
                     .flatten(),
             })
             .collect();
-        // In bytes "line-2" stands before "line/…"; in manifest order it does not.
+        // In byte order "line-2" comes before "line/…"; in manifest order it does not.
         let mut paths: Vec<RelPath> = (0..samples)
             .map(|i| {
                 format!("{}/面板 {i:07}.png", ["line", "line-2", "线3"][i % 3])
@@ -121,7 +121,7 @@ impl Set {
         }
     }
 
-    /// Panics unless the folder holds these very bytes.
+    /// Panics unless the directory contains exactly these bytes.
     pub fn assert_at(&self, dir: &Path) {
         for (name, text) in self.files() {
             let found = std::fs::read_to_string(dir.join(name)).unwrap();
@@ -132,7 +132,7 @@ impl Set {
         }
     }
 
-    /// How the engine would announce it under this version.
+    /// The incoming artifact for this version, as the transfer engine passes it.
     pub fn incoming(&self, version: &str) -> Incoming {
         let count = |text: &str| text.lines().count() as u64;
         let info = LabelsInfo {
@@ -164,7 +164,7 @@ impl Set {
         }
     }
 
-    /// Stages it, as the engine does before a commit.
+    /// Stages the set, as the transfer engine does before a commit.
     pub fn stage(&self, sink: &LabelsSink, version: &str) -> (Incoming, PathBuf) {
         let incoming = self.incoming(version);
         let staged = incoming.transfer.in_dir(sink.staging_root());

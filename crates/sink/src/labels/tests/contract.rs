@@ -1,4 +1,4 @@
-//! What every engine must do, run on each.
+//! The contract of every engine, run on each.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -15,17 +15,17 @@ use base::fault::{Code, Reason, Retry};
 
 crate::on_both!(
     commits_what_the_views_show,
-    commits_again_without_a_change,
-    refuses_other_content_under_the_same_version,
-    goes_on_after_a_crash,
-    an_aborted_commit_leaves_the_next_one_free,
+    a_repeated_commit_changes_nothing,
+    refuses_different_content_under_the_same_version,
+    continues_after_a_crash,
+    an_aborted_commit_does_not_block_the_next,
     a_commit_waits_for_the_rename_of_an_aborted_one,
     readers_see_the_old_version_or_the_new,
     refuses_bad_rows_and_leaves_nothing,
     activates_and_removes,
-    exports_the_bytes_that_came_in,
+    exports_the_original_bytes,
     exports_an_empty_set,
-    verify_finds_what_was_tampered_with,
+    verify_finds_changed_rows,
     many_rows_in_bounded_memory,
     two_sets_at_once,
 );
@@ -34,7 +34,7 @@ async fn commit(bench: &Bench, set: &Set, version: &str) -> StorageLocation {
     let (incoming, staged) = set.stage(&bench.sink, version);
     bench.sink.check(&incoming).await.unwrap();
     let landed = bench.sink.commit(&incoming, &staged).await.unwrap();
-    assert!(!staged.exists(), "the staged folder is still there");
+    assert!(!staged.exists(), "the staging directory still exists");
     landed.place
 }
 
@@ -108,7 +108,7 @@ async fn commits_what_the_views_show(bench: Bench) {
         .await;
     assert!(beyond.is_err());
     let probed = bench.sink.probe().await.unwrap();
-    assert!(probed.contains("1 label versions held"), "{probed}");
+    assert!(probed.contains("1 label versions stored"), "{probed}");
     assert!(
         bench
             .sink
@@ -123,13 +123,13 @@ async fn commits_what_the_views_show(bench: Bench) {
     );
 }
 
-async fn commits_again_without_a_change(bench: Bench) {
+async fn a_repeated_commit_changes_nothing(bench: Bench) {
     let set = Set::new(1, 9, 3, 0);
     let place = commit(&bench, &set, "v1").await;
     commit(&bench, &Set::new(2, 12, 3, 0), "v2").await;
-    // Staged once more, as when the journal was lost.
+    // Staged once more, as after a lost journal.
     assert_eq!(commit(&bench, &set, "v1").await, place);
-    // Not staged any more, as after a crash behind the rename.
+    // No longer staged, as after a crash after the rename.
     let incoming = set.incoming("v1");
     let landed = bench
         .sink
@@ -153,7 +153,7 @@ async fn commits_again_without_a_change(bench: Bench) {
     assert_eq!(bench.leftovers().await, 0);
 }
 
-async fn refuses_other_content_under_the_same_version(bench: Bench) {
+async fn refuses_different_content_under_the_same_version(bench: Bench) {
     let set = Set::new(1, 9, 3, 0);
     commit(&bench, &set, "v1").await;
     let (incoming, staged) = Set::new(2, 9, 3, 0).stage(&bench.sink, "v1");
@@ -184,11 +184,11 @@ async fn refuses_other_content_under_the_same_version(bench: Bench) {
     );
 }
 
-async fn goes_on_after_a_crash(bench: Bench) {
+async fn continues_after_a_crash(bench: Bench) {
     let set = Set::new(1, 30, 5, 0);
     bench.sink.check(&set.incoming("v1")).await.unwrap();
     if let Db::Postgres(..) = &bench.db {
-        // What a daemon leaves that dies while it copies.
+        // What a daemon leaves that dies during the copy.
         bench.sql("SET ROLE packhorse; INSERT INTO {}label_set (name) VALUES ('aoi-line3');
             INSERT INTO {}label_version (label_set_id, version, manifest_digest, state) VALUES (1, 'v1', 'x', 'loading'), (1, 'v0', 'y', 'removing');
             CREATE TABLE {}annotation_v1 (LIKE {}annotation); CREATE TABLE {}version_sample_v1 (LIKE {}version_sample);
@@ -204,7 +204,7 @@ async fn goes_on_after_a_crash(bench: Bench) {
     assert_eq!(bench.leftovers().await, 0);
 }
 
-async fn an_aborted_commit_leaves_the_next_one_free(bench: Bench) {
+async fn an_aborted_commit_does_not_block_the_next(bench: Bench) {
     let set = Set::new(1, 2_000, 5, 100);
     let (incoming, staged) = set.stage(&bench.sink, "v1");
     bench.sink.check(&incoming).await.unwrap();
@@ -237,21 +237,21 @@ async fn a_commit_waits_for_the_rename_of_an_aborted_one(bench: Bench) {
     let kept = bench.data.path().join("labels/aoi-line3/v1");
     let (go, told) = std::sync::mpsc::sync_channel::<()>(1);
     let (from, to) = (staged.clone(), kept.clone());
-    let rename = bench.sink.change_kept(move || {
+    let rename = bench.sink.change_stored(move || {
         let _ = told.recv();
         durable::create_dir_all(to.parent().unwrap())?;
         durable::rename_noreplace(&from, &to)
     });
-    // Begun, and dropped.
+    // Started, then dropped.
     assert!(rename.now_or_never().is_none());
     let mut commit = bench.sink.commit(&incoming, &staged);
-    // Without the wait it takes a fraction of this, and removes and loads the rows while the files
-    // are about to go.
+    // Without the wait, this takes a fraction of the time, and removes and loads the rows while the
+    // files are about to disappear.
     assert!(
         tokio::time::timeout(Duration::from_secs(1), &mut commit)
             .await
             .is_err(),
-        "it did not wait"
+        "the commit did not wait"
     );
     go.send(()).unwrap();
     commit.await.unwrap();
@@ -278,10 +278,14 @@ async fn readers_see_the_old_version_or_the_new(bench: Bench) {
         let counts = counts.clone();
         let read = move |(rows, versions, seeds): (i64, i64, i64), last: &mut usize| {
             let at = counts.iter().position(|c| *c == rows);
-            assert!(at.is_some(), "{rows} rows: of no version");
+            assert!(at.is_some(), "{rows} rows that belong to no version");
             let at = at.unwrap();
-            assert_eq!((versions, seeds), (1, 1), "rows of two versions at once");
-            assert!(at >= *last, "an older version came back");
+            assert_eq!(
+                (versions, seeds),
+                (1, 1),
+                "rows of two versions at the same time"
+            );
+            assert!(at >= *last, "an older version became visible again");
             *last = at;
             at + 1 == counts.len()
         };
@@ -329,7 +333,7 @@ async fn readers_see_the_old_version_or_the_new(bench: Bench) {
         .await
         .unwrap()
         .unwrap();
-    assert!(reads > 3, "only {reads} reads happened beside the commits");
+    assert!(reads > 3, "only {reads} reads happened during the commits");
 }
 
 async fn refuses_bad_rows_and_leaves_nothing(bench: Bench) {
@@ -343,7 +347,7 @@ async fn refuses_bad_rows_and_leaves_nothing(bench: Bench) {
         ("which is not in samples.jsonl", |s| {
             s.annotations = s.annotations.replacen("面板 0000003", "面板 9999999", 1);
         }),
-        ("is cut off", |s| {
+        ("is truncated", |s| {
             s.annotations.truncate(s.annotations.len() - 1);
         }),
         ("is not an annotation", |s| {
@@ -363,7 +367,7 @@ async fn refuses_bad_rows_and_leaves_nothing(bench: Bench) {
                 .annotations
                 .replacen("\"kind\":\"bbox\"", "\"kind\":\"cube\"", 1);
         }),
-        ("stands out of order", |s| {
+        ("is out of order", |s| {
             s.annotations = s
                 .annotations
                 .lines()
@@ -387,10 +391,10 @@ async fn refuses_bad_rows_and_leaves_nothing(bench: Bench) {
                 1,
             );
         }),
-        ("out of order or twice", |s| {
+        ("out of order or repeated", |s| {
             s.samples = s.samples.lines().rev().map(|l| format!("{l}\n")).collect();
         }),
-        ("has a bad path", |s| {
+        ("has an invalid path", |s| {
             s.samples = s
                 .samples
                 .replacen("{\"path\":\"line/", "{\"path\":\"../", 1);
@@ -401,10 +405,10 @@ async fn refuses_bad_rows_and_leaves_nothing(bench: Bench) {
         ("NUL in its split", |s| {
             s.samples = s.samples.replacen("\"split\":\"", "\"split\":\"\\u0000", 1);
         }),
-        ("name \"scratch\" of another class", |s| {
+        ("name \"scratch\", which another class also has", |s| {
             s.classes = s.classes.replace("划痕", "scratch");
         }),
-        ("out of order or twice", |s| {
+        ("out of order or repeated", |s| {
             s.classes = s.classes.replacen("\"id\":3,", "\"id\":0,", 1);
         }),
     ];
@@ -431,7 +435,7 @@ async fn refuses_bad_rows_and_leaves_nothing(bench: Bench) {
     }
     assert_eq!(bench.current().await, good.count());
     assert!(!bench.data.path().join("labels/aoi-line3/v2").exists());
-    // And the same version, sound, still goes in.
+    // The same version with valid content is accepted afterwards.
     let sound = Set::new(2, 12, 4, 0);
     commit(&bench, &sound, "v2").await;
     assert_eq!(bench.current().await, sound.count());
@@ -459,7 +463,7 @@ async fn activates_and_removes(bench: Bench) {
     );
     bench.sink.activate(&v2).await.unwrap();
     assert_eq!(bench.current().await, two.count());
-    // The active one goes: the other takes its place.
+    // The active version is removed, and the other one becomes active.
     bench.sink.remove(&v2).await.unwrap();
     bench.sink.remove(&v2).await.unwrap();
     assert!(!bench.data.path().join("labels/aoi-line3/v2").exists());
@@ -469,12 +473,12 @@ async fn activates_and_removes(bench: Bench) {
     assert_eq!(bench.current().await, 0);
     assert!(!bench.data.path().join("labels/aoi-line3").exists());
     assert_eq!(bench.sink.active_version("aoi-line3").await.unwrap(), None);
-    // A removed version may come again with other content.
+    // A removed version may be delivered again with different content.
     commit(&bench, &two, "v1").await;
     assert_eq!(bench.current().await, two.count());
 }
 
-async fn exports_the_bytes_that_came_in(bench: Bench) {
+async fn exports_the_original_bytes(bench: Bench) {
     let set = Set::new(1, 500, 5, 10);
     commit(&bench, &set, "v1").await;
     commit(&bench, &Set::new(2, 5, 5, 0), "v2").await;
@@ -523,7 +527,7 @@ async fn exports_an_empty_set(bench: Bench) {
     assert_eq!(bench.current().await, 0);
 }
 
-async fn verify_finds_what_was_tampered_with(bench: Bench) {
+async fn verify_finds_changed_rows(bench: Bench) {
     let set = Set::new(1, 50, 4, 0);
     let place = commit(&bench, &set, "v1").await;
     let incoming = set.incoming("v1");
@@ -545,7 +549,7 @@ async fn verify_finds_what_was_tampered_with(bench: Bench) {
         .unwrap();
     assert_eq!(found.len(), 1, "{found:?}");
     assert!(
-        found[0].starts_with("annotations.jsonl line 18: the database says")
+        found[0].starts_with("annotations.jsonl line 18: the database contains")
             && found[0].contains("\"w\":13.0"),
         "{found:?}"
     );
@@ -570,9 +574,9 @@ async fn verify_finds_what_was_tampered_with(bench: Bench) {
         [
             "classes.jsonl line 2: the database",
             "samples.jsonl line 4: the database",
-            "annotations.jsonl line 1: the row is missing in the database",
-            "annotations.jsonl line 31: the row is missing in the database",
-            "annotations.jsonl line 100001: the database holds a row that was never published",
+            "annotations.jsonl line 1: the row is missing from the database",
+            "annotations.jsonl line 31: the row is missing from the database",
+            "annotations.jsonl line 100001: the database contains a row that was never published",
         ]
     );
     bench.sql("DELETE FROM {}annotation").await;
@@ -586,7 +590,7 @@ async fn verify_finds_what_was_tampered_with(bench: Bench) {
         base::limits::OFFENDERS_LISTED_MAX + 1,
         "{found:?}"
     );
-    // Without the kept files the digest still tells.
+    // Without the stored files, the digest still detects the change.
     durable::remove_all(&bench.data.path().join("labels")).unwrap();
     assert!(
         !bench
@@ -601,7 +605,7 @@ async fn verify_finds_what_was_tampered_with(bench: Bench) {
         .verify(&set.incoming("v5"), &place, &Look::default())
         .await
         .unwrap();
-    assert_eq!(found, ["the label database does not hold aoi-line3:v5"]);
+    assert_eq!(found, ["the label database does not contain aoi-line3:v5"]);
 }
 
 fn resident_bytes() -> u64 {
@@ -610,7 +614,7 @@ fn resident_bytes() -> u64 {
 }
 
 async fn many_rows_in_bounded_memory(bench: Bench) {
-    // 50,000 rows of over 1 KiB: were they held at once, it would show.
+    // 50,000 rows of more than 1 KiB; the memory would grow visibly if all were held at once.
     let set = Set::new(1, 10_000, 6, 1_200);
     let (rows, bytes) = (set.count(), set.annotations.len() as u64);
     assert!(rows >= 50_000);
@@ -635,7 +639,7 @@ async fn many_rows_in_bounded_memory(bench: Bench) {
     watch.abort();
     assert_eq!(bench.current().await, rows);
     let grown = peak.load(Ordering::Relaxed).saturating_sub(before);
-    // Other tests run beside this one, so the bound is loose.
+    // Other tests run at the same time, so the limit is generous.
     assert!(
         grown < bytes.max(64 << 20),
         "grew by {grown} bytes for {bytes}"

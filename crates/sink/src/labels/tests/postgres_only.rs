@@ -1,4 +1,4 @@
-//! What only a server can do wrong, and how the switch treats sessions that began before it.
+//! Errors that only a server has, and the effect of the switch on sessions that began before it.
 
 use std::time::Duration;
 
@@ -37,7 +37,7 @@ async fn fault_of(cfg: &settings::LabelsSink, data: &tempfile::TempDir) -> Fault
 }
 
 #[tokio::test]
-async fn a_server_that_is_down_is_tried_again() {
+async fn a_server_that_is_down_is_retried() {
     let data = tempfile::tempdir().unwrap();
     let port = std::net::TcpListener::bind(("127.0.0.1", 0))
         .unwrap()
@@ -58,7 +58,7 @@ async fn a_server_that_is_down_is_tried_again() {
 }
 
 #[tokio::test]
-async fn a_password_file_that_is_gone_for_a_while_is_waited_for() {
+async fn a_missing_password_file_is_retried() {
     let data = tempfile::tempdir().unwrap();
     let file = data.path().join("password");
     base::durable::replace_secret(&file, b"horse battery\n").unwrap();
@@ -85,7 +85,7 @@ async fn a_password_file_that_is_gone_for_a_while_is_waited_for() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn wrong_credentials_and_missing_rights_are_not() {
+async fn wrong_credentials_and_missing_permissions_are_not_retried() {
     let data = tempfile::tempdir().unwrap();
     let server = tokio::task::spawn_blocking(server).await.unwrap();
     let database = "labels_of_others";
@@ -115,7 +115,7 @@ async fn wrong_credentials_and_missing_rights_are_not() {
     assert_eq!(class(&fault), denied, "{fault}");
     assert!(fault.next.contains("CREATE DATABASE"), "{}", fault.next);
 
-    // A schema that somebody else made.
+    // A schema that another role created.
     server.psql(database, "CREATE SCHEMA packhorse");
     cfg = postgres_config(server, "packhorse", database, &data);
     let fault = fault_of(&cfg, &data).await;
@@ -158,13 +158,19 @@ async fn the_config_is_checked_when_it_is_opened() {
         "{fault}"
     );
     for (url, why) in [
-        ("postgres://packhorse:secret@db/labels", "holds a password"),
+        (
+            "postgres://packhorse:secret@db/labels",
+            "contains a password",
+        ),
         (
             "postgres://packhorse@db/labels?password=secret",
-            "holds a password",
+            "contains a password",
         ),
-        ("postgres://packhorse@db:notaport/labels", "not of the form"),
-        ("mysql://db/labels", "begins with neither"),
+        (
+            "postgres://packhorse@db:notaport/labels",
+            "does not have the form",
+        ),
+        ("mysql://db/labels", "must begin with"),
         ("sqlite://labels.db", "does not name a file"),
     ] {
         let fault = open_with(url, None);
@@ -177,7 +183,7 @@ async fn the_config_is_checked_when_it_is_opened() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn each_sqlstate_has_its_class() {
+async fn each_sqlstate_has_its_fault() {
     let server = tokio::task::spawn_blocking(server).await.unwrap();
     let engine = Postgres::new(&server.admin_url("postgres"), None, Threads::new("test")).unwrap();
     let mut conn = sqlx::PgConnection::connect(&server.admin_url("postgres"))
@@ -213,7 +219,7 @@ async fn each_sqlstate_has_its_class() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_session_that_planned_before_reads_the_old_version_and_delays_nobody() {
+async fn a_session_with_an_old_plan_reads_the_old_version_and_delays_no_commit() {
     let bench = Bench::postgres().await;
     let Db::Postgres(server, database) = &bench.db else {
         unreachable!()
@@ -227,8 +233,8 @@ async fn a_session_that_planned_before_reads_the_old_version_and_delays_nobody()
     };
     let v1 = deliver(&one, "v1").await;
 
-    // A prepared statement with a generic plan, in an open transaction: it does not learn of new
-    // partitions before it ends.
+    // A prepared statement with a generic plan, in an open transaction: it does not see new
+    // partitions before the transaction ends.
     let mut reader = sqlx::PgConnection::connect(&server.admin_url(database))
         .await
         .unwrap();
@@ -250,7 +256,7 @@ async fn a_session_that_planned_before_reads_the_old_version_and_delays_nobody()
     };
     assert_eq!(read(&mut reader).await, one.count());
 
-    // It holds its locks and does nothing: two versions are delivered, and it goes on reading the
+    // It holds its locks and is idle: two versions are delivered, and it continues to read the
     // first.
     deliver(&two, "v2").await;
     assert_eq!(
@@ -274,8 +280,8 @@ async fn a_session_that_planned_before_reads_the_old_version_and_delays_nobody()
         Some("v3")
     );
 
-    // What is delivered again, because something of it was found changed, takes the place of tables
-    // that cannot be dropped now.
+    // A version that is delivered again because changed rows were found replaces tables that cannot
+    // be dropped now.
     deliver(&one, "v3").await;
     assert_eq!(bench.current().await, one.count());
     assert_eq!(
@@ -297,7 +303,7 @@ async fn a_session_that_planned_before_reads_the_old_version_and_delays_nobody()
     );
     assert_eq!(bench.leftovers().await, 0);
 
-    // A removal of the active version leaves one active, and no transaction sees two.
+    // Removing the active version leaves one active version, and no transaction sees two.
     bench
         .sink
         .remove(&"labels/aoi-line3:v5".parse().unwrap())
@@ -324,7 +330,7 @@ async fn a_database_of_the_previous_revision_is_migrated() {
     let (incoming, staged) = set.stage(&bench.sink, "v1");
     bench.sink.check(&incoming).await.unwrap();
     bench.sink.commit(&incoming, &staged).await.unwrap();
-    // As that revision left it.
+    // The state that the previous version left.
     server.psql(
         database,
         "DROP VIEW packhorse.current_annotations; DROP TABLE packhorse.label_switch; DELETE FROM packhorse.schema_migration WHERE version = 2;
@@ -382,7 +388,7 @@ async fn limits_of_the_role_do_not_end_a_load() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn who_holds_a_lock_is_reported_while_the_delivery_waits() {
+async fn the_holder_of_a_lock_is_reported_while_the_delivery_waits() {
     let bench = Bench::postgres().await;
     let Db::Postgres(server, database) = &bench.db else {
         unreachable!()
@@ -438,7 +444,7 @@ async fn who_holds_a_lock_is_reported_while_the_delivery_waits() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_removal_that_a_reader_holds_up_hides_the_rows_and_is_finished_later() {
+async fn a_removal_that_a_reader_blocks_hides_the_rows_and_is_completed_later() {
     let bench = Bench::postgres().await;
     let Db::Postgres(server, database) = &bench.db else {
         unreachable!()
@@ -472,7 +478,7 @@ async fn a_removal_that_a_reader_holds_up_hides_the_rows_and_is_finished_later()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_session_that_the_server_ends_is_tried_again() {
+async fn a_session_that_the_server_ends_is_retried() {
     let bench = Bench::postgres().await;
     let Db::Postgres(server, database) = &bench.db else {
         unreachable!()
@@ -485,7 +491,10 @@ async fn a_session_that_the_server_ends_is_tried_again() {
     let end = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity
         WHERE datname = current_database() AND query LIKE 'COPY packhorse.annotation%' AND state = 'active'";
     while server.psql(database, end) == "0" {
-        assert!(!commit.is_finished(), "the copy was too quick to be hit");
+        assert!(
+            !commit.is_finished(),
+            "the copy was too fast to be interrupted"
+        );
     }
     let fault = commit.await.unwrap().unwrap_err();
     assert_eq!(

@@ -1,4 +1,4 @@
-//! What `docker save` writes, before and since version 25, in every dialect of tar.
+//! Archives of `docker save`, before and since version 25, in every dialect of tar.
 
 use super::tools::unpacked;
 use super::*;
@@ -14,14 +14,14 @@ fn a_docker_save_becomes_an_oci_image_with_the_config_as_it_was() {
     assert_eq!(
         left_out(&source, Category::ImageNames),
         (1, vec!["app:v1".into()]),
-        "of two names one goes"
+        "one of two names is left out"
     );
     assert!(
         case.open_tag(&parts.tar(), Some("v1"))
             .unwrap()
             .omitted()
             .is_empty(),
-        "who chooses a name has chosen"
+        "nothing is left out if a name is selected"
     );
     assert!(
         case.open(&docker_save(&["app:v1"]).tar())
@@ -37,7 +37,7 @@ fn a_docker_save_becomes_an_oci_image_with_the_config_as_it_was() {
         4,
         "two layers, config, manifest"
     );
-    // The same image, however wrapped, is the same artifact.
+    // The same image in any wrapping is the same artifact.
     let mut hard = parts.clone();
     hard.0.iter_mut().for_each(|(_, part)| {
         if let Part::Symlink(_) = part {
@@ -89,7 +89,7 @@ fn docker_25_oci_parts_are_used_unless_they_contradict_the_config() {
         let why = if swapped {
             "layer 1 is"
         } else {
-            "it has 0 layers and the config lists 2"
+            "it has 0 layers, but the config lists 2"
         };
         refused(case.open(&bad.tar()), &[why]);
         saved(&mut bad);
@@ -98,7 +98,7 @@ fn docker_25_oci_parts_are_used_unless_they_contradict_the_config() {
         assert_eq!(
             left_out(&source, Category::ImageDigest).0,
             1,
-            "index.json states another digest"
+            "index.json states a different digest"
         );
         let digest = source.image_info().digest[7..].to_owned();
         let made = contents(source)
@@ -116,7 +116,7 @@ fn docker_25_oci_parts_are_used_unless_they_contradict_the_config() {
 }
 
 #[test]
-fn a_lying_docker_save_is_refused() {
+fn an_inconsistent_docker_save_is_refused() {
     let case = Case::new();
     let changed = |name: &str, change: &dyn Fn(&mut Vec<u8>)| {
         let mut parts = docker_save(&["app:v1"]);
@@ -144,11 +144,11 @@ fn a_lying_docker_save_is_refused() {
     );
     refused(
         case.open(&changed("manifest.json", &|b| b.truncate(20))),
-        &["manifest.json", "not the JSON"],
+        &["manifest.json", "malformed JSON"],
     );
     refused(
         case.open(&changed("manifest.json", &|b| b.resize(5 << 20, b' '))),
-        &["manifest.json", "more than the 4194304 allowed"],
+        &["manifest.json", "more than the allowed 4194304"],
     );
     let edited = |edit: &dyn Fn(&mut Value)| {
         changed("manifest.json", &|b| {
@@ -159,13 +159,16 @@ fn a_lying_docker_save_is_refused() {
     };
     refused(
         case.open(&edited(&|v| v[0]["Layers"] = json!(["aa/layer.tar"]))),
-        &["lists 1 layers and the config 3"],
+        &["lists 1 layers, but the config lists 3"],
     );
     refused(
         case.open(&edited(&|v| v[0]["Layers"][0] = json!("zz/layer.tar"))),
         &["zz/layer.tar", "it is missing"],
     );
-    refused(case.open(&edited(&|v| *v = json!([]))), &["lists no image"]);
+    refused(
+        case.open(&edited(&|v| *v = json!([]))),
+        &["contains no image"],
+    );
     let mut none = docker_save(&[]);
     none.remove("manifest.json");
     refused(
@@ -177,9 +180,9 @@ fn a_lying_docker_save_is_refused() {
         inner.put(&format!("img/{name}"), part);
     }
     refused(case.open(&inner.tar()), &["folder \"img\""]);
-    refused(case.open(b"this is no archive at all"), &["truncated"]);
+    refused(case.open(b"this is not an archive"), &["truncated"]);
     refused(
-        case.open(&b"this is no archive at all".repeat(100)),
+        case.open(&b"this is not an archive".repeat(100)),
         &["not a tar archive"],
     );
     refused(case.open(b"\xfd7zXZ\0rest"), &["compressed with xz"]);
@@ -197,8 +200,8 @@ fn long_names_and_large_members_of_every_tar_dialect_are_found() {
         ("c.json", &c),
         ("manifest.json", listed.as_bytes()),
     ];
-    // GNU long names, and PAX records with the size given there only, as Go writes members past 8
-    // GiB.
+    // GNU long names, and PAX records that alone state the size, as Go writes members of more than
+    // 8 GiB.
     let mut gnu = tar::Builder::new(Vec::new());
     let mut pax = tar::Builder::new(Vec::new());
     for (name, bytes) in files {

@@ -1,4 +1,5 @@
-//! Input that is cut short, wants out of its archive, is a bomb, or changes under the reader.
+//! Input that is truncated, refers to files outside its archive, is a decompression bomb, or
+//! changes during the read.
 
 use std::os::unix::fs::FileExt;
 use std::time::Duration;
@@ -9,7 +10,7 @@ use content::ingest::{Progress, ingest};
 use content::store::Store;
 
 #[test]
-fn a_truncated_archive_is_refused_wherever_it_ends() {
+fn an_archive_truncated_anywhere_is_refused() {
     let case = Case::new();
     let tar = docker_save(&["app:v1"]).tar();
     let body = tar.len() - 1024;
@@ -21,7 +22,7 @@ fn a_truncated_archive_is_refused_wherever_it_ends() {
     refused(case.open(&packed[..packed.len() / 2]), &["truncated"]);
     assert!(
         !case.path("scratch/image.tar").exists(),
-        "nothing is left behind"
+        "the scratch file is removed"
     );
 }
 
@@ -42,11 +43,11 @@ fn hostile_names_and_links_are_refused() {
     );
     refused(
         case.open(&with("out", link("/etc/passwd"))),
-        &["out", "out of the archive"],
+        &["out", "outside the archive"],
     );
     refused(
         case.open(&with("d/out", link("../../x"))),
-        &["out of the archive"],
+        &["outside the archive"],
     );
     refused(
         case.open(&with("hard", Part::Hardlink("/etc/passwd".into()))),
@@ -72,12 +73,12 @@ fn hostile_names_and_links_are_refused() {
     );
     assert!(
         case.open(&twice.file("aa/layer.tar", again).tar()).is_ok(),
-        "the same content twice is no lie"
+        "the same content twice is accepted"
     );
 }
 
 #[test]
-fn an_image_that_changes_after_its_check_is_not_taken() {
+fn an_image_that_changes_after_its_check_is_refused() {
     let case = Case::new();
     let store = Store::open(&case.path("store")).unwrap();
     let raw = layer("a", b"1");
@@ -103,7 +104,7 @@ fn an_image_that_changes_after_its_check_is_not_taken() {
         )
         .unwrap();
         let mut source = opened();
-        // Timestamps are as coarse as the kernel's tick.
+        // The resolution of timestamps is the tick of the kernel.
         std::thread::sleep(Duration::from_millis(30));
         let time = fs::metadata(file).unwrap().modified().unwrap();
         let out = fs::File::options().write(true).open(file).unwrap();
@@ -126,7 +127,7 @@ fn an_image_that_changes_after_its_check_is_not_taken() {
 }
 
 #[test]
-fn bombs_are_refused_around_and_inside() {
+fn bombs_are_refused_outside_and_inside() {
     let case = Case::new();
     let zeros = || std::io::repeat(0).take(64 << 20);
     refused(

@@ -1,9 +1,10 @@
-//! OCI layouts, as an archive or a folder: read in place, each blob checked outside and inside.
+//! OCI layouts as an archive or a directory: read in place, each blob checked compressed and
+//! uncompressed.
 
 use super::*;
 
 #[test]
-fn compressed_layers_are_checked_inside_too() {
+fn the_content_of_compressed_layers_is_checked_too() {
     let case = Case::new();
     let raw = layer("a", &b"x".repeat(70_000));
     for (media, bytes) in [
@@ -32,7 +33,7 @@ fn compressed_layers_are_checked_inside_too() {
 }
 
 #[test]
-fn a_layout_folder_is_read_in_place_and_never_through_links() {
+fn a_layout_directory_is_read_in_place_and_never_through_links() {
     let case = Case::new();
     let mut parts = Parts::default();
     let l = layer("a", b"1");
@@ -65,7 +66,7 @@ fn a_layout_folder_is_read_in_place_and_never_through_links() {
 }
 
 #[test]
-fn a_lying_oci_layout_is_refused() {
+fn an_inconsistent_oci_layout_is_refused() {
     let case = Case::new();
     let raw = layer("a", b"1");
     let make = || {
@@ -136,7 +137,7 @@ fn a_lying_oci_layout_is_refused() {
             OCI_MANIFEST,
             json!({ "schemaVersion": 2, "mediaType": OCI_INDEX }),
         )),
-        &["is listed as"],
+        &["but listed as"],
     );
     let sha512 = json!({ "mediaType": OCI_MANIFEST, "digest": "sha512:00", "size": 1 });
     refused(

@@ -1,5 +1,5 @@
-//! Images made here byte by byte, as archives and as layout folders; `tools` has those that skopeo
-//! and umoci make.
+//! Images built byte by byte, as archives and as layout directories; `tools` uses those of skopeo
+//! and umoci.
 
 mod docker_save;
 mod hostile;
@@ -25,7 +25,7 @@ const SMALL_CAPS: Caps = Caps {
 };
 const TAR_LAYER: &str = "application/vnd.oci.image.layer.v1.tar";
 
-/// An archive or a folder in the making: names and what they hold.
+/// An archive or directory under construction: names and their content.
 #[derive(Default, Clone)]
 struct Parts(Vec<(String, Part)>);
 
@@ -48,7 +48,7 @@ impl Parts {
         self
     }
 
-    /// Adds a blob and gives its descriptor.
+    /// Adds a blob and returns its descriptor.
     fn blob(&mut self, media_type: &str, bytes: &[u8]) -> Value {
         let digest = BlobDigest::of(bytes);
         if !self.0.iter().any(|(name, _)| *name == digest.member()) {
@@ -60,7 +60,7 @@ impl Parts {
     fn remove(&mut self, name: &str) {
         let before = self.0.len();
         self.0.retain(|(n, _)| n != name);
-        assert!(self.0.len() < before, "{name} was not there");
+        assert!(self.0.len() < before, "{name} did not exist");
     }
 
     fn get(&mut self, name: &str) -> &mut Vec<u8> {
@@ -78,7 +78,7 @@ impl Parts {
         self.file("oci-layout", br#"{"imageLayoutVersion": "1.0.0"}"#)
     }
 
-    /// Names go in as raw bytes, so that hostile ones can be made.
+    /// Names are written as raw bytes, so that hostile names are possible.
     fn tar(&self) -> Vec<u8> {
         let mut tar = tar::Builder::new(Vec::new());
         for (name, part) in &self.0 {
@@ -136,7 +136,7 @@ fn gzip(bytes: &[u8]) -> Vec<u8> {
     gz.finish().unwrap()
 }
 
-/// An OCI image of one platform; gives its manifest's descriptor.
+/// An OCI image of one platform. Returns the descriptor of its manifest.
 fn oci_image(parts: &mut Parts, arch: &str, layers: &[&[u8]]) -> Value {
     let config = parts.blob(OCI_CONFIG, &config(arch, layers));
     let layers: Vec<Value> = layers.iter().map(|l| parts.blob(TAR_LAYER, l)).collect();
@@ -148,7 +148,7 @@ fn manifest(parts: &mut Parts, config: &Value, layers: &[Value]) -> Value {
     parts.blob(OCI_MANIFEST, manifest.to_string().as_bytes())
 }
 
-/// What `docker save` wrote before version 25: a shared layer is a link.
+/// An archive as `docker save` wrote it before version 25: a shared layer is a link.
 fn docker_save(tags: &[&str]) -> Parts {
     let (a, b) = (
         layer("etc/hostname", b"panel"),
@@ -254,7 +254,7 @@ fn refused(result: Result<ImageSource, Fault>, parts: &[&str]) {
     }
 }
 
-/// How many items of a category are left out, and the first of them.
+/// The number of omitted items of a category, and the first of them.
 fn left_out(source: &ImageSource, what: Category) -> (u64, Vec<String>) {
     let list = source.omitted().list();
     let of = list.into_iter().find(|omission| omission.what == what);

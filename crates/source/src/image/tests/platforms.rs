@@ -1,9 +1,9 @@
-//! Several images or platforms in one archive: which are taken, and what is left out.
+//! Several images or platforms in one archive: which are used, and which are left out.
 
 use super::tools::run;
 use super::*;
 
-/// Two platforms with an attestation each, in an index that `index.json` names, as the containerd
+/// Two platforms with an attestation each, in an index that `index.json` lists, as the containerd
 /// store saves them.
 fn two_platforms(parts: &mut Parts) -> (Value, Vec<Value>) {
     let shared = layer("shared", b"s");
@@ -28,7 +28,7 @@ fn two_platforms(parts: &mut Parts) -> (Value, Vec<Value>) {
 }
 
 #[test]
-fn several_platforms_stay_and_absent_ones_are_left_out() {
+fn existing_platforms_are_kept_and_absent_ones_left_out() {
     let case = Case::new();
     let mut whole = Parts::default();
     let (top, children) = two_platforms(&mut whole);
@@ -41,8 +41,8 @@ fn several_platforms_stay_and_absent_ones_are_left_out() {
         (top["digest"].clone(), 2, 0)
     );
 
-    // arm64's manifest is gone; or its manifest and config are there and no layer but the shared
-    // one.
+    // The manifest of arm64 is missing; or its manifest and config exist, but only the shared
+    // layer.
     let mut no_manifest = whole.clone();
     no_manifest.remove(&format!("blobs/sha256/{}", hex_of(&children[2])));
     let mut no_layer = whole.clone();
@@ -56,7 +56,7 @@ fn several_platforms_stay_and_absent_ones_are_left_out() {
         assert_eq!(
             json!(info.absent),
             json!(absent),
-            "the platform, and its attestation with it"
+            "the platform and its attestation"
         );
         assert_ne!(json!(info.digest), top["digest"]);
         assert_eq!(
@@ -88,7 +88,7 @@ fn several_platforms_stay_and_absent_ones_are_left_out() {
         assert!(
             !all.iter()
                 .any(|(p, _)| p.file_name() == hex_of(&children[3])),
-            "nothing but what belongs to the image"
+            "only parts of the image"
         );
         let out = case.path("out");
         let _ = fs::remove_dir_all(&out);
@@ -100,7 +100,7 @@ fn several_platforms_stay_and_absent_ones_are_left_out() {
         assert_eq!(BlobDigest::of(raw.as_bytes()).to_string(), info.digest);
     }
 
-    // A platform with a layer of its own that lacks another is not absent but damaged.
+    // A platform with its own layer and another missing layer is not absent but damaged.
     let mut damaged = Parts::default();
     let (a, b, c) = (layer("a", b"1"), layer("b", b"2"), layer("c", b"3"));
     let images = [
@@ -122,7 +122,7 @@ fn several_platforms_stay_and_absent_ones_are_left_out() {
     for child in [&children[0], &children[2]] {
         none.remove(&format!("blobs/sha256/{}", hex_of(child)));
     }
-    refused(case.open(&none.tar()), &["none of the platforms"]);
+    refused(case.open(&none.tar()), &["none of the listed platforms"]);
 }
 
 #[test]
@@ -176,7 +176,7 @@ fn platforms_below_an_index_in_an_index_count_once() {
 }
 
 #[test]
-fn one_of_several_images_is_chosen_by_its_tag() {
+fn one_of_several_images_is_selected_by_its_tag() {
     let case = Case::new();
     let mut parts = Parts::default();
     let mut tops = Vec::new();

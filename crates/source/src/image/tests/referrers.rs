@@ -1,11 +1,11 @@
-//! Layouts with signatures and other referrers beside the image: the image is taken, and what stays
-//! behind is counted.
+//! Layouts with signatures and other referrers next to the image: the image is used, and the
+//! referrers are counted.
 
 use super::*;
 
 const SPDX: &str = "application/spdx+json";
 
-/// A manifest about another one, by `subject`.
+/// A manifest that describes another one, by `subject`.
 fn about(parts: &mut Parts, subject: &Value, what: &str, text: &str) -> Value {
     let config = parts.blob("application/vnd.oci.empty.v1+json", b"{}");
     let layer = parts.blob(what, text.as_bytes());
@@ -14,7 +14,7 @@ fn about(parts: &mut Parts, subject: &Value, what: &str, text: &str) -> Value {
     parts.blob(OCI_MANIFEST, manifest.to_string().as_bytes())
 }
 
-/// A signature as cosign stores it: only its name or its kind says what it is about.
+/// A signature as cosign stores it: only its name or its kind states what it describes.
 fn signature(parts: &mut Parts, image: &Value) -> Value {
     let payload = format!(r#"{{"critical":{{"image":{}}}}}"#, image["digest"]);
     let config = parts.blob(OCI_CONFIG, br#"{"architecture":"","os":""}"#);
@@ -64,9 +64,9 @@ impl Layout {
             .open_tag(&self.parts.clone().layout(tops).tar(), tag)
     }
 
-    /// Opens it: it must be the image, with these referrers left out and nothing else.
+    /// Opens the layout. It must be the image, with exactly these referrers left out.
     #[track_caller]
-    fn leaves(&self, tops: &[Value], tag: Option<&str>, referrers: &[String]) {
+    fn expect_left_out(&self, tops: &[Value], tag: Option<&str>, referrers: &[String]) {
         let source = self.open(tops, tag).unwrap();
         assert_eq!(json!(source.info.digest), self.image["digest"]);
         assert_eq!(
@@ -80,17 +80,17 @@ impl Layout {
             source.omitted()
         );
         let members = contents(source).len();
-        assert_eq!(members, 2 + 3 + 2, "nothing but the image");
+        assert_eq!(members, 2 + 3 + 2, "only the image");
     }
 }
 
 #[test]
-fn what_cosign_and_hauler_save_beside_an_image_is_counted() {
+fn objects_that_cosign_and_hauler_save_are_counted() {
     let mut layout = Layout::new();
     let image = layout.image.clone();
     let sig = signature(&mut layout.parts, &image);
     let kept = [example("signature", &sig)];
-    layout.leaves(
+    layout.expect_left_out(
         &[
             cosign(image.clone(), "image", None),
             cosign(sig.clone(), "sigs", None),
@@ -102,23 +102,23 @@ fn what_cosign_and_hauler_save_beside_an_image_is_counted() {
         cosign(image.clone(), "image", Some("ops/app:v1")),
         cosign(sig.clone(), "sigs", Some("ops/app:v1")),
     ];
-    layout.leaves(&hauler, None, &kept);
-    layout.leaves(&hauler, Some("ops/app:v1"), &kept);
-    // By the tag that cosign gives it; one about another image is that image's.
+    layout.expect_left_out(&hauler, None, &kept);
+    layout.expect_left_out(&hauler, Some("ops/app:v1"), &kept);
+    // By the tag that cosign assigns; a referrer of another image does not count.
     let tag = |digest: &str, suffix: &str| format!("app:sha256-{digest}{suffix}");
     let (own, other) = (hex_of(&image), "0".repeat(64));
     let entries = [
         named(image.clone(), "app:v1"),
         named(sig.clone(), &tag(&own, ".sig")),
     ];
-    layout.leaves(&entries, None, &kept);
-    layout.leaves(&entries, Some("v1"), &kept);
+    layout.expect_left_out(&entries, None, &kept);
+    layout.expect_left_out(&entries, Some("v1"), &kept);
     let entries = [
         named(image.clone(), "app:v1"),
         named(sig.clone(), &tag(&other, ".att")),
     ];
-    layout.leaves(&entries, Some("v1"), &[]);
-    // A name that only resembles one is an image's.
+    layout.expect_left_out(&entries, Some("v1"), &[]);
+    // A name that only resembles that of a referrer belongs to an image.
     let fault = layout
         .open(
             &[
@@ -129,7 +129,7 @@ fn what_cosign_and_hauler_save_beside_an_image_is_counted() {
         )
         .unwrap_err();
     assert_eq!(fault.code, Code::Usage, "{fault}");
-    // Whoever names the signature, or has nothing else, publishes it.
+    // The signature is published if it is selected, or if there is nothing else.
     let source = layout.open(&entries, Some(&tag(&other, ".att"))).unwrap();
     assert_eq!(json!(source.info.digest), sig["digest"]);
     let source = layout
@@ -158,8 +158,8 @@ fn manifests_with_a_subject_are_counted_through_others_and_once() {
     );
     let both = [first.clone(), second];
     let entries = [named(image.clone(), "v1"), sbom.clone(), signed];
-    layout.leaves(&entries, None, &both);
-    layout.leaves(&entries, Some("v1"), &both);
+    layout.expect_left_out(&entries, None, &both);
+    layout.expect_left_out(&entries, Some("v1"), &both);
     // The fallback tag lists them too.
     let mut listed = sbom.clone();
     listed["artifactType"] = SPDX.into();
@@ -167,21 +167,21 @@ fn manifests_with_a_subject_are_counted_through_others_and_once() {
         json!({ "schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [listed] }).to_string();
     let list = layout.parts.blob(OCI_INDEX, list.as_bytes());
     let fallback = named(list, &format!("sha256-{}", hex_of(&image)));
-    layout.leaves(
+    layout.expect_left_out(
         &[named(image.clone(), "v1"), fallback.clone()],
         None,
         std::slice::from_ref(&first),
     );
-    layout.leaves(
+    layout.expect_left_out(
         &[named(image.clone(), "v1"), fallback, sbom],
         Some("v1"),
         &[first],
     );
-    // About another image of the layout: not this one's.
+    // It describes another image of the layout, so it does not count.
     let other = named(
         oci_image(&mut layout.parts, "arm64", &[&layer("b", b"2")]),
         "v2",
     );
     let of_other = about(&mut layout.parts, &other, SPDX, "{ }");
-    layout.leaves(&[named(image, "v1"), other, of_other], Some("v1"), &[]);
+    layout.expect_left_out(&[named(image, "v1"), other, of_other], Some("v1"), &[]);
 }

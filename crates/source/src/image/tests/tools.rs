@@ -1,4 +1,4 @@
-//! What skopeo and umoci make, and what they say of what was made here; both must be installed.
+//! Images of skopeo and umoci, and their view of generated images; both programs must be installed.
 
 use std::collections::BTreeMap;
 use std::process::Command;
@@ -25,7 +25,7 @@ fn skopeo(from: &str, to: &str) {
     );
 }
 
-/// An OCI layout with gzip layers, made by umoci: `<dir>/base:v1`.
+/// An OCI layout with gzip layers, created by umoci: `<dir>/base:v1`.
 fn umoci_image(case: &Case) -> String {
     let base = case.path("base").display().to_string();
     let image = format!("{base}:v1");
@@ -58,7 +58,7 @@ fn umoci_image(case: &Case) -> String {
     image
 }
 
-/// What umoci unpacks from a layout, and the digest that skopeo says it has.
+/// The tree that umoci unpacks from a layout, and the digest that skopeo reports.
 pub(super) fn unpacked(case: &Case, layout: &Path) -> (String, PathBuf) {
     let inspected: Value = serde_json::from_str(&run(
         "skopeo",
@@ -90,7 +90,7 @@ pub(super) fn unpacked(case: &Case, layout: &Path) -> (String, PathBuf) {
 }
 
 #[test]
-fn what_skopeo_and_umoci_make_comes_through_and_unpacks() {
+fn images_of_skopeo_and_umoci_are_read_and_unpack() {
     let case = Case::new();
     let image = umoci_image(&case);
     let raw: Value =
@@ -119,7 +119,7 @@ fn what_skopeo_and_umoci_make_comes_through_and_unpacks() {
         assert_eq!(fs::metadata(rootfs.join("opt/more")).unwrap().len(), 50_000);
         digests.insert(name, digest);
     }
-    // An OCI form keeps the maker's bytes; a docker archive gets a manifest of its own, always the
+    // An OCI form keeps the original bytes; a docker archive gets a generated manifest, always the
     // same one.
     assert_eq!(digests["base"], raw["Digest"].as_str().unwrap());
     assert_eq!(digests["oci.tar"], digests["base"]);

@@ -1,8 +1,8 @@
-//! What comes in: what of each stream is not yet read, and the windows that keep it within bounds.
+//! The receiving side: unread data of each stream, and the windows that limit it.
 //!
-//! `on_frame` brings the peer's data, the reading halves take it ([`State::poll_read`]). A peer may
-//! send [`CONNECTION_STREAM_WINDOW_BYTES`] a stream and [`CONNECTION_WINDOW_BYTES`] in all before something is
-//! read, and small pieces are joined so that their bookkeeping cannot outgrow them.
+//! `on_frame` adds the data of the peer; the reading halves take it ([`State::poll_read`]). A peer
+//! may send [`LINE_STREAM_WINDOW_BYTES`] per stream and [`LINE_WINDOW_BYTES`] in total before
+//! anything is read. Small pieces are joined, so that their bookkeeping stays small.
 
 use std::collections::VecDeque;
 use std::task::{Poll, Waker};
@@ -14,8 +14,8 @@ use crate::StreamEnd;
 use crate::mux::frame::{Kind, put_header};
 use base::limits::{CONNECTION_STREAM_WINDOW_BYTES, CONNECTION_WINDOW_BYTES};
 
-/// Received pieces smaller than this are copied together: each piece costs some hundred bytes
-/// besides its content.
+/// Received pieces smaller than this are joined, because each piece has an overhead of about a
+/// hundred bytes.
 const SMALL_PIECE_BYTES: usize = 2048;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,14 +29,14 @@ enum Receiving {
 pub(super) struct Incoming {
     receiving: Receiving,
     pieces: VecDeque<Bytes>,
-    /// Small pieces behind `pieces`, joined.
+    /// Small pieces that come after `pieces`, joined.
     tail: BytesMut,
     buffered: usize,
-    /// What the peer may still send.
+    /// The number of bytes that the peer may still send.
     window: u32,
-    /// What was read and not yet announced to the peer as room.
+    /// Bytes that were read but not yet returned to the peer as credit.
     unannounced: u32,
-    /// Nobody reads any more.
+    /// Whether further data is discarded, because there is no reader.
     discarding: bool,
     reader_gone: bool,
     reader: Option<Waker>,
@@ -57,17 +57,17 @@ impl Incoming {
         }
     }
 
-    /// Whether the peer may still send on it.
+    /// Whether the peer may still send on the stream.
     pub(super) fn is_open(&self) -> bool {
         self.receiving == Receiving::Open
     }
 
-    /// Whether there is a reading half still.
+    /// Whether the reading half still exists.
     pub(super) fn has_reader(&self) -> bool {
         !self.reader_gone
     }
 
-    /// Drops what was not read. Returns how much that was.
+    /// Discards unread data. Returns its size.
     pub(super) fn clear(&mut self) -> usize {
         self.pieces.clear();
         self.tail.clear();
@@ -122,9 +122,9 @@ impl State {
         }
         if let Some(bytes) = incoming.pop(max.max(1)) {
             incoming.unannounced += bytes.len() as u32;
-            let due =
+            let credit_is_due =
                 incoming.is_open() && incoming.unannounced >= CONNECTION_STREAM_WINDOW_BYTES / 2;
-            if due {
+            if credit_is_due {
                 let credit = std::mem::take(&mut incoming.unannounced);
                 incoming.window += credit;
                 self.put_credit(id, credit);
@@ -142,7 +142,7 @@ impl State {
         }
     }
 
-    /// Reads no more: what has come is dropped, and the peer is asked to stop.
+    /// Stops reading: discards unread data and asks the peer to stop.
     pub(in crate::mux) fn stop(&mut self, id: u32) {
         let Some(Stream { incoming, .. }) = self.streams.get_mut(&id) else {
             return;
@@ -158,7 +158,7 @@ impl State {
         self.consumed(dropped);
     }
 
-    /// The reading half is gone.
+    /// Called when the reading half was dropped.
     pub(in crate::mux) fn reader_gone(&mut self, id: u32) {
         self.stop(id);
         if let Some(stream) = self.streams.get_mut(&id) {
@@ -167,7 +167,7 @@ impl State {
         self.settle(id);
     }
 
-    pub(super) fn on_data(&mut self, id: u32, body: Bytes, last: bool) -> Result<(), String> {
+    pub(super) fn on_data(&mut self, id: u32, body: Bytes, is_last: bool) -> Result<(), String> {
         let len = body.len() as u32;
         let Some(Stream { incoming, .. }) =
             self.streams.get_mut(&id).filter(|s| s.incoming.is_open())
@@ -175,7 +175,7 @@ impl State {
             return Err(format!("data for stream {id}, which is not open"));
         };
         if len > incoming.window || len > self.window {
-            return Err(format!("more data than it was allowed on stream {id}"));
+            return Err(format!("more data than its credit on stream {id}"));
         }
         incoming.window -= len;
         self.window -= len;
@@ -183,12 +183,12 @@ impl State {
         if !incoming.discarding && len > 0 {
             incoming.push(body);
         }
-        if last {
+        if is_last {
             incoming.receiving = Receiving::Finished;
         }
         incoming.wake();
         self.consumed(dropped);
-        if last {
+        if is_last {
             self.settle(id);
         }
         Ok(())
@@ -209,8 +209,8 @@ impl State {
         Ok(())
     }
 
-    /// Bytes left the buffers of the whole line; the peer hears of it a quarter of the window at a
-    /// time.
+    /// Records that bytes left the buffers of the connection. Sends credit to the peer after a
+    /// quarter of the window.
     fn consumed(&mut self, bytes: usize) {
         self.unannounced += bytes as u32;
         if self.unannounced >= CONNECTION_WINDOW_BYTES / 4 {

@@ -1,9 +1,10 @@
-//! What goes out: the queue of each stream, what the peer allows, and which stream goes next.
+//! The sending side: the queue of each stream, the credit from the peer, and which stream sends
+//! next.
 //!
-//! The writing halves put pieces in ([`State::poll_write`]), the driver takes batches out
-//! ([`State::take_batch`]), and `on_frame` brings what the peer says of it. A piece is taken whole
-//! while the line holds less than what it may hold, and beyond that [`MUX_STREAM_QUEUE_BYTES`] a
-//! stream: no stream waits for what another has queued.
+//! The writing halves add pieces ([`State::poll_write`]); the driver takes batches
+//! ([`State::take_batch`]); `on_frame` processes the answers of the peer. While the connection
+//! holds less than its limit, a complete piece is queued. Above the limit, at most
+//! [`MUX_STREAM_QUEUE_BYTES`] are queued per stream, so no stream waits for the queue of another.
 
 use std::cmp::Reverse;
 use std::collections::VecDeque;
@@ -24,8 +25,7 @@ enum Sending {
     Finishing,
     Finished,
     Reset,
-    /// The peer reads no more, and will be answered with a reset once somebody here takes the
-    /// stream.
+    /// The peer no longer reads. The reset is sent when this end accepts the stream.
     StopAsked,
     Stopped,
 }
@@ -36,8 +36,9 @@ pub(super) struct Outgoing {
     sending: Sending,
     queue: VecDeque<Bytes>,
     queued: usize,
-    /// What was taken of the first piece in the queue; its memory is held until the rest is taken.
-    begun: usize,
+    /// The bytes taken from the first piece of the queue. Its memory is held until the rest is
+    /// taken.
+    taken_of_front: usize,
     credit: u64,
     scheduled: bool,
     writer: Option<Waker>,
@@ -50,14 +51,14 @@ impl Outgoing {
             sending: Sending::Open,
             queue: VecDeque::new(),
             queued: 0,
-            begun: 0,
+            taken_of_front: 0,
             credit: CONNECTION_STREAM_WINDOW_BYTES.into(),
             scheduled: false,
             writer: None,
         }
     }
 
-    /// Whether the peer has heard the end of it.
+    /// Whether the end of the stream was sent to the peer.
     pub(super) fn is_over(&self) -> bool {
         matches!(
             self.sending,
@@ -65,10 +66,10 @@ impl Outgoing {
         )
     }
 
-    /// Drops what is queued. Returns how much less is held.
+    /// Discards the queue. Returns by how much the held memory decreases.
     pub(super) fn clear(&mut self) -> usize {
         self.queue.clear();
-        std::mem::take(&mut self.queued) + std::mem::take(&mut self.begun)
+        std::mem::take(&mut self.queued) + std::mem::take(&mut self.taken_of_front)
     }
 
     pub(super) fn wake(&mut self) {
@@ -77,8 +78,8 @@ impl Outgoing {
         }
     }
 
-    /// Moves `len` bytes from the queue's front to `out` without copying. Returns how much less is
-    /// held.
+    /// Moves `len` bytes from the front of the queue to `out` without copying. Returns by how much
+    /// the held memory decreases.
     fn take_queued(&mut self, mut len: usize, out: &mut VecDeque<Bytes>) -> usize {
         let mut freed = 0;
         self.queued -= len;
@@ -91,10 +92,10 @@ impl Outgoing {
             } else {
                 std::mem::take(front)
             };
-            self.begun += piece.len();
+            self.taken_of_front += piece.len();
             if front.is_empty() {
                 self.queue.pop_front();
-                freed += std::mem::take(&mut self.begun);
+                freed += std::mem::take(&mut self.taken_of_front);
             }
             len -= piece.len();
             out.push_back(piece);
@@ -118,8 +119,8 @@ impl State {
         }
     }
 
-    /// Takes `data` into the stream's queue once that is short enough: all of it, or a part at a
-    /// time where the line holds much.
+    /// Queues `data` when the queue of the stream is short enough: all of it, or in parts if the
+    /// connection is at its limit.
     pub(in crate::mux) fn poll_write(
         &mut self,
         id: u32,
@@ -143,11 +144,11 @@ impl State {
             return Poll::Ready(Ok(()));
         }
         let room = MUX_STREAM_QUEUE_BYTES.saturating_sub(outgoing.queued);
-        let piece = if room > 0 && self.held < self.hold_max {
+        let piece = if room > 0 && self.held < self.queue_limit {
             std::mem::take(data)
         } else if room >= data.len().min(MUX_STREAM_QUEUE_BYTES / 2) {
-            // A copy: as small as it is, a part of the piece would hold the memory of all of it
-            // after its writer has gone on.
+            // Copy: a slice would keep the memory of the complete piece after the writer has
+            // continued.
             Bytes::copy_from_slice(&data.split_to(room.min(data.len())))
         } else {
             Bytes::new()
@@ -186,12 +187,12 @@ impl State {
         Ok(())
     }
 
-    /// Gives up what was not sent yet; nothing happens when all was.
+    /// Aborts the stream and discards unsent data. Does nothing if all data was sent.
     pub(in crate::mux) fn reset(&mut self, id: u32) {
-        self.give_up(id, Sending::Reset);
+        self.abort(id, Sending::Reset);
     }
 
-    fn give_up(&mut self, id: u32, how: Sending) {
+    fn abort(&mut self, id: u32, how: Sending) {
         let Some(Stream { outgoing, .. }) = self.streams.get_mut(&id) else {
             return;
         };
@@ -205,29 +206,29 @@ impl State {
         self.settle(id);
     }
 
-    /// A stream that waits to be taken keeps its place until then, at both ends: else a peer could
-    /// fill the queue of those that wait.
+    /// A stream that was not accepted keeps its slot until then, at both ends. Otherwise a peer
+    /// could fill the accept queue.
     pub(super) fn on_stop(&mut self, id: u32) -> Result<(), String> {
         self.check_known(id)?;
         match self.streams.get_mut(&id) {
-            Some(stream) if !stream.taken => stream.outgoing.sending = Sending::StopAsked,
-            _ => self.give_up(id, Sending::Stopped),
+            Some(stream) if !stream.is_taken => stream.outgoing.sending = Sending::StopAsked,
+            _ => self.abort(id, Sending::Stopped),
         }
         Ok(())
     }
 
-    /// The stream was taken: if the peer asked meanwhile to stop, it hears the answer now.
+    /// Called when a stream was accepted: sends the reset if the peer asked to stop before.
     pub(super) fn answer_stop(&mut self, id: u32) {
         if self
             .streams
             .get(&id)
             .is_some_and(|stream| stream.outgoing.sending == Sending::StopAsked)
         {
-            self.give_up(id, Sending::Stopped);
+            self.abort(id, Sending::Stopped);
         }
     }
 
-    /// The peer makes room: in its window of this stream, or of the line (stream 0).
+    /// Adds credit from the peer, for a stream or for the connection (stream 0).
     pub(super) fn on_credit(&mut self, id: u32, credit: u32) -> Result<(), String> {
         if id == 0 {
             self.send_credit = self.send_credit.saturating_add(credit.into());
@@ -242,7 +243,7 @@ impl State {
         Ok(())
     }
 
-    /// Takes what is to be sent next: control frames, then data by priority, up to about
+    /// Takes the next data to send: control frames, then data by priority, up to about
     /// [`MUX_BATCH_BYTES`].
     pub(in crate::mux) fn take_batch(&mut self, out: &mut VecDeque<Bytes>) {
         if !self.control.is_empty() {
@@ -250,12 +251,12 @@ impl State {
         }
         let mut room = MUX_BATCH_BYTES;
         while room > 0 && self.send_credit > 0 {
-            let Some(mut lane) = self.ready.first_entry() else {
+            let Some(mut streams) = self.ready.first_entry() else {
                 break;
             };
-            let next = lane.get_mut().pop_front();
-            if lane.get().is_empty() {
-                lane.remove();
+            let next = streams.get_mut().pop_front();
+            if streams.get().is_empty() {
+                streams.remove();
             }
             let Some(id) = next else { continue };
             let Some(Stream { outgoing, .. }) = self.streams.get_mut(&id) else {
@@ -270,11 +271,11 @@ impl State {
                 .min(self.send_credit)
                 .min(MUX_FRAME_BYTES_MAX as u64) as usize;
             let len = outgoing.queued.min(allowed);
-            let last = outgoing.sending == Sending::Finishing && len == outgoing.queued;
+            let is_last = outgoing.sending == Sending::Finishing && len == outgoing.queued;
             self.headers.reserve(HEADER_BYTES);
             put_header(
                 &mut self.headers,
-                if last { Kind::End } else { Kind::Data },
+                if is_last { Kind::End } else { Kind::Data },
                 id,
                 len,
             );
@@ -283,12 +284,12 @@ impl State {
             outgoing.credit -= len as u64;
             self.send_credit -= len as u64;
             room = room.saturating_sub(len + HEADER_BYTES);
-            if last {
+            if is_last {
                 outgoing.sending = Sending::Finished;
             } else if outgoing.queued < MUX_STREAM_QUEUE_BYTES {
                 outgoing.wake();
             }
-            if last {
+            if is_last {
                 self.settle(id);
             } else {
                 self.schedule(id);
