@@ -58,7 +58,7 @@ mod tests {
         let (a, b) = (Hash::of(b"a"), Hash::of(b"b"));
         assert_eq!(
             named_chunks(&format!(
-                "site west: chunk {a} does not hash to its name; {b}, {}",
+                "site west: the content of chunk {a} does not match its hash; {b}, {}",
                 &b.hex()[..20]
             )),
             [a, b]

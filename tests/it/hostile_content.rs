@@ -197,7 +197,7 @@ fn content_that_does_not_match_its_hash_is_never_committed() {
     hub.deliver_and_wait("operator/honest:v1", "east", secs(60));
 
     let said = refused("image/adc:1");
-    assert!(said.contains("does not match its name"), "{said}");
+    assert!(said.contains("does not match its digest"), "{said}");
     let layout = east.layout.join("adc");
     assert!(
         !layout.join("index.json").exists()

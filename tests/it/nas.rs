@@ -426,7 +426,7 @@ fn a_nas_that_is_unmounted_during_a_transfer_is_waited_for() {
     let verified = site.cli(&["verify", "dataset/films:v1"]).expect(10);
     let said = verified.out.clone() + &verified.err;
     assert!(
-        said.contains("the NAS is not at") && !said.contains("--repair"),
+        said.contains("the NAS is not mounted at") && !said.contains("--repair"),
         "{said}"
     );
 }
@@ -606,7 +606,7 @@ fn a_nas_that_is_mounted_late_is_waited_for() {
         waiting
             .message
             .as_deref()
-            .is_some_and(|m| m.contains("is not a folder")),
+            .is_some_and(|m| m.contains("is not a directory")),
         "{waiting:#?}"
     );
     assert!(
@@ -693,7 +693,7 @@ fn two_sites_on_one_nas_remove_nothing_of_each_other() {
         hub.wait_done(&id, secs(40));
     }
     assert!(staged.join("half").exists());
-    assert!(b.cli(&["doctor"]).out.contains("used by other sites too"));
+    assert!(b.cli(&["doctor"]).out.contains("also used by other sites"));
 }
 
 #[test]

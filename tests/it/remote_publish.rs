@@ -319,7 +319,7 @@ fn who_may_not_publish_is_told() {
     world
         .publish(&source, "model/a:v1", &["--join-token", "nonsense"])
         .expect(4)
-        .says(&["not whole"]);
+        .says(&["incomplete"]);
     let token = world.token("office");
     let wrong = format!("{}A{}", &token[..20], &token[21..]);
     if wrong != token {
@@ -351,7 +351,7 @@ fn who_may_not_publish_is_told() {
     world
         .publish(&source, "model/a:v1", &["--join-token", &of_another])
         .expect(4)
-        .says(&["another hash", "leave the token out"]);
+        .says(&["the hash of its CA differs", "omit the token"]);
     // Another address: it is not called, and the one that is known is named.
     let at = |address: &str| {
         let mut command = bound(PACKHORSE);

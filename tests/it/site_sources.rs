@@ -111,7 +111,7 @@ fn labels_out_of_a_database(site: &Site, hub: &Hub, view: &str, scratch: &Scratc
     );
 
     let refused = ["publish", "db:nothing:v1", "--as", "labels/x:v1"];
-    site.cli(&refused).expect(5).says(&["does not hold"]);
+    site.cli(&refused).expect(5).says(&["does not contain"]);
     site.cli(&["publish", "db:SELECT 1 AS one", "--as", "labels/x:v1"])
         .expect(2)
         .says(&["sample_path"]);

@@ -312,7 +312,7 @@ mod tests {
                 "dataset/d:1",
                 root.clone(),
                 vec![page.clone()],
-                "lacks parts",
+                "lacks content",
             ),
             (
                 "page",

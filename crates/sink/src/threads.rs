@@ -68,7 +68,7 @@ impl Threads {
             .await
             .unwrap_or_else(|_| {
                 Err(Fault::unreachable(format!(
-                    "{} has not responded for {} s",
+                    "{} has not answered for {} s",
                     self.name,
                     time.as_secs()
                 )))

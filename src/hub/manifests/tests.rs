@@ -114,7 +114,7 @@ async fn a_malformed_manifest_is_reported_and_other_work_continues() {
 
     for (name, says) in [
         ("bad", "\"../evil\" is not allowed"),
-        ("lost", "is not in the store"),
+        ("lost", "is missing from the store"),
         ("relayed", "\"/abs\" is not allowed"),
     ] {
         let found = bench

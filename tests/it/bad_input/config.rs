@@ -137,7 +137,7 @@ fn what_a_site_needs_beside_its_daemon_is_found_by_the_check() {
     command.args(["config", "check", "--config"]).arg(&file);
     run(&mut command, secs(30))
         .expect(3)
-        .says(&[nas.to_str().unwrap(), "cannot be written to"]);
+        .says(&[nas.to_str().unwrap(), "is not writable"]);
 }
 
 #[test]

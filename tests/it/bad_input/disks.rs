@@ -109,7 +109,7 @@ fn of_a_file_that_will_not_fit_at_the_hub_nothing_is_kept() {
     hub.cli(&publish).expect(11).says(&[
         "waiting for room",
         "model.bin",
-        "will not fit in",
+        "do not fit in",
         hub.data_dir.to_str().unwrap(),
     ]);
     assert!(

@@ -467,7 +467,7 @@ impl Sink for LayoutSink {
         };
         let silent = self.heartbeat.silent_for(&self.threads, call)?;
         let message = format!(
-            "the image directory {} has not responded for {} s",
+            "the image directory {} has not answered for {} s",
             self.root.display(),
             rounded_secs(silent)
         );

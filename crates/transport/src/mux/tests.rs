@@ -455,8 +455,8 @@ async fn protocol_violations_end_the_connection() {
         (vec![(Kind::Data, 1, b"x".to_vec())], "not open"),
         (vec![(Kind::Open, 3, vec![])], "but 1 is next"),
         (vec![(Kind::Open, 2, vec![])], "but 1 is next"),
-        (vec![(Kind::Reset, 9, vec![])], "never was"),
-        (vec![(Kind::Credit, 2, vec![0, 0, 0, 1])], "never was"),
+        (vec![(Kind::Reset, 9, vec![])], "never existed"),
+        (vec![(Kind::Credit, 2, vec![0, 0, 0, 1])], "never existed"),
         (
             vec![
                 (Kind::Open, 1, vec![]),

@@ -198,7 +198,7 @@ fn a_link_out_of_the_folder_is_refused_and_nothing_of_it_is_shown() {
         let fault = yolo.read().err().unwrap();
         assert_eq!(fault.code, Code::Integrity, "{link}: {fault}");
         assert!(
-            fault.message.contains(link) && fault.message.contains("leaves the folder"),
+            fault.message.contains(link) && fault.message.contains("leaves the directory"),
             "{fault}"
         );
         assert!(!fault.message.contains("root:"), "{fault}");
