@@ -262,7 +262,7 @@ mod tests {
         .unwrap();
         let page = store.read(read.root.pages[0].id).unwrap();
         let root = String::from_utf8(read.root.to_bytes()).unwrap();
-        let (sound, page) = (Frame::encode(&content), Frame::encode(&page));
+        let (valid, page) = (Frame::encode(&content), Frame::encode(&page));
         let import = |name: &str| {
             import(
                 &file,
@@ -276,7 +276,7 @@ mod tests {
             "dataset/d:1",
             &root,
             read.digest,
-            &[page.clone(), sound.clone()],
+            &[page.clone(), valid.clone()],
         );
         assert_eq!(import("sound").unwrap().len(), 1);
         // The store holds this chunk with a wrong length, accepted by an earlier version. The
@@ -298,13 +298,13 @@ mod tests {
         let mut larger = read.root;
         larger.totals.bytes += 1;
         let space = root.replacen(':', ": ", 1);
-        let lying = Frame::lying(&content, content.bytes.len() + 1000);
+        let wrong_frame = Frame::lying(&content, content.bytes.len() + 1000);
         for (name, artifact, root, frames, why) in [
             (
                 "length",
                 "dataset/d:1",
                 root.clone(),
-                vec![page.clone(), lying],
+                vec![page.clone(), wrong_frame],
                 "does not match its hash",
             ),
             (
@@ -318,28 +318,28 @@ mod tests {
                 "page",
                 "dataset/d:1",
                 root.clone(),
-                vec![sound.clone()],
+                vec![valid.clone()],
                 "manifest page",
             ),
             (
                 "kind",
                 "model/d:1",
                 root,
-                vec![page.clone(), sound.clone()],
+                vec![page.clone(), valid.clone()],
                 "manifest is that of a dataset",
             ),
             (
                 "totals",
                 "dataset/d:1",
                 String::from_utf8(larger.to_bytes()).unwrap(),
-                vec![page.clone(), sound.clone()],
+                vec![page.clone(), valid.clone()],
                 "totals",
             ),
             (
                 "form",
                 "dataset/d:1",
                 space,
-                vec![page, sound],
+                vec![page, valid],
                 "canonical form",
             ),
         ] {

@@ -482,7 +482,7 @@ mod tests {
         }
     }
 
-    const LINE: Bench = Bench {
+    const PATH: Bench = Bench {
         rate: 25_000_000,
         trip: Duration::from_millis(100),
         queue: 2_500_000,
@@ -494,11 +494,11 @@ mod tests {
     #[test]
     fn a_long_path_is_full_and_its_queue_is_not() {
         for loss in [0, 1000, 100] {
-            let (used, dropped) = Bench { loss, ..LINE }.run(1_250_000, Duration::from_secs(9));
+            let (used, dropped) = Bench { loss, ..PATH }.run(1_250_000, Duration::from_secs(9));
             let delivers = if loss == 100 { 0.99 } else { 1.0 };
             assert!(
                 used > 0.96 * delivers,
-                "one in {loss} lost: {used:.3} of the line is used"
+                "one in {loss} lost: {used:.3} of the bandwidth is used"
             );
             assert!(
                 dropped < 0.01,
@@ -510,7 +510,7 @@ mod tests {
     #[test]
     fn a_busy_machine_keeps_the_path_full() {
         for stall in [50, 150, 250] {
-            let (used, dropped) = Bench { stall, ..LINE }.run(1_250_000, Duration::from_secs(9));
+            let (used, dropped) = Bench { stall, ..PATH }.run(1_250_000, Duration::from_secs(9));
             assert!(
                 used > 0.9 && dropped < 0.03,
                 "a look each {} ms: {used:.3} used, {dropped:.3} dropped",
@@ -524,19 +524,19 @@ mod tests {
         let (used, _) = Bench {
             rate: 250_000_000,
             queue: 25_000_000,
-            ..LINE
+            ..PATH
         }
         .run(1_250_000, Duration::from_secs(9));
-        assert!(used > 0.9, "a fast line: {used:.3}");
+        assert!(used > 0.9, "a fast path: {used:.3}");
         let (used, dropped) = Bench {
             rate: 1_250_000,
             queue: 125_000,
-            ..LINE
+            ..PATH
         }
         .run(1_250_000, Duration::from_secs(20));
         assert!(
             used > 0.9 && dropped < 0.1,
-            "a slow line: {used:.3}, {dropped:.3} dropped"
+            "a slow path: {used:.3}, {dropped:.3} dropped"
         );
     }
 
@@ -544,7 +544,7 @@ mod tests {
     fn a_shallow_queue_and_a_longer_path_are_handled() {
         let (used, dropped) = Bench {
             queue: 250_000,
-            ..LINE
+            ..PATH
         }
         .run(1_250_000, Duration::from_secs(20));
         assert!(
@@ -553,7 +553,7 @@ mod tests {
         );
         let (used, _) = Bench {
             later_trip: Duration::from_millis(250),
-            ..LINE
+            ..PATH
         }
         .run(1_250_000, Duration::from_secs(60));
         assert!(used > 0.85, "a longer path: {used:.3}");

@@ -560,7 +560,7 @@ fn index_of_millions() {
     std::fs::copy(&path, &crashed).unwrap();
     let begin = Instant::now();
     drop(Index::open(&crashed).unwrap());
-    let mended = begin.elapsed();
+    let recovered = begin.elapsed();
     drop(index);
     let bytes = std::fs::metadata(&path).unwrap().len();
     let begin = Instant::now();
@@ -573,7 +573,7 @@ fn index_of_millions() {
     }
     let look = begin.elapsed() / 32_000;
     println!(
-        "{rows} rows: {} bytes each, written in {took:?}, opened in {open:?}, after a crash in {mended:?}, {look:?} a look",
+        "{rows} rows: {} bytes each, written in {took:?}, opened in {open:?}, after a crash in {recovered:?}, {look:?} a look",
         bytes / rows
     );
 }
@@ -655,10 +655,10 @@ fn a_damaged_index_never_panics_and_can_be_rebuilt() {
     let dir = tempfile::tempdir().unwrap();
     let chunks = closed_store(dir.path());
     let index = dir.path().join(INDEX);
-    let sound = std::fs::read(&index).unwrap();
+    let intact = std::fs::read(&index).unwrap();
     let mut refused = 0;
-    for page in 0..sound.len() / 4096 {
-        let mut bytes = sound.clone();
+    for page in 0..intact.len() / 4096 {
+        let mut bytes = intact.clone();
         bytes[page * 4096..(page + 1) * 4096].copy_from_slice(&chunk(page as u64, 4096).bytes);
         std::fs::File::create(&index)
             .unwrap()
@@ -676,7 +676,7 @@ fn a_damaged_index_never_panics_and_can_be_rebuilt() {
     assert!(refused > 0, "at least one damaged page is detected");
     std::fs::File::create(&index)
         .unwrap()
-        .write_all(&sound[..sound.len() / 3])
+        .write_all(&intact[..intact.len() / 3])
         .unwrap();
     let fault = Store::open(dir.path()).err().unwrap();
     assert!(
@@ -737,9 +737,9 @@ fn a_chunk_with_a_wrong_raw_length_is_stored_again() {
             id: chunk.id,
             len: 10_000,
         };
-        let lie = Frame::lying(&chunk, 10_777);
+        let wrong_frame = Frame::lying(&chunk, 10_777);
         let poison = || {
-            store.append(&lie).unwrap();
+            store.append(&wrong_frame).unwrap();
             if flushed {
                 store.flush().unwrap();
             }

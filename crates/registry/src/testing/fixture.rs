@@ -224,7 +224,7 @@ impl RealRegistry {
             let begun = Instant::now();
             while begun.elapsed() < Duration::from_secs(20) {
                 if child.try_wait().unwrap().is_some() {
-                    break; // somebody else took the port
+                    break; // another process took the port
                 }
                 if TcpStream::connect(&address).is_ok() {
                     return Self {

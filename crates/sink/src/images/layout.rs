@@ -666,7 +666,7 @@ impl Sink for LayoutSink {
             if index.entries().next().is_none() {
                 durable::remove_all(&layout)?;
             } else {
-                index.write(&layout)?; // first, so that no version ever names a blob that is gone
+                index.write(&layout)?; // first, so that no version refers to a missing blob
                 delete_unreferenced(&layout, &current_digest)?;
             }
             Ok(None)

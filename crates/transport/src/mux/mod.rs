@@ -130,7 +130,7 @@ impl Mux {
         &self.handle.0
     }
 
-    /// Opens a stream. Waits for a slot if [`LINE_STREAMS_MAX`] are open.
+    /// Opens a stream. Waits for a slot if [`CONNECTION_STREAMS_MAX`] are open.
     pub(crate) async fn open(&self, priority: i32) -> Result<(SendStream, RecvStream), StreamEnd> {
         let slot = self
             .shared()

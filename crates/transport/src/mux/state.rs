@@ -48,7 +48,7 @@ struct Stream {
     incoming: Incoming,
     /// Whether this end has the stream: it opened or accepted it.
     is_taken: bool,
-    /// Whether the stream occupies one of the [`LINE_STREAMS_MAX`] slots.
+    /// Whether the stream occupies one of the [`CONNECTION_STREAMS_MAX`] slots.
     has_slot: bool,
 }
 
@@ -225,7 +225,7 @@ impl State {
     /// stream when it has no reader.
     ///
     /// Both ends count by frames only, and frames keep their order. Therefore a peer that opens a
-    /// stream as soon as it sees the end of another never exceeds [`LINE_STREAMS_MAX`] here.
+    /// stream as soon as it sees the end of another never exceeds [`CONNECTION_STREAMS_MAX`] here.
     fn settle(&mut self, id: u32) {
         let local = self.is_local(id);
         let Some(stream) = self.streams.get_mut(&id) else {

@@ -231,7 +231,7 @@ fn totals_and_sizes_that_do_not_fit_are_refused() {
         ("an entry page as an index", with(&|r| r.depth = 1)),
         ("no page", with(&|r| r.pages.clear())),
         (
-            "a page that holds nothing",
+            "an empty page",
             with(&|r| {
                 r.pages.push(PageRef {
                     chunks: 0,
@@ -363,7 +363,7 @@ fn entries_that_do_not_match_the_kind_are_refused() {
             absent: vec![],
         })
     };
-    let sound = image(&top.to_string(), 3);
+    let valid = image(&top.to_string(), 3);
     let blob = |path: &str| {
         page()
             .dir("blobs")
@@ -373,7 +373,7 @@ fn entries_that_do_not_match_the_kind_are_refused() {
             .file("oci-layout", 2)
     };
     let layout = blob(&top.layout_path());
-    checked(&as_kind(&layout, Kind::Image, &sound), &memory).unwrap();
+    checked(&as_kind(&layout, Kind::Image, &valid), &memory).unwrap();
     let other = Sha256::of(b"other").layout_path();
     for (name, page, info) in [
         ("sha256:zz", &layout, image("sha256:zz", 3)),
@@ -381,14 +381,18 @@ fn entries_that_do_not_match_the_kind_are_refused() {
         ("no size", &layout, image(&top.to_string(), 0)),
         ("another size", &layout, image(&top.to_string(), 4)),
         ("huge", &layout, image(&top.to_string(), 1 << 40)),
-        ("no top manifest", &blob(&other), sound.clone()),
-        ("a stranger", &layout.clone().file("z", 1), sound.clone()),
+        ("no top manifest", &blob(&other), valid.clone()),
+        (
+            "an unrelated file",
+            &layout.clone().file("z", 1),
+            valid.clone(),
+        ),
         (
             "a link",
             &layout.clone().link("z", "oci-layout"),
-            sound.clone(),
+            valid.clone(),
         ),
-        ("no blob's name", &blob("blobs/sha256/zz"), sound.clone()),
+        ("no blob's name", &blob("blobs/sha256/zz"), valid.clone()),
         ("of files", &layout, KindInfo::Files),
     ] {
         refused(name, &as_kind(page, Kind::Image, &info), &memory, "");
@@ -436,7 +440,7 @@ fn entries_that_do_not_match_the_kind_are_refused() {
         refused(name, &as_kind(page, Kind::Labels, &info), &memory, "");
     }
     for kind in [Kind::Dataset, Kind::Model, Kind::Operator] {
-        refused("of an image", &as_kind(&layout, kind, &sound), &memory, "");
+        refused("of an image", &as_kind(&layout, kind, &valid), &memory, "");
         checked(&as_kind(&layout, kind, &KindInfo::Files), &memory).unwrap();
     }
     let dataset = page().file("a", 1).times(&memory, 1);
