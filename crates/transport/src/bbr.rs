@@ -11,7 +11,7 @@
 //! - Startup grows by the acknowledged bytes up to 1.75 BDP, and also ends when the round trip
 //!   increases or 1/8 of a round is lost.
 //! - Instead of ProbeRTT with 4 packets, it halves the window for two rounds when the smallest
-//!   round trip was not seen for 10 s.
+//!   round trip was not seen for 10 s, or when the path seems to have changed.
 //!
 //! Reason: quinn's BBR has a window of two to three BDP. On a connection of 200 Mbit/s and 100 ms
 //! it sent half of all packets into a full queue. A window of 1.5 BDP keeps the connection full

@@ -3,15 +3,16 @@
 //!
 //! # A commit
 //! 1. A dedicated connection takes the session advisory lock of the label set, so that only one
-//! commit at a time works on it, and drops the leftovers of earlier commits.
+//!    commit at a time works on it, and drops the leftovers of earlier commits.
 //! 2. `label_version` gets a row in the state `loading`; its id names two tables,
-//! `version_sample_v<id>` and `annotation_v<id>`, with a CHECK on that id.
+//!    `version_sample_v<id>` and `annotation_v<id>`, with a CHECK on that id.
 //! 3. One transaction truncates them, copies the rows (binary, frozen), counts, builds the indexes
-//! and analyses.
+//!    and analyses.
 //! 4. A second transaction attaches them as partitions; because of the CHECK, this needs no scan.
-//! The views do not show them yet.
+//!    The views do not show them yet.
 //! 5. A third transaction sets the state to `ready` and changes the one row in `label_active`: the
-//! switch. In `label_switch` it ends the period of the old version and starts that of the new one.
+//!    switch. In `label_switch` it ends the period of the old version and starts that of the new
+//!    one.
 //!
 //! **No commit waits for readers.** A session with a lock on the partitioned table does not see a
 //! new partition before its transaction ends, and would find no rows of a version that was attached
