@@ -5,8 +5,8 @@
 //! requests. The API has one pool for each of its listeners. If a pool is full, or if one address
 //! has used its share of it, the pool evicts the oldest unfinished connection and gives its slot to
 //! the new connection. Therefore silent connections cannot keep out a peer that completes its
-//! handshake. This module does no I/O: the owner of a [`Place`] must close its connection when
-//! [`Place::evicted`] is ready. Nothing survives a restart.
+//! handshake. This module does no I/O: the owner of a [`Permit`] must close its connection when
+//! [`Permit::evicted`] is ready. Nothing survives a restart.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -76,15 +76,15 @@ struct PoolState {
 
 /// A pool of slots for connections.
 pub struct Pool {
-    places_max: usize,
+    permits_max: usize,
     shared: Arc<PoolState>,
 }
 
 impl Pool {
     /// Creates a pool with this number of slots.
-    pub fn new(places_max: usize) -> Self {
+    pub fn new(permits_max: usize) -> Self {
         Self {
-            places_max,
+            permits_max,
             shared: Arc::default(),
         }
     }
@@ -99,7 +99,7 @@ impl Pool {
             let surplus = (own.len() + 1).saturating_sub(own_max.max(1));
             own.into_iter().take(surplus).for_each(|id| slots.evict(id));
         }
-        if slots.entries.len() >= self.places_max {
+        if slots.entries.len() >= self.permits_max {
             let (oldest, _) = slots.unfinished().next()?;
             slots.evict(oldest);
         }
@@ -126,8 +126,8 @@ impl Pool {
     pub async fn enter_when_possible(&self, network: Option<Network>, own_max: usize) -> Permit {
         loop {
             let left = self.shared.left.notified();
-            if let Some(place) = self.enter(network, own_max) {
-                return place;
+            if let Some(permit) = self.enter(network, own_max) {
+                return permit;
             }
             left.await;
         }
@@ -200,8 +200,8 @@ mod tests {
         Some(text.parse::<IpAddr>().unwrap().into())
     }
 
-    fn is_evicted(place: &Permit) -> bool {
-        place.evicted.is_cancelled()
+    fn is_evicted(permit: &Permit) -> bool {
+        permit.evicted.is_cancelled()
     }
 
     #[test]
@@ -241,21 +241,21 @@ mod tests {
     #[test]
     fn a_full_pool_closes_the_oldest_unfinished_connection() {
         let pool = Pool::new(4);
-        let places: Vec<Permit> = (0..4)
+        let permits: Vec<Permit> = (0..4)
             .map(|n| pool.enter(network(&format!("10.0.0.{n}")), 8).unwrap())
             .collect();
-        places[0].finish();
+        permits[0].finish();
         let fifth = pool.enter(network("10.0.1.1"), 8).unwrap();
-        assert!(!is_evicted(&places[0]) && is_evicted(&places[1]) && !is_evicted(&places[2]));
-        for place in places[2..].iter().chain([&fifth]) {
-            place.finish();
+        assert!(!is_evicted(&permits[0]) && is_evicted(&permits[1]) && !is_evicted(&permits[2]));
+        for permit in permits[2..].iter().chain([&fifth]) {
+            permit.finish();
         }
         assert!(
             pool.enter(None, 8).is_none(),
             "a finished connection is never evicted"
         );
-        places[3].reopen();
-        assert!(pool.enter(None, 8).is_some() && is_evicted(&places[3]));
+        permits[3].reopen();
+        assert!(pool.enter(None, 8).is_some() && is_evicted(&permits[3]));
     }
 
     #[test]

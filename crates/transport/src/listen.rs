@@ -75,7 +75,7 @@ pub struct JoinRequest {
     csr: Vec<u8>,
     /// The hash of the key in the request.
     key_hash: [u8; 32],
-    place: Permit,
+    permit: Permit,
 }
 
 impl JoinRequest {
@@ -122,7 +122,7 @@ impl JoinRequest {
             Err(fault) => hello::Answer::refused(fault.clone()),
         };
         if issued.is_err() {
-            self.place.reopen();
+            self.permit.reopen();
         }
         let send_and_wait = async {
             let sent = hello::send(&mut self.send, &answer).await;
@@ -133,7 +133,7 @@ impl JoinRequest {
         };
         let sent = tokio::select! {
             sent = tokio::time::timeout(PARTING_MAX, send_and_wait) => sent.unwrap_or(Ok(())),
-            () = self.place.evicted() => Ok(()),
+            () = self.permit.evicted() => Ok(()),
         };
         let (_, holder) = issued?;
         sent.map_err(|f| {
@@ -359,12 +359,12 @@ impl Admission {
     /// Takes a slot for a handshake. `None` if every slot is used by a peer that is already
     /// authenticated.
     fn take_slot(&self, pool: &Pool, remote: SocketAddr, own_max: usize) -> Option<Permit> {
-        let place = pool.enter(Some(remote.ip().into()), own_max);
-        if place.is_none() {
+        let permit = pool.enter(Some(remote.ip().into()), own_max);
+        if permit.is_none() {
             self.unfinished
                 .note(format_args!("{remote}: all handshake slots are in use"));
         }
-        place
+        permit
     }
 
     /// Whether a QUIC peer must first prove its address with a Retry, which costs the hub nothing:
@@ -383,7 +383,7 @@ impl Admission {
                 .joins
                 .enter(Some(network), CONNECTION_HANDSHAKES_PER_ADDRESS_MAX)
             {
-                Some(place) => (Newcomer::Joining(place), None),
+                Some(permit) => (Newcomer::Joining(permit), None),
                 None => (
                     Newcomer::Refused(
                         CLOSE_BUSY,
@@ -424,8 +424,10 @@ impl Admission {
                 link.closed().await;
                 Err(fault.with_next(String::new()))
             }
-            Newcomer::Joining(place) => {
-                let request = self.read_join(Link::new(wire, None, remote), place).await?;
+            Newcomer::Joining(permit) => {
+                let request = self
+                    .read_join(Link::new(wire, None, remote), permit)
+                    .await?;
                 let _ = self.arrivals.send(Arrival::Join(request)).await;
                 Ok(())
             }
@@ -456,16 +458,16 @@ impl Admission {
     }
 
     /// Reads a join request. An invalid request is rejected here, before it can use a token.
-    async fn read_join(&self, link: Link, place: Permit) -> Result<JoinRequest, Fault> {
+    async fn read_join(&self, link: Link, permit: Permit) -> Result<JoinRequest, Fault> {
         let asked = tokio::select! {
             asked = self.read_request(&link) => asked?,
-            () = place.evicted() => return Err(Fault::unreachable("the connection was closed in favour of newer join requests")),
+            () = permit.evicted() => return Err(Fault::unreachable("the connection was closed in favour of newer join requests")),
         };
         let (mut send, request) = asked;
         match request {
             Ok(asked) => {
                 // The token may be used from here on, so the answer must be delivered.
-                place.finish();
+                permit.finish();
                 let secret_hash = secret_hash(&asked.token_id, &asked.secret);
                 let claim = asked.site.map_or(Claim::Publisher, Claim::Site);
                 Ok(JoinRequest {
@@ -477,7 +479,7 @@ impl Admission {
                     claim,
                     csr: asked.csr,
                     key_hash: asked.key_hash,
-                    place,
+                    permit,
                 })
             }
             Err(fault) => {
@@ -507,7 +509,7 @@ impl Admission {
         self: &Arc<Self>,
         incoming: quinn::Incoming,
         config: &quinn::ServerConfig,
-        place: &Permit,
+        permit: &Permit,
     ) -> Result<(), Fault> {
         let remote = incoming.remote_address();
         let choice = Choice::new(self.congestion);
@@ -515,7 +517,7 @@ impl Admission {
         let shown = quic::shown(&connection);
         let (newcomer, seat) = self.admit(&shown, remote, false);
         if matches!(newcomer, Newcomer::Known(..)) {
-            place.finish();
+            permit.finish();
         }
         let window = Window::new(
             &self.windows,
@@ -547,13 +549,13 @@ impl Admission {
         socket: TcpStream,
         remote: SocketAddr,
         tls: Arc<rustls::ServerConfig>,
-        place: &Permit,
+        permit: &Permit,
     ) -> Result<(), Fault> {
         let secured = in_time(tcp::accept(socket, tls, self.congestion)).await?;
         let secured = secured.map_err(|e| Fault::unreachable(e.to_string()))?;
         let (newcomer, seat) = self.admit(&secured.shown, remote, true);
         if matches!(newcomer, Newcomer::Known(..)) {
-            place.finish();
+            permit.finish();
         }
         let mux = Mux::start(secured.io, End::Listening, secured.handshake, seat);
         let this = self.clone();
@@ -574,12 +576,12 @@ impl Admission {
     async fn conclude(
         &self,
         work: impl Future<Output = Result<(), Fault>>,
-        place: &Permit,
+        permit: &Permit,
         remote: SocketAddr,
     ) {
         let result = tokio::select! {
             biased;
-            () = place.evicted() => Err(Fault::unreachable("the connection was closed in favour of newer connections")),
+            () = permit.evicted() => Err(Fault::unreachable("the connection was closed in favour of newer connections")),
             result = tokio::time::timeout(CONNECTION_HANDSHAKE_MAX, work) => result.unwrap_or_else(|_| Err(too_slow())),
         };
         match result {
@@ -620,7 +622,7 @@ async fn accept_quic(endpoint: Endpoint, config: quinn::ServerConfig, admission:
             true => CONNECTION_HANDSHAKES_PROVED_MAX,
             false => admission.own_max(remote.ip().into()),
         };
-        let Some(place) = admission.take_slot(&admission.quic, remote, own_max) else {
+        let Some(permit) = admission.take_slot(&admission.quic, remote, own_max) else {
             incoming.refuse();
             continue;
         };
@@ -628,8 +630,8 @@ async fn accept_quic(endpoint: Endpoint, config: quinn::ServerConfig, admission:
         tokio::spawn(async move {
             admission
                 .conclude(
-                    admission.take_quic(incoming, &config, &place),
-                    &place,
+                    admission.take_quic(incoming, &config, &permit),
+                    &permit,
                     remote,
                 )
                 .await;
@@ -654,15 +656,15 @@ async fn accept_tcp(
             }
         };
         let own_max = admission.own_max(remote.ip().into());
-        let Some(place) = admission.take_slot(&admission.tcp, remote, own_max) else {
+        let Some(permit) = admission.take_slot(&admission.tcp, remote, own_max) else {
             continue;
         };
         let (admission, tls) = (admission.clone(), tls.clone());
         tokio::spawn(async move {
             admission
                 .conclude(
-                    admission.take_tcp(socket, remote, tls, &place),
-                    &place,
+                    admission.take_tcp(socket, remote, tls, &permit),
+                    &permit,
                     remote,
                 )
                 .await;

@@ -39,7 +39,7 @@ pub(super) struct Windows {
 
 #[derive(Default)]
 struct Connections {
-    lines: usize,
+    total: usize,
     /// The number of connections per peer from which the hub fetches.
     wanted: HashMap<Holder, usize>,
 }
@@ -56,7 +56,7 @@ impl Windows {
     }
 
     fn idle(&self, connections: &Connections) -> u64 {
-        (self.idle_total / connections.lines.max(1) as u64).clamp(
+        (self.idle_total / connections.total.max(1) as u64).clamp(
             CONNECTION_WINDOW_LEAST_BYTES,
             CONNECTION_WINDOW_IDLE_BYTES_MAX,
         )
@@ -107,7 +107,7 @@ impl Window {
     /// Creates the window of a connection to this peer.
     pub(super) fn new(windows: &Arc<Windows>, holder: Option<Holder>, of: Of) -> Arc<Self> {
         if holder.is_some() {
-            windows.connections.lock().lines += 1;
+            windows.connections.lock().total += 1;
         }
         let state = State {
             requests: 0,
@@ -219,7 +219,7 @@ impl Window {
 impl Drop for Window {
     fn drop(&mut self) {
         if self.holder.is_some() {
-            self.windows.connections.lock().lines -= 1;
+            self.windows.connections.lock().total -= 1;
         }
         if self.state.lock().is_wanted {
             self.end_fetch();
@@ -290,7 +290,7 @@ mod tests {
         assert_eq!(lines[63].1.load(Ordering::Relaxed), 16 * MIB / 64);
         assert!(windows.connections.lock().wanted.is_empty());
         drop(lines);
-        assert_eq!(windows.connections.lock().lines, 0);
+        assert_eq!(windows.connections.lock().total, 0);
     }
 
     #[test]

@@ -117,7 +117,7 @@ impl State {
         }
     }
 
-    /// Sets the limit on queued bytes; never more than [`MUX_LINE_QUEUE_BYTES`].
+    /// Sets the limit on queued bytes; never more than [`MUX_QUEUE_BYTES`].
     pub(super) fn set_queue_limit(&mut self, bytes: u64) {
         self.queue_limit = usize::try_from(bytes)
             .unwrap_or(usize::MAX)
