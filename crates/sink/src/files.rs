@@ -52,8 +52,9 @@ pub(crate) use mount::trial;
 pub const HIDDEN: &str = ".packhorse";
 /// The directory in [`HIDDEN`] with one file for each daemon that uses the root.
 const SITES: &str = "sites";
-/// The second line of such a file, which states that the daemon rewrites the file each day.
-const REWRITTEN_DAILY: &str = "rewritten each day";
+/// The second line of such a file, which states that the daemon rewrites the file each day. The text
+/// is part of the on-disk format and must not change.
+const REWRITTEN_DAILY: &str = "written anew each day";
 /// The directory in [`HIDDEN`] for incoming files.
 const STAGING: &str = "staging";
 /// The number of other daemons that a message names, and the size limit of the file of each.
@@ -459,14 +460,14 @@ impl FilesSink {
 
     /// Hides a version by one rename. Returns its new path, to be removed.
     fn hide(&self, artifact: &ArtifactRef) -> Result<PathBuf, Fault> {
-        let not_mounted = self.staging.join(format!(
+        let hidden = self.staging.join(format!(
             "removed-{}-{}-{:08x}",
             self.owner,
             artifact.version(),
             rand::random::<u32>()
         ));
-        durable::rename_noreplace(&self.folder(artifact), &not_mounted)?;
-        Ok(not_mounted)
+        durable::rename_noreplace(&self.folder(artifact), &hidden)?;
+        Ok(hidden)
     }
 
     fn remove_blocking(&self, artifact: &ArtifactRef) -> Result<Option<String>, Fault> {
@@ -486,9 +487,9 @@ impl FilesSink {
         let series = self.series(artifact);
         let current = self.current(artifact)?;
         if self.note(artifact)?.is_some() && folder.try_exists().at(folder.display())? {
-            let not_mounted = self.hide(artifact)?;
+            let hidden = self.hide(artifact)?;
             // The version is hidden; a failed removal is retried later.
-            if let Err(fault) = durable::remove_all(&not_mounted) {
+            if let Err(fault) = durable::remove_all(&hidden) {
                 tracing::warn!(error = %fault, "a removed version could not be deleted completely yet; this is retried");
             }
         }
