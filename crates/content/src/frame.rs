@@ -482,11 +482,12 @@ mod tests {
                 if len == raw.len() || len > CHUNK_BYTES_MAX {
                     continue;
                 }
-                let lie = Frame::seal(chunk.id, len, honest.header.codec, honest.stored.clone());
-                let at_sight =
-                    Frame::parse(lie.to_bytes()).map(|frame| frame.verify(chunk.id, len as u32));
+                let inconsistent =
+                    Frame::seal(chunk.id, len, honest.header.codec, honest.stored.clone());
+                let result = Frame::parse(inconsistent.to_bytes())
+                    .map(|frame| frame.verify(chunk.id, len as u32));
                 assert!(
-                    !matches!(at_sight, Ok(Ok(_))),
+                    !matches!(result, Ok(Ok(_))),
                     "codec {}: {} bytes named as {len}",
                     honest.header.codec,
                     raw.len()

@@ -288,12 +288,12 @@ mod tests {
         assert_eq!(tree.blobs.len(), 2);
         assert_eq!(tree.absent, [Sha256::of(b"gone")]);
 
-        let lying = Descriptor {
+        let wrong_descriptor = Descriptor {
             size: 1,
             ..descriptor.clone()
         };
         assert!(
-            walk(&lying, |d| std::future::ready(Ok(held
+            walk(&wrong_descriptor, |d| std::future::ready(Ok(held
                 .get(&d.digest)
                 .cloned())))
             .await

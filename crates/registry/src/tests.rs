@@ -80,12 +80,16 @@ async fn round_trip(registry: &Registry, dir: &std::path::Path) {
         registry.push_blob("op/a", &wrong).await.unwrap_err().code,
         Code::Integrity
     );
-    let lying = LocalBlob {
+    let wrong_blob = LocalBlob {
         size: 999,
         ..local(dir, 3, 1000)
     };
     assert_eq!(
-        registry.push_blob("op/a", &lying).await.unwrap_err().code,
+        registry
+            .push_blob("op/a", &wrong_blob)
+            .await
+            .unwrap_err()
+            .code,
         Code::Integrity
     );
     let empty = local(dir, 4, 0);

@@ -252,8 +252,8 @@ async fn certificates_of_another_ca_are_refused_on_both_sides() {
     for transport in BOTH {
         let wanted = settings(transport);
         // The site trusts only its own hub.
-        let stranger = site_of(&other.identity, "chengdu");
-        let fault = dial(&hub.address, &stranger, &wanted, MEMORY)
+        let other_site = site_of(&other.identity, "chengdu");
+        let fault = dial(&hub.address, &other_site, &wanted, MEMORY)
             .await
             .unwrap_err();
         assert_eq!(fault.code, Code::NotAllowed, "{fault}");
@@ -263,8 +263,8 @@ async fn certificates_of_another_ca_are_refused_on_both_sides() {
         let site = site_of(&hub.identity, "chengdu");
         let mut tls = tls::client(&site).unwrap();
         let forged = rustls::sign::CertifiedKey::from_der(
-            stranger.chain(),
-            stranger.key(),
+            other_site.chain(),
+            other_site.key(),
             tls.crypto_provider(),
         )
         .unwrap();

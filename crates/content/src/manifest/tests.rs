@@ -272,7 +272,7 @@ fn a_manifest_that_expands_too_much_is_refused() {
         Code::Integrity
     );
     // Invalid depth; counts that do not add up; a page whose content differs from its listing.
-    let lies = [
+    let inconsistent = [
         with(tower[1], 200),
         Root {
             totals: honest.totals,
@@ -286,12 +286,12 @@ fn a_manifest_that_expands_too_much_is_refused() {
             0,
         ),
     ];
-    for root in &lies {
+    for root in &inconsistent {
         assert!(
             Walk::new(root, &memory).any(|s| s.is_err_and(|fault| fault.code == Code::Integrity))
         );
     }
-    for root in &lies[..2] {
+    for root in &inconsistent[..2] {
         assert_eq!(
             entry_pages(root, &memory).unwrap_err().code,
             Code::Integrity

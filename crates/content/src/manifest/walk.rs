@@ -207,7 +207,7 @@ impl<'a, P: Pages + ?Sized> Walk<'a, P> {
         if len == 0 || len > self.uncovered {
             return Err(self.entry_fault("has chunks with more bytes than the file"));
         }
-        let spot = ChunkPosition {
+        let position = ChunkPosition {
             page: page.listed.id,
             index: page.index,
             ordinal: self.seen.chunks,
@@ -217,7 +217,7 @@ impl<'a, P: Pages + ?Sized> Walk<'a, P> {
         self.seen.chunks += 1;
         page.index += 1;
         page.bytes += len;
-        Ok(Step::Chunk(chunk, spot))
+        Ok(Step::Chunk(chunk, position))
     }
 
     /// The next step of the open page; `None` at its end.

@@ -178,13 +178,13 @@ impl Store {
 
     /// Packs that the index names but that do not exist.
     pub fn lost_packs(&self) -> Result<Vec<u32>, Fault> {
-        let there = self.inner.packs.list()?;
+        let existing = self.inner.packs.list()?;
         Ok(self
             .inner
             .index
             .packs()?
             .into_keys()
-            .filter(|number| !there.contains(number))
+            .filter(|number| !existing.contains(number))
             .collect())
     }
 

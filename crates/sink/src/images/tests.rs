@@ -209,13 +209,13 @@ async fn contract(sink: &dyn Sink, inspect: &dyn Fn(&str) -> String) {
         .unwrap_err();
     assert_eq!(fault.code, Code::Integrity, "{fault}");
     // The size is correct, the content is not.
-    let lying = staged(sink, &[noise(10, 1000)], &["amd64"]);
+    let wrong_image = staged(sink, &[noise(10, 1000)], &["amd64"]);
     write(
-        &lying.dir.join(lying.layers[0].layout_path()),
+        &wrong_image.dir.join(wrong_image.layers[0].layout_path()),
         &noise(11, 1000),
     );
     let fault = sink
-        .commit(&incoming("image/seg:v3", &lying), &lying.dir)
+        .commit(&incoming("image/seg:v3", &wrong_image), &wrong_image.dir)
         .await
         .unwrap_err();
     assert_eq!(fault.code, Code::Integrity, "{fault}");

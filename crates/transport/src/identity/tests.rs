@@ -40,9 +40,9 @@ fn the_hub_keeps_its_ca_and_replaces_a_damaged_certificate() {
         if let Some(text) = damage {
             durable::replace_secret(&path, text.as_bytes()).unwrap();
         }
-        let mended = HubIdentity::open_or_create(dir.path(), &name("hub")).unwrap();
-        assert_eq!(mended.ca_der(), first.ca_der());
-        assert_ne!(mended.cert_der(), first.cert_der());
+        let repaired = HubIdentity::open_or_create(dir.path(), &name("hub")).unwrap();
+        assert_eq!(repaired.ca_der(), first.ca_der());
+        assert_ne!(repaired.cert_der(), first.cert_der());
     }
     let renamed = HubIdentity::open_or_create(dir.path(), &name("hub2")).unwrap();
     assert_eq!(

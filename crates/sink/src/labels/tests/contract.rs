@@ -436,9 +436,9 @@ async fn refuses_bad_rows_and_leaves_nothing(bench: Bench) {
     assert_eq!(bench.current().await, good.count());
     assert!(!bench.data.path().join("labels/aoi-line3/v2").exists());
     // The same version with valid content is accepted afterwards.
-    let sound = Set::new(2, 12, 4, 0);
-    commit(&bench, &sound, "v2").await;
-    assert_eq!(bench.current().await, sound.count());
+    let valid = Set::new(2, 12, 4, 0);
+    commit(&bench, &valid, "v2").await;
+    assert_eq!(bench.current().await, valid.count());
 }
 
 async fn activates_and_removes(bench: Bench) {
@@ -565,13 +565,13 @@ async fn verify_finds_changed_rows(bench: Bench) {
         .verify(&incoming, &place, &Look::default())
         .await
         .unwrap();
-    let begins: Vec<String> = found
+    let starts: Vec<String> = found
         .iter()
         .map(|l| l.split(" contains {").next().unwrap())
         .map(|l| l.split(" contains …").next().unwrap().to_owned())
         .collect();
     assert_eq!(
-        begins,
+        starts,
         [
             "classes.jsonl line 2: the database",
             "samples.jsonl line 4: the database",

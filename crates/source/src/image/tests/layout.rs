@@ -91,10 +91,10 @@ fn an_inconsistent_oci_layout_is_refused() {
         case.open(&longer.tar()),
         &["wrong size", &BlobDigest::of(&raw).member()],
     );
-    let mut lied = good.clone();
+    let mut changed = good.clone();
     let member = format!("blobs/sha256/{}", hex_of(&top));
-    lied.get(&member)[3] = b'X';
-    refused(case.open(&lied.tar()), &["wrong digest", &member]);
+    changed.get(&member)[3] = b'X';
+    refused(case.open(&changed.tar()), &["wrong digest", &member]);
     let mut missing = good.clone();
     missing.remove("oci-layout");
     refused(case.open(&missing.tar()), &["oci-layout", "missing"]);
