@@ -1,4 +1,4 @@
-//! The choice of a congestion control: a setting of a connection that a site also tells its hub.
+//! The configured congestion control of a connection, which a site also sends to its hub.
 
 use serde::{Deserialize, Serialize};
 
@@ -6,11 +6,9 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Default)]
 #[serde(rename_all = "lowercase")]
 pub enum Congestion {
-    /// By the round trip: CUBIC below 5 ms, BBR above.
+    /// By the round trip time: CUBIC below 5 ms, BBR above.
     #[default]
     Auto,
-    /// BBR.
     Bbr,
-    /// CUBIC.
     Cubic,
 }

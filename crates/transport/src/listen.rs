@@ -496,10 +496,9 @@ impl Admission {
         &self,
         link: &Link,
     ) -> Result<(SendHalf, Result<hello::Asked, Fault>), Fault> {
-        let (send, mut recv) = link
-            .accept()
-            .await
-            .ok_or_else(|| Fault::unreachable("a joining site disconnected before it sent its request"))?;
+        let (send, mut recv) = link.accept().await.ok_or_else(|| {
+            Fault::unreachable("a joining site disconnected before it sent its request")
+        })?;
         let read = async { hello::receive::<hello::Ask>(&mut recv).await?.read() };
         Ok((send, read.await))
     }
