@@ -305,7 +305,7 @@ fn a_full_data_folder_at_a_site_is_no_end() {
         stuck
             .next
             .as_deref()
-            .is_some_and(|next| next.contains("room")),
+            .is_some_and(|next| next.contains("that disk")),
         "{stuck:#?}"
     );
 
