@@ -103,7 +103,7 @@ fn damaged_or_deleted_files_of_a_site_are_restored() {
     fs::remove_dir_all(&folder).unwrap();
     let gone = site.cli(&["verify", REFERENCE]).expect(8);
     assert!(
-        gone.out.lines().count() == 1 && gone.out.contains("is gone"),
+        gone.out.lines().count() == 1 && gone.out.contains("is missing"),
         "{}",
         gone.out
     );
