@@ -132,10 +132,9 @@ impl<'a, P: Pages + ?Sized> Walk<'a, P> {
             if (page.chunks, page.entries) != (chunks, 0) {
                 return Err(listing_mismatch());
             }
-            self.uncovered = self
-                .uncovered
-                .checked_sub(bytes)
-                .ok_or_else(|| self.entry_fault("has chunks with more bytes than the file"))?;
+            self.uncovered = self.uncovered.checked_sub(bytes).ok_or_else(|| {
+                self.entry_fault("has an empty chunk, or chunks with more bytes than the file")
+            })?;
             self.seen.chunks += chunks;
             return Ok(());
         }
@@ -205,7 +204,9 @@ impl<'a, P: Pages + ?Sized> Walk<'a, P> {
     fn chunk(&mut self, chunk: ChunkRef, page: &mut OpenPage) -> Result<Step, Fault> {
         let len = u64::from(chunk.len);
         if len == 0 || len > self.uncovered {
-            return Err(self.entry_fault("has chunks with more bytes than the file"));
+            return Err(
+                self.entry_fault("has an empty chunk, or chunks with more bytes than the file")
+            );
         }
         let position = ChunkPosition {
             page: page.listed.id,

@@ -808,7 +808,7 @@ impl Sink for RegistrySink {
         match self.tag(&incoming.artifact, &ours).await? {
             Tag::Absent => out.push(format!("{location}: the tag is missing")),
             Tag::BlockedOther => {
-                out.push(format!("{location}: the tag refers to a different image"))
+                out.push(format!("{location}: the tag refers to a different image"));
             }
             Tag::Is(theirs) | Tag::Blocked(Some(theirs)) if theirs != ours => {
                 out.push(format!(

@@ -270,7 +270,7 @@ fn totals_and_sizes_that_do_not_fit_are_refused() {
             "more bytes than the file",
         ),
         (
-            "chunk of a folder",
+            "chunk of a directory",
             page().dir("a").chunk(b"x", 1),
             "more bytes than the file",
         ),
@@ -290,12 +290,12 @@ fn totals_and_sizes_that_do_not_fit_are_refused() {
         (
             "large chunk",
             page().file("a", 300 << 10).chunk(b"x", 300 << 10),
-            "over 262144",
+            "more than 262144",
         ),
         (
             "larger chunk",
             page().file("a", 3 << 20).chunk(b"x", 3 << 20),
-            "over 1048576",
+            "more than 1048576",
         ),
     ] {
         refused(name, &page.times(&memory, 1), &memory, why);

@@ -179,7 +179,7 @@ fn an_inconsistent_docker_save_is_refused() {
     for (name, part) in docker_save(&[]).0 {
         inner.put(&format!("img/{name}"), part);
     }
-    refused(case.open(&inner.tar()), &["folder \"img\""]);
+    refused(case.open(&inner.tar()), &["directory \"img\""]);
     refused(case.open(b"this is not an archive"), &["truncated"]);
     refused(
         case.open(&b"this is not an archive".repeat(100)),

@@ -130,7 +130,7 @@ fn an_inconsistent_oci_layout_is_refused() {
             OCI_INDEX,
             json!({ "schemaVersion": 2, "layers": [], "manifests": [] }),
         )),
-        &["at once"],
+        &["both a manifest and an index"],
     );
     refused(
         case.open(&odd(
