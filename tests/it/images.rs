@@ -1,4 +1,5 @@
-//! Images made by others' tools: every form that `publish` reads ends with one digest everywhere.
+//! Images made by common tools: every form that `publish` reads leads to the same digest at every
+//! site.
 
 use std::path::{Path, PathBuf};
 
@@ -11,7 +12,7 @@ use crate::support::registry::{PASSWORD, Registry, USER};
 use crate::support::tree::assert_same;
 use crate::support::{Scratch, data, limit, secs, wait_for};
 
-/// A hub, a site with a registry and one with an OCI layout.
+/// A hub, a site with a registry, and a site with an OCI layout.
 struct World {
     hub: Hub,
     layout_site: Site,
@@ -40,7 +41,8 @@ impl World {
         }
     }
 
-    /// Publishes an image to both sites; its `info`, once both hold it with the digest recorded.
+    /// Publishes an image to both sites, and waits until both have it with the recorded digest.
+    /// Returns its `info`.
     fn carry(&self, source: &str, name: &str, more: &[&str]) -> serde_json::Value {
         let reference = format!("image/{name}:v1");
         let args: Vec<&str> = [
@@ -112,13 +114,13 @@ fn one_image_in_every_form() {
     let squeezed = world.carry(&fixture("docker.tar.gz"), "docker-tar-gz", &[]);
     assert_eq!(
         plain["digest"], squeezed["digest"],
-        "what is around a tar does not count"
+        "the compression of the archive does not matter"
     );
     assert_eq!(plain["platforms"], serde_json::json!(["linux/amd64"]));
 }
 
 #[test]
-fn zstd_layers_stay_zstd() {
+fn zstd_layers_are_not_recompressed() {
     let _limit = limit(secs(180));
     let world = World::start();
     let info = world.carry(&fixture("zstd"), "zstd", &[]);
@@ -129,7 +131,7 @@ fn zstd_layers_stay_zstd() {
 }
 
 #[test]
-fn an_index_of_two_platforms_arrives_whole() {
+fn an_index_of_two_platforms_arrives_complete() {
     let _limit = limit(secs(180));
     let world = World::start();
     let info = world.carry(&fixture("two"), "two", &[]);
@@ -156,7 +158,7 @@ fn an_index_of_two_platforms_arrives_whole() {
 }
 
 #[test]
-fn a_platform_without_blobs_is_left_out_and_named() {
+fn a_platform_without_blobs_is_omitted_and_reported() {
     let _limit = limit(secs(180));
     let world = World::start();
     let info = world.carry(&fixture("absent"), "absent", &[]);
@@ -168,12 +170,12 @@ fn a_platform_without_blobs_is_left_out_and_named() {
         .unwrap_or_default();
     assert!(
         left_out.len() == 1 && digest.starts_with("sha256:"),
-        "what was left out is named: {info}"
+        "the omission is reported: {info}"
     );
 }
 
 #[test]
-fn an_image_comes_out_of_a_registry() {
+fn an_image_is_published_from_a_registry() {
     let _limit = limit(secs(180));
     let mut world = World::start();
     let source = Registry::basic(&world.scratch, "source");
@@ -205,7 +207,7 @@ fn an_image_comes_out_of_a_registry() {
 }
 
 #[test]
-fn of_a_layer_that_was_rebuilt_the_registry_gives_what_did_not_change() {
+fn a_rebuilt_layer_reuses_the_unchanged_content_in_the_registry() {
     let _limit = limit(secs(120));
     let scratch = Scratch::new();
     let registry = Registry::basic(&scratch, "basic");
@@ -239,7 +241,7 @@ fn of_a_layer_that_was_rebuilt_the_registry_gives_what_did_not_change() {
     }
 }
 
-/// Bytes in the files of this name below a folder.
+/// The total size of the files with this name below a folder.
 fn folder_bytes(folder: &Path, name: &str) -> u64 {
     let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
     let bytes = |entry: std::fs::DirEntry| match entry.metadata() {
@@ -251,7 +253,7 @@ fn folder_bytes(folder: &Path, name: &str) -> u64 {
 }
 
 #[test]
-fn a_layer_goes_to_the_registry_while_it_and_others_are_on_their_way() {
+fn a_layer_is_pushed_to_the_registry_while_the_transfer_is_running() {
     let _limit = limit(secs(120));
     let scratch = Scratch::new();
     let registry = Registry::basic(&scratch, "basic");
@@ -271,7 +273,8 @@ fn a_layer_goes_to_the_registry_while_it_and_others_are_on_their_way() {
         &layers.iter().map(Vec::as_slice).collect::<Vec<_>>(),
     );
     hub.publish(&source, "image/early:v1", &[]);
-    // Less than one layer; slowly, so that what is lost is sent again before the line holds back.
+    // Less than one layer. The connection is slow, so that lost packets are sent again before the
+    // proxy stops.
     line.throttle(3 << 20);
     let before = line.down();
     line.hold_at(before + (11 << 20));
@@ -287,19 +290,19 @@ fn a_layer_goes_to_the_registry_while_it_and_others_are_on_their_way() {
     };
     let uploads = scratch.join("basic/docker/registry/v2/repositories");
     wait_for(
-        "the registry takes the first bytes of a layer",
+        "the registry receives the first bytes of a layer",
         secs(60),
         || (folder_bytes(&uploads, "data") > 0).then_some(()),
     );
     assert!(
         !layers.iter().any(|layer| stored(layer)),
-        "no layer can be whole"
+        "no layer can be complete"
     );
-    // Less than all three; of what goes on in parts there are 12 MiB at a time, so that what began
-    // first is whole.
+    // Less than all three layers. At most 12 MiB are requested at once, so the first layer is
+    // complete.
     line.throttle(0);
     line.hold_at(before + (33 << 20));
-    wait_for("the registry holds a layer", secs(25), || {
+    wait_for("the registry has a layer", secs(25), || {
         layers.iter().any(|layer| stored(layer)).then_some(())
     });
     let then = hub.transfer(&transfer);
@@ -316,7 +319,7 @@ fn a_layer_goes_to_the_registry_while_it_and_others_are_on_their_way() {
 }
 
 #[test]
-fn a_pull_that_does_not_fit_at_the_hub_is_not_begun() {
+fn the_hub_starts_no_pull_that_does_not_fit_on_its_disk() {
     let _limit = limit(secs(180));
     let scratch = Scratch::new();
     let mut hub = Hub::new(scratch.path());
@@ -350,8 +353,8 @@ fn a_pull_that_does_not_fit_at_the_hub_is_not_begun() {
                 .collect::<Vec<_>>(),
         )
     };
-    // 80 MiB are needed: the image and its largest layer once more. That leaves less than the hub
-    // needs for itself.
+    // 80 MiB are needed: the image and a second copy of its largest layer. That leaves less space
+    // than the hub reserves for itself.
     let used = disk.used();
     publish(&["--timeout", "8s"]).expect(11).says(&[
         "waiting for room",
@@ -360,12 +363,12 @@ fn a_pull_that_does_not_fit_at_the_hub_is_not_begun() {
     ]);
     assert!(
         disk.used() < used + (4 << 20),
-        "{} bytes were written of it",
+        "{} bytes of the image were written",
         disk.used() - used
     );
-    // Less than twice its size: it is not on the disk twice.
+    // Less than twice the image's size: the disk never holds the image twice.
     disk.grow("165m");
-    // The job still waits, though nobody waits for it: a second one would need the room once more.
+    // The job still waits, although its client has ended: a second job would need the space again.
     wait_for("the publish that waited for room is done", secs(60), || {
         hub.artifacts()
             .contains(&"image/app:v1".to_owned())

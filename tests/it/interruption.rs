@@ -1,5 +1,6 @@
-//! Interruptions: a site stopped, killed or cut off, a hub killed, each in the middle of a transfer
-//! that a slow line makes last. It ends well without a hand, and never begins again from zero.
+//! Interruptions: a site is stopped, killed or disconnected, or a hub is killed, during a transfer
+//! over a slow connection. The transfer must complete without an operator, and must not start from
+//! zero again.
 
 use std::path::{Path, PathBuf};
 
@@ -13,43 +14,44 @@ use crate::support::line::Line;
 use crate::support::tree::assert_same;
 use crate::support::{Scratch, disk_usage, limit, secs, wait_for};
 
-/// What is carried: noise, so that no byte is saved by compressing.
+/// The size of the artifact: noise, so that compression saves nothing.
 const SIZE: usize = 40 << 20;
-/// Bytes a second on the slow line: the transfer lasts some eight seconds.
+/// Bytes per second of the slow connection: the transfer takes about eight seconds.
 const RATE: u64 = 5 << 20;
-/// What must be durable at the site before it is interrupted: to begin at zero then costs more than
-/// all allowances together.
+/// The bytes that must be durable at the site before the interruption. A start from zero then costs
+/// more than all allowances together.
 const ENOUGH: u64 = 12 << 20;
-/// What the line brings beside that before it holds the rest back: parts of what was asked for come
-/// before any of it is whole.
+/// The bytes that the proxy forwards in addition before it stops: parts of several requests arrive
+/// before any request is complete.
 const SLACK: u64 = 10 << 20;
-/// Headers, acknowledgements, manifests, handshakes: a part in this many, beside the payload.
+/// Headers, acknowledgements, manifests and handshakes: one part in this many, in addition to the
+/// payload.
 const OVERHEAD: u64 = 10;
-/// What the line may carry beside that after an interruption: packets on their way to whoever is
-/// dead, the handshake, control.
+/// The further bytes that the proxy may forward after an interruption: packets to the dead daemon,
+/// the handshake, and control messages.
 const UNDERWAY: u64 = 4 << 20;
 
 const _: () = assert!(
     ENOUGH > (SIZE as u64 - ENOUGH) / OVERHEAD + UNDERWAY,
-    "a start from zero would pass for a resumption"
+    "a start from zero would look like a resumption"
 );
 
-/// A transfer when it was interrupted.
+/// The progress of a transfer at the interruption.
 struct Moment {
-    /// What was durable at the site, at the least: reports come late.
+    /// The durable bytes at the site. There may be more, because reports arrive late.
     committed: u64,
-    /// What the line had carried towards the site.
+    /// The bytes that the proxy had forwarded to the site.
     down: u64,
 }
 
-/// One site behind a line, with a transfer that has begun.
+/// One site behind a proxy, with a running transfer.
 struct World {
     site: Site,
     line: Line,
     hub: Hub,
     source: PathBuf,
     transfer: String,
-    /// The disk that the site lives on, where it has one of its own.
+    /// The disk with the site's files, if it is a separate disk.
     disk: Option<SmallDisk>,
     _scratch: Scratch,
 }
@@ -61,12 +63,12 @@ impl World {
         Self::start_in(scratch, &path, None)
     }
 
-    /// All that the site has lies in this folder, and so on this disk.
+    /// Starts the site with all its files in this folder, and so on this disk.
     fn start_in(scratch: Scratch, of_site: &Path, disk: Option<SmallDisk>) -> Self {
         let hub = Hub::start_new(scratch.path());
         let (line, site) = Site::start_behind(of_site, &hub, "chengdu");
         if let Some(disk) = &disk {
-            // Whoever wrote its config did so long ago.
+            // The configuration must be durable: in reality it was written long before.
             disk.sync();
         }
         let source = scratch.join("model");
@@ -86,8 +88,8 @@ impl World {
         }
     }
 
-    /// Waits until so many bytes are durable at the site, and interrupts. The line brings enough
-    /// for that and not much more, so that no machine is too slow for it.
+    /// Waits until so many bytes are durable at the site, and interrupts it. The proxy forwards
+    /// enough bytes for that and few more, so that the test works on a slow machine.
     fn interrupt(&mut self, committed: u64, how: impl FnOnce(&mut Self)) -> Moment {
         let so_far = self.hub.transfer(&self.transfer).bytes.committed;
         self.line
@@ -105,31 +107,31 @@ impl World {
         }
     }
 
-    /// Cuts the power of the site's machine, and switches it on again.
+    /// Simulates a power failure and a restart of the site's machine.
     fn cut_power(&mut self) {
-        let disk = self.disk.as_ref().expect("a disk of its own");
-        // A machine without power notices nothing of its disk.
+        let disk = self.disk.as_ref().expect("the site has a separate disk");
+        // A machine without power does not react to its disk.
         self.site.freeze();
         disk.cut_power();
         self.site.kill();
         disk.power_on();
     }
 
-    /// Lets the transfer end by itself, and checks that it went on with all that was durable.
+    /// Waits for the end of the transfer, and checks that it resumed with all durable bytes.
     fn check_end(&self, last: &Moment) {
         let done = self.hub.wait_done(&self.transfer, secs(90));
         assert_same(&self.source, &self.site.folder("model/yolo:v1"));
         assert_eq!(done.bytes.committed, done.bytes.total, "{:?}", done.bytes);
         assert!(
             done.attempts >= 2,
-            "an interruption is a new attempt: {done:#?}"
+            "an interruption leads to a new attempt: {done:#?}"
         );
-        // The transfer says so, and the line has to agree: only what was not durable crossed it
-        // again.
+        // The counters of the transfer and of the proxy must agree: only bytes that were not
+        // durable are transmitted again.
         let bytes = done.bytes;
         assert!(
             bytes.resumed >= last.committed,
-            "{} bytes were durable, and not all were taken up again: {bytes:?}",
+            "{} bytes were durable, and not all were reused: {bytes:?}",
             last.committed
         );
         let left = SIZE as u64 - last.committed;
@@ -139,20 +141,20 @@ impl World {
         );
         assert!(
             more <= most,
-            "{more} bytes crossed the line after the interruption, {most} would do for {left}: {bytes:?}"
+            "{more} bytes were transmitted after the interruption, the limit for {left} missing bytes is {most}: {bytes:?}"
         );
         let same = self.site.transfer(&self.transfer);
         assert_eq!(
             (same.state.as_str(), same.bytes.committed),
             ("done", done.bytes.committed),
-            "the site tells the same"
+            "the site reports the same"
         );
         assert_eq!(self.site.leftovers(), Vec::<PathBuf>::new());
     }
 }
 
 #[test]
-fn a_site_stopped_in_the_middle_goes_on() {
+fn a_transfer_resumes_after_its_site_was_stopped() {
     let _limit = limit(secs(200));
     let mut world = World::start();
     let stopped = world.interrupt(ENOUGH, |w| w.site.stop());
@@ -167,7 +169,7 @@ fn a_site_stopped_in_the_middle_goes_on() {
 }
 
 #[test]
-fn a_site_killed_in_the_middle_goes_on() {
+fn a_transfer_resumes_after_its_site_was_killed() {
     let _limit = limit(secs(200));
     let mut world = World::start();
     let killed = world.interrupt(ENOUGH, |w| w.site.kill());
@@ -176,20 +178,20 @@ fn a_site_killed_in_the_middle_goes_on() {
 }
 
 #[test]
-fn a_site_killed_again_and_again_goes_on() {
+fn a_transfer_resumes_after_its_site_was_killed_three_times() {
     let _limit = limit(secs(240));
     let mut world = World::start();
-    // Slower, so that three kills find their place.
+    // Slower, so that the transfer lasts long enough for three kills.
     world.line.throttle(RATE / 2);
     let mut killed = world.interrupt(ENOUGH / 2, |w| w.site.kill());
     for _ in 0..2 {
         world.site.start();
         let again = world
             .hub
-            .wait_transfer(&world.transfer, "taken up again", secs(60), |t| {
+            .wait_transfer(&world.transfer, "resumed", secs(60), |t| {
                 t.bytes.resumed >= killed.committed
             });
-        // Each life brings something to lose.
+        // Each run of the daemon transfers further bytes.
         killed = world.interrupt((again.bytes.resumed + 1).max(ENOUGH), |w| w.site.kill());
     }
     world.line.throttle(RATE);
@@ -198,7 +200,7 @@ fn a_site_killed_again_and_again_goes_on() {
 }
 
 #[test]
-fn a_site_whose_power_is_cut_goes_on_from_what_it_had_committed() {
+fn a_transfer_resumes_from_its_commits_after_a_power_failure_of_the_site() {
     let _limit = limit(secs(240));
     let scratch = Scratch::new();
     let machine = scratch.join("machine");
@@ -211,14 +213,14 @@ fn a_site_whose_power_is_cut_goes_on_from_what_it_had_committed() {
     world.site.start();
     let again = world
         .hub
-        .wait_transfer(&world.transfer, "taken up again", secs(60), |t| {
+        .wait_transfer(&world.transfer, "resumed", secs(60), |t| {
             t.bytes.resumed >= first.committed
         });
     let second = world.interrupt((again.bytes.resumed + 1).max(ENOUGH), World::cut_power);
     world.line.throttle(RATE);
     world.site.start();
     world.check_end(&second);
-    // And what is done stays, though no one had the time to sync it once more.
+    // A completed transfer also survives a power failure, without a later sync.
     world.cut_power();
     world.site.start();
     assert_same(&world.source, &world.site.folder("model/yolo:v1"));
@@ -228,7 +230,7 @@ fn a_site_whose_power_is_cut_goes_on_from_what_it_had_committed() {
 }
 
 #[test]
-fn a_hub_whose_power_is_cut_has_all_that_it_said_it_had() {
+fn a_hub_keeps_everything_that_it_confirmed_after_a_power_failure() {
     let _limit = limit(secs(240));
     let scratch = Scratch::new();
     let machine = scratch.join("machine");
@@ -254,7 +256,8 @@ fn a_hub_whose_power_is_cut_has_all_that_it_said_it_had() {
     hub.wait_done(&transfer, secs(60));
     assert_same(&first, &site.folder("model/first:v1"));
 
-    // In the middle of a publish: that one never was, and what is there of it harms nobody.
+    // A power failure during a publish: the artifact does not exist, and its partial content has no
+    // effect.
     let large = scratch.join("large");
     write(
         &large.join("model.bin"),
@@ -267,7 +270,11 @@ fn a_hub_whose_power_is_cut_has_all_that_it_said_it_had() {
             (disk_usage(&hub.data_dir.join("store/packs")) > 64 << 20).then_some(())
         });
         cut_power(&mut hub);
-        assert_ne!(publish.join().unwrap().code, 0, "the publish was cut short");
+        assert_ne!(
+            publish.join().unwrap().code,
+            0,
+            "the publish was interrupted"
+        );
     });
     assert_eq!(hub.artifacts(), ["model/first:v1"]);
     hub.cli(&["verify", "model/first:v1"]).expect(0);
@@ -278,7 +285,7 @@ fn a_hub_whose_power_is_cut_has_all_that_it_said_it_had() {
 }
 
 #[test]
-fn a_hub_killed_in_the_middle_goes_on() {
+fn a_transfer_resumes_after_the_hub_was_killed() {
     let _limit = limit(secs(200));
     let mut world = World::start();
     let killed = world.interrupt(ENOUGH, |w| w.hub.kill());
@@ -287,7 +294,7 @@ fn a_hub_killed_in_the_middle_goes_on() {
 }
 
 #[test]
-fn a_hub_stopped_in_the_middle_goes_on() {
+fn a_transfer_resumes_after_the_hub_was_stopped() {
     let _limit = limit(secs(200));
     let mut world = World::start();
     let stopped = world.interrupt(ENOUGH, |w| w.hub.stop());
@@ -300,18 +307,18 @@ fn a_hub_stopped_in_the_middle_goes_on() {
     world.check_end(&stopped);
 }
 
-/// All wait for a minute to pass, and do next to nothing meanwhile: together they cost one.
+/// Each of these cases waits for a minute and is almost idle. Together they take one minute.
 #[test]
-fn a_minute_without_a_line_or_without_quic_ends_well() {
+fn a_transfer_survives_a_minute_without_network_or_without_quic() {
     let _limit = limit(secs(280));
     std::thread::scope(|scope| {
-        scope.spawn(a_line_cut_for_a_minute_goes_on);
-        scope.spawn(where_udp_is_blocked_tcp_carries_until_quic_works_again);
-        scope.spawn(where_udp_is_blocked_in_the_middle_tcp_goes_on);
+        scope.spawn(a_transfer_resumes_after_a_minute_without_network);
+        scope.spawn(tcp_is_used_until_quic_works_again);
+        scope.spawn(a_transfer_continues_over_tcp_when_udp_is_blocked);
     });
 }
 
-fn a_line_cut_for_a_minute_goes_on() {
+fn a_transfer_resumes_after_a_minute_without_network() {
     let mut world = World::start();
     let cut = world.interrupt(ENOUGH, |w| w.line.cut());
     let cut_at = std::time::Instant::now();
@@ -319,7 +326,7 @@ fn a_line_cut_for_a_minute_goes_on() {
     let waiting = world.hub.transfer(&world.transfer);
     assert!(
         waiting.has_reason(&["site_offline"]),
-        "the hub says why nothing moves: {waiting:#?}"
+        "the hub reports why the transfer makes no progress: {waiting:#?}"
     );
     let alone = world
         .site
@@ -335,7 +342,7 @@ fn a_line_cut_for_a_minute_goes_on() {
     world.check_end(&cut);
 }
 
-fn where_udp_is_blocked_in_the_middle_tcp_goes_on() {
+fn a_transfer_continues_over_tcp_when_udp_is_blocked() {
     let mut world = World::start();
     assert_eq!(transport(&world.hub).as_deref(), Some("quic"));
     let blocked = world.interrupt(ENOUGH, |w| w.line.block_udp(true));
@@ -343,18 +350,19 @@ fn where_udp_is_blocked_in_the_middle_tcp_goes_on() {
     assert_eq!(transport(&world.hub).as_deref(), Some("tcp"));
 }
 
-/// How the hub says that the site is connected.
+/// The transport of the site's connection, as the hub reports it.
 fn transport(hub: &Hub) -> Option<String> {
     let sites = hub.json(&["sites"]);
     sites[0]["line"].as_str().map(ToOwned::to_owned)
 }
 
-/// What is carried while a site on TCP waits for QUIC…
+/// The size of an artifact that is transmitted while a site on TCP waits for QUIC…
 const LONG: usize = 80 << 20;
-/// …and bytes a second: it lasts for two of the tries that the site makes each minute.
+/// …and the bytes per second: the transfer lasts for two of the attempts that the site makes each
+/// minute.
 const TRICKLE: u64 = 640 << 10;
 
-fn where_udp_is_blocked_tcp_carries_until_quic_works_again() {
+fn tcp_is_used_until_quic_works_again() {
     let scratch = Scratch::new();
     let hub = Hub::start_new(scratch.path());
     let line = Line::to(hub.quic);
@@ -384,12 +392,12 @@ fn where_udp_is_blocked_tcp_carries_until_quic_works_again() {
     assert_same(&small, &site.folder("model/small:v1"));
     assert!(done.bytes.wire >= 4 << 20, "{:?}", done.bytes);
 
-    // QUIC works again in the middle of a transfer: the site finds out by itself, within a minute.
+    // QUIC works again during a transfer: the site detects it within a minute.
     line.throttle(TRICKLE);
     let before = line.down();
     let transfer = hub.deliver(&["model/large:v1"], "chengdu").remove(0);
-    // Enough for each of the requests to bring what is handed on together.
-    wait_for("some of it came over TCP", secs(50), || {
+    // Enough for each request to deliver the amount that is processed together.
+    wait_for("some of the content arrived over TCP", secs(50), || {
         (line.down() - before > 16 << 20).then_some(())
     });
     let seen = hub.transfer(&transfer);
@@ -402,24 +410,28 @@ fn where_udp_is_blocked_tcp_carries_until_quic_works_again() {
     let moved = hub.transfer(&transfer);
     assert!(
         !moved.is_final(),
-        "it was to move in the middle: {moved:#?}"
+        "the site must move during the transfer: {moved:#?}"
     );
     line.throttle(0);
-    wait_for("the hub says so", secs(10), || {
+    wait_for("the hub reports the transport", secs(10), || {
         (transport(&hub).as_deref() == Some("quic")).then_some(())
     });
     let done = hub.wait_done(&transfer, secs(60));
     assert_same(&large, &site.folder("model/large:v1"));
     assert!(
         done.bytes.resumed >= seen.bytes.committed,
-        "it goes on with what came over TCP: {:?}",
+        "the content that arrived over TCP is reused: {:?}",
         done.bytes
     );
-    assert_eq!(transport(&hub).as_deref(), Some("quic"), "and stays there");
+    assert_eq!(
+        transport(&hub).as_deref(),
+        Some("quic"),
+        "the site keeps using QUIC"
+    );
 }
 
 #[test]
-fn a_publish_killed_with_the_hub_leaves_nothing_and_can_be_repeated() {
+fn a_publish_interrupted_by_a_kill_of_the_hub_leaves_no_artifact_and_can_be_repeated() {
     let _limit = limit(secs(200));
     let scratch = Scratch::new();
     let mut hub = Hub::start_new(scratch.path());
@@ -429,7 +441,7 @@ fn a_publish_killed_with_the_hub_leaves_nothing_and_can_be_repeated() {
     std::thread::scope(|scope| {
         let publish =
             scope.spawn(|| hub.cli(&["publish", source.to_str().unwrap(), "--as", "model/big:v1"]));
-        wait_for("the hub has stored some of it", secs(60), || {
+        wait_for("the hub has stored a part of the content", secs(60), || {
             (disk_usage(&hub.data_dir) > before + (20 << 20)).then_some(())
         });
         kill_process(
@@ -438,7 +450,7 @@ fn a_publish_killed_with_the_hub_leaves_nothing_and_can_be_repeated() {
         )
         .unwrap();
         let output = publish.join().unwrap();
-        assert_ne!(output.code, 0, "the publish was cut short: {output:?}");
+        assert_ne!(output.code, 0, "the publish was interrupted: {output:?}");
     });
     hub.kill();
     hub.start();

@@ -1,5 +1,5 @@
-//! A NAS that fails, hangs, fills up, comes late or is used by others: what is `done` is true, and
-//! nothing else waits for it.
+//! A NAS that fails, hangs, is full, is mounted late or is used by others. A transfer is `done`
+//! only if its content is stored, and nothing else waits for the NAS.
 
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -13,8 +13,8 @@ use crate::support::line::Line;
 use crate::support::tree::assert_same;
 use crate::support::{Scratch, data, is_root, limit, secs, wait_for};
 
-/// A hub, and a site whose NAS has faults. The NAS goes first, and answers then: nobody who waits
-/// for it can be killed.
+/// A hub, and a site whose NAS has faults. The NAS is dropped first and then answers all calls: a
+/// process that waits for it cannot be killed.
 struct Lab {
     nas: Faulty,
     site: Site,
@@ -45,7 +45,7 @@ impl Lab {
         })
     }
 
-    /// So many files of so many bytes each.
+    /// Creates a source with this number of files of this size.
     fn source(&self, name: &str, files: usize, bytes: usize) -> PathBuf {
         let root = self.scratch.join(name);
         for number in 0..files {
@@ -75,7 +75,7 @@ impl Lab {
     }
 }
 
-/// Makes a call when it is dropped.
+/// Calls a function when it is dropped.
 struct AtEnd<F: FnMut()>(F);
 
 impl<F: FnMut()> Drop for AtEnd<F> {
@@ -84,7 +84,7 @@ impl<F: FnMut()> Drop for AtEnd<F> {
     }
 }
 
-/// A label set of one line.
+/// Creates a label set of one line.
 fn labels(scratch: &Scratch, name: &str) -> PathBuf {
     let path = scratch.join(&format!("{name}.csv"));
     std::fs::write(&path, "sample_path,class,x,y,w,h\na.png,dent,1,1,5,5\n").unwrap();
@@ -92,7 +92,7 @@ fn labels(scratch: &Scratch, name: &str) -> PathBuf {
 }
 
 #[test]
-fn a_nas_that_hangs_keeps_nothing_else_waiting() {
+fn a_hanging_nas_delays_nothing_else() {
     let _limit = limit(secs(120));
     let Some(lab) = Lab::new() else { return };
     lab.nas.set(|faults| faults.hangs = true);
@@ -109,7 +109,7 @@ fn a_nas_that_hangs_keeps_nothing_else_waiting() {
     let doctor = lab.site.cli_within(&["doctor"], secs(15));
     assert!(
         (doctor.out + &doctor.err).contains("has not answered for"),
-        "doctor says it, and does not hang"
+        "doctor reports it and does not hang"
     );
     lab.hub.cli(&["cancel", &id]).expect(0);
     lab.hub
@@ -122,13 +122,13 @@ fn a_nas_that_hangs_keeps_nothing_else_waiting() {
     lab.hub.cli(&["retry", &id]).expect(0);
     lab.hub.wait_done(&id, secs(40));
     assert_same(&lab.scratch.join("big"), &lab.behind("dataset/big:v1"));
-    wait_for("nothing is left in staging", secs(20), || {
+    wait_for("staging is empty", secs(20), || {
         lab.site.leftovers().is_empty().then_some(())
     });
 }
 
 #[test]
-fn what_was_lost_when_a_file_was_closed_is_never_done() {
+fn a_write_error_at_close_prevents_done() {
     let _limit = limit(secs(120));
     let Some(lab) = Lab::new() else { return };
     lab.nas.set(|faults| {
@@ -148,12 +148,12 @@ fn what_was_lost_when_a_file_was_closed_is_never_done() {
     assert_same(&source, &lab.behind("dataset/many:v1"));
     assert!(
         lab.nas.calls(Op::Fsync) >= 67,
-        "each file is synced where the filesystem cannot be synced as one"
+        "each file is synced if the filesystem cannot be synced as a whole"
     );
 }
 
 #[test]
-fn after_a_failed_sync_the_file_is_written_again_and_little_is_sent_again() {
+fn after_a_failed_sync_the_file_is_written_again_and_little_is_transmitted_again() {
     let _limit = limit(secs(150));
     let Some(lab) = Lab::new() else { return };
     let source = lab.source("films", 10, 2 << 20);
@@ -169,7 +169,7 @@ fn after_a_failed_sync_the_file_is_written_again_and_little_is_sent_again() {
             .message
             .as_deref()
             .is_some_and(|m| m.contains("sync")),
-        "the first error is told: {waiting:#?}"
+        "the first error is reported: {waiting:#?}"
     );
     let tries = lab.hub.wait_transfer(&id, "tried again", secs(60), |t| {
         t.attempts >= waiting.attempts + 3
@@ -177,16 +177,16 @@ fn after_a_failed_sync_the_file_is_written_again_and_little_is_sent_again() {
     let sent = tries.bytes.wire - waiting.bytes.wire;
     assert!(
         sent <= 4 * (3 << 20),
-        "{sent} bytes were sent for three tries that could store nothing"
+        "{sent} bytes were transmitted for three attempts that could store nothing"
     );
-    // Those whose sync failed once would fail at each later one, as on SMB.
+    // Files whose sync failed once would fail at each later sync, as on SMB.
     lab.nas.set(|faults| faults.fail.clear());
     lab.hub.wait_done(&id, secs(60));
     assert_same(&source, &lab.behind("dataset/films:v1"));
 }
 
 #[test]
-fn a_disk_on_which_every_write_fails_is_sent_nothing_again() {
+fn nothing_is_transmitted_again_while_every_write_fails() {
     let _limit = limit(secs(120));
     let Some(lab) = Lab::new() else { return };
     lab.nas.set(|faults| {
@@ -200,7 +200,7 @@ fn a_disk_on_which_every_write_fails_is_sent_nothing_again() {
     });
     assert_eq!(
         tries.bytes.received, waiting.bytes.received,
-        "a try that cannot write asks for nothing"
+        "an attempt that cannot write requests nothing"
     );
     lab.nas.heal();
     lab.hub.wait_done(&id, secs(60));
@@ -208,7 +208,7 @@ fn a_disk_on_which_every_write_fails_is_sent_nothing_again() {
 }
 
 #[test]
-fn a_nas_that_is_read_only_is_waited_for() {
+fn a_transfer_waits_for_a_read_only_nas() {
     let _limit = limit(secs(90));
     let Some(lab) = Lab::new() else { return };
     lab.nas.set(|faults| faults.read_only = true);
@@ -221,7 +221,7 @@ fn a_nas_that_is_read_only_is_waited_for() {
 }
 
 #[test]
-fn one_file_that_cannot_be_stored_keeps_no_other_from_it() {
+fn a_file_that_cannot_be_stored_does_not_block_the_others() {
     let _limit = limit(secs(150));
     for op in [Op::Write, Op::Flush, Op::Fsync] {
         let Some(lab) = Lab::new() else { return };
@@ -242,7 +242,7 @@ fn one_file_that_cannot_be_stored_keeps_no_other_from_it() {
         let tries = u64::from(again.attempts - rest.attempts) + 1;
         assert!(
             again.bytes.received - rest.bytes.received <= tries * 20_000,
-            "{op:?}: only that file comes again: {again:#?}"
+            "{op:?}: only that file is transmitted again: {again:#?}"
         );
         assert_eq!(again.bytes.committed, 49 * 20_000, "{op:?}: {again:#?}");
         lab.nas.heal();
@@ -253,7 +253,7 @@ fn one_file_that_cannot_be_stored_keeps_no_other_from_it() {
 }
 
 #[test]
-fn a_nas_that_answers_no_read_is_no_damage() {
+fn a_nas_that_cannot_be_read_is_not_reported_as_damage() {
     let _limit = limit(secs(120));
     let Some(lab) = Lab::new() else { return };
     let source = lab.source("one", 12, 20_000);
@@ -270,15 +270,18 @@ fn a_nas_that_answers_no_read_is_no_damage() {
     assert!(verified.code != 0 && verified.code != 8, "{}", verified.err);
     assert!(
         !(verified.out + &verified.err).contains("--repair"),
-        "nothing is said to be damaged"
+        "no damage is reported"
     );
     lab.hub.cli(&["retry", &id]).expect(0);
     lab.waits(&id, "sink_unavailable");
     lab.nas.heal();
     let again = lab.hub.wait_done(&id, secs(40));
-    assert_eq!(again.bytes.received, 0, "nothing came again: {again:#?}");
+    assert_eq!(
+        again.bytes.received, 0,
+        "nothing was transmitted again: {again:#?}"
+    );
 
-    // A file that a disk cannot read, though it works otherwise, is damaged.
+    // A file is damaged if the disk cannot read it but works otherwise.
     fail(Errno::EIO, "v1/part-003");
     let verified = lab.site.cli(&["verify", "dataset/x:v1"]).expect(8);
     assert!((verified.out + &verified.err).contains("part-003"));
@@ -286,13 +289,13 @@ fn a_nas_that_answers_no_read_is_no_damage() {
 }
 
 #[test]
-fn a_nas_that_fails_for_a_time_loses_no_content_of_earlier_versions() {
+fn a_temporary_failure_of_the_nas_loses_no_content_of_earlier_versions() {
     let _limit = limit(secs(120));
     let Some(lab) = Lab::new() else { return };
     let source = lab.source("one", 12, 20_000);
     let first = lab.deliver(&source, "dataset/x:v1");
     lab.hub.wait_done(&first, secs(30));
-    // Neither what v1 holds can be read, nor what comes in its place be stored.
+    // The content of v1 cannot be read, and no replacement can be stored.
     lab.nas.set(|faults| {
         for op in [Op::Read, Op::Open, Op::Write] {
             faults.fail.insert(op, Errno::EHOSTDOWN);
@@ -305,20 +308,21 @@ fn a_nas_that_fails_for_a_time_loses_no_content_of_earlier_versions() {
     let done = lab.hub.wait_done(&second, secs(60));
     assert!(
         done.bytes.reused >= 12 * 20_000,
-        "what v1 holds is taken from there: {done:#?}"
+        "the content of v1 is reused: {done:#?}"
     );
     assert_same(&source, &lab.behind("dataset/x:v2"));
 }
 
 #[test]
-fn a_file_that_is_linked_is_not_opened_again() {
+fn a_linked_file_is_not_opened_again() {
     let _limit = limit(secs(60));
     let Some(lab) = Lab::new() else { return };
-    // As a whole small file, so that the next version links it.
+    // Small whole files, so that the next version links them.
     let source = lab.source("one", 12, 20_000);
     let first = lab.deliver(&source, "dataset/x:v1");
     lab.hub.wait_done(&first, secs(30));
-    // An SMB server that refuses the second name of a file that is open by its first.
+    // Simulates an SMB server that refuses the second name of a file that is open by its first
+    // name.
     lab.nas.set(|faults| {
         faults.fail.insert(Op::Open, Errno::EINVAL);
         faults.only = "/t-".into();
@@ -331,7 +335,7 @@ fn a_file_that_is_linked_is_not_opened_again() {
 }
 
 #[test]
-fn rights_that_a_nas_takes_away_for_a_while_are_waited_for() {
+fn a_transfer_waits_for_permissions_that_the_nas_removed_temporarily() {
     let _limit = limit(secs(150));
     let Some(lab) = Lab::new() else { return };
     for (number, op) in [Op::Create, Op::Write, Op::Fsync, Op::Mkdir, Op::Rename]
@@ -341,7 +345,7 @@ fn rights_that_a_nas_takes_away_for_a_while_are_waited_for() {
         let artifact = format!("dataset/n{number}:v1");
         let source = lab.source(&format!("n{number}"), 4, 3_000);
         data::write(&source.join("sub/part"), b"p");
-        // Only in the staging folder: what the site finds out before is not what fails.
+        // Only in the staging folder: the checks before the transfer must not fail.
         lab.nas.set(|faults| {
             faults.fail.insert(
                 op,
@@ -375,14 +379,14 @@ fn rights_that_a_nas_takes_away_for_a_while_are_waited_for() {
 }
 
 #[test]
-fn a_nas_that_is_unmounted_during_a_transfer_is_waited_for() {
+fn a_transfer_waits_for_a_nas_that_was_unmounted() {
     let _limit = limit(secs(90));
     if !is_root() {
         return;
     }
     let scratch = Scratch::new();
     let (root, behind) = (scratch.folder("nas"), scratch.folder("behind"));
-    // Bound from elsewhere, so that it can be mounted again as it was.
+    // A bind mount, so that the same content can be mounted again.
     let bind = || rustix::mount::mount_bind(&behind, &root);
     let unbind = || rustix::mount::unmount(&root, rustix::mount::UnmountFlags::DETACH);
     if bind().is_err() {
@@ -417,7 +421,7 @@ fn a_nas_that_is_unmounted_during_a_transfer_is_waited_for() {
     assert_eq!(
         std::fs::read_dir(&root).unwrap().count(),
         0,
-        "nothing is made below the mount"
+        "nothing is created below the mount point"
     );
     bind().unwrap();
     hub.wait_done(&id, secs(40));
@@ -432,14 +436,14 @@ fn a_nas_that_is_unmounted_during_a_transfer_is_waited_for() {
 }
 
 #[test]
-fn where_names_fold_case_current_is_a_file_and_versions_follow() {
+fn on_a_case_insensitive_filesystem_current_is_a_file_and_names_the_version() {
     let _limit = limit(secs(90));
     let Some(lab) = Lab::new() else { return };
     lab.nas.set(|faults| faults.folds = true);
     let source = lab.source("one", 3, 5_000);
     for version in ["v1", "v2", "v3"] {
         if version == "v3" {
-            // As an earlier revision left it.
+            // The state that an earlier revision left.
             let current = lab.scratch.join("behind/dataset/x/CURRENT");
             std::fs::remove_file(&current).unwrap();
             std::os::unix::fs::symlink("v2", &current).unwrap();
@@ -463,7 +467,7 @@ fn where_names_fold_case_current_is_a_file_and_versions_follow() {
 }
 
 #[test]
-fn a_version_is_done_only_once_current_names_it() {
+fn a_version_is_done_only_when_current_names_it() {
     let _limit = limit(secs(90));
     let Some(lab) = Lab::new() else { return };
     let first = lab.deliver(&lab.source("one", 3, 1000), "dataset/x:v1");
@@ -496,7 +500,7 @@ fn a_version_is_done_only_once_current_names_it() {
             });
         assert!(
             !later.is_final() && later.bytes.received == again.bytes.received,
-            "nothing is sent again: {later:#?}"
+            "nothing is transmitted again: {later:#?}"
         );
     }
     lab.nas.heal();
@@ -505,11 +509,11 @@ fn a_version_is_done_only_once_current_names_it() {
 }
 
 #[test]
-fn where_modes_are_fixed_files_are_shared_and_nothing_fails() {
+fn on_a_filesystem_with_fixed_modes_files_are_shared_and_nothing_fails() {
     let _limit = limit(secs(90));
     let check = |faults: fn(&mut Faults)| {
         let Some(lab) = Lab::new() else { return };
-        // From the first contact on, for the site finds it out once.
+        // From the first access on, because the site detects this only once.
         lab.nas.set(faults);
         let source = lab.source("one", 20, 40_000);
         std::fs::set_permissions(
@@ -524,7 +528,7 @@ fn where_modes_are_fixed_files_are_shared_and_nothing_fails() {
         let done = lab.hub.wait_done(&second, secs(30));
         assert!(
             done.bytes.received < 100,
-            "all but the new file is here: {:?}",
+            "all files except the new one are reused: {:?}",
             done.bytes
         );
         let inode = |version: &str| {
@@ -532,7 +536,7 @@ fn where_modes_are_fixed_files_are_shared_and_nothing_fails() {
                 .unwrap()
                 .ino()
         };
-        assert_eq!(inode("v1"), inode("v2"), "it takes no room again");
+        assert_eq!(inode("v1"), inode("v2"), "it takes no additional space");
     };
     check(|faults| faults.mode = Some(0o777));
     check(|faults| {
@@ -542,7 +546,7 @@ fn where_modes_are_fixed_files_are_shared_and_nothing_fails() {
 }
 
 #[test]
-fn what_cannot_be_removed_keeps_no_daemon_from_starting() {
+fn a_daemon_starts_although_old_staging_cannot_be_removed() {
     let _limit = limit(secs(90));
     let Some(mut lab) = Lab::new() else { return };
     let left = lab.scratch.join("behind/.packhorse/staging/removed-v1-123");
@@ -562,7 +566,7 @@ fn what_cannot_be_removed_keeps_no_daemon_from_starting() {
             .contains("unused staged content could not be removed")
     );
     lab.nas.heal();
-    // It is tried again when a transfer is cancelled, and each minute.
+    // The removal is tried again when a transfer is cancelled, and each minute.
     lab.nas.set(|faults| faults.hangs = true);
     let id = lab.deliver(&lab.source("two", 3, 1000), "dataset/x:v2");
     lab.hub.cli(&["cancel", &id]).expect(0);
@@ -575,7 +579,7 @@ fn what_cannot_be_removed_keeps_no_daemon_from_starting() {
 }
 
 #[test]
-fn a_nas_that_is_mounted_late_is_waited_for() {
+fn a_transfer_waits_for_a_nas_that_is_mounted_late() {
     let _limit = limit(secs(90));
     let scratch = Scratch::new();
     let hub = Hub::start_new(scratch.path());
@@ -611,7 +615,7 @@ fn a_nas_that_is_mounted_late_is_waited_for() {
     );
     assert!(
         !root.exists(),
-        "nothing is made on the disk below the mount"
+        "nothing is created on the disk below the mount point"
     );
     std::fs::create_dir_all(&root).unwrap();
     hub.wait_done(&id, secs(30));
@@ -619,7 +623,7 @@ fn a_nas_that_is_mounted_late_is_waited_for() {
 }
 
 #[test]
-fn a_nas_that_is_mounted_at_another_path_is_found_there() {
+fn a_nas_can_be_mounted_at_another_path() {
     let _limit = limit(secs(90));
     let scratch = Scratch::new();
     let hub = Hub::start_new(scratch.path());
@@ -654,13 +658,13 @@ fn a_nas_that_is_mounted_at_another_path_is_found_there() {
     let done = hub.wait_done(&id, secs(30));
     assert_eq!(
         done.bytes.received, 0,
-        "all of it is at the new path: {done:#?}"
+        "all content is at the new path: {done:#?}"
     );
     assert_same(&source, &new.join("dataset/x/v2"));
 }
 
 #[test]
-fn two_sites_on_one_nas_remove_nothing_of_each_other() {
+fn two_sites_on_one_nas_do_not_remove_each_others_files() {
     let _limit = limit(secs(120));
     let scratch = Scratch::new();
     let hub = Hub::start_new(scratch.path());
@@ -681,7 +685,7 @@ fn two_sites_on_one_nas_remove_nothing_of_each_other() {
         hub.wait_done(&id, secs(40));
     }
     assert_same(&source, &a.folder("dataset/x:v1"));
-    // What the other has staged looks like this.
+    // The staging folder of the other site looks like this.
     let staged = root.join(".packhorse/staging/t-of-another");
     data::write(&staged.join("half"), b"half");
     b.stop();
@@ -697,7 +701,7 @@ fn two_sites_on_one_nas_remove_nothing_of_each_other() {
 }
 
 #[test]
-fn a_repair_keeps_what_users_put_into_a_version() {
+fn a_repair_keeps_the_files_that_users_added() {
     let _limit = limit(secs(90));
     let scratch = Scratch::new();
     let hub = Hub::start_new(scratch.path());
@@ -722,7 +726,7 @@ fn a_repair_keeps_what_users_put_into_a_version() {
         said.out,
         said.err
     );
-    wait_for("it is whole again", secs(30), || {
+    wait_for("the version is complete again", secs(30), || {
         let same = |name: &str| {
             std::fs::read(source.join(name)).ok() == std::fs::read(folder.join(name)).ok()
         };
@@ -738,7 +742,7 @@ fn a_repair_keeps_what_users_put_into_a_version() {
 }
 
 #[test]
-fn every_filesystem_holds_a_version_and_is_waited_for_when_it_is_full() {
+fn every_filesystem_stores_a_version_and_a_full_one_delays_the_transfer() {
     let _limit = limit(secs(150));
     if !is_root() {
         return;
@@ -780,7 +784,7 @@ fn every_filesystem_holds_a_version_and_is_waited_for_when_it_is_full() {
 }
 
 #[test]
-fn deliver_says_how_an_artifact_is_at_the_site() {
+fn deliver_reports_the_state_of_the_artifact_at_the_site() {
     let _limit = limit(secs(120));
     let Some(lab) = Lab::new() else { return };
     let deliver = |reference: &str| {
@@ -831,7 +835,7 @@ fn deliver_says_how_an_artifact_is_at_the_site() {
             .transfer(&first)
             .message
             .is_some_and(|m| m.contains("not active")),
-        "status says it too"
+        "status reports it too"
     );
 
     lab.nas.set(|faults| faults.hangs = true);
@@ -849,7 +853,7 @@ fn deliver_says_how_an_artifact_is_at_the_site() {
         .expect(11);
     assert!(
         !(unknown.out + &unknown.err).contains("arrived"),
-        "nobody can look now"
+        "the copy cannot be checked now"
     );
     lab.waits(&second, "sink_unavailable");
     lab.nas.heal();
@@ -857,10 +861,10 @@ fn deliver_says_how_an_artifact_is_at_the_site() {
 }
 
 #[test]
-fn while_the_chunk_index_has_no_room_nothing_is_sent_again() {
+fn nothing_is_transmitted_again_while_the_chunk_index_has_no_space() {
     let _limit = limit(secs(150));
     let scratch = Scratch::new();
-    // Only the chunk index lies on the disk that fills up.
+    // Only the chunk index is on the disk that becomes full.
     let index = scratch.join("index");
     let Some(disk) = Faulty::mount(&index, &scratch.join("behind-index")) else {
         return;
@@ -906,7 +910,7 @@ fn while_the_chunk_index_has_no_room_nothing_is_sent_again() {
             .message
             .as_deref()
             .is_some_and(|m| m.contains("places.redb")),
-        "it names what has no room: {waiting:#?}"
+        "the message names the full disk: {waiting:#?}"
     );
     let tried = disk.calls(Op::Write);
     wait_for("it is tried again", secs(60), || {
@@ -917,7 +921,7 @@ fn while_the_chunk_index_has_no_room_nothing_is_sent_again() {
     assert_eq!(
         done.bytes.received,
         30 << 20,
-        "every byte came once: {:?}",
+        "every byte was transmitted once: {:?}",
         done.bytes
     );
     assert_same(&source, &site.folder("dataset/films:v1"));

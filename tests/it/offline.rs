@@ -1,5 +1,5 @@
-//! Deliveries that wait, are held, given up and taken up; cursors and selectors; what `--wait`
-//! says.
+//! Deliveries that wait, or are paused, cancelled and retried; cursors and selectors; the output of
+//! `--wait`.
 
 use serde_json::Value;
 
@@ -8,7 +8,7 @@ use crate::support::data;
 use crate::support::tree::assert_same;
 use crate::support::{Scratch, limit, secs, wait_for};
 
-/// A folder with a little data in it.
+/// A folder with a small file.
 fn little(scratch: &Scratch, name: &str) -> std::path::PathBuf {
     let root = scratch.join(name);
     data::write(
@@ -19,7 +19,7 @@ fn little(scratch: &Scratch, name: &str) -> std::path::PathBuf {
 }
 
 #[test]
-fn a_site_that_is_away_gets_it_when_it_comes() {
+fn an_offline_site_receives_the_artifact_when_it_connects() {
     let _limit = limit(secs(120));
     let scratch = Scratch::new();
     let mut hub = Hub::start_new(scratch.path());
@@ -36,10 +36,10 @@ fn a_site_that_is_away_gets_it_when_it_comes() {
     );
     assert!(
         waiting.next.is_some_and(|n| !n.is_empty()),
-        "a wait says what to do about it"
+        "the output of a wait has a next step"
     );
 
-    // The wish outlives the hub.
+    // The delivery survives a restart of the hub.
     hub.stop();
     hub.start();
     assert_eq!(hub.transfer(&id).state, "queued");
@@ -73,18 +73,18 @@ fn waiting_has_a_deadline() {
         .expect(11);
     assert!(
         late.err.contains("chengdu"),
-        "it says who is late: {}",
+        "the output names the missing sites: {}",
         late.err
     );
     let open = hub.transfers(&[]);
     assert!(
         open.len() == 1 && open[0].state == "queued",
-        "the work goes on: {open:#?}"
+        "the transfers continue: {open:#?}"
     );
 }
 
 #[test]
-fn a_transfer_is_held_let_go_given_up_and_taken_up() {
+fn a_transfer_is_paused_resumed_cancelled_and_retried() {
     let _limit = limit(secs(180));
     let scratch = Scratch::new();
     let mut hub = Hub::start_new(scratch.path());
@@ -92,7 +92,7 @@ fn a_transfer_is_held_let_go_given_up_and_taken_up() {
     let source = scratch.join("model");
     data::model(&source, 24 << 20);
     hub.publish(&source, "model/m:v1", &[]);
-    // So that it cannot be done before it is held.
+    // So that it cannot complete before it is paused.
     line.hold_at(line.down() + (14 << 20));
     let id = hub.deliver(&["model/m:v1"], "chengdu").remove(0);
     hub.wait_transfer(&id, "on its way", secs(30), |t| t.bytes.received > 3 << 20);
@@ -111,14 +111,13 @@ fn a_transfer_is_held_let_go_given_up_and_taken_up() {
     assert_eq!(
         hub.transfer(&id).state,
         "paused",
-        "held is held, over a restart too"
+        "a paused transfer stays paused after a restart"
     );
 
     line.hold_at(line.down() + (6 << 20));
     hub.cli(&["resume", &id]).expect(0);
-    // No number of it ever goes back, neither while it is planned anew nor as it goes on: what was
-    // in place is taken up.
-    hub.wait_transfer(&id, "moving again", secs(30), |t| {
+    // No counter ever decreases, neither during planning nor later: committed content is reused.
+    hub.wait_transfer(&id, "running again", secs(30), |t| {
         let (was, now) = (quiet, t.bytes);
         let pairs = [
             (was.committed, now.committed),
@@ -128,7 +127,7 @@ fn a_transfer_is_held_let_go_given_up_and_taken_up() {
         ];
         assert!(
             pairs.iter().all(|(was, now)| now >= was),
-            "progress went back: {was:?} then {now:?}"
+            "progress decreased: {was:?} then {now:?}"
         );
         t.state == "transferring" && now.received > was.received && now.resumed >= was.committed
     });
@@ -163,7 +162,7 @@ fn cursor(transfers: &[Transfer]) -> String {
 }
 
 #[test]
-fn a_cursor_holds_over_restarts() {
+fn a_cursor_stays_valid_after_restarts() {
     let _limit = limit(secs(120));
     let scratch = Scratch::new();
     let mut hub = Hub::start_new(scratch.path());
@@ -189,7 +188,7 @@ fn a_cursor_holds_over_restarts() {
     hub.wait_online("chengdu", true, secs(75));
     assert!(
         hub.transfers(&["--since", &at_hub]).is_empty(),
-        "a restart is no change of a transfer"
+        "a restart does not change a transfer"
     );
 
     hub.publish(
@@ -199,7 +198,7 @@ fn a_cursor_holds_over_restarts() {
     );
     for (daemon, since) in [(&*hub, &at_hub), (&*site, &at_site)] {
         let news = daemon.transfers(&["--since", since]);
-        assert_eq!(news.len(), 1, "only what is new: {news:#?}");
+        assert_eq!(news.len(), 1, "only new changes: {news:#?}");
         assert_eq!(news[0].artifact, "model/two:v1");
     }
     let lines = hub.cli(&["status", "-o", "ndjson"]).expect(0).out;
@@ -207,7 +206,7 @@ fn a_cursor_holds_over_restarts() {
         .lines()
         .map(|l| serde_json::from_str(l).unwrap())
         .collect();
-    assert_eq!(parsed.len(), 2, "one object a line: {lines}");
+    assert_eq!(parsed.len(), 2, "one object per line: {lines}");
     let table = hub.cli(&["status"]).expect(0).out;
     assert!(
         table.contains("model/one:v1") && table.contains("chengdu") && !table.contains('\u{1b}'),
@@ -276,11 +275,11 @@ fn sites_are_chosen_by_name_label_and_all() {
         let refused = hub
             .cli(&["deliver", "model/m0:v1", "--to", to])
             .expect(code);
-        assert!(!refused.err.is_empty(), "it says why");
+        assert!(!refused.err.is_empty(), "the reason is reported");
         assert_eq!(
             hub.transfers(&[]).len(),
             before,
-            "nothing begins when a site is wrong: {to}"
+            "no transfer starts if a site is wrong: {to}"
         );
     }
     hub.cli(&["deliver", "model/none:v1", "--to", "all"])
@@ -293,7 +292,7 @@ fn sites_are_chosen_by_name_label_and_all() {
 }
 
 #[test]
-fn a_reference_stands_for_one_content() {
+fn a_reference_has_only_one_content() {
     let _limit = limit(secs(90));
     let scratch = Scratch::new();
     let hub = Hub::start_new(scratch.path());
@@ -313,7 +312,7 @@ fn a_reference_stands_for_one_content() {
     assert_eq!(
         hub.json(&["show", "model/m:v1"])["digest"],
         first["digest"],
-        "what stood there stands"
+        "the first content is unchanged"
     );
     let second = hub.publish(&source, "model/m:v2", &[]);
     assert_ne!(second["digest"], first["digest"]);
@@ -321,14 +320,13 @@ fn a_reference_stands_for_one_content() {
 }
 
 #[test]
-fn some_sites_failing_is_exit_code_seven() {
+fn a_failure_at_some_sites_has_exit_code_seven() {
     let _limit = limit(secs(120));
     let scratch = Scratch::new();
     let hub = Hub::start_new(scratch.path());
     let good = Site::start_new(scratch.path(), &hub, "chengdu", &SiteSpec::default());
     let bad = Site::start_new(scratch.path(), &hub, "wuhan", &SiteSpec::default());
-    // Somebody put other files where the version has its folder: what stands there is never
-    // replaced.
+    // A user put other files at the version's folder: packhorse never replaces them.
     data::write(&bad.folder("model/m:v1").join("foreign.txt"), b"in the way");
     let answer = hub.cli(&[
         "publish",
@@ -344,7 +342,7 @@ fn some_sites_failing_is_exit_code_seven() {
     let answer = answer.expect(7);
     assert!(
         answer.err.contains("wuhan"),
-        "it says which: {}",
+        "the output names the site: {}",
         answer.err
     );
     let states: Vec<(String, String)> = hub
@@ -368,14 +366,14 @@ fn some_sites_failing_is_exit_code_seven() {
         .unwrap();
     assert!(
         failed.message.is_some() && failed.next.is_some(),
-        "a failure says why and what next: {failed:#?}"
+        "a failure has a reason and a next step: {failed:#?}"
     );
     hub.cli(&["retry", &failed.id]).expect(0);
     hub.wait_done(&failed.id, secs(60));
 }
 
 #[test]
-fn a_plan_moves_nothing() {
+fn a_plan_transmits_no_content() {
     let _limit = limit(secs(90));
     let scratch = Scratch::new();
     let hub = Hub::start_new(scratch.path());
@@ -394,11 +392,14 @@ fn a_plan_moves_nothing() {
     assert!(hub.transfers(&[]).is_empty() && !site.folder("model/m:v1").exists());
     hub.deliver_and_wait("model/m:v1", "chengdu", secs(60));
     let plan = hub.json(&["plan", "model/m:v1", "--to", "chengdu"]);
-    assert_eq!(plan[0]["missing"], 0, "what is there costs nothing: {plan}");
+    assert_eq!(
+        plan[0]["missing"], 0,
+        "content that the site has costs nothing: {plan}"
+    );
 }
 
 #[test]
-fn an_artifact_goes_by_disk() {
+fn an_artifact_is_transported_on_a_disk() {
     let _limit = limit(secs(120));
     let scratch = Scratch::new();
     let hub = Hub::start_new(scratch.path());
@@ -424,16 +425,16 @@ fn an_artifact_goes_by_disk() {
     third.cli(&["import", file.to_str().unwrap()]).expect(8);
     assert!(
         third.artifacts().is_empty(),
-        "a damaged file brings nothing"
+        "nothing is imported from a damaged file"
     );
 }
 
 #[test]
-fn a_machine_that_sleeps_goes_on_where_it_was() {
+fn a_transfer_resumes_after_a_machine_was_suspended() {
     let _limit = limit(secs(150));
     let scratch = Scratch::new();
-    // Of one pair the site sleeps, of the other the hub, at the same time and for longer than a
-    // silent line is kept.
+    // In one pair the site is suspended, in the other the hub, at the same time and for longer than
+    // a silent connection is kept.
     let pairs: Vec<_> = ["site", "hub"]
         .map(|who| {
             let dir = scratch.folder(who);
@@ -456,7 +457,7 @@ fn a_machine_that_sleeps_goes_on_where_it_was() {
     site_asleep.freeze();
     hub_asleep.freeze();
     hub_awake.wait_online("chengdu", false, secs(60));
-    wait_for("the site gives the line up", secs(60), || {
+    wait_for("the site closes the connection", secs(60), || {
         site_awake
             .log()
             .contains("the line to the hub ended")

@@ -1,5 +1,5 @@
-//! What `publish` leaves out of folders and images: reported, kept, refused by `--strict`, and
-//! tolerated where the user accepts it.
+//! What `publish` omits from folders and images: it is reported and recorded, refused by
+//! `--strict`, and accepted if the user names it.
 
 use rustix::fs::XattrFlags;
 use serde_json::{Value, json};
@@ -9,11 +9,11 @@ use crate::support::data::write;
 use crate::support::images;
 use crate::support::{Scratch, limit, secs};
 
-/// `what` and `count` of everything that an answer says is left out.
+/// `what` and `count` of each omission in an answer.
 fn counts(answer: &Value) -> Vec<(String, u64)> {
     let omitted = answer["omitted"]
         .as_array()
-        .unwrap_or_else(|| panic!("nothing is said of it: {answer:#}"));
+        .unwrap_or_else(|| panic!("the answer lists no omission: {answer:#}"));
     omitted
         .iter()
         .map(|one| {
@@ -31,7 +31,8 @@ fn of(list: &[(&str, u64)]) -> Vec<(String, u64)> {
         .collect()
 }
 
-/// `show` says the same as `publish` did, and people see a line for each category.
+/// Checks that `show` reports the same as `publish`, and that the text output has a line for each
+/// category.
 fn is_shown(daemon: &Daemon, reference: &str, published: &Value) {
     assert_eq!(
         daemon.json(&["show", reference])["omitted"],
@@ -51,7 +52,7 @@ fn is_shown(daemon: &Daemon, reference: &str, published: &Value) {
 }
 
 #[test]
-fn what_a_folder_loses_is_reported_and_strict_tolerates_what_is_accepted() {
+fn omissions_of_a_folder_are_reported_and_strict_allows_accepted_ones() {
     let _limit = limit(secs(90));
     let scratch = Scratch::new();
     let hub = Hub::start_new(scratch.path());
@@ -102,7 +103,7 @@ fn what_a_folder_loses_is_reported_and_strict_tolerates_what_is_accepted() {
         assert_eq!(
             hub.json(&["show", reference])["omitted"],
             published["omitted"],
-            "the hub knows it of a site as well"
+            "the hub has the omissions of an artifact of a site too"
         );
         publish(&[]).expect(0).says(&[
             "left out of",

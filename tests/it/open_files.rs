@@ -1,5 +1,5 @@
-//! Daemons that may open 256 files: they do their work, beside strangers who take all the
-//! connections that they can get.
+//! Daemons that may open only 256 files: they work although other clients open as many connections
+//! as they can.
 
 use std::net::{SocketAddr, TcpStream};
 use std::path::Path;
@@ -7,7 +7,7 @@ use std::path::Path;
 use crate::support::daemon::{Hub, PACKHORSE, Site, SiteSpec};
 use crate::support::{Scratch, data, limit, secs, wait_for};
 
-/// Connections to each port, by one stranger: more than the daemon may have open.
+/// The connections of one client to each port: more than the daemon may have open.
 const STRANGERS: usize = 300;
 
 fn strangers(address: SocketAddr) -> Vec<TcpStream> {
@@ -16,7 +16,7 @@ fn strangers(address: SocketAddr) -> Vec<TcpStream> {
         .collect()
 }
 
-/// The program under this limit of open files.
+/// A script that starts the program with this limit of open files.
 fn limited(scratch: &Scratch) -> std::path::PathBuf {
     let program = scratch.join("packhorse-limited");
     std::fs::write(
@@ -29,7 +29,7 @@ fn limited(scratch: &Scratch) -> std::path::PathBuf {
 }
 
 #[test]
-fn two_hundred_and_fifty_six_are_enough() {
+fn a_limit_of_256_open_files_is_sufficient() {
     let _limit = limit(secs(120));
     let scratch = Scratch::new();
     let program = limited(&scratch);
@@ -44,7 +44,7 @@ fn two_hundred_and_fifty_six_are_enough() {
     for (daemon, log) in [("hub", hub.log()), ("site", site.log())] {
         assert!(
             log.contains("the limit of open files is low"),
-            "the {daemon} says so: {log}"
+            "the {daemon} logs it: {log}"
         );
     }
 
@@ -60,7 +60,7 @@ fn two_hundred_and_fifty_six_are_enough() {
     let id = hub.deliver(&["dataset/many:v1"], "chengdu").remove(0);
     hub.wait_done(&id, secs(60));
     assert_eq!(count(&site.folder("dataset/many:v1")), 1500);
-    // A site that comes back finds room beside them, over TCP too.
+    // A site can reconnect while these connections are open, also over TCP.
     site.stop();
     site.edit_config("[hub]\n", "[line]\ntransport = \"tcp\"\n[hub]\n");
     site.start();

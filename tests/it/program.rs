@@ -1,5 +1,4 @@
-//! What the program says about itself: its version, the scripts that complete its commands, and its
-//! man pages.
+//! Information about the program itself: its version, its shell completions and its man pages.
 
 use super::support::command::tool_in;
 use super::support::daemon::{PACKHORSE, packhorse};
@@ -33,7 +32,7 @@ fn the_version_names_the_commit_and_the_build() {
 }
 
 #[test]
-fn the_commit_is_that_of_the_sources() {
+fn the_version_has_the_commit_of_the_sources() {
     let _limit = limit(secs(60));
     let scratch = Scratch::new();
     let root = scratch.folder("tree");
@@ -69,7 +68,7 @@ fn the_commit_is_that_of_the_sources() {
         build::commit(&root),
         Some(format!("{commit} with local changes"))
     );
-    // Sources that were unpacked inside of another project are not its commit.
+    // Sources that were unpacked inside another repository do not report that repository's commit.
     std::fs::create_dir_all(root.join("vendor/packhorse/src")).unwrap();
     assert_eq!(build::commit(&root.join("vendor/packhorse")), None);
     assert_eq!(
@@ -82,7 +81,7 @@ fn the_commit_is_that_of_the_sources() {
 }
 
 #[test]
-fn a_shell_reads_the_completions() {
+fn a_shell_can_use_the_completions() {
     let _limit = limit(secs(60));
     let scratch = Scratch::new();
     let script = packhorse(&["completions", "bash"]).expect(0).out;

@@ -1,5 +1,5 @@
-//! Site to site through the hub: what is published at one site arrives at others, whoever is away,
-//! and leaves its site once.
+//! Site to site through the hub: content that is published at one site arrives at others, whichever
+//! daemon is offline in between, and its site sends it only once.
 
 use std::path::{Path, PathBuf};
 use std::thread;
@@ -18,13 +18,14 @@ use crate::support::{
 
 const MIB: u64 = 1 << 20;
 
-/// A model of noise, which nothing squeezes.
+/// A model of noise, which does not compress.
 fn model(folder: &Path, mib: u64) -> PathBuf {
     data::model(folder, (mib * MIB) as usize);
     folder.to_owned()
 }
 
-/// What A may send for so many unique bytes and so many kills: what is promised, on whatever line.
+/// The most bytes that A may send for so many unique bytes and so many kills: the documented
+/// promise, for any connection.
 fn uplink_max(bytes: u64, kills: u64) -> u64 {
     uplink_of(bytes, kills, 64 * MIB)
 }
@@ -34,7 +35,7 @@ fn uplink_of(bytes: u64, kills: u64, each: u64) -> u64 {
 }
 
 #[test]
-fn what_is_published_at_a_site_arrives_at_others_and_leaves_it_once() {
+fn a_site_sends_its_published_content_only_once_for_all_receivers() {
     let _limit = limit(secs(180));
     let dir = Scratch::new();
     let hub = Hub::start_new(dir.path());
@@ -57,24 +58,24 @@ fn what_is_published_at_a_site_arrives_at_others_and_leaves_it_once() {
     let published = a.publish(&set.root, "dataset/line:v1", &[]);
     assert!(
         published.get("note").is_none(),
-        "the hub has heard of it: {published}"
+        "the hub has the artifact: {published}"
     );
     a.publish(&dir.join("operator"), "operator/detect:v1", &[]);
     a.publish(&dir.join("weights.bin"), "model/detect:v1", &[]);
     a.publish(&coco, "labels/line:v1", &["--for", "dataset/line:v1"]);
     assert!(
         disk_usage(&a.data_dir.join("published")) < MIB,
-        "only the canonical labels are written anew"
+        "only the canonical label files are written"
     );
     assert_eq!(
         disk_usage(&hub.data_dir.join("relay/packs")),
         0,
-        "nobody asked for bytes yet"
+        "no bytes were requested yet"
     );
     let shown = hub.json(&["show", "dataset/line:v1"]);
     assert_eq!(shown["origin"], "a");
     assert_eq!(shown["digest"], published["digest"]);
-    // Again: the same.
+    // A repeated publish has the same result.
     assert_eq!(
         a.publish(&set.root, "dataset/line:v1", &[])["unchanged"],
         true
@@ -89,7 +90,7 @@ fn what_is_published_at_a_site_arrives_at_others_and_leaves_it_once() {
     .expect(6);
     std::fs::remove_file(set.root.join("more.txt")).unwrap();
 
-    // Asked at A, which waits for transfers of B.
+    // Requested at A, which waits for transfers to B.
     let all = [
         "dataset/line:v1",
         "operator/detect:v1",
@@ -114,7 +115,7 @@ fn what_is_published_at_a_site_arrives_at_others_and_leaves_it_once() {
         hub.cli(&["verify", reference]).expect(0);
     }
 
-    // The second receiver costs A nothing, not even its being there.
+    // The second receiver costs A nothing, and A need not be online.
     let sent = line.up();
     let bytes: u64 = [set.root.clone(), dir.join("operator")]
         .iter()
@@ -127,14 +128,17 @@ fn what_is_published_at_a_site_arrives_at_others_and_leaves_it_once() {
     );
     a.stop();
     let c = Site::start_new(dir.path(), &hub, "c", &SiteSpec::default());
-    // What B received it may send on.
+    // B may forward the artifacts that it received.
     let transfers = ids(&b.json(&["deliver", "dataset/line:v1", "model/detect:v1", "--to", "c"]));
     for id in &transfers {
         hub.wait_done(id, secs(60));
     }
     tree::assert_same(&set.root, &c.folder("dataset/line:v1"));
-    assert!(line.up() - sent < MIB, "A was asked again");
-    // Pinned or not, what is the hub's own is not a thing to pin, and what lives at a site is.
+    assert!(
+        line.up() - sent < MIB,
+        "the hub requested content from A again"
+    );
+    // The hub's own artifacts cannot be pinned; the artifacts of sites can.
     assert_eq!(hub.json(&["pin", "model/detect:v1"])["pinned"], true);
     assert!(
         hub.json(&["unpin", "model/detect:v1"])
@@ -144,7 +148,7 @@ fn what_is_published_at_a_site_arrives_at_others_and_leaves_it_once() {
 }
 
 #[test]
-fn a_delivery_that_a_site_asked_for_is_shown_there_as_a_whole() {
+fn a_site_shows_all_parts_of_a_delivery_that_it_requested() {
     let _limit = limit(secs(180));
     let dir = Scratch::new();
     let mut hub = Hub::start_new(dir.path());
@@ -185,7 +189,7 @@ fn a_delivery_that_a_site_asked_for_is_shown_there_as_a_whole() {
     };
     let (to_b, at_b) = deliver("b");
     shows(&a, &to_b, &at_b, &["b", "b"]);
-    // What is done at B already is part of it.
+    // A transfer to B that is done already is part of the delivery.
     let (to_both, at_both) = deliver("a,b");
     assert!(
         at_both.len() == 4 && at_b.iter().all(|id| at_both.contains(id)),
@@ -194,7 +198,8 @@ fn a_delivery_that_a_site_asked_for_is_shown_there_as_a_whole() {
     shows(&a, &to_both, &at_both, &["a", "a", "b", "b"]);
     shows(&b, &to_both, &at_both, &["a", "a", "b", "b"]);
 
-    // Who holds nothing of it is told what is told of one that does not exist.
+    // A site that holds none of its artifacts gets the same answer as for a delivery that does not
+    // exist.
     let asked = |delivery: &str| {
         let refused = c.cli(&["status", delivery]).expect(5);
         let (code, body) = c.get(&format!("/v1/deliveries/show?id={delivery}"));
@@ -207,8 +212,8 @@ fn a_delivery_that_a_site_asked_for_is_shown_there_as_a_whole() {
     assert_eq!(asked(&to_b), absent);
     assert_eq!(asked(&to_both), absent);
 
-    // A cursor of the hub says nothing at A, and the other way round: whoever comes with one is
-    // told how all of it stands.
+    // A cursor of the hub has no meaning at A, and vice versa: a client with a foreign cursor
+    // receives all transfers.
     let told = |query: &str| a.get_rows(&format!("/v1/transfers?{query}"));
     let own = at_both
         .iter()
@@ -221,10 +226,10 @@ fn a_delivery_that_a_site_asked_for_is_shown_there_as_a_whole() {
     assert_eq!(
         told(&format!("id={own}&since={}", here.1)).0,
         0,
-        "of its own there is nothing new"
+        "with its own cursor there is nothing new"
     );
 
-    // Without the hub A knows its own part, and says that it is no more.
+    // Without the hub, A knows only its own part, and reports that.
     hub.stop();
     let shown = a.cli(&["status", &to_both]).expect(0).out;
     assert!(
@@ -235,7 +240,7 @@ fn a_delivery_that_a_site_asked_for_is_shown_there_as_a_whole() {
 }
 
 #[test]
-fn either_end_may_be_away_and_it_still_arrives() {
+fn an_artifact_arrives_although_either_end_is_offline_for_a_time() {
     let _limit = limit(secs(180));
     let dir = Scratch::new();
     let mut hub = Hub::start_new(dir.path());
@@ -244,7 +249,7 @@ fn either_end_may_be_away_and_it_still_arrives() {
     let folder = model(&dir.join("model"), 40);
     b.stop();
     hub.wait_online("b", false, secs(40));
-    // The hub is away while A publishes: A tells it later, by itself.
+    // The hub is offline while A publishes: A sends the offer later.
     hub.stop();
     let published = a.publish(&folder, "model/away:v1", &["--to", "b"]);
     assert!(
@@ -254,13 +259,13 @@ fn either_end_may_be_away_and_it_still_arrives() {
         "{published}"
     );
     hub.start();
-    let transfer = wait_for("the hub has heard of it", secs(40), || {
+    let transfer = wait_for("the hub has the artifact", secs(40), || {
         hub.transfers(&[]).into_iter().next()
     });
     assert_eq!(transfer.artifact, "model/away:v1");
     assert!(transfer.has_reason(&["site_offline"]), "{transfer:#?}");
     let packs = hub.data_dir.join("relay/packs");
-    wait_for("all of it is at the hub", secs(60), || {
+    wait_for("the hub has the complete artifact", secs(60), || {
         (disk_usage(&packs) > 40 * MIB).then_some(())
     });
     wait_for("fetched ahead", secs(20), || {
@@ -279,7 +284,7 @@ fn either_end_may_be_away_and_it_still_arrives() {
 }
 
 #[test]
-fn what_its_source_cannot_read_keeps_nothing_else_from_being_fetched_ahead() {
+fn an_unreadable_source_does_not_block_the_prefetch_of_other_artifacts() {
     let _limit = limit(secs(180));
     let dir = Scratch::new();
     let hub = Hub::start_new(dir.path());
@@ -297,7 +302,8 @@ fn what_its_source_cannot_read_keeps_nothing_else_from_being_fetched_ahead() {
         );
         a.publish(&dir.join(name), &reference(name), &[]);
     }
-    // As many as are fetched at once lie on a NAS that is not mounted, and were asked for first.
+    // The first requested artifacts, as many as are prefetched at once, are on a NAS that is not
+    // mounted.
     for name in &all[..2] {
         std::fs::rename(dir.join(name), away.join(name)).unwrap();
     }
@@ -306,7 +312,7 @@ fn what_its_source_cannot_read_keeps_nothing_else_from_being_fetched_ahead() {
         .flat_map(|name| hub.deliver(&[&reference(name)], "b"))
         .collect();
     let fetched = |count: usize| {
-        let what = format!("{count} of {} are fetched ahead", all.len());
+        let what = format!("{count} of {} are prefetched", all.len());
         wait_for(&what, secs(60), || {
             (hub.log().matches(": fetched ahead digest=").count() >= count).then_some(())
         });
@@ -326,7 +332,7 @@ fn what_its_source_cannot_read_keeps_nothing_else_from_being_fetched_ahead() {
 }
 
 #[test]
-fn a_source_that_is_away_is_the_reason_and_its_return_is_enough() {
+fn an_offline_source_is_the_reason_and_its_return_resumes_the_transfer() {
     let _limit = limit(secs(180));
     let dir = Scratch::new();
     let hub = Hub::start_new(dir.path());
@@ -350,7 +356,7 @@ fn a_source_that_is_away_is_the_reason_and_its_return_is_enough() {
 }
 
 #[test]
-fn chunks_are_passed_on_before_the_source_has_sent_a_tenth() {
+fn chunks_are_forwarded_before_the_source_has_sent_a_tenth() {
     let _limit = limit(secs(180));
     let dir = Scratch::new();
     let hub = Hub::start_new(dir.path());
@@ -375,7 +381,7 @@ fn chunks_are_passed_on_before_the_source_has_sent_a_tenth() {
     );
     let folder = model(&dir.join("model"), 256);
     a.publish(&folder, "model/through:v1", &[]);
-    // B brings the manifest first, which is small beside this.
+    // B first fetches the manifest, which is much smaller than this.
     let manifest = 2 * MIB;
     let (sent, received) = (line_a.up(), line_b.down());
     line_a.hold_up_at(sent + 256 * MIB / 10);
@@ -391,7 +397,7 @@ fn chunks_are_passed_on_before_the_source_has_sent_a_tenth() {
 }
 
 #[test]
-fn two_receivers_at_once_cost_one_uplink() {
+fn two_simultaneous_receivers_cost_the_source_one_upload() {
     let _limit = limit(secs(180));
     let dir = Scratch::new();
     let hub = Hub::start_new(dir.path());
@@ -418,7 +424,7 @@ fn two_receivers_at_once_cost_one_uplink() {
 }
 
 #[test]
-fn a_file_that_changed_after_publishing_fails_the_transfer_with_its_path() {
+fn a_file_that_changed_after_the_publish_fails_the_transfer_and_is_named() {
     let _limit = limit(secs(120));
     let dir = Scratch::new();
     let hub = Hub::start_new(dir.path());
@@ -439,7 +445,7 @@ fn a_file_that_changed_after_publishing_fails_the_transfer_with_its_path() {
     let mut bad = good.clone();
     bad[40] ^= 1;
     std::fs::write(&file, bad).unwrap();
-    // Whoever waits for labels that come after it hears of that, and waits no longer.
+    // A client that waits for the labels of this dataset is informed and does not wait any longer.
     let parts = [
         "deliver",
         "dataset/line:v1",
@@ -473,7 +479,7 @@ fn a_file_that_changed_after_publishing_fails_the_transfer_with_its_path() {
     );
     assert!(
         !b.folder("dataset/line:v1").exists(),
-        "nothing wrong arrives"
+        "no wrong content arrives"
     );
     hub.cli(&[
         "status",
@@ -482,8 +488,7 @@ fn a_file_that_changed_after_publishing_fails_the_transfer_with_its_path() {
     ])
     .expect(7)
     .says(&said);
-    // Whoever delivers the labels alone hears of it too, from the hub and from the site, and what
-    // to do.
+    // A delivery of only the labels reports it too, at the hub and at the site, with a next step.
     let next = format!("packhorse retry {}", failed.id);
     let alone = [
         "deliver",
@@ -501,29 +506,29 @@ fn a_file_that_changed_after_publishing_fails_the_transfer_with_its_path() {
             &next,
         ]);
     }
-    // What it is told to do there can be done there.
+    // The commands of the next step work at that site.
     let found = a
         .cli(&["verify", "dataset/line:v1"])
         .expect(8)
         .says(&["restore the original content"]);
     assert!(!found.err.contains("--repair"), "{}", found.err);
     a.cli(&["verify", "dataset/line:v1", "--repair"]).expect(2);
-    // The old content again, and it goes on.
+    // With the original content, the transfer continues.
     std::fs::write(&file, good).unwrap();
     a.cli(&["verify", "dataset/line:v1"]).expect(0);
     hub.cli(&["retry", &failed.id]).expect(0);
     hub.wait_done(&failed.id, secs(60));
     tree::assert_same(&set.root, &b.folder("dataset/line:v1"));
-    // What waited follows by itself.
+    // The waiting transfer starts without a command.
     hub.wait_done(&waiting.id, secs(60));
 }
 
 #[test]
-fn a_file_that_cannot_be_read_for_a_while_is_waited_for() {
+fn a_transfer_waits_for_a_temporarily_unreadable_file() {
     let _limit = limit(secs(120));
     let dir = Scratch::new();
     let hub = Hub::start_new(dir.path());
-    // All that A writes lies under one folder, which can be given away.
+    // A writes only below one folder, whose owner can be changed.
     let own = dir.join("a");
     let spec = SiteSpec {
         root: Some(own.join("nas")),
@@ -540,7 +545,7 @@ fn a_file_that_cannot_be_read_for_a_while_is_waited_for() {
     let mut a = Site::new(dir.path(), &hub, "a", &spec);
     a.join(&hub, &[]);
     if is_root() {
-        // Root reads everything: the daemon runs as somebody else.
+        // Root can read everything, so the daemon runs as another user.
         let (user, _) = tool_user("nobody");
         tool("chown", &["-R", &user.to_string(), own.to_str().unwrap()]);
         data::chmod(&a.config, 0o644);
@@ -570,7 +575,7 @@ fn a_file_that_cannot_be_read_for_a_while_is_waited_for() {
 }
 
 #[test]
-fn a_site_says_whom_it_shares_with() {
+fn a_site_defines_which_sites_may_receive_its_artifacts() {
     let _limit = limit(secs(120));
     let dir = Scratch::new();
     let hub = Hub::start_new(dir.path());
@@ -605,8 +610,8 @@ fn a_site_says_whom_it_shares_with() {
     );
     let folder = model(&dir.join("model"), 1);
     a.publish(&folder, "model/private:v1", &[]);
-    // Whoever runs the hub is told the truth; a site is told of both what it is told of what is not
-    // there.
+    // The hub administrator gets the real reason. A site gets the same answer for both artifacts as
+    // for one that does not exist.
     for command in ["deliver", "plan"] {
         let refused = hub
             .cli(&[command, "model/private:v1", "--to", "b,c"])
@@ -617,7 +622,7 @@ fn a_site_says_whom_it_shares_with() {
             "add the site to that list",
         ]);
     }
-    // So is the site that it is from.
+    // The site that published it gets the real reason too.
     a.cli(&["deliver", "model/private:v1", "--to", "c"])
         .expect(4)
         .says(&["not shared with c: not in the [share] allow of site a"]);
@@ -632,7 +637,7 @@ fn a_site_says_whom_it_shares_with() {
         asked("model/absent:v1"),
         "one answer for both"
     );
-    // "All" are those that may have it.
+    // `all` means all sites that may receive it.
     let left_out = json!([{
         "artifact": "model/private:v1", "site": "c", "by": "origin", "why": "not in the [share] allow of site a",
     }]);
@@ -658,7 +663,8 @@ fn a_site_says_whom_it_shares_with() {
     }
     tree::assert_same(&folder, &b.folder("model/private:v1"));
     tree::assert_same(&folder, &d.folder("model/private:v1"));
-    // B cannot send on what is not its own to share, nor is it told why, or who is left out.
+    // B cannot forward an artifact that it may not share, and learns neither the reason nor which
+    // sites are excluded.
     let refused = b
         .cli(&["deliver", "model/private:v1", "--to", "c"])
         .expect(5)
@@ -671,8 +677,8 @@ fn a_site_says_whom_it_shares_with() {
     );
     assert!(!c.folder("model/private:v1").exists());
 
-    // A name can be taken only once, so C learns that it is; what it stands for is told to those
-    // alone that may have it.
+    // A name can be used only once, so C learns that it is used. Only sites that may receive the
+    // artifact learn its content.
     hub.publish(&folder, "model/hub:v1", &[]);
     let digest = a.publish(&folder, "model/taken:v1", &[])["digest"]
         .as_str()
@@ -699,7 +705,7 @@ fn a_site_says_whom_it_shares_with() {
 }
 
 #[test]
-fn the_hub_says_who_may_have_what_sites_publish() {
+fn the_hub_defines_which_sites_may_receive_artifacts_of_sites() {
     let _limit = limit(secs(180));
     let dir = Scratch::new();
     let mut hub = Hub::new(dir.path());
@@ -709,7 +715,7 @@ fn the_hub_says_who_may_have_what_sites_publish() {
     );
     hub.edit_config("[listen]", &format!("{both}[listen]"));
     hub.start();
-    // A would share with C, which the hub forbids, and not with D, whom the hub would allow.
+    // A allows C, but the hub does not. The hub allows D, but A does not.
     let more = "[share]\nallow = [\"b\", \"c\"]";
     let mut a = Site::start_new(
         dir.path(),
@@ -750,15 +756,15 @@ fn the_hub_says_who_may_have_what_sites_publish() {
             .says(&[&format!("not shared with {to}: not in {whose}")]);
     }
     let ids = hub.deliver(&["model/private:v1"], "all");
-    assert_eq!(ids.len(), 1, "B alone is allowed by both");
+    assert_eq!(ids.len(), 1, "only B is allowed by both");
     hub.wait_done(&ids[0], secs(60));
     tree::assert_same(&folder, &b.folder("model/private:v1"));
-    // What the hub published is its own to give.
+    // The lists do not apply to artifacts that the hub published.
     let own = model(&dir.join("own"), 2);
     hub.publish(&own, "model/own:v1", &[]);
     hub.deliver_and_wait("model/own:v1", "c", secs(60));
     tree::assert_same(&own, &c.folder("model/own:v1"));
-    // Who has to be asked for leave.
+    // The operator whose configuration must be changed.
     for (from, whose) in [
         ("c", "configuration of the hub"),
         ("d", "configuration of a"),
@@ -782,8 +788,8 @@ fn the_hub_says_who_may_have_what_sites_publish() {
             .says(&[whose, &format!("add {from} to [share] allow")]);
     }
 
-    // A hub that has changed its mind gives nothing more of what is on its way, though all of it
-    // may lie there already; nor does it fetch what does not.
+    // After a change of its list, the hub sends nothing more of a running transfer, although it may
+    // have all content, and fetches none of the missing content.
     b.stop();
     hub.wait_online("b", false, secs(40));
     let (late, later) = (model(&dir.join("late"), 3), model(&dir.join("later"), 4));
@@ -798,12 +804,12 @@ fn the_hub_says_who_may_have_what_sites_publish() {
     hub.start();
     a.start();
     hub.wait_online("a", true, secs(40));
-    // It looks every 5 s at the latest.
+    // The site polls at least every 5 s.
     thread::sleep(secs(7));
     assert_eq!(
         hub.metric("packhorse_relay_fetched_bytes"),
         0,
-        "what it will not give it fetched from A"
+        "the hub fetched content from A that it will not send"
     );
     b.start();
     for id in [&id, &other] {
@@ -820,24 +826,25 @@ fn the_hub_says_who_may_have_what_sites_publish() {
     tree::assert_same(&late, &b.folder("model/late:v1"));
 }
 
-/// Bytes a second that A sends while daemons are killed.
+/// The bytes per second that A sends while daemons are killed.
 const UPLINK: u64 = 8 * MIB;
-/// What a kill of A or of the hub may cost on that line.
+/// The bytes that a kill of A or of the hub may cost on that connection.
 ///
-/// Asked of A are at once 20 MiB at the most: the 12 MiB that B may have of the hub's budget
-/// (`SITE_SHARE_MAX` in `hub.rs`), and while B is away 8 requests of 1 MiB (`AHEAD_IN_FLIGHT_MAX`
-/// in `hub/relay.rs`). A fast line may have carried all of that when the hub dies: hence the 64 MiB
-/// of the promise. On this line they come in the order of the requests, half a second for these 4
-/// MiB. Every 128 KiB (`TOGETHER_BYTES` in `relay.rs`) that came are verified and appended to a
-/// pack, and whole frames there outlive the process: the flush of each second is for the power.
-/// What is lost is a group that is not whole, and what sockets and QUIC hold. B costs A nothing:
-/// what B lacks again lies at the hub.
+/// At most 20 MiB are requested from A at once: 12 MiB that B may have of the hub's budget
+/// (`SITE_SHARE_MAX` in `hub.rs`), and while B is offline 8 requests of 1 MiB
+/// (`AHEAD_IN_FLIGHT_MAX` in `hub/prefetch.rs`). A fast connection may have transmitted all of that
+/// when the hub dies, hence the promise of 64 MiB. On this connection the bytes arrive in the order
+/// of the requests, half a second for these 4 MiB. Each 128 KiB that arrived (`TOGETHER_BYTES` in
+/// `relay.rs`) are verified and appended to a pack, and complete frames in a pack survive the
+/// process; the flush each second is for a power failure. Lost are an incomplete group, and the
+/// buffers of sockets and QUIC. A kill of B costs A nothing: the content that B requests again is
+/// at the hub.
 const LOST: u64 = 4 * MIB;
 
-/// Ten kills of each daemon. The last is the hub's, when seven tenths of all have left A:
-/// to begin again at zero there would break the bound by 20 MiB.
+/// Ten kills of each daemon. The last kill is that of the hub, after A has sent seven tenths of all
+/// content: a start from zero would then exceed the bound by 20 MiB.
 #[test]
-fn kills_of_all_three_at_random_moments_cost_little() {
+fn random_kills_of_all_three_daemons_cost_few_bytes() {
     let _limit = limit(secs(300));
     let kills = 30;
     let size = 8 * kills;
@@ -871,12 +878,13 @@ fn kills_of_all_three_at_random_moments_cost_little() {
     let mut rng = rand::rng();
     let mut moments = Vec::new();
     for round in 0..kills {
-        // Anywhere in this round's part of the first eight tenths.
+        // A random moment in this round's part of the first eight tenths.
         let moment =
             (size * MIB * 8 / 10 * round + rng.random_range(0..size * MIB * 8 / 10)) / kills;
         moments.push(moment >> 20);
         if round == kills / 3 {
-            // These come among kills of all three too: behind what was asked for before.
+            // These artifacts are transferred during the kills too, after those that were requested
+            // before.
             ids.extend(hub.deliver(
                 &["labels/kills:v1", "image/kills:v1", "dataset/kills:v1"],
                 "b",
@@ -918,19 +926,19 @@ fn kills_of_all_three_at_random_moments_cost_little() {
     let most = uplink_of(bytes, kills - kills / 3, LOST);
     assert!(
         sent < most,
-        "A sent {} MiB of {size}, {} would do; kills after {moments:?} MiB",
+        "A sent {} MiB of {size}, the limit is {}; kills after {moments:?} MiB",
         sent >> 20,
         most >> 20
     );
     eprintln!("A sent {} MiB of {size} with {kills} kills", sent >> 20);
 }
 
-/// What the hub may keep in the test of its budget: two artifacts of it and a part of a third.
+/// The relay budget of the hub in this test: two of its artifacts and a part of a third.
 const BUDGET: u64 = 24 * MIB;
 const EACH: u64 = 10 * MIB;
 
 #[test]
-fn a_budget_bounds_what_is_kept_and_a_pin_holds_against_it() {
+fn the_relay_budget_is_respected_and_a_pin_prevents_eviction() {
     let _limit = limit(secs(240));
     let dir = Scratch::new();
     let mut hub = Hub::new(dir.path());
@@ -957,19 +965,19 @@ fn a_budget_bounds_what_is_kept_and_a_pin_holds_against_it() {
         if name == "one" {
             assert_eq!(hub.json(&["pin", "model/one:v1"])["pinned"], true);
         }
-        // The third goes beyond the budget, and so does the fourth: within seconds what was unused
-        // for longest makes room.
-        wait_for("what is kept fits its budget", secs(30), || {
+        // The third artifact exceeds the budget, and so does the fourth. Within seconds the least
+        // recently used one is evicted.
+        wait_for("the kept content fits the budget", secs(30), || {
             (disk_usage(&packs) < BUDGET).then_some(())
         });
         assert!(
             disk_usage(&packs) >= EACH,
-            "{name}: what is pinned takes its room"
+            "{name}: the pinned artifact uses its space"
         );
     }
 
-    // Nobody is there that has the bytes. What was pinned is the hub's to give; what was evicted is
-    // waited for.
+    // No site with the content is online. The hub can still send the pinned artifact. A transfer of
+    // the evicted artifact waits.
     for site in [&mut a, &mut b] {
         site.stop();
         hub.wait_online(&site.name, false, secs(40));
@@ -988,16 +996,16 @@ fn a_budget_bounds_what_is_kept_and_a_pin_holds_against_it() {
     a.start();
     hub.wait_done(&id, secs(90));
     tree::assert_same(&dir.join("two"), &c.folder("model/two:v1"));
-    // Whatever of it is still kept, the rest comes from A.
+    // The content that the hub no longer has comes from A.
     hub.deliver_and_wait("model/three:v1", "c", secs(60));
     tree::assert_same(&dir.join("three"), &c.folder("model/three:v1"));
-    wait_for("what is kept fits its budget still", secs(30), || {
+    wait_for("the kept content still fits the budget", secs(30), || {
         (disk_usage(&packs) < BUDGET).then_some(())
     });
 }
 
 #[test]
-fn what_was_not_asked_for_again_ages_out_and_a_pin_holds_against_it() {
+fn unused_content_expires_and_a_pin_prevents_that() {
     let _limit = limit(secs(120));
     let dir = Scratch::new();
     let mut hub = Hub::new(dir.path());
@@ -1007,7 +1015,7 @@ fn what_was_not_asked_for_again_ages_out_and_a_pin_holds_against_it() {
     let mut b = Site::start_new(dir.path(), &hub, "b", &SiteSpec::default());
     let c = Site::start_new(dir.path(), &hub, "c", &SiteSpec::default());
     let packs = hub.data_dir.join("relay/packs");
-    // The older of them is the one that stays.
+    // The older artifact is the pinned one.
     for (name, mib) in [("pinned", 4), ("other", 8)] {
         let (folder, reference) = (dir.join(name), format!("model/{name}:v1"));
         data::write(
@@ -1025,10 +1033,10 @@ fn what_was_not_asked_for_again_ages_out_and_a_pin_holds_against_it() {
             "relayed bytes are evicted artifact=model/{name}:v1"
         ))
     };
-    wait_for("what is old is evicted", secs(30), || {
+    wait_for("the expired artifact is evicted", secs(30), || {
         is_gone("other").then_some(())
     });
-    wait_for("its room is free", secs(20), || {
+    wait_for("its space is free", secs(20), || {
         (disk_usage(&packs) < 6 * MIB).then_some(())
     });
 
@@ -1044,23 +1052,25 @@ fn what_was_not_asked_for_again_ages_out_and_a_pin_holds_against_it() {
     });
     assert!(
         !is_gone("pinned"),
-        "it is older than what was evicted, and pinned"
+        "it is older than the evicted artifact, and pinned"
     );
     assert!(
         hub.json(&["unpin", "model/pinned:v1"])
             .get("pinned")
             .is_none()
     );
-    wait_for("what is pinned no more ages too", secs(30), || {
-        is_gone("pinned").then_some(())
-    });
+    wait_for(
+        "an artifact that was unpinned expires too",
+        secs(30),
+        || is_gone("pinned").then_some(()),
+    );
     wait_for("nothing is kept", secs(20), || {
         (disk_usage(&packs) < MIB).then_some(())
     });
 }
 
 #[test]
-fn where_it_only_arrived_is_a_source_when_its_origin_is_away() {
+fn a_receiving_site_is_a_source_while_the_origin_is_offline() {
     let _limit = limit(secs(180));
     let dir = Scratch::new();
     let registry = Registry::basic(&dir, "own");
@@ -1088,8 +1098,8 @@ fn where_it_only_arrived_is_a_source_when_its_origin_is_away() {
     };
     let _d = Site::start_new(dir.path(), &hub, "d", &spec);
     let folder = model(&dir.join("model"), 8);
-    // Of an image its layout lies nowhere as the artifact has it, neither in B's folder of layouts
-    // nor in D's registry.
+    // No site has the image's layout in the form of the artifact: neither B's layout folder nor D's
+    // registry.
     let all = [
         ("model/onward:v1", folder.clone(), "b"),
         ("image/one:v1", images::small().join("oci.tar"), "b"),
@@ -1101,12 +1111,12 @@ fn where_it_only_arrived_is_a_source_when_its_origin_is_away() {
     }
     a.stop();
     hub.wait_online("a", false, secs(40));
-    // Nobody asks for it, and so it goes by itself.
+    // No site requests it, so it is evicted.
     for (reference, ..) in &all {
         let gone = format!("relayed bytes are evicted artifact={reference}");
         wait_for(&gone, secs(30), || hub.log().contains(&gone).then_some(()));
     }
-    wait_for("the hub keeps nothing of it", secs(30), || {
+    wait_for("the hub keeps none of its content", secs(30), || {
         (disk_usage(&hub.data_dir.join("relay/packs")) < MIB / 2).then_some(())
     });
     let sent = line.up();
@@ -1120,13 +1130,13 @@ fn where_it_only_arrived_is_a_source_when_its_origin_is_away() {
     }
 }
 
-/// What A may have sent that B has not got. B asks for no more: 60 requests of 1 MiB and a part of
-/// a chunk each on a line whose round trip is long (`FETCH_IN_FLIGHT_FAR_MAX` in `limits.rs`), as
-/// one with a queue before it is; and A's packets have headers.
+/// The most bytes that A may have sent and B has not received. B requests no more than 60 requests
+/// of 1 MiB and a part of a chunk each when the round trip is long (`FETCH_IN_FLIGHT_FAR_MAX` in
+/// `limits.rs`), which includes a connection with a queue. A's packets have headers.
 const AHEAD_MAX: u64 = 72 * MIB;
 
 #[test]
-fn a_slow_receiver_slows_its_source_down_and_fills_no_memory_at_the_hub() {
+fn a_slow_receiver_slows_down_its_source_and_does_not_fill_the_hubs_memory() {
     let _limit = limit(secs(120));
     let dir = Scratch::new();
     let hub = Hub::start_new(dir.path());
@@ -1163,16 +1173,19 @@ fn a_slow_receiver_slows_its_source_down_and_fills_no_memory_at_the_hub() {
     let id = hub.deliver(&["model/slow:v1"], "b").remove(0);
     let (began, mut ahead) = (Instant::now(), 0);
     while began.elapsed() < secs(10) {
-        // A's first: what B gets meanwhile makes it less.
+        // A's counter is read first: bytes that B receives in between only decrease the difference.
         let sent = line_a.up() - sent;
         ahead = ahead.max(sent.saturating_sub(line_b.down() - got));
         thread::sleep(Duration::from_millis(20));
     }
     let got = line_b.down() - got;
-    assert!(got > 2 * MIB, "B got {got} bytes: the test says nothing");
+    assert!(
+        got > 2 * MIB,
+        "B received only {got} bytes: the test proves nothing"
+    );
     assert!(
         ahead < AHEAD_MAX,
-        "A was {ahead} bytes ahead of B, which got {got}"
+        "A was {ahead} bytes ahead of B, which received {got}"
     );
     let peak = hub.memory("VmHWM");
     assert!(peak <= 256 * MIB, "the hub had {peak} bytes resident");
@@ -1180,7 +1193,7 @@ fn a_slow_receiver_slows_its_source_down_and_fills_no_memory_at_the_hub() {
 }
 
 #[test]
-fn a_run_has_no_input_that_is_not_shared_with_the_site_that_trains() {
+fn a_run_cannot_use_an_input_that_is_not_shared_with_the_training_site() {
     let _limit = limit(secs(90));
     let dir = Scratch::new();
     let hub = Hub::start_new(dir.path());
@@ -1211,11 +1224,11 @@ fn a_run_has_no_input_that_is_not_shared_with_the_site_that_trains() {
     hub.cli(&args("b", "c", "model/private:v1"))
         .expect(4)
         .says(&["not shared with c: not in the [share] allow of site a"]);
-    // B, which has it, may not lend it out either.
+    // B, which has the artifact, may not use it for a run either.
     b.cli(&args("b", "c", "model/private:v1"))
         .expect(5)
         .says(&["there is no artifact model/private:v1"]);
     hub.cli(&["train", "show", "r"]).expect(5);
-    // The other way round it goes where it may be.
+    // In the other direction, the input goes to a site that may receive it.
     hub.cli(&args("c", "b", "model/private:v1")).expect(0);
 }

@@ -1,5 +1,5 @@
-//! Publishing from another machine than the hub: another state folder, another process, a line that
-//! is counted and cut.
+//! Publishing from another machine than the hub: a separate state folder and process, and a proxy
+//! that counts, throttles and cuts.
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
@@ -17,32 +17,33 @@ use crate::support::line::Line;
 use crate::support::tree::assert_same;
 use crate::support::{Scratch, free_port, limit, secs, wait_for};
 
-/// What is carried: noise, so that no byte is saved by compressing.
+/// The size of the artifact: noise, so that compression saves nothing.
 const SIZE: usize = 40 << 20;
-/// Bytes a second on the slow line: the upload lasts some eight seconds.
+/// Bytes per second of the slow connection: the upload takes about eight seconds.
 const RATE: u64 = 5 << 20;
-/// What must have left this machine before something is killed.
+/// The bytes that this machine must have sent before a process is killed.
 const SENT: u64 = 28 << 20;
-/// What may be sent again after that: requests whose answers were not whole yet (12 of 1 MiB at the
-/// most, the publisher's share of the hub's budget) and what was in flight. The hub keeps each
-/// request as it comes, and finds it in its packs when it was killed.
+/// The bytes that may be sent again after the kill: requests whose answers were incomplete (at most
+/// 12 of 1 MiB, the publisher's share of the hub's budget), and bytes in flight. The hub stores
+/// each answer as it arrives, and after a kill finds it in its packs.
 const AGAIN: u64 = 15 << 20;
-/// Headers, acknowledgements, manifests, handshakes: a part in this many, beside the payload.
+/// Headers, acknowledgements, manifests and handshakes: one part in this many, in addition to the
+/// payload.
 const OVERHEAD: u64 = 10;
 
-/// The most that an upload may send after it was interrupted.
+/// The most bytes that an upload may send after the interruption.
 const LEFT_MAX: u64 = (SIZE as u64 - SENT) + (SIZE as u64 - SENT) / OVERHEAD + AGAIN;
 
 const _: () = assert!(
     LEFT_MAX + (8 << 20) < SIZE as u64,
-    "an upload from the beginning would pass for one that went on"
+    "a restarted upload would look like a resumed one"
 );
 
-/// What a line costs that carries nothing: handshake, questions, and the search for the largest
+/// The bytes of a connection without payload: handshake, questions, and the search for the largest
 /// packet.
 const QUIET: u64 = 192 << 10;
 
-/// A hub behind a line, and a machine without any daemon.
+/// A hub behind a proxy, and a machine without a daemon.
 struct World {
     hub: Hub,
     line: Line,
@@ -95,7 +96,7 @@ impl World {
         run(&mut self.command(source, reference, more), secs(120))
     }
 
-    /// Begins a publish and waits until about this much has left this machine.
+    /// Starts a publish, and waits until this machine has sent about this many bytes.
     fn begin(&self, source: &Path, reference: &str, more: &[&str], bytes: u64) -> Child {
         let mut command = self.command(source, reference, more);
         let mut child = command
@@ -104,7 +105,7 @@ impl World {
             .stderr(Stdio::null())
             .spawn()
             .unwrap();
-        wait_for("the upload is on its way", secs(60), || {
+        wait_for("the upload is running", secs(60), || {
             assert!(
                 child.try_wait().unwrap().is_none(),
                 "it ended before it could be interrupted"
@@ -120,7 +121,7 @@ impl World {
         source
     }
 
-    /// Delivers to a site beside the hub, and compares.
+    /// Delivers to a site, and compares the content with the source.
     fn check_arrives(&self, reference: &str, source: &Path) {
         let site = Site::start_new(self.scratch.path(), &self.hub, "west", &SiteSpec::default());
         self.hub.deliver_and_wait(reference, "west", secs(60));
@@ -132,11 +133,11 @@ impl World {
 fn wire(answer: &Value) -> u64 {
     answer["wire"]
         .as_u64()
-        .expect("the answer counts what crossed the line")
+        .expect("the answer has the number of transmitted bytes")
 }
 
 #[test]
-fn a_folder_arrives_and_a_changed_version_sends_what_changed() {
+fn a_folder_is_published_and_a_changed_version_sends_only_the_changes() {
     let _limit = limit(secs(150));
     let world = World::start();
     let token = world.token("office");
@@ -151,8 +152,8 @@ fn a_folder_arrives_and_a_changed_version_sends_what_changed() {
     );
     assert!(first["stored"].as_u64().unwrap() > 0);
 
-    // Again: nothing but a handshake and a question. The token was used; it is not asked for any
-    // more.
+    // A repeated publish sends only a handshake and a question. The token was used; it is no longer
+    // needed.
     let again = world
         .publish(&v1.root, "dataset/panels:v1", &["--join-token", &token])
         .expect(0)
@@ -171,19 +172,19 @@ fn a_folder_arrives_and_a_changed_version_sends_what_changed() {
         .expect(0)
         .json();
     let (sent, both) = (world.line.up() - before, world.line.carried() - before_both);
-    // The proxy counts datagrams; the answer what this end sent and received, which includes what a
-    // busy machine dropped.
+    // The proxy counts datagrams. The answer counts the bytes that this side sent and received,
+    // including those that a busy machine dropped.
     let said = wire(&second);
     assert!(
         said + (64 << 10) >= both && said <= both + both / 4 + (64 << 10),
-        "{said} was said and {both} counted"
+        "the answer says {said}, the proxy counted {both}"
     );
     assert!(
         sent < new_bytes + new_bytes / OVERHEAD + QUIET,
         "{sent} bytes were sent for {new_bytes} new ones: {second}"
     );
 
-    // Other content under a name that is taken.
+    // Other content under a name that is already used.
     world
         .publish(&v2.root, "dataset/panels:v1", &[])
         .expect(6)
@@ -193,7 +194,7 @@ fn a_folder_arrives_and_a_changed_version_sends_what_changed() {
     assert_eq!(
         sites.as_array().unwrap().len(),
         1,
-        "a publisher is no site: {sites}"
+        "a publisher is not a site: {sites}"
     );
     world
         .hub
@@ -202,7 +203,7 @@ fn a_folder_arrives_and_a_changed_version_sends_what_changed() {
 }
 
 #[test]
-fn a_publish_that_is_killed_goes_on_where_it_stood() {
+fn a_publish_resumes_after_it_was_killed() {
     let _limit = limit(secs(200));
     let world = World::start();
     let token = world.token("office");
@@ -213,7 +214,7 @@ fn a_publish_that_is_killed_goes_on_where_it_stood() {
     child.wait().unwrap();
     assert!(
         !world.hub.artifacts().contains(&"model/yolo:v1".to_owned()),
-        "half of an artifact is none"
+        "an incomplete artifact does not exist"
     );
     let so_far = world.line.up();
     let done = world
@@ -223,21 +224,21 @@ fn a_publish_that_is_killed_goes_on_where_it_stood() {
     let more = world.line.up() - so_far;
     assert!(
         more <= LEFT_MAX,
-        "{more} bytes were sent after the kill, {LEFT_MAX} would do: {done}"
+        "{more} bytes were sent after the kill, the limit is {LEFT_MAX}: {done}"
     );
     assert!(wire(&done) < SIZE as u64, "{done}");
-    // The hub counts what it did not have.
+    // The hub counts the bytes that it did not have.
     let stored = done["stored"].as_u64().unwrap();
     assert!(
         stored > 0 && stored <= LEFT_MAX,
-        "the hub stored {stored} bytes anew: {done}"
+        "the hub stored {stored} new bytes: {done}"
     );
     world.line.throttle_up(0);
     world.check_arrives("model/yolo:v1", &source);
 }
 
 #[test]
-fn a_hub_that_is_killed_is_called_again() {
+fn a_publish_reconnects_after_the_hub_was_killed() {
     let _limit = limit(secs(200));
     let mut world = World::start();
     let token = world.token("office");
@@ -252,14 +253,14 @@ fn a_hub_that_is_killed_is_called_again() {
     let more = world.line.up() - so_far;
     assert!(
         more <= LEFT_MAX,
-        "{more} bytes were sent after the kill, {LEFT_MAX} would do"
+        "{more} bytes were sent after the kill, the limit is {LEFT_MAX}"
     );
     world.line.throttle_up(0);
     world.check_arrives("model/yolo:v1", &source);
 }
 
 #[test]
-fn two_at_once_by_one_publisher() {
+fn one_publisher_can_run_two_publishes_at_once() {
     let _limit = limit(secs(150));
     let world = World::start();
     let token = world.token("office");
@@ -269,7 +270,7 @@ fn two_at_once_by_one_publisher() {
         &second.join("weights.bin"),
         &data::noise(&mut data::rng("second"), 8 << 20),
     );
-    // Slow enough that the first is still under way when the second begins.
+    // Slow enough that the first is still running when the second starts.
     world.line.throttle_up(RATE);
     let mut child = world.begin(&first, "model/first:v1", &["--join-token", &token], 4 << 20);
     let first = Pid::from_child(&child);
@@ -281,7 +282,7 @@ fn two_at_once_by_one_publisher() {
     assert_eq!(other["unchanged"], false);
     assert!(
         child.try_wait().unwrap().is_none(),
-        "the first ended too early to say anything"
+        "the first publish ended too early, the test proves nothing"
     );
     kill_process(first, Signal::CONT).unwrap();
     assert!(
@@ -307,7 +308,7 @@ fn two_at_once_by_one_publisher() {
 }
 
 #[test]
-fn who_may_not_publish_is_told() {
+fn a_refused_publisher_gets_the_reason() {
     let _limit = limit(secs(120));
     let world = World::start();
     let source = world.scratch.join("model");
@@ -328,7 +329,8 @@ fn who_may_not_publish_is_told() {
             .expect(4)
             .says(&["not one of this hub"]);
     }
-    // A site's token makes no publisher, and a publisher's no site; neither is used up by that.
+    // A site's token does not enrol a publisher, and a publisher's token does not enrol a site.
+    // Such an attempt does not use up the token.
     let of_a_site = world.hub.token("west", &[]);
     world
         .publish(&source, "model/a:v1", &["--join-token", &of_a_site])
@@ -344,7 +346,7 @@ fn who_may_not_publish_is_told() {
     world
         .publish(&source, "model/a:v1", &["--join-token", &token])
         .expect(0);
-    // A token of another hub is no use here, and not needed.
+    // A token of another hub does not work here, and is not needed.
     let (id, rest) = token.split_once('.').unwrap();
     let (secret, _) = rest.split_once('.').unwrap();
     let of_another = format!("{id}.{secret}.{secret}");
@@ -352,7 +354,7 @@ fn who_may_not_publish_is_told() {
         .publish(&source, "model/a:v1", &["--join-token", &of_another])
         .expect(4)
         .says(&["the hash of its CA differs", "omit the token"]);
-    // Another address: it is not called, and the one that is known is named.
+    // An unknown address: no connection is opened, and the error names the known hub.
     let at = |address: &str| {
         let mut command = bound(PACKHORSE);
         command
@@ -379,10 +381,10 @@ fn who_may_not_publish_is_told() {
     let folder = |address: &str| world.state.join(address.replace(':', "_"));
     assert!(
         !folder(&mistyped).exists(),
-        "nothing is made for a mistyped address"
+        "a mistyped address creates no files"
     );
     at("127.0.0.1").expect(2).says(&["HOST:PORT"]);
-    // One that is known and does not answer.
+    // A known hub that does not answer.
     data::write(
         &folder(&mistyped).join("identity/site.pem"),
         &std::fs::read(folder(&known).join("identity/site.pem")).unwrap(),
@@ -390,7 +392,7 @@ fn who_may_not_publish_is_told() {
     at(&mistyped)
         .expect(10)
         .says(&[&mistyped, "does not answer", "then run this again"]);
-    // Once used, it is good for nobody else.
+    // A used token does not work for another state folder.
     let elsewhere = world.scratch.join("another-state");
     let fresh = World {
         state: elsewhere,
@@ -470,7 +472,7 @@ fn images_labels_and_deliveries_from_another_machine() {
 }
 
 #[test]
-fn where_udp_is_blocked_a_publish_goes_over_tcp() {
+fn a_publish_uses_tcp_if_udp_is_blocked() {
     let _limit = limit(secs(120));
     let world = World::start();
     world.line.block_udp(true);
@@ -488,7 +490,7 @@ fn where_udp_is_blocked_a_publish_goes_over_tcp() {
 }
 
 #[test]
-fn what_a_full_hub_cannot_hold_is_told_before_half_of_it_came() {
+fn a_full_hub_refuses_an_upload_before_it_has_received_half_of_it() {
     let _limit = limit(secs(200));
     let scratch = Scratch::new();
     let mut hub = Hub::new(scratch.path());
@@ -512,42 +514,42 @@ fn what_a_full_hub_cannot_hold_is_told_before_half_of_it_came() {
     );
     std::thread::scope(|scope| {
         let publish = scope.spawn(|| run(&mut publish, secs(150)));
-        wait_for("the upload is on its way", secs(60), || {
+        wait_for("the upload is running", secs(60), || {
             (world.line.up() > 12 << 20).then_some(())
         });
-        // It asks again and again until there is room, and each time brings nothing more.
+        // The publisher asks repeatedly until there is space, and sends nothing more each time.
         world.line.wait_quiet_up(secs(30));
         let (came, since) = (world.line.up(), Instant::now());
-        wait_for("it has asked some times more", secs(20), || {
+        wait_for("the publisher has asked a few more times", secs(20), || {
             (since.elapsed() > secs(8)).then_some(())
         });
         assert!(
             world.line.up() - came < 1 << 20,
-            "{} bytes came while it waited",
+            "{} bytes arrived while it waited",
             world.line.up() - came
         );
         assert!(
             !publish.is_finished() && world.line.up() < 50 << 20,
-            "{} bytes came",
+            "{} bytes arrived",
             world.line.up()
         );
-        assert!(disk.used() < 50 << 20, "{} bytes were kept", disk.used());
+        assert!(disk.used() < 50 << 20, "{} bytes were stored", disk.used());
         disk.grow("300m");
         publish.join().unwrap().expect(0);
     });
     world.hub.cli(&["verify", "model/big:v1"]).expect(0);
     assert!(
         world.line.up() < 130 << 20,
-        "nothing came twice: {} bytes",
+        "no content was sent twice: {} bytes",
         world.line.up()
     );
     let World { mut hub, .. } = world;
     hub.stop();
 }
 
-/// A file that changes between the reading and the hub's fetch is noticed: nothing wrong arrives.
+/// A file that changes between the read and the hub's fetch is detected: no wrong content arrives.
 #[test]
-fn a_source_that_changes_meanwhile_is_noticed() {
+fn a_source_that_changes_during_the_publish_is_detected() {
     let _limit = limit(secs(150));
     let world = World::start();
     let token = world.token("office");
@@ -560,7 +562,7 @@ fn a_source_that_changes_meanwhile_is_noticed() {
         .stderr(Stdio::null())
         .spawn()
         .unwrap();
-    wait_for("the upload is on its way", secs(60), || {
+    wait_for("the upload is running", secs(60), || {
         (world.line.up() >= 6 << 20).then_some(())
     });
     let file = std::fs::read_dir(&source)
@@ -579,7 +581,7 @@ fn a_source_that_changes_meanwhile_is_noticed() {
     let status = wait(&mut child, secs(60)).expect("the publish ends");
     assert_eq!(status.code(), Some(8), "integrity");
     assert!(world.hub.artifacts().is_empty());
-    // What is there now is another artifact, and most of it is at the hub already.
+    // The changed source is another artifact, and the hub has most of it already.
     world.line.throttle_up(0);
     world.publish(&source, "model/yolo:v1", &[]).expect(0);
     world.check_arrives("model/yolo:v1", &source);

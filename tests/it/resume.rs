@@ -1,5 +1,5 @@
-//! The properties of the data plane that are not a speed: what a kill may cost, that memory does
-//! not grow with what an artifact holds, and that a local source is never believed.
+//! Properties of the data plane other than speed: the cost of a kill, memory that does not grow
+//! with the number of entries, and local sources that are always verified.
 
 use std::fs::File;
 use std::os::unix::fs::{FileExt, symlink};
@@ -10,26 +10,27 @@ use crate::support::data;
 use crate::support::tree::assert_same;
 use crate::support::{Scratch, limit, secs};
 
-/// What is carried: much more than a kill may cost.
+/// The size of the artifact: much more than a kill may cost.
 const SIZE: usize = 192 << 20;
-/// Bytes a second on the line: fast enough that what is on the way fills its limit, slow enough to
-/// be hit in the middle.
+/// Bytes per second of the connection: fast enough that the bytes in flight reach their limit, slow
+/// enough to kill a daemon in the middle.
 const RATE: u64 = 48 << 20;
-/// What a kill may cost on the line.
+/// The bytes that a kill may cost on the connection.
 const AGAIN: u64 = 64 << 20;
-/// The smallest budget that a daemon takes.
+/// The smallest budget that a daemon accepts.
 const MEMORY: &str = "[limits]\nmemory = \"32MiB\"\n";
-/// Files and links of the memory test, of each so many. The links make a manifest of 3.5 KB each,
-/// 40 MiB together.
+/// The number of files, and also of links, in the memory test. The links take 3.5 KB each in the
+/// manifest, 40 MiB together.
 const MANY: usize = 12_000;
-/// What goes before: it warms up what is kept for later (buffers, caches, threads).
+/// The number of entries in the transfer before the measurement: it fills buffers, caches and
+/// thread pools.
 const FEW: usize = 400;
-/// What many may take more than few: room for what is on its way and for caches, and far less than
-/// a manifest.
+/// The memory that many entries may need more than few: space for bytes in flight and caches, and
+/// far less than a manifest.
 const GROWTH: u64 = 24 << 20;
 
-/// Kills a daemon in the middle of a transfer, and lets it end: content right, and no more sent
-/// again than the bound.
+/// Kills a daemon during a transfer, and waits for its end: the content must be right, and no more
+/// bytes than the bound are sent again.
 fn kill_in_the_middle(kill: impl Fn(&mut Hub, &mut Site)) {
     let scratch = Scratch::new();
     let mut hub = Hub::start_new(scratch.path());
@@ -43,7 +44,7 @@ fn kill_in_the_middle(kill: impl Fn(&mut Hub, &mut Site)) {
     line.throttle(RATE);
     let before = line.down();
     let transfer = hub.deliver(&["model/big:v1"], "chengdu").remove(0);
-    // Late enough that a start from nothing would cost more than the bound.
+    // Late enough that a start from zero would exceed the bound.
     hub.wait_transfer(&transfer, "on its way", secs(60), |t| {
         t.bytes.received >= 90 << 20
     });
@@ -51,22 +52,22 @@ fn kill_in_the_middle(kill: impl Fn(&mut Hub, &mut Site)) {
     let done = hub.wait_done(&transfer, secs(120));
     assert_same(&source, &site.folder("model/big:v1"));
     assert_eq!(done.bytes.committed, done.bytes.total, "{:?}", done.bytes);
-    // Headers and acknowledgements of the datagrams are no payload: 3 %.
+    // 3 % for the headers of the datagrams, and acknowledgements.
     let most = SIZE as u64 + SIZE as u64 * 3 / 100 + AGAIN;
     let sent = line.down() - before;
     assert!(
         sent <= most,
-        "{sent} bytes crossed the line, {most} would do: {:?}",
+        "{sent} bytes were transmitted, the limit is {most}: {:?}",
         done.bytes
     );
-    // Where the chunks lie that came before the kill is known as well: another artifact finds all
-    // of them here.
+    // The chunks that arrived before the kill are in the chunk index too: another artifact reuses
+    // all of them.
     data::write(&source.join("one more"), b"so that it is another");
     hub.publish(&source, "model/again:v1", &[]);
     let again = hub.deliver(&["model/again:v1"], "chengdu").remove(0);
     let again = hub.wait_done(&again, secs(60)).bytes;
     assert!(again.wire < 2 << 20, "{again:?}");
-    // By chunks, for what is shared whole asks for one chunk of each file only.
+    // Reuse by chunks, because a file that is shared as a whole needs only one chunk lookup.
     let mut grown = std::fs::read(source.join("weights.bin")).unwrap();
     grown.extend_from_slice(b"more");
     data::write(&source.join("weights.bin"), &grown);
@@ -77,7 +78,7 @@ fn kill_in_the_middle(kill: impl Fn(&mut Hub, &mut Site)) {
 }
 
 #[test]
-fn a_killed_site_is_sent_again_no_more_than_was_not_committed() {
+fn after_a_kill_of_the_site_only_uncommitted_content_is_sent_again() {
     let _limit = limit(secs(240));
     kill_in_the_middle(|_, site| {
         site.kill();
@@ -86,7 +87,7 @@ fn a_killed_site_is_sent_again_no_more_than_was_not_committed() {
 }
 
 #[test]
-fn a_killed_hub_sends_again_no_more_than_was_not_committed() {
+fn after_a_kill_of_the_hub_only_uncommitted_content_is_sent_again() {
     let _limit = limit(secs(240));
     kill_in_the_middle(|hub, _| {
         hub.kill();
@@ -94,8 +95,8 @@ fn a_killed_hub_sends_again_no_more_than_was_not_committed() {
     });
 }
 
-/// A folder of so many small files, none of which is in another such folder, and behind them as
-/// many links whose targets are as long as they may be, about.
+/// Creates a folder of so many small files, which no other such folder has, and as many links with
+/// targets of nearly the maximum length.
 fn many(root: &Path, count: usize) {
     for number in 0..count {
         let (files, links) = (
@@ -117,7 +118,7 @@ fn many(root: &Path, count: usize) {
 }
 
 #[test]
-fn many_entries_take_hardly_more_memory_than_few() {
+fn many_entries_need_hardly_more_memory_than_few() {
     let _limit = limit(secs(200));
     let scratch = Scratch::new();
     let mut hub = Hub::new(scratch.path());
@@ -151,7 +152,7 @@ fn many_entries_take_hardly_more_memory_than_few() {
     }
 }
 
-/// Flips a byte in the middle of a file, and leaves its size and time as they were.
+/// Changes a byte in the middle of a file, and keeps its size and modification time.
 fn damage(path: &Path) {
     let file = File::options().read(true).write(true).open(path).unwrap();
     let meta = file.metadata().unwrap();
@@ -162,7 +163,7 @@ fn damage(path: &Path) {
 }
 
 #[test]
-fn a_local_source_that_changed_unseen_or_cannot_be_read_is_fetched_instead() {
+fn a_damaged_or_unreadable_local_source_is_fetched_instead() {
     let _limit = limit(secs(200));
     let scratch = Scratch::new();
     let hub = Hub::start_new(scratch.path());
@@ -177,8 +178,8 @@ fn a_local_source_that_changed_unseen_or_cannot_be_read_is_fetched_instead() {
         ("middle.bin", 300 << 10),
         ("large.bin", 3 << 20),
     ];
-    // Of one chunk and of several. A folder can be opened, and some filesystems say that it has the
-    // size of a page.
+    // One file of one chunk, one of several. A folder can be opened, and some filesystems report
+    // the size of a page for it.
     let removed = [("gone-small.bin", 20 << 10), ("gone-large.bin", 400 << 10)];
     let replaced = [
         ("folder-small.bin", 4 << 10),
@@ -189,7 +190,7 @@ fn a_local_source_that_changed_unseen_or_cannot_be_read_is_fetched_instead() {
         data::write(&v1.join(name), &bytes);
         data::write(&v2.join(name), &bytes);
     }
-    // A file that is in parts what it was: its chunks are taken one by one.
+    // A file that is partly unchanged: its chunks are reused one by one.
     let mut grown = std::fs::read(v1.join("large.bin")).unwrap();
     grown.splice(1000..1000, data::noise(&mut rng, 500));
     data::write(&v2.join("grown.bin"), &grown);
@@ -210,17 +211,17 @@ fn a_local_source_that_changed_unseen_or_cannot_be_read_is_fetched_instead() {
     assert_same(&v2, &site.folder("model/net:v2"));
     assert!(
         done.bytes.reused >= 2 << 20,
-        "what is sound is taken from here: {:?}",
+        "intact content is reused: {:?}",
         done.bytes
     );
     assert!(
         done.bytes.received >= 800 << 10,
-        "what was changed, or is not there, is fetched: {:?}",
+        "changed or missing content is fetched: {:?}",
         done.bytes
     );
     assert!(
         done.bytes.received < 4 << 20,
-        "and not everything is: {:?}",
+        "the rest is not fetched: {:?}",
         done.bytes
     );
 }

@@ -1,5 +1,5 @@
-//! What a daemon refuses without being told to, and what it reports: its own files are no source,
-//! its state is readable by nobody else, and nothing is left out of an artifact without a report.
+//! The defaults that protect users: a daemon never publishes its own files, only its user can read
+//! its state, and every omission from an artifact is reported.
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
@@ -9,7 +9,7 @@ use crate::support::data::write;
 use crate::support::{Scratch, find, limit, secs};
 
 #[test]
-fn a_daemon_publishes_nothing_of_its_own_and_lets_nobody_else_read_it() {
+fn a_daemon_does_not_publish_its_own_files_and_its_state_is_private() {
     let _limit = limit(secs(60));
     let scratch = Scratch::new();
     let hub = Hub::start_new(scratch.path());
@@ -65,7 +65,7 @@ fn a_daemon_publishes_nothing_of_its_own_and_lets_nobody_else_read_it() {
 }
 
 #[test]
-fn what_is_left_out_is_reported_kept_and_refused_by_strict() {
+fn omissions_are_reported_recorded_and_refused_by_strict() {
     let _limit = limit(secs(60));
     let scratch = Scratch::new();
     let hub = Hub::start_new(scratch.path());
@@ -101,7 +101,7 @@ fn what_is_left_out_is_reported_kept_and_refused_by_strict() {
         assert_eq!(
             hub.json(&["show", reference])["omitted"],
             answer["omitted"],
-            "the hub knows it of a site as well"
+            "the hub has the omissions of an artifact of a site too"
         );
         assert!(
             hub.cli(&["show", reference])

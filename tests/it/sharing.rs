@@ -1,12 +1,12 @@
-//! What `[share] allow` takes away again: what a site has stays, with its record, and the hub's
-//! list is looked at for slips.
+//! A later restriction by `[share] allow`: a site keeps the artifacts that it has, with their
+//! records, and `doctor` reports mistakes in the hub's list.
 
 use crate::support::daemon::{Daemon, Hub, Site, SiteSpec};
 use crate::support::{Scratch, data, limit, secs, tree};
 
 const REFERENCE: &str = "model/line:v1";
 
-/// Starts the hub anew with another list.
+/// Restarts the hub with another list.
 fn restart_with(hub: &mut Hub, from: &str, to: &str) {
     hub.stop();
     hub.edit_config(from, to);
@@ -17,7 +17,7 @@ fn restart_with(hub: &mut Hub, from: &str, to: &str) {
 }
 
 #[test]
-fn what_may_not_be_brought_again_keeps_its_record() {
+fn an_artifact_that_may_not_be_delivered_again_keeps_its_record() {
     let _limit = limit(secs(200));
     let scratch = Scratch::new();
     let mut hub = Hub::start_new(scratch.path());
@@ -28,7 +28,7 @@ fn what_may_not_be_brought_again_keeps_its_record() {
     a.publish(&source, REFERENCE, &[]);
     let id = hub.deliver_and_wait(REFERENCE, "b", secs(60)).id;
 
-    // A slip: no site is called so, and B, which was meant, is left out.
+    // A mistake: no site has this name, and the intended site B is excluded.
     restart_with(&mut hub, "[listen]", "[share]\nallow = [\"bb\"]\n[listen]");
     let doctor = hub.cli(&["doctor"]).expect(1).out;
     assert!(
@@ -60,7 +60,11 @@ fn what_may_not_be_brought_again_keeps_its_record() {
             daemon.name
         );
     }
-    assert_eq!(std::fs::read(&file).unwrap(), bytes, "what is there stays");
+    assert_eq!(
+        std::fs::read(&file).unwrap(),
+        bytes,
+        "the delivered files are kept"
+    );
 
     restart_with(&mut hub, "\"bb\"", "\"b\"");
     hub.cli(&["doctor"]).expect(0);

@@ -1,11 +1,11 @@
-//! One sink that is held up: what it waits for is shown, and nothing else waits with it.
+//! A blocked sink: the transfer reports the cause, and no other transfer waits.
 
 use crate::support::daemon::{Hub, Site, SiteSpec};
 use crate::support::postgres::{HOLDER, Postgres};
 use crate::support::{Scratch, data, labels, limit, secs};
 
 #[test]
-fn a_locked_database_delays_nothing_else_and_who_holds_it_is_named() {
+fn a_locked_database_delays_nothing_else_and_the_lock_holder_is_named() {
     let _limit = limit(secs(200));
     let scratch = Scratch::new();
     let postgres = Postgres::start_new(&scratch);
@@ -36,7 +36,7 @@ fn a_locked_database_delays_nothing_else_and_who_holds_it_is_named() {
     hub.deliver_and_wait(&publish("v2", 3), "chengdu", secs(60));
     postgres.let_go(reader);
 
-    // A session that keeps everybody from changing the tables delays the labels, and only them.
+    // A session that prevents changes of the tables delays the labels, and only them.
     let holder = postgres.hold(
         "labels",
         "LOCK TABLE packhorse.annotation IN SHARE UPDATE EXCLUSIVE MODE",
@@ -56,7 +56,7 @@ fn a_locked_database_delays_nothing_else_and_who_holds_it_is_named() {
     );
     hub.publish(&set.root, "dataset/panels:v1", &[]);
     hub.deliver_and_wait("dataset/panels:v1", "chengdu", secs(60));
-    // Whoever looks sees it, in the middle of a try and between two.
+    // The reason is shown during an attempt and between two attempts.
     loop {
         let now = hub.transfer(&id);
         assert!(named(&now), "{now:#?}");

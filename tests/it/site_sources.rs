@@ -1,5 +1,5 @@
-//! What a site can publish that is no path of files: rows of its label database, images of its
-//! registry, archives.
+//! The sources of a site besides files: rows of its label database, images of its registry,
+//! archives.
 
 use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -17,7 +17,7 @@ use crate::support::registry::Registry;
 use crate::support::tree::assert_same;
 use crate::support::{Scratch, disk_usage, find, limit, secs};
 
-/// The folder of what a site had to write to publish an artifact.
+/// The folder with the content that a site had to write to publish an artifact.
 fn kept(site: &Site, digest: &str) -> PathBuf {
     site.data_dir.join("published").join(digest)
 }
@@ -26,7 +26,8 @@ fn text(path: &Path) -> String {
     std::fs::read_to_string(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
 }
 
-/// Publishes at a site, checks that the hub lists it as the site's, and gives the digest.
+/// Publishes at a site, and checks that the hub lists the artifact with this site as its origin.
+/// Returns the digest.
 fn publish_at(site: &Site, hub: &Hub, source: &str, reference: &str) -> String {
     let answer = site.json(&["publish", source, "--as", reference]);
     let digest = answer["digest"].as_str().unwrap().to_owned();
@@ -50,7 +51,7 @@ fn labels_out_of_a_database(site: &Site, hub: &Hub, view: &str, scratch: &Scratc
     hub.publish(&file, &reference, &[]);
     hub.deliver_and_wait(&reference, &site_name, secs(60));
 
-    // A version: the files are those that were delivered, byte for byte.
+    // A version: its files equal the delivered files, byte for byte.
     let digest = publish_at(
         site,
         hub,
@@ -80,7 +81,7 @@ fn labels_out_of_a_database(site: &Site, hub: &Hub, view: &str, scratch: &Scratc
         "the active version is that one"
     );
 
-    // Rows, in two orders.
+    // The same rows in two orders.
     let class = marks::CLASSES[made[0].class].1;
     let query = format!(
         "db:SELECT * FROM {view} WHERE label_set = '{name}' AND class = '{class}' ORDER BY"
@@ -122,7 +123,7 @@ fn labels_out_of_a_database(site: &Site, hub: &Hub, view: &str, scratch: &Scratc
 }
 
 #[test]
-fn labels_out_of_postgres_and_sqlite() {
+fn labels_are_published_from_postgres_and_sqlite() {
     let _limit = limit(secs(200));
     let scratch = Scratch::new();
     let postgres = Postgres::start_new(&scratch);
@@ -138,7 +139,7 @@ fn labels_out_of_postgres_and_sqlite() {
 }
 
 #[test]
-fn images_of_a_registry_and_of_archives() {
+fn images_are_published_from_a_registry_and_from_archives() {
     let _limit = limit(secs(200));
     let scratch = Scratch::new();
     let (own, other) = (
@@ -166,8 +167,8 @@ fn images_of_a_registry_and_of_archives() {
     own.push(&source, "operators/adc:v7");
     other.push(&source, "tools/adc:v7");
 
-    // The site's own registry is read with the site's own credentials, and keeps the blobs: nothing
-    // but the layout's two small files is written.
+    // The site's own registry is read with the site's own credentials, and the blobs stay there:
+    // only the layout's two small files are written.
     let digest = publish_at(
         &site,
         &hub,
@@ -184,10 +185,12 @@ fn images_of_a_registry_and_of_archives() {
     let scratch_left = find(&site.data_dir.join("scratch"), &|p| p.is_file());
     assert_eq!(scratch_left, Vec::<PathBuf>::new());
 
-    // Another registry, and archives, are kept: the same image is the same artifact.
+    // The content of another registry and of archives is stored: the same image is the same
+    // artifact.
     let elsewhere = format!("registry://{}/tools/adc:v7", other.host());
     let args = ["publish", &elsewhere, "--as", "image/adc:v2"];
-    // The daemon sends no file to a registry because a client names it.
+    // The daemon does not send a file as credentials to a registry because a client names that
+    // file.
     let named: Vec<&str> = args
         .into_iter()
         .chain([
@@ -204,7 +207,7 @@ fn images_of_a_registry_and_of_archives() {
     assert_eq!(answer["digest"], *digest);
     assert!(
         disk_usage(&kept(&site, &digest)) > 4096,
-        "what lies in another registry is kept here"
+        "the content of another registry is stored at the site"
     );
     let saved = publish_at(
         &site,
@@ -222,8 +225,8 @@ fn images_of_a_registry_and_of_archives() {
     .expect(5);
 }
 
-/// Whoever published a folder where it lies may write into its files later. So no version that is
-/// delivered may be the same file under another name, though its content is taken from there.
+/// The owner of a folder that was published in place may write into its files later. So no
+/// delivered version may have a hard link to such a file, although its content is copied from it.
 #[test]
 fn files_published_in_place_are_copied_and_never_linked() {
     let _limit = limit(secs(150));
@@ -237,7 +240,7 @@ fn files_published_in_place_are_copied_and_never_linked() {
         let bytes = data::noise(&mut rng, size);
         for folder in [&own, &v1, &v2] {
             data::write(&folder.join(name), &bytes);
-            // The mode in which files are staged: any other would rule a link out by itself.
+            // The mode of staged files: any other mode would already prevent a link.
             data::chmod(&folder.join(name), 0o644);
         }
     }
@@ -248,7 +251,7 @@ fn files_published_in_place_are_copied_and_never_linked() {
     let done = hub.deliver_and_wait("dataset/line:v1", "chengdu", secs(60));
     assert!(
         done.bytes.reused >= (3 << 20) + (30 << 10),
-        "what lies here is not fetched: {:?}",
+        "local content is not fetched: {:?}",
         done.bytes
     );
     let delivered = site.folder("dataset/line:v1");
@@ -260,7 +263,7 @@ fn files_published_in_place_are_copied_and_never_linked() {
         assert_eq!(
             mine.dev(),
             theirs.dev(),
-            "on one filesystem, or the test says nothing"
+            "both folders must be on one filesystem, otherwise the test proves nothing"
         );
         assert_ne!(
             mine.ino(),
@@ -270,25 +273,25 @@ fn files_published_in_place_are_copied_and_never_linked() {
         assert_eq!((mine.nlink(), theirs.nlink()), (1, 1), "{name}");
     }
 
-    // Its owner goes on working.
+    // The owner changes the files.
     for (name, _) in files {
         let file = File::options().write(true).open(own.join(name)).unwrap();
         file.write_all_at(b"looked at again", 1000).unwrap();
     }
     assert_same(&v1, &delivered);
     site.cli(&["verify", "dataset/line:v1"]).expect(0);
-    // Nor does a later version take what he made of them, though it is noted there where its chunks
-    // lay.
+    // A later version does not use the changed content either, although the chunk index still lists
+    // these files.
     hub.publish(&v2, "dataset/line:v2", &[]);
     hub.deliver_and_wait("dataset/line:v2", "chengdu", secs(60));
     assert_same(&v2, &site.folder("dataset/line:v2"));
     assert_same(&v1, &delivered);
 }
 
-/// Where files can share blocks, what is taken from files of this disk needs no room again, and yet
-/// each file is its own.
+/// If files can share blocks, content that is reused on the same disk takes no additional space,
+/// and yet each file is independent.
 #[test]
-fn where_files_can_share_blocks_what_lies_here_takes_no_room_again() {
+fn reused_content_takes_no_additional_space_if_files_can_share_blocks() {
     const LARGE: usize = 48 << 20;
     let _limit = limit(secs(150));
     let scratch = Scratch::new();
@@ -320,10 +323,10 @@ fn where_files_can_share_blocks_what_lies_here_takes_no_room_again() {
     let more = disk.used().saturating_sub(before);
     assert!(
         more < LARGE as u64 / 2,
-        "{more} bytes for two versions of a file that lies here already"
+        "{more} bytes for two versions of a file that the site has already"
     );
 
-    // One inode each: whoever writes into one writes into no other.
+    // Each file has its own inode: a write to one does not change another.
     let places = [
         own.clone(),
         site.folder("model/line:v1"),
@@ -343,13 +346,13 @@ fn where_files_can_share_blocks_what_lies_here_takes_no_room_again() {
     assert_same(&v2, &places[2]);
 }
 
-/// An image in a site's own registry, published where it lies, and a site where it has not arrived.
+/// An image that was published in place in a site's own registry, and a site that does not have it.
 struct InRegistry {
     a: Site,
     b: Site,
     hub: Hub,
     registry: Registry,
-    /// The hex digits of its last layer.
+    /// The hexadecimal digest of its last layer.
     layer: String,
     scratch: Scratch,
 }
@@ -389,7 +392,7 @@ impl InRegistry {
         }
     }
 
-    /// Where docker-registry keeps the layer.
+    /// The folder in which docker-registry stores the layer.
     fn layer_folder(&self) -> PathBuf {
         self.scratch
             .join("own/docker/registry/v2/blobs/sha256")
@@ -423,7 +426,7 @@ impl InRegistry {
 }
 
 #[test]
-fn a_registry_that_is_away_is_waited_for_and_what_rotted_in_it_fails_with_its_path() {
+fn a_transfer_waits_for_an_offline_registry_and_fails_for_a_damaged_blob() {
     let _limit = limit(secs(150));
     let mut world = InRegistry::publish();
     world.registry.stop();
@@ -444,7 +447,7 @@ fn a_registry_that_is_away_is_waited_for_and_what_rotted_in_it_fails_with_its_pa
 }
 
 #[test]
-fn a_blob_that_vanished_from_the_registry_fails_the_transfer_with_its_path() {
+fn a_blob_missing_in_the_registry_fails_the_transfer_and_is_named() {
     let _limit = limit(secs(150));
     let world = InRegistry::publish();
     let (blob, aside) = (world.layer_folder(), world.scratch.join("aside"));
@@ -452,7 +455,7 @@ fn a_blob_that_vanished_from_the_registry_fails_the_transfer_with_its_path() {
     std::fs::remove_dir_all(&blob).unwrap();
     let id = world.hub.deliver(&["image/adc:v1"], "b").remove(0);
     world.fails_with_the_layer(&id);
-    // The same image is pushed once more.
+    // The same image is pushed again.
     data::copy_tree(&aside, &blob);
     world.arrives(&id);
 }

@@ -17,7 +17,7 @@ const LAYERS: [&[&str]; 6] = [
     &["packhorse"],
 ];
 
-/// Crates that do I/O: `model` uses none of them.
+/// Crates that perform I/O: `model` uses none of them.
 const IO_CRATES: [&str; 12] = [
     "axum",
     "cap-std",
@@ -37,7 +37,7 @@ fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
-/// What each of our crates uses, apart from its tests.
+/// The dependencies of each crate of the workspace, without dev-dependencies.
 fn dependencies() -> BTreeMap<String, BTreeSet<String>> {
     let out = Command::new(env!("CARGO"))
         .args(["metadata", "--no-deps", "--offline", "--format-version=1"])
@@ -89,7 +89,7 @@ fn a_crate_uses_only_crates_of_lower_layers() {
 }
 
 #[test]
-fn the_domain_does_no_io() {
+fn the_crate_model_performs_no_io() {
     let used = &dependencies()["model"];
     let io: Vec<&str> = IO_CRATES
         .into_iter()
@@ -116,7 +116,7 @@ fn all_sources() -> Vec<(PathBuf, String)> {
     all
 }
 
-/// All sources of the program, each with its path; what stands behind a `#[cfg(test)]` is left out.
+/// All sources of the program, each with its path, without the code after `#[cfg(test)]`.
 fn sources(dir: &Path, out: &mut Vec<(PathBuf, String)>) {
     for entry in std::fs::read_dir(dir).unwrap() {
         let path = entry.unwrap().path();
@@ -137,7 +137,7 @@ fn sources(dir: &Path, out: &mut Vec<(PathBuf, String)>) {
     }
 }
 
-/// What is given to each `.join(` in a source.
+/// The argument of each `.join(` in a source.
 fn joined(text: &str) -> impl Iterator<Item = &str> {
     text.match_indices(".join(").map(|(at, word)| {
         let rest = &text[at + word.len()..];
@@ -155,11 +155,11 @@ fn joined(text: &str) -> impl Iterator<Item = &str> {
 }
 
 #[test]
-fn no_path_is_joined_with_the_text_of_a_peer() {
+fn no_path_is_joined_with_unparsed_text() {
     let all = all_sources();
     let names = root().join("crates/base/src/names");
-    // `in_dir` is the way from a parsed name to a path. A text taken out of its type, or a field
-    // that holds one, is not.
+    // `in_dir` makes a path of a parsed name. A text that was taken out of its type, or a field
+    // that has one, must not be joined to a path.
     let forbidden = [
         "as_str()",
         "to_string()",
@@ -171,10 +171,11 @@ fn no_path_is_joined_with_the_text_of_a_peer() {
         ".delivery",
         ".0",
     ];
-    // The words of `Kind`, a number, and a table of the sample data: this program's own.
+    // Exceptions: the words of `Kind`, a number, and a table of the sample data, which are all
+    // defined by this program.
     let allowed = ["artifact.kind.as_str()", "number.to_string()", "path.0"];
     let mut bad = Vec::new();
-    // The types themselves stand in `names`.
+    // `names` defines the types themselves.
     for (path, text) in all
         .iter()
         .filter(|(path, _)| !path.starts_with(&names) && *path != names.with_extension("rs"))
@@ -191,7 +192,7 @@ fn no_path_is_joined_with_the_text_of_a_peer() {
 }
 
 #[test]
-fn no_message_on_the_wire_holds_an_unparsed_id() {
+fn no_wire_message_has_an_unparsed_id() {
     let protocol = root().join("crates/model/src/protocol");
     let mut messages = Vec::new();
     sources(&protocol, &mut messages);
@@ -221,7 +222,7 @@ fn no_message_on_the_wire_holds_an_unparsed_id() {
         .contains(&name.as_str());
         assert!(
             !(is_id && of.contains("String")),
-            "{name}: {of} of a message is text that nobody parsed"
+            "{name}: {of} of a message is unparsed text"
         );
     }
 }
