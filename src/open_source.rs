@@ -363,6 +363,8 @@ pub fn open(
                 format: options.format.clone(),
                 allow_missing: options.allow_missing,
                 columns: options.columns.clone(),
+                voc_base: options.voc_base.clone(),
+                encoding: options.encoding.clone(),
             };
             Ok(Box::new(LabelsSource::open_for(
                 &path,

@@ -362,8 +362,16 @@ pub(super) struct Publish {
     /// Labels: coco, csv, jsonl, label_studio, voc or yolo; detected if absent.
     #[arg(long)]
     pub(super) format: Option<String>,
-    /// Labels: which column of a CSV or JSON Lines file holds what (sample_path=image); also the
-    /// settings path_strip and path_prefix; can be repeated.
+    /// Labels from Pascal VOC: 0 or 1, the number of the first pixel; 0 (0-exclusive) reads xmax as
+    /// the first column behind the box, 1 (1-inclusive) as its last column; also 0-inclusive and
+    /// 1-exclusive. Inferred and reported if absent.
+    #[arg(long, value_name = "BASE")]
+    pub(super) voc_base: Option<String>,
+    /// Labels: the encoding of the text, such as gbk or utf-16le. Inferred and reported if absent.
+    #[arg(long, value_name = "ENCODING")]
+    pub(super) encoding: Option<String>,
+    /// Labels: which column of a CSV or JSON Lines file holds what (sample_path=image); also settings
+    /// such as path_strip, path_prefix and normalised; can be repeated.
     #[arg(long = "column", value_name = "FIELD=COLUMN", value_parser = key_value, num_args = 1..)]
     pub(super) columns: Vec<(String, String)>,
     /// Refuse an input from which something would be left out (exit code 8). Without it, `publish`

@@ -91,6 +91,8 @@ pub(super) async fn publish(global: &Global, publish: Publish) -> Result<(), Fau
         format: publish.format.clone(),
         for_dataset: publish.for_dataset.clone(),
         allow_missing: publish.allow_missing,
+        voc_base: publish.voc_base.clone(),
+        encoding: publish.encoding.clone(),
         columns: publish.columns.iter().cloned().collect(),
         strict: publish.strict,
         accept_omitted: publish.accept_omitted.iter().copied().collect(),
@@ -160,8 +162,13 @@ pub(super) fn published_text(p: &Published) -> String {
 /// Reports on stderr what a publish left out, in every output format.
 pub(super) fn note_omitted(published: &Published) {
     for omission in &published.omitted {
+        let about = if omission.what.is_note() {
+            ""
+        } else {
+            "left out of "
+        };
         output::note(&format!(
-            "note: left out of {}: {}",
+            "note: {about}{}: {}",
             published.artifact,
             human::clean(&omission.line())
         ));

@@ -271,11 +271,14 @@ pub(super) fn artifact(detail: &ArtifactDetail, colour: bool) -> String {
                 .map_or_else(|| value.to_string(), str::to_owned),
         ));
     }
-    pairs.extend(
-        a.omitted
-            .iter()
-            .map(|omission| ("left out", human::clean(&omission.line()))),
-    );
+    pairs.extend(a.omitted.iter().map(|omission| {
+        let word = if omission.what.is_note() {
+            "note"
+        } else {
+            "left out"
+        };
+        (word, human::clean(&omission.line()))
+    }));
     if let Some(lineage) = &detail.lineage {
         pairs.push((
             "made by",

@@ -47,6 +47,12 @@ pub(super) fn open(
                 .with_next("leave --format out"),
         );
     }
+    if options.voc_base.is_some() || options.encoding.is_some() {
+        return Err(Fault::usage(
+            "a database's labels have neither a base of boxes nor an encoding",
+        )
+        .with_next("leave --voc-base and --encoding out"));
+    }
     let first = asked.split_whitespace().next().unwrap_or("");
     let source = if QUERIES.iter().any(|word| first.eq_ignore_ascii_case(word)) {
         query(asked, options, dataset, site, scratch, runtime)?
@@ -116,6 +122,8 @@ fn query(
         format: None,
         allow_missing: options.allow_missing,
         columns: options.columns.clone(),
+        voc_base: options.voc_base.clone(),
+        encoding: options.encoding.clone(),
     };
     let mut all = false;
     let batches = std::iter::from_fn(|| {

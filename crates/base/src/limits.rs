@@ -167,8 +167,9 @@ pub const LOG_TALLY_EVERY: Duration = Duration::from_secs(60);
 pub const LOG_TALLY_CHARS_MAX: usize = 300;
 /// How long a clean stop may take before the remaining work is dropped; a resume completes it.
 pub const DRAIN_MAX: Duration = Duration::from_secs(10);
-/// The longest line of a canonical label file, which is one row.
-pub const LABEL_LINE_BYTES_MAX: usize = 2 << 20;
+/// The longest line of a canonical label file, which is one row: a record, its shape in pixels, and
+/// its other fields.
+pub const LABEL_LINE_BYTES_MAX: usize = 12 << 20;
 /// The classes of one label set; only their ids are kept in memory.
 pub const LABEL_CLASSES_MAX: usize = 100_000;
 /// The approximate size of a batch of rows to or from a label database.
@@ -459,8 +460,12 @@ pub const MUX_QUEUE_BYTES: usize = 8 << 20;
 pub const MUX_CONTROL_BYTES_MAX: usize = 256 << 10;
 /// The streams of one site that the hub answers at once.
 pub const FETCH_STREAMS_MAX: usize = 128;
-/// The largest record of a label file: one annotation, image, row, task or object.
-pub const LABEL_RECORD_BYTES_MAX: usize = 1 << 20;
+/// The largest record of a label file: one annotation, image, row or object. A mask of a million
+/// numbers fits.
+pub const LABEL_RECORD_BYTES_MAX: usize = 4 << 20;
+/// The largest task of Label Studio, which holds all annotations of an image: one is in memory at a
+/// time.
+pub const LABEL_TASK_BYTES_MAX: usize = 64 << 20;
 /// The deepest nesting of a label record.
 pub const LABEL_DEPTH_MAX: u32 = 128;
 /// The largest small file of a label set that is read completely: a list of names or sizes, or the

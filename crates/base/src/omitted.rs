@@ -39,6 +39,14 @@ pub enum Category {
     UnreadMembers,
     /// Files of a label directory that the format does not read.
     UnreadFiles,
+    /// Images that have the name of another one but for the extension, and so no labels of their own.
+    SameName,
+    /// Names in a list of images that no image has.
+    UnmatchedNames,
+    /// Sample paths that differ from what the records say, by a rule for paths: a note.
+    ChangedPaths,
+    /// How an input is read where nobody said it and several readings are possible: a note.
+    Inferred,
     /// Platforms that an image index lists without their content.
     Platforms,
     /// The digest that the source states for an image, if the published image has a different one.
@@ -64,7 +72,7 @@ pub enum Category {
 
 impl Category {
     /// Every category that a reader counts, in display order.
-    pub const ALL: [Self; 17] = [
+    pub const ALL: [Self; 21] = [
         Self::UnknownColumns,
         Self::UnreadBoxes,
         Self::NoAnnotations,
@@ -73,6 +81,10 @@ impl Category {
         Self::Predictions,
         Self::UnreadMembers,
         Self::UnreadFiles,
+        Self::SameName,
+        Self::UnmatchedNames,
+        Self::ChangedPaths,
+        Self::Inferred,
         Self::Platforms,
         Self::ImageDigest,
         Self::Referrers,
@@ -95,6 +107,10 @@ impl Category {
             Category::Predictions => "predictions",
             Category::UnreadMembers => "unread_members",
             Category::UnreadFiles => "unread_files",
+            Category::SameName => "same_name",
+            Category::UnmatchedNames => "unmatched_names",
+            Category::ChangedPaths => "changed_paths",
+            Category::Inferred => "inferred",
             Category::Platforms => "platforms",
             Category::ImageDigest => "image_digest",
             Category::Referrers => "referrers",
@@ -106,6 +122,12 @@ impl Category {
             Category::Xattrs => "xattrs",
             Category::Other => "other",
         }
+    }
+
+    /// Whether it tells how the input was read, and nothing is left out: `--strict` does not refuse
+    /// it.
+    pub fn is_note(self) -> bool {
+        matches!(self, Category::ChangedPaths | Category::Inferred)
     }
 
     /// The description for people; a count precedes it.
@@ -121,6 +143,12 @@ impl Category {
             Category::Predictions => "task whose predictions are not included",
             Category::UnreadMembers => "member of the label file that is not read",
             Category::UnreadFiles => "file that this label format does not read",
+            Category::SameName => {
+                "image that has the name of another image but for its extension; the labels belong to the other"
+            }
+            Category::UnmatchedNames => "name in a list of images that no image has",
+            Category::ChangedPaths => "sample path that differs from what its record says",
+            Category::Inferred => "way of reading that was inferred",
             Category::Platforms => "platform that is missing from the image",
             Category::ImageDigest => {
                 "image digest in the source that differs from the digest of the published image"
@@ -316,7 +344,7 @@ impl Omitted {
         let refused: Vec<Omission> = self
             .list()
             .into_iter()
-            .filter(|omission| !accepted.0.contains(&omission.what))
+            .filter(|omission| !omission.what.is_note() && !accepted.0.contains(&omission.what))
             .collect();
         if refused.is_empty() {
             return Ok(());
@@ -412,6 +440,8 @@ mod tests {
         let mut omitted = Omitted::default();
         omitted.add_many(Category::Times, 3, []);
         omitted.add(Category::HardLinks, "b");
+        // How the input was read is reported, and refused by nobody.
+        omitted.add(Category::Inferred, "a.csv is read as GBK");
         let accepted = |names: &[&str]| {
             Accepted::try_from(
                 names
@@ -444,7 +474,7 @@ mod tests {
                 "{why}"
             );
         }
-        assert!(accepted(&["times"; 18]).is_err());
+        assert!(accepted(&["times"; Category::ALL.len() + 1]).is_err());
     }
 
     #[test]

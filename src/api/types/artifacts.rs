@@ -104,6 +104,13 @@ pub struct SourceOptions {
     pub allow_missing: bool,
     /// Labels from CSV or JSON Lines: the meaning of columns (`sample_path=image,class=defect`).
     pub columns: BTreeMap<String, String>,
+    /// Labels from Pascal VOC: how boxes count, `0`, `1`, `0-inclusive` or `1-exclusive`; inferred
+    /// if absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub voc_base: Option<String>,
+    /// Labels: the encoding of the text, such as `gbk`; inferred if absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub encoding: Option<String>,
     /// Refuse an input with omissions.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub strict: bool,

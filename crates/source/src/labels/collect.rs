@@ -13,10 +13,12 @@ use serde::{Deserialize, Serialize};
 use base::fault::Fault;
 use base::limits::{LABEL_CLASSES_MAX, LABEL_SORT_BYTES};
 use base::names::RelPath;
-use base::omitted::Omitted;
+use base::omitted::{Category, Omitted};
 use content::chunk::Hash;
 
+use super::encoding::{TextEncoding, Utf8Reader};
 use super::json;
+use super::path_rules::{PathFrom, PathRules};
 use super::refuse::{Refusals, Why};
 use super::sort::Sorter;
 use super::text::json_string;
@@ -82,6 +84,9 @@ pub(super) struct Annotation<'a> {
     pub(super) class: Option<ClassRef>,
     pub(super) kind: &'a str,
     pub(super) extent: Extent,
+    /// The extent is the upright box around a shape that is turned or bent: it may reach over the image where the shape does
+    /// not.
+    pub(super) is_hull: bool,
     pub(super) geom: Option<&'a str>,
     pub(super) attrs: Option<&'a str>,
     pub(super) raw: &'a str,
@@ -97,9 +102,22 @@ pub(super) struct Sample<'a> {
     pub(super) width: Option<i64>,
     pub(super) height: Option<i64>,
     pub(super) split: Option<&'a str>,
+    pub(super) split_from: SplitFrom,
     pub(super) meta: Option<&'a str>,
     /// What its file hashes to, where a database says it.
     pub(super) hash: Option<Hash>,
+}
+
+/// What says which split a sample is in; of two that differ the one that comes first here counts.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub(super) enum SplitFrom {
+    /// The sample's own record. Two that differ are refused.
+    #[default]
+    Record,
+    /// A list of images: the lists in their order.
+    List(u8),
+    /// The name of a folder.
+    Folder,
 }
 
 /// An annotation between the sort's ends.
@@ -109,17 +127,13 @@ pub(super) struct AnnotationRecord<'a> {
     pub(super) class: Option<ClassRef>,
     /// x, y, w, h; a point has no width and height.
     pub(super) extent: Option<[f64; 4]>,
+    pub(super) is_hull: bool,
+    /// Left, top, right and bottom of its points.
+    pub(super) reach: Option<[f64; 4]>,
+    /// The width and height of its mask.
+    pub(super) mask: Option<[i64; 2]>,
     /// The canonical row from its `kind` on.
     pub(super) tail: &'a str,
-}
-
-/// How sample paths are changed before they are taken.
-#[derive(Debug, Default, Clone)]
-pub(super) struct PathRules {
-    /// A leading part that is taken away.
-    pub(super) strip: Option<String>,
-    /// A folder that is put in front.
-    pub(super) prefix: Option<String>,
 }
 
 /// Takes all records of one label set.
@@ -134,6 +148,8 @@ pub(super) struct Collector {
     pub(super) ids: Sorter,
     /// Annotations of a sample come in the order of their content, because the input has none.
     pub(super) by_content: bool,
+    /// What the text is in, where the user names it.
+    pub(super) encoding: Option<TextEncoding>,
     rules: PathRules,
     key: Vec<u8>,
     record: Vec<u8>,
@@ -149,30 +165,18 @@ impl Collector {
             rows: Sorter::new(scratch, LABEL_SORT_BYTES),
             ids: Sorter::new(scratch, LABEL_SORT_BYTES / 4),
             by_content: false,
+            encoding: None,
             rules,
             key: Vec::new(),
             record: Vec::new(),
         }
     }
 
-    /// The sample's path in the dataset. A backslash is taken for '/', as tools on Windows write
-    /// it.
+    /// The sample's path in the dataset, by the rules of [`PathRules`].
     pub(super) fn path(&mut self, place: &str, text: &str) -> Option<RelPath> {
-        let text = text.trim();
-        let text =
-            self.rules
-                .strip
-                .as_deref()
-                .map_or(text, |strip| match text.strip_prefix(strip) {
-                    Some(rest) => rest.trim_start_matches(['/', '\\']),
-                    None => text,
-                });
-        let mut path = text.replace('\\', "/");
-        while let Some(rest) = path.strip_prefix("./") {
-            path = rest.to_owned();
-        }
-        if let Some(prefix) = &self.rules.prefix {
-            path = format!("{}/{path}", prefix.trim_end_matches('/'));
+        let (path, changed) = self.rules.apply(text);
+        if changed {
+            self.note_path(place, text, &path);
         }
         match path.parse() {
             Ok(path) => Some(path),
@@ -181,6 +185,36 @@ impl Collector {
                 None
             }
         }
+    }
+
+    /// Where sample paths come from.
+    pub(super) fn path_from(&self) -> PathFrom {
+        self.rules.from
+    }
+
+    /// Reports that a sample has another path than its record says.
+    pub(super) fn note_path(&mut self, place: &str, from: &str, to: &str) {
+        if self.omitted.wants_example(Category::ChangedPaths) {
+            self.omitted
+                .add(Category::ChangedPaths, format!("{place}: {from} -> {to}"));
+        } else {
+            self.omitted.add_many(Category::ChangedPaths, 1, []);
+        }
+    }
+
+    /// Reports the encoding of a file, if it was inferred.
+    pub(super) fn note_encoding(&mut self, file: &str, inferred: Option<&str>) {
+        if let Some(name) = inferred {
+            self.omitted.add(
+                Category::Inferred,
+                format!("{file} is read as {name} (--encoding {name})"),
+            );
+        }
+    }
+
+    /// A reader of the file's text as UTF-8.
+    pub(super) fn utf8<R: std::io::Read>(&self, file: R) -> Utf8Reader<R> {
+        Utf8Reader::new(file, self.encoding)
     }
 
     /// Takes what is known of a sample.
@@ -254,15 +288,16 @@ impl Collector {
         }
         let is_point = matches!(annotation.extent, Extent::Point { .. });
         let tail = tail(annotation, extent, is_point);
-        encode(
-            &AnnotationRecord {
-                place: annotation.place,
-                class: annotation.class,
-                extent,
-                tail: &tail,
-            },
-            &mut self.record,
-        )?;
+        let record = AnnotationRecord {
+            place: annotation.place,
+            class: annotation.class,
+            extent,
+            is_hull: annotation.is_hull,
+            reach: reach(annotation),
+            mask: mask(annotation),
+            tail: &tail,
+        };
+        encode(&record, &mut self.record)?;
         Ok(Some(&self.record))
     }
 
@@ -270,6 +305,37 @@ impl Collector {
     pub(super) fn annotation_id(&mut self, place: &str, id: &str) -> Result<(), Fault> {
         self.ids.push(id.as_bytes(), place.as_bytes())
     }
+}
+
+/// How far the points of a polygon, a line or keypoints reach. Keypoints that are not marked have no
+/// position.
+fn reach(annotation: &Annotation<'_>) -> Option<[f64; 4]> {
+    let numbers = match annotation.kind {
+        "polygon" | "polyline" => json::as_numbers(annotation.geom?)?,
+        "keypoints" => {
+            let numbers = json::as_numbers(annotation.geom?)?;
+            let marked = numbers.chunks_exact(3).filter(|point| point[2] > 0.0);
+            marked.flat_map(|point| [point[0], point[1]]).collect()
+        }
+        _ => return None,
+    };
+    match Extent::around(&numbers)? {
+        Extent::Box { x, y, w, h } => Some([x, y, x + w, y + h]),
+        Extent::None | Extent::Point { .. } => None,
+    }
+}
+
+/// The size that a mask as runs states: COCO's `size` is height, width.
+fn mask(annotation: &Annotation<'_>) -> Option<[i64; 2]> {
+    #[derive(Deserialize)]
+    struct Mask {
+        size: [i64; 2],
+    }
+    let geom = annotation.geom.filter(|_| annotation.kind == "rle")?;
+    let Mask {
+        size: [height, width],
+    } = serde_json::from_str(geom).ok()?;
+    Some([width, height])
 }
 
 /// The canonical row from its `kind` on, as `labels::AnnotationRow` serialises it.
@@ -322,7 +388,8 @@ pub(super) fn number_list(numbers: &[f64]) -> String {
     out + "]"
 }
 
-fn encode<T: Serialize>(value: &T, out: &mut Vec<u8>) -> Result<(), Fault> {
+/// What is sorted, as bytes.
+pub(super) fn encode<T: Serialize>(value: &T, out: &mut Vec<u8>) -> Result<(), Fault> {
     let mut buffer = std::mem::take(out);
     buffer.clear();
     *out = postcard::to_extend(value, buffer)
@@ -367,10 +434,14 @@ pub(super) fn key_path(part: &[u8]) -> Result<RelPath, Fault> {
     Ok(path.parse()?)
 }
 
-/// An id (a JSON number or string) in one spelling; `None` when it is neither.
+/// An id (a JSON number or string) in one spelling; `None` when it is neither. `"7"` and 7 are one.
 pub(super) fn id_text(json: &str) -> Option<String> {
     if json.starts_with('"') {
-        return json::as_string(json).map(|text| json_string(&text));
+        let text = json::as_string(json)?;
+        let is_plain = text
+            .parse::<i64>()
+            .is_ok_and(|number| number.to_string() == text);
+        return Some(if is_plain { text } else { json_string(&text) });
     }
     json::as_integer(json).map(|n| n.to_string())
 }

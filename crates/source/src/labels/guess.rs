@@ -83,7 +83,7 @@ pub(super) fn guess(input: &Input) -> Result<Format, Fault> {
     };
     if let Some(folder) = input.folder() {
         return guess_folder(folder)?.ok_or_else(|| {
-            unknown("the folder holds neither YOLO names and text files nor VOC XML files")
+            unknown("the folder holds neither YOLO names and text files, nor VOC XML files, nor COCO files")
         });
     }
     if !path
@@ -140,17 +140,24 @@ fn guess_folder(folder: &Inside) -> Result<Option<Format>, Fault> {
     let is_names = |name: &Path| {
         has_extension(name, &["yaml", "yml", "names"]) || name.ends_with("classes.txt")
     };
-    let (mut names, mut texts) = (false, false);
+    let (mut names, mut texts, mut coco) = (false, false, false);
     for file in Walk::new(folder).take(LOOK_FILES) {
         let file = file?;
         if has_extension(&file, &["xml"]) {
             return Ok(Some(Format::Voc));
+        }
+        if !coco && has_extension(&file, &["json"]) {
+            coco = folder.try_file(&file).is_ok_and(super::coco::is_coco);
         }
         if is_names(&file) {
             names = true;
         } else {
             texts |= has_extension(&file, &["txt"]);
         }
+    }
+    // Beside the files of COCO there are often texts about the set.
+    if coco && !names {
+        return Ok(Some(Format::Coco));
     }
     // Text files without names are YOLO that its reader refuses with better advice than "unknown".
     Ok((names || texts).then_some(Format::Yolo))

@@ -24,6 +24,8 @@ use super::text;
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Flags {
     too_large: bool,
+    /// How many bytes the value may have.
+    bytes_max: usize,
     too_deep: bool,
     /// A number has an exponent, so it may be beyond what a float holds.
     exponent: bool,
@@ -34,6 +36,8 @@ pub(super) struct JsonReader<R> {
     inner: R,
     what: String,
     offset: u64,
+    /// How many bytes a captured value may have.
+    pub(super) record_bytes_max: usize,
 }
 
 impl<R: BufRead> JsonReader<R> {
@@ -43,6 +47,7 @@ impl<R: BufRead> JsonReader<R> {
             inner,
             what: what.into(),
             offset: 0,
+            record_bytes_max: LABEL_RECORD_BYTES_MAX,
         }
     }
 
@@ -155,6 +160,7 @@ impl<R: BufRead> JsonReader<R> {
             return Err(self.fault("a value is expected"));
         }
         let mut state = Capture::default();
+        state.flags.bytes_max = self.record_bytes_max;
         loop {
             let buf = self
                 .inner
@@ -269,7 +275,7 @@ impl Capture {
     }
 
     fn keep(&mut self, bytes: &[u8], out: &mut Vec<u8>) {
-        if out.len() + bytes.len() > LABEL_RECORD_BYTES_MAX {
+        if out.len() + bytes.len() > self.flags.bytes_max {
             self.flags.too_large = true;
         } else if !self.flags.too_large {
             out.extend_from_slice(bytes);
@@ -295,7 +301,7 @@ pub(super) fn vet<'a>(
         refusals.add(
             Why::TooLarge,
             place,
-            format!("it is larger than {LABEL_RECORD_BYTES_MAX} bytes"),
+            format!("it is larger than {} bytes", flags.bytes_max),
         );
         return None;
     }

@@ -56,22 +56,37 @@
 
 mod coco;
 mod collect;
+mod encoding;
 mod folder;
 mod guess;
+mod images_beside;
 mod json;
 mod label_studio;
+mod path_rules;
 mod refuse;
+mod settings;
 mod size;
 mod sort;
+mod split;
 mod table;
+mod table_boxes;
+mod table_csv;
+mod table_fields;
+mod table_objects;
+mod table_sizes;
 #[cfg(test)]
 mod tests;
 mod text;
+mod via;
 mod voc;
+mod voc_base;
 mod write;
 mod xml;
+mod yaml;
 mod yolo;
+mod yolo_lists;
 mod yolo_names;
+mod yolo_rows;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -85,9 +100,10 @@ use content::label_rows::{ANNOTATIONS, CLASSES, QueryRow, SAMPLES};
 use content::manifest::{DatasetBinding, FileInfo, KindInfo, LabelsInfo};
 
 use super::{Content, FileIdentity, Source, SourceBody, SourceEntry};
-use collect::{Collector, PathRules};
+use collect::Collector;
 use folder::Input;
 use guess::Format;
+use settings::Settings;
 
 /// How labels are read.
 #[derive(Debug, Clone, Default)]
@@ -98,6 +114,10 @@ pub struct LabelOptions {
     pub allow_missing: bool,
     /// Which column holds a field, and the settings that the module's page lists.
     pub columns: BTreeMap<String, String>,
+    /// Pascal VOC: `0`, `1`, `0-inclusive` or `1-exclusive`; inferred when absent.
+    pub voc_base: Option<String>,
+    /// The encoding of the text; inferred when absent.
+    pub encoding: Option<String>,
 }
 
 /// A dataset's files in manifest order.
@@ -113,9 +133,6 @@ pub struct BoundDataset {
 
 /// The format of what comes out of a database.
 const DATABASE: &str = "database";
-
-/// The settings among the columns, which are no fields.
-const SETTINGS: [&str; 3] = ["path_strip", "path_prefix", "predictions"];
 
 /// Labels in canonical form, from any format.
 pub struct LabelsSource {
@@ -157,7 +174,8 @@ impl LabelsSource {
             Some(format) => (format, false),
             None => (guess::guess(&input)?, true),
         };
-        check_columns(format, &options.columns)?;
+        settings::check_columns(Some(format), options)?;
+        let settings = Settings::parse(options, Some(format))?;
         let how = if guessed { "guessed" } else { "as asked" };
         let context = |fault: Fault| {
             let fault = fault.context(format_args!("labels {} ({format}, {how})", path.display()));
@@ -168,7 +186,7 @@ impl LabelsSource {
             fault
         };
         let (info, omitted) =
-            convert(&input, scratch, format, options, dataset).map_err(context)?;
+            convert(&input, scratch, format, &settings, options, dataset).map_err(context)?;
         Ok(Self {
             format: format.as_str(),
             guessed,
@@ -202,17 +220,8 @@ impl LabelsSource {
         options: &LabelOptions,
         dataset: Option<BoundDataset>,
     ) -> Result<Self, Fault> {
-        if let Some(name) = options
-            .columns
-            .keys()
-            .find(|name| !SETTINGS.contains(&name.as_str()))
-        {
-            return Err(Fault::usage(format!(
-                "a query names its columns itself, so {name:?} cannot be mapped"
-            ))
-            .with_next("rename columns in the query by AS"));
-        }
-        let mut collector = Collector::new(scratch, rules(options));
+        settings::check_columns(None, options)?;
+        let mut collector = Settings::parse(options, None)?.collector(scratch);
         collector.by_content = true;
         let info = table::read_query(rows, &mut collector)
             .and_then(|()| finish(collector, DATABASE, options, dataset));
@@ -252,56 +261,31 @@ fn convert(
     input: &Input,
     scratch: &Path,
     format: Format,
+    settings: &Settings,
     options: &LabelOptions,
     dataset: Option<BoundDataset>,
 ) -> Result<(LabelsInfo, Omitted), Fault> {
-    let mut collector = Collector::new(scratch, rules(options));
+    let mut collector = settings.collector(scratch);
+    let columns = &options.columns;
     match format {
-        Format::Coco => coco::read(input, &mut collector)?,
-        Format::Csv => table::read_csv(input, &options.columns, &mut collector)?,
-        Format::Jsonl => table::read_jsonl(input, &options.columns, &mut collector)?,
-        Format::LabelStudio => {
-            let predictions = match setting(options, "predictions").as_deref() {
-                None | Some("false") => false,
-                Some("true") => true,
-                Some(other) => {
-                    return Err(Fault::usage(format!(
-                        "predictions is true or false, not {other:?}"
-                    )));
-                }
-            };
-            label_studio::read(input, predictions, &mut collector)?;
-        }
-        Format::Voc => voc::read(input, &mut collector)?,
-        Format::Yolo => yolo::read(input, &mut collector)?,
+        Format::Coco => coco::read(input, settings.table.normalised, &mut collector)?,
+        Format::Csv => table::read_csv(input, columns, settings.table, &mut collector)?,
+        Format::Jsonl => table::read_jsonl(input, columns, settings.table, &mut collector)?,
+        Format::LabelStudio => label_studio::read(input, settings.predictions, &mut collector)?,
+        Format::Voc => voc::read(input, settings.voc_base, &mut collector)?,
+        Format::Yolo => yolo::read(input, settings.yolo_task, &mut collector)?,
     }
     finish(collector, format.as_str(), options, dataset)
 }
 
-fn setting(options: &LabelOptions, name: &str) -> Option<String> {
-    options
-        .columns
-        .get(name)
-        .filter(|value| !value.is_empty())
-        .cloned()
-}
-
-fn rules(options: &LabelOptions) -> PathRules {
-    PathRules {
-        strip: setting(options, "path_strip"),
-        prefix: setting(options, "path_prefix"),
-    }
-}
-
 /// Writes the files from what was collected.
 fn finish(
-    mut collector: Collector,
+    collector: Collector,
     format: &'static str,
     options: &LabelOptions,
     dataset: Option<BoundDataset>,
 ) -> Result<(LabelsInfo, Omitted), Fault> {
-    let mut omitted = std::mem::take(&mut collector.omitted);
-    let (counts, binding) = write::write(collector, dataset, options.allow_missing)?;
+    let (counts, binding, mut omitted) = write::write(collector, dataset, options.allow_missing)?;
     let write::Counts {
         samples,
         annotations,
@@ -327,29 +311,6 @@ fn note_empty(info: &LabelsInfo, omitted: &mut Omitted) {
             format!("{} samples, 0 annotations", info.samples),
         );
     }
-}
-
-fn check_columns(format: Format, columns: &BTreeMap<String, String>) -> Result<(), Fault> {
-    for name in columns.keys().map(String::as_str) {
-        if SETTINGS.contains(&name) {
-            continue;
-        }
-        let known = table::field_names();
-        if !known.contains(&name) {
-            let next = format!("use one of {}, {}", known.join(", "), SETTINGS.join(", "));
-            return Err(Fault::usage(format!(
-                "labels have no field {name:?} that a column could hold"
-            ))
-            .with_next(next));
-        }
-        if !matches!(format, Format::Csv | Format::Jsonl) {
-            return Err(Fault::usage(format!(
-                "{format} labels have no columns, so {name:?} cannot be taken from one"
-            ))
-            .with_next("leave the column mapping out, or name the format csv or jsonl"));
-        }
-    }
-    Ok(())
 }
 
 fn entry(name: &str, file: PathBuf) -> Result<SourceEntry, Fault> {

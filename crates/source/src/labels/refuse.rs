@@ -93,7 +93,7 @@ impl Why {
             ),
             Why::Utf8 => (
                 "invalid UTF-8",
-                "convert the file to UTF-8, for GBK by: iconv -f GB18030 -t UTF-8 OLD > NEW",
+                "name the encoding of the text by --encoding (for Chinese mostly gbk), or convert the file to UTF-8",
             ),
             Why::TooDeep => ("nested too deep", "flatten the records named"),
             Why::TooLarge => (

@@ -1,17 +1,17 @@
-//! Tables: CSV, JSON Lines and the rows of a database query, one annotation a row, fields taken by
-//! name.
+//! Tables: CSV, JSON Lines and the rows of a database query, one annotation a row, fields taken by name.
 //!
-//! A row with a sample and nothing else names a sample without annotations. Edges (`x2`, `y2`) are
-//! exclusive and count from 0 like `x` and `y`: the width is `x2 - x`. Columns that stand for no
-//! field go into `attrs` unless a column is mapped to that.
+//! A row with a sample and nothing else names a sample without annotations. Edges (`x2`, `y2`) are exclusive and count
+//! from 0 like `x` and `y`: the width is `x2 - x`. Columns that stand for no field go into `attrs` unless a column is
+//! mapped to that. Whether boxes are fractions of their images, and what a column with four numbers holds, is a setting, or
+//! inferred from all rows before the first is taken (`table_boxes`).
 
 use std::collections::BTreeMap;
-use std::io::{BufRead, BufReader, Read};
+use std::io::BufReader;
 
-use csv::{ByteRecord, ReaderBuilder};
+use serde_json::{Map, Value};
 
-use base::fault::{Fault, IoContext};
-use base::limits::{LABEL_LINE_BYTES_MAX, LABEL_RECORD_BYTES_MAX};
+use base::fault::Fault;
+use base::limits::LABEL_LINE_BYTES_MAX;
 use base::names::RelPath;
 use base::omitted::{Category, Omitted};
 use content::chunk::Hash;
@@ -21,67 +21,16 @@ use super::collect::{Annotation, ClassRef, Collector, Extent, Sample};
 use super::folder::Input;
 use super::json::{self, Fields, JsonReader};
 use super::refuse::{Refusals, Why};
-use super::text::{json_string, not_utf8, text};
-
-/// The fields, each with the names that are tried in this order when no column is mapped to it.
-const FIELDS: [(&str, &[&str]); 16] = [
-    (
-        "sample_path",
-        &[
-            "sample_path",
-            "sample",
-            "path",
-            "file_name",
-            "filename",
-            "file",
-            "image_path",
-            "image",
-            "img_path",
-            "image_name",
-        ],
-    ),
-    (
-        "class",
-        &[
-            "class",
-            "class_name",
-            "label",
-            "category",
-            "defect_code",
-            "defect",
-        ],
-    ),
-    ("class_id", &["class_id", "category_id", "label_id"]),
-    ("id", &["id", "annotation_id", "ann_id"]),
-    ("x", &["x", "xmin", "x_min", "x1", "left"]),
-    ("y", &["y", "ymin", "y_min", "y1", "top"]),
-    ("w", &["w", "box_width", "bbox_width", "bbox_w"]),
-    ("h", &["h", "box_height", "bbox_height", "bbox_h"]),
-    ("x2", &["x2", "xmax", "x_max", "right"]),
-    ("y2", &["y2", "ymax", "y_max", "bottom"]),
-    ("kind", &["kind", "shape", "shape_type"]),
-    ("geom", &["geom", "geometry", "points"]),
-    ("split", &["split", "subset", "fold"]),
-    ("width", &["width", "image_width", "img_width"]),
-    ("height", &["height", "image_height", "img_height"]),
-    ("attrs", &["attrs", "attributes"]),
-];
-const SAMPLE_PATH: usize = 0;
-const CLASS: usize = 1;
-const CLASS_ID: usize = 2;
-const ID: usize = 3;
-const X: usize = 4;
-const Y: usize = 5;
-const W: usize = 6;
-const H: usize = 7;
-const X2: usize = 8;
-const Y2: usize = 9;
-const KIND: usize = 10;
-const GEOM: usize = 11;
-const SPLIT: usize = 12;
-const WIDTH: usize = 13;
-const HEIGHT: usize = 14;
-const ATTRS: usize = 15;
+use super::table_boxes::{BoxForm, Evidence, Reading, extents, number, to_pixels};
+use super::table_csv::CsvRows;
+use super::table_fields::{
+    ATTRS, BBOX, CLASS, CLASS_ID, Cells, FIELDS, GEOM, H, HEIGHT, ID, KIND, RLE, SAMPLE_PATH,
+    SPLIT, VIA_ATTRIBUTES, VIA_SHAPE, W, WIDTH, X, Y, choose,
+};
+use super::table_objects::{self, Object};
+use super::table_sizes::Sizes;
+use super::text::json_string;
+use super::via;
 
 /// The kinds of the canonical form.
 const KINDS: [&str; 8] = [
@@ -95,175 +44,166 @@ const KINDS: [&str; 8] = [
     "other",
 ];
 
-/// The names of the fields.
-pub(super) fn field_names() -> Vec<&'static str> {
-    FIELDS.iter().map(|(name, _)| *name).collect()
+/// The settings of tables; what is not set is inferred.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct TableSettings {
+    pub(super) form: Option<BoxForm>,
+    pub(super) normalised: Option<bool>,
 }
-
-/// A field's value in one row, as JSON (a CSV's cells are JSON strings).
-type Cells = [Option<String>; FIELDS.len()];
 
 /// Reads a CSV file.
 pub(super) fn read_csv(
     input: &Input,
     columns: &BTreeMap<String, String>,
+    settings: TableSettings,
     collector: &mut Collector,
 ) -> Result<(), Fault> {
-    let at = || format!("read {}", input.shown().display());
-    let file = input.file()?;
-    let mut buffered = BufReader::with_capacity(256 << 10, file);
-    let head = buffered.fill_buf().at(at())?;
-    let head = &head[..head.len().min(64 << 10)];
-    if head.contains(&0) {
-        return Err(
-            Fault::integrity("the file's beginning holds NULs: it is UTF-16 or no text")
-                .with_next(Why::Utf8.advice()),
-        );
-    }
-    let delimiter = delimiter(head);
-    let crlf = head
-        .split(|b| *b == b'\n')
-        .next()
-        .is_some_and(|line| line.ends_with(b"\r"));
-    let bom = usize::from(head.starts_with(&[0xef, 0xbb, 0xbf])) * 3;
-    buffered.consume(bom);
-    let allowance = std::rc::Rc::new(std::cell::Cell::new(0));
-    let capped = Capped {
-        inner: buffered,
-        left: allowance.clone(),
-    };
-    let mut reader = ReaderBuilder::new()
-        .delimiter(delimiter)
-        .has_headers(false)
-        .flexible(true)
-        .buffer_capacity(READ_BYTES)
-        .from_reader(capped);
-    let mut record = ByteRecord::new();
-    let mut read = |record: &mut ByteRecord| {
-        allowance.set(LABEL_RECORD_BYTES_MAX + READ_BYTES);
-        let line = reader.position().line();
-        let more = reader
-            .read_byte_record(record)
-            .map_err(|error| csv_fault(error, line))?;
-        // The position of a record lies before empty lines that were skipped, so its line is told
-        // from where it ends: behind its newline, or between CR and LF. The last record may have
-        // none of these.
-        let inside = record.as_slice().iter().filter(|b| **b == b'\n').count() as u64;
-        let from_end = reader
-            .position()
-            .line()
-            .saturating_sub(inside + u64::from(!crlf));
-        Ok::<_, Fault>((
-            more,
-            from_end.max(record.position().map_or(line, csv::Position::line)),
-        ))
-    };
-    if !read(&mut record)?.0 {
-        return Err(Fault::integrity("it is empty; a header is needed")
-            .with_next("put the names of the columns into the first row"));
-    }
-    let header = header(&record)?;
-    let mapping = map_columns(&header, columns)?;
-    let field_of: Vec<Option<usize>> = (0..header.len())
-        .map(|at| mapping.iter().position(|column| *column == Some(at)))
-        .collect();
-    let keys: Vec<String> = header.iter().map(|name| json_string(name) + ":").collect();
-    let mut state = Rows::default();
-    loop {
-        let (more, line) = read(&mut record)?;
-        if !more {
-            return Ok(());
+    let mut evidence = Evidence::default();
+    let mut first_pass = CsvRows::open(input, columns, collector)?;
+    // What is wrong with a row is said in the second pass.
+    while let Some(line) = first_pass.next(&mut Refusals::default())? {
+        evidence.add_row(&line.cells);
+        if evidence.is_decided() {
+            break;
         }
-        let place = format!("line {line}");
-        if record.len() != header.len() {
-            let detail = format!(
-                "it has {} columns, the header has {}",
-                record.len(),
-                header.len()
-            );
-            collector.refusals.add(Why::ColumnDrift, place, detail);
-            continue;
-        }
-        let Some(cells) = cells_text(&record, &place, &mut collector.refusals) else {
-            continue;
+    }
+    let mut state = Rows::new(settings, &evidence, input, collector);
+    let mut rows = CsvRows::open(input, columns, collector)?;
+    state.has_rle = rows.has[RLE];
+    while let Some(line) = rows.next(&mut collector.refusals)? {
+        let parts = Parts {
+            rest: line.rest.as_deref(),
+            raw: &line.raw,
+            hash: None,
         };
-        let mut cells_by_field = Cells::default();
-        let (mut raw, mut rest) = (String::from("{"), String::new());
-        for (at, cell) in cells.iter().enumerate() {
-            let value = json_string(cell);
-            if at > 0 {
-                raw.push(',');
-            }
-            raw.push_str(&keys[at]);
-            raw.push_str(&value);
-            match field_of[at] {
-                _ if cell.trim().is_empty() => {}
-                Some(field) => cells_by_field[field] = Some(value),
-                None => {
-                    rest.push(if rest.is_empty() { '{' } else { ',' });
-                    rest.push_str(&keys[at]);
-                    rest.push_str(&value);
-                }
-            }
-        }
-        raw.push('}');
-        let rest = (!rest.is_empty()).then(|| rest + "}");
-        state.row(
-            &place,
-            &cells_by_field,
-            Parts {
-                rest: rest.as_deref(),
-                raw: &raw,
-                hash: None,
-            },
-            collector,
-        )?;
+        state.row(&line.place, &line.cells, parts, collector)?;
     }
+    collector.note_encoding(&input.shown().display().to_string(), rows.inferred());
+    Ok(())
 }
 
 /// Reads a JSON Lines file.
 pub(super) fn read_jsonl(
     input: &Input,
     columns: &BTreeMap<String, String>,
+    settings: TableSettings,
     collector: &mut Collector,
 ) -> Result<(), Fault> {
-    let mut json = JsonReader::new(
-        BufReader::with_capacity(256 << 10, input.file()?),
-        input.shown().display().to_string(),
-    );
-    let mut state = Rows::default();
-    let mut record = Vec::new();
-    let mut number = 0u64;
-    while json.peek()?.is_some() {
-        number += 1;
-        let place = format!("record {number}");
-        let flags = json.capture(&mut record)?;
-        let Some(text) = json::vet(&record, flags, &place, &mut collector.refusals) else {
+    let mut evidence = Evidence::default();
+    let mut first_pass = JsonlRows::open(input, collector)?;
+    // What is wrong with a record is said in the second pass.
+    let mut unsaid = Refusals::default();
+    while let Some(place) = first_pass.next(&mut unsaid)? {
+        let Some(record) = Record::parse(first_pass.text(), columns, &place, &mut unsaid) else {
             continue;
         };
-        let Some(mut fields) = Fields::parse(text, &place, &mut collector.refusals) else {
-            continue;
-        };
-        let mut cells = Cells::default();
-        for (cell, (field, names)) in cells.iter_mut().zip(FIELDS) {
-            *cell = match columns.get(field) {
-                Some(column) => fields.take(column).filter(|_| !column.is_empty()),
-                None => names.iter().find_map(|name| fields.take(name)),
-            }
-            .map(str::to_owned);
+        match record.objects.map(table_objects::read) {
+            Some(Ok(objects)) => objects
+                .iter()
+                .for_each(|object| evidence.add_row(&object.cells)),
+            Some(Err(_)) => {}
+            None => evidence.add_row(&record.cells),
         }
-        state.row(
-            &place,
-            &cells,
-            Parts {
-                rest: fields.rest().as_deref(),
-                raw: text,
-                hash: None,
-            },
-            collector,
-        )?;
+        if evidence.is_decided() {
+            break;
+        }
     }
+    let mut state = Rows::new(settings, &evidence, input, collector);
+    let mut rows = JsonlRows::open(input, collector)?;
+    while let Some(place) = rows.next(&mut collector.refusals)? {
+        let text = rows.text();
+        let Some(record) = Record::parse(text, columns, &place, &mut collector.refusals) else {
+            continue;
+        };
+        let rest = record.fields.rest();
+        let parts = Parts {
+            rest: rest.as_deref(),
+            raw: text,
+            hash: None,
+        };
+        match record.objects {
+            None => state.row(&place, &record.cells, parts, collector)?,
+            Some(objects) => state.objects(&place, &record.cells, objects, collector)?,
+        }
+    }
+    collector.note_encoding(&input.shown().display().to_string(), rows.inferred.name());
     Ok(())
+}
+
+/// The records of a JSON Lines file.
+struct JsonlRows {
+    json: JsonReader<BufReader<super::encoding::Utf8Reader<std::fs::File>>>,
+    inferred: super::encoding::Inferred,
+    record: Vec<u8>,
+    number: u64,
+}
+
+impl JsonlRows {
+    fn open(input: &Input, collector: &Collector) -> Result<Self, Fault> {
+        let file = collector.utf8(input.file()?);
+        let inferred = file.inferred();
+        let reader = BufReader::with_capacity(256 << 10, file);
+        let json = JsonReader::new(reader, input.shown().display().to_string());
+        Ok(Self {
+            json,
+            inferred,
+            record: Vec::new(),
+            number: 0,
+        })
+    }
+
+    /// Goes to the next record that is text: its place.
+    fn next(&mut self, refusals: &mut Refusals) -> Result<Option<String>, Fault> {
+        while self.json.peek()?.is_some() {
+            self.number += 1;
+            let place = format!("record {}", self.number);
+            let flags = self.json.capture(&mut self.record)?;
+            if json::vet(&self.record, flags, &place, refusals).is_some() {
+                return Ok(Some(place));
+            }
+        }
+        Ok(None)
+    }
+
+    /// The record that [`JsonlRows::next`] went to.
+    fn text(&self) -> &str {
+        std::str::from_utf8(&self.record).unwrap_or_default()
+    }
+}
+
+/// A record of JSON Lines, its fields taken out.
+struct Record<'a> {
+    cells: Cells,
+    /// A list of objects in the image (Hugging Face's `metadata.jsonl`), where the record has no box of its own.
+    objects: Option<&'a str>,
+    fields: Fields<'a>,
+}
+
+impl<'a> Record<'a> {
+    fn parse(
+        text: &'a str,
+        columns: &BTreeMap<String, String>,
+        place: &str,
+        refusals: &mut Refusals,
+    ) -> Option<Self> {
+        let mut fields = Fields::parse(text, place, refusals)?;
+        let cells = choose(columns, |name| fields.take(name)).map(|json| json.map(str::to_owned));
+        let is_alone = [X, BBOX, GEOM]
+            .into_iter()
+            .all(|field| cells[field].is_none());
+        let objects = fields
+            .peek("objects")
+            .filter(|json| is_alone && json.starts_with(['{', '[']));
+        let objects = objects.filter(|json| table_objects::are_boxes(json));
+        if objects.is_some() {
+            fields.take("objects");
+        }
+        Some(Self {
+            cells,
+            objects,
+            fields,
+        })
+    }
 }
 
 /// A row of a query, so that its canonical line fits too.
@@ -304,11 +244,8 @@ pub(super) fn read_query(
         if row.iter().flatten().map(String::len).sum::<usize>() > QUERY_ROW_BYTES_MAX
             && row.iter().flatten().map(plain).sum::<usize>() > QUERY_ROW_BYTES_MAX
         {
-            collector.refusals.add(
-                Why::TooLarge,
-                place,
-                format!("it is larger than {QUERY_ROW_BYTES_MAX} bytes"),
-            );
+            let detail = format!("it is larger than {QUERY_ROW_BYTES_MAX} bytes");
+            collector.refusals.add(Why::TooLarge, place, detail);
             continue;
         }
         let mut cells = Cells::default();
@@ -320,18 +257,16 @@ pub(super) fn read_query(
             Some(json) => match json::as_string(&json).and_then(|text| text.parse::<Hash>().ok()) {
                 Some(hash) => Some(hash),
                 None => {
-                    collector.refusals.add(
-                        Why::Shape,
-                        place,
-                        format!("sample_hash is {json}, not 64 hex digits"),
-                    );
+                    let detail = format!("sample_hash is {json}, not 64 hex digits");
+                    collector.refusals.add(Why::Shape, place, detail);
                     continue;
                 }
             },
         };
-        if let Some(nul) = row.iter().flatten().find(|json| {
+        let holds_nul = |json: &&String| {
             json.contains("\\u0000") && json::as_string(json).is_some_and(|t| t.contains('\0'))
-        }) {
+        };
+        if let Some(nul) = row.iter().flatten().find(holds_nul) {
             collector
                 .refusals
                 .add(Why::Nul, place, format!("{nul} holds a NUL"));
@@ -374,12 +309,12 @@ fn rendered(cells: &Cells) -> String {
         out.push_str(&json_string(name));
         out.push(':');
         let text = json::as_string(json);
-        let number = matches!(
+        let is_number = matches!(
             *name,
             "x" | "y" | "w" | "h" | "width" | "height" | "class_id"
         );
         match text {
-            Some(text) if number && text.trim().parse::<f64>().is_ok_and(f64::is_finite) => {
+            Some(text) if is_number && text.trim().parse::<f64>().is_ok_and(f64::is_finite) => {
                 super::collect::push_number(&mut out, text.trim().parse().unwrap_or_default());
             }
             // Checked as JSON where the field itself is taken.
@@ -388,149 +323,6 @@ fn rendered(cells: &Cells) -> String {
         }
     }
     out + "}"
-}
-
-/// How much the CSV reader takes at once.
-const READ_BYTES: usize = 64 << 10;
-
-/// Ends a read once too much was taken for one record: the CSV reader would keep all of an unclosed
-/// quote in memory.
-struct Capped<R> {
-    inner: R,
-    left: std::rc::Rc<std::cell::Cell<usize>>,
-}
-
-impl<R: Read> Read for Capped<R> {
-    fn read(&mut self, buf: &mut [u8]) -> std::io::Result<usize> {
-        let left = self.left.get();
-        if left == 0 {
-            return Err(std::io::Error::other(TOO_LARGE));
-        }
-        let n = self.inner.read(buf)?;
-        self.left.set(left.saturating_sub(n));
-        Ok(n)
-    }
-}
-
-const TOO_LARGE: &str = "the row is too large: a quote may be open";
-
-fn csv_fault(error: csv::Error, line: u64) -> Fault {
-    match error.into_kind() {
-        csv::ErrorKind::Io(error) if error.to_string() == TOO_LARGE => {
-            Fault::integrity(format!("line {line}: {TOO_LARGE}")).with_next(Why::TooLarge.advice())
-        }
-        csv::ErrorKind::Io(error) => Fault::io(format_args!("read line {line}"), &error),
-        other => {
-            Fault::integrity(format!("line {line}: {other:?}")).with_next(Why::Malformed.advice())
-        }
-    }
-}
-
-/// The delimiter that comes most often in the first line, outside of quotes.
-fn delimiter(head: &[u8]) -> u8 {
-    let mut counts = [(b',', 0), (b';', 0), (b'\t', 0)];
-    let mut quoted = false;
-    for byte in head {
-        match byte {
-            b'"' => quoted = !quoted,
-            b'\n' if !quoted => break,
-            _ if quoted => {}
-            _ => {
-                for (delimiter, count) in &mut counts {
-                    *count += u32::from(delimiter == byte);
-                }
-            }
-        }
-    }
-    // `max_by_key` gives the last of equals, and the comma is the usual one.
-    counts
-        .iter()
-        .rev()
-        .max_by_key(|(_, count)| *count)
-        .map_or(b',', |(delimiter, _)| *delimiter)
-}
-
-fn header(record: &ByteRecord) -> Result<Vec<String>, Fault> {
-    let advice = "put the names of the columns into the first row, each once";
-    let mut refusals = Refusals::default();
-    let names = cells_text(record, "the header", &mut refusals);
-    refusals.check()?;
-    let mut out: Vec<String> = Vec::new();
-    for name in names.unwrap_or_default() {
-        let name = name.trim().to_owned();
-        if name.is_empty() {
-            return Err(Fault::integrity(format!(
-                "column {} of the header has no name",
-                out.len() + 1
-            ))
-            .with_next(advice));
-        }
-        if out.contains(&name) {
-            return Err(
-                Fault::integrity(format!("the header names the column {name:?} twice"))
-                    .with_next(advice),
-            );
-        }
-        out.push(name);
-    }
-    Ok(out)
-}
-
-/// The cells as text; invalid ones are refused as one row, so that the encoding is judged on all of
-/// it.
-fn cells_text<'a>(
-    record: &'a ByteRecord,
-    place: &str,
-    refusals: &mut Refusals,
-) -> Option<Vec<&'a str>> {
-    let whole = record.as_slice();
-    if let Err(error) = std::str::from_utf8(whole) {
-        refusals.add(Why::Utf8, place, not_utf8(whole, error.valid_up_to()));
-        return None;
-    }
-    record
-        .iter()
-        .map(|cell| text(cell, place, refusals))
-        .collect()
-}
-
-/// The column of each field.
-fn map_columns(
-    header: &[String],
-    columns: &BTreeMap<String, String>,
-) -> Result<[Option<usize>; FIELDS.len()], Fault> {
-    let find = |name: &str| {
-        header
-            .iter()
-            .position(|column| column.eq_ignore_ascii_case(name))
-    };
-    let mut mapping = [None; FIELDS.len()];
-    for (slot, (field, names)) in mapping.iter_mut().zip(FIELDS) {
-        *slot = match columns.get(field) {
-            Some(name) if name.is_empty() => None,
-            Some(name) => Some(find(name).ok_or_else(|| {
-                Fault::integrity(format!(
-                    "there is no column {name:?} for {field}; the header has {}",
-                    header.join(", ")
-                ))
-                .with_next("correct the column mapping or the header")
-            })?),
-            None => names.iter().find_map(|name| find(name)),
-        };
-    }
-    if mapping[SAMPLE_PATH].is_none() {
-        return Err(Fault::integrity(format!(
-            "no column holds the sample's path; the header has {}",
-            header.join(", ")
-        ))
-        .with_next("map one by sample_path=COLUMN; the first row must be the header"));
-    }
-    let boxed = |a: usize, b: usize| mapping[a].is_some() && mapping[b].is_some();
-    if boxed(X, Y) && !boxed(W, H) && !boxed(X2, Y2) && boxed(WIDTH, HEIGHT) {
-        return Err(Fault::integrity("there are x and y, but whether width and height are the box's or the image's is not clear")
-            .with_next("map them, to the box by w=width and h=height, or to the image by width=width and height=height beside w and h"));
-    }
-    Ok(mapping)
 }
 
 /// Why a row was not taken.
@@ -556,6 +348,11 @@ impl From<Fault> for Stop {
 /// Turns rows into samples and annotations.
 #[derive(Default)]
 struct Rows {
+    reading: Reading,
+    /// Where sizes of images are found that the rows do not have; for boxes that are fractions of them.
+    sizes: Option<Sizes>,
+    /// There is a column for masks as runs: a row without one marks nothing.
+    has_rle: bool,
     /// What the last row said of its sample, so that a run of rows says it once.
     last: Option<Said>,
 }
@@ -570,6 +367,9 @@ struct Said {
     hash: Option<Hash>,
 }
 
+/// A row's sample, and its size as far as it is known.
+type Sampled = (RelPath, Option<(i64, i64)>);
+
 /// What a row is beside its fields.
 #[derive(Clone, Copy)]
 struct Parts<'a> {
@@ -581,7 +381,45 @@ struct Parts<'a> {
     hash: Option<Hash>,
 }
 
+/// What a row marks.
+#[derive(Default)]
+struct Shape {
+    /// Told by the format; else it follows from what there is.
+    kind: Option<&'static str>,
+    extent: Option<Extent>,
+    is_hull: bool,
+    geom: Option<String>,
+}
+
 impl Rows {
+    /// Decides how boxes are read, by the settings or by what all rows say, and reports what was inferred.
+    fn new(
+        settings: TableSettings,
+        evidence: &Evidence,
+        input: &Input,
+        collector: &mut Collector,
+    ) -> Self {
+        let normalised = settings.normalised.unwrap_or(evidence.is_normalised());
+        if settings.normalised.is_none() && normalised {
+            let detail = format!(
+                "boxes are fractions of their images (normalised=true): all numbers of {} boxes lie within 0 and 1",
+                evidence.boxes
+            );
+            collector.omitted.add(Category::Inferred, detail);
+        }
+        let form = settings.form.unwrap_or(evidence.form());
+        if settings.form.is_none() && form == BoxForm::Xyxy {
+            let detail = "four numbers of a box are left, top, right, bottom (bbox_format=xyxy): as left, top, width, height some leave their images";
+            collector.omitted.add(Category::Inferred, detail);
+        }
+        let sizes = normalised.then(|| Sizes::beside(input));
+        Self {
+            reading: Reading { form, normalised },
+            sizes,
+            ..Self::default()
+        }
+    }
+
     fn row(
         &mut self,
         place: &str,
@@ -589,47 +427,95 @@ impl Rows {
         parts: Parts<'_>,
         collector: &mut Collector,
     ) -> Result<(), Fault> {
-        match self.try_row(place, cells, parts, collector) {
-            Err(Stop::Refused(why, detail)) => collector.refusals.add(why, place, detail),
-            Err(Stop::Fault(fault)) => return Err(fault),
-            Ok(()) => {}
+        let result = self.try_row(place, cells, parts, collector);
+        refuse(result, place, collector)
+    }
+
+    /// A row whose annotations are in a list of their own.
+    fn objects(
+        &mut self,
+        place: &str,
+        cells: &Cells,
+        objects: &str,
+        collector: &mut Collector,
+    ) -> Result<(), Fault> {
+        let result = self.try_objects(place, cells, objects, collector);
+        refuse(result, place, collector)
+    }
+
+    fn try_objects(
+        &mut self,
+        place: &str,
+        cells: &Cells,
+        objects: &str,
+        collector: &mut Collector,
+    ) -> Result<(), Stop> {
+        let objects = table_objects::read(objects)?;
+        self.sample(place, cells, None, collector)?;
+        for (
+            at,
+            Object {
+                cells: of_object,
+                rest,
+                raw,
+            },
+        ) in objects.into_iter().enumerate()
+        {
+            let place = format!("{place} objects[{at}]");
+            let mut cells_of_row = cells.clone();
+            for (cell, of_object) in cells_of_row.iter_mut().zip(of_object) {
+                *cell = of_object.or(cell.take());
+            }
+            // The record's id is the image's.
+            cells_of_row[ID] = None;
+            self.row(
+                &place,
+                &cells_of_row,
+                Parts {
+                    rest: rest.as_deref(),
+                    raw: &raw,
+                    hash: None,
+                },
+                collector,
+            )?;
         }
         Ok(())
     }
 
-    fn try_row(
+    /// Takes what the row says of its sample; `None` when its path was refused. With it the size, as far as it is known.
+    fn sample(
         &mut self,
         place: &str,
         cells: &Cells,
-        parts: Parts<'_>,
+        hash: Option<Hash>,
         collector: &mut Collector,
-    ) -> Result<(), Stop> {
-        let Parts { rest, raw, hash } = parts;
-        let words = |field: usize| -> Result<Option<String>, (Why, String)> {
-            let Some(json) = &cells[field] else {
-                return Ok(None);
-            };
-            let wrong = || {
-                (
-                    Why::Shape,
-                    format!("{} is {json}, not text", FIELDS[field].0),
-                )
-            };
-            json::as_string(json)
-                .map(|text| Some(text.trim().to_owned()))
-                .ok_or_else(wrong)
+    ) -> Result<Option<Sampled>, Stop> {
+        let path = words(cells, SAMPLE_PATH)?
+            .ok_or_else(|| (Why::Shape, "it names no sample".to_owned()))?;
+        let (mut width, mut height) = (pixels(cells, WIDTH)?, pixels(cells, HEIGHT)?);
+        let Some(mut path) = collector.path(place, &path) else {
+            return Ok(None);
         };
-        let path =
-            words(SAMPLE_PATH)?.ok_or_else(|| (Why::Shape, "it names no sample".to_owned()))?;
-        let Some(path) = collector.path(place, &path) else {
-            return Ok(());
-        };
-        let (width, height) = (pixels(cells, WIDTH)?, pixels(cells, HEIGHT)?);
+        if width.is_none() || height.is_none() {
+            let found = self
+                .sizes
+                .as_mut()
+                .and_then(|sizes| sizes.find(path.as_str()));
+            if let Some((image, w, h)) = found {
+                (width, height) = (Some(w), Some(h));
+                if image != path.as_str()
+                    && let Ok(image) = image.parse::<RelPath>()
+                {
+                    collector.note_path(place, path.as_str(), image.as_str());
+                    path = image;
+                }
+            }
+        }
         let said = Said {
             path: path.clone(),
             width,
             height,
-            split: words(SPLIT)?,
+            split: words(cells, SPLIT)?,
             hash,
         };
         if self.last.as_ref() != Some(&said) {
@@ -644,32 +530,88 @@ impl Rows {
             collector.sample(&path, &sample)?;
             self.last = Some(said);
         }
-        let class = class(place, cells, collector)?;
-        let extent = extent(cells)?;
-        let geom = structure(cells, GEOM, place, &mut collector.refusals);
-        let attrs = structure(cells, ATTRS, place, &mut collector.refusals);
+        Ok(Some((path, width.zip(height))))
+    }
+
+    fn try_row(
+        &mut self,
+        place: &str,
+        cells: &Cells,
+        parts: Parts<'_>,
+        collector: &mut Collector,
+    ) -> Result<(), Stop> {
+        let Parts { rest, raw, hash } = parts;
+        let Some((path, size)) = self.sample(place, cells, hash, collector)? else {
+            return Ok(());
+        };
+        let via_class = |name: &str| json_string(name);
+        let mut cells = std::borrow::Cow::Borrowed(cells);
+        let mut own_attrs = None;
+        let shape = if let Some(json) = &cells[VIA_SHAPE] {
+            let found = via::shape(&object_of(json, "region_shape_attributes")?)?;
+            let Some(found) = found else { return Ok(()) };
+            let of_region = cells[VIA_ATTRIBUTES].clone();
+            if let Some(json) = of_region {
+                let attributes = object_of(&json, "region_attributes")?;
+                if cells[CLASS].is_none() {
+                    cells.to_mut()[CLASS] = via::class(&attributes).as_deref().map(via_class);
+                }
+                own_attrs = (!attributes.is_empty()).then_some(Value::Object(attributes));
+            }
+            Shape {
+                kind: Some(found.kind),
+                extent: Some(found.extent),
+                is_hull: found.is_hull,
+                geom: found.geom,
+            }
+        } else if let Some(json) = &cells[RLE] {
+            runs(json, size)?
+        } else if self.has_rle {
+            return Ok(());
+        } else {
+            let found = extents(&cells, self.reading.form)?;
+            if cells[BBOX].is_some() && found.len() != 1 {
+                return self.several(place, &cells, &found, parts, collector);
+            }
+            Shape {
+                extent: found.into_iter().next(),
+                ..Shape::default()
+            }
+        };
+        let class = class(place, &cells, collector)?;
+        let mut extent = shape.extent.unwrap_or(Extent::None);
+        if self.reading.normalised && extent != Extent::None {
+            let Some(size) = size else {
+                let detail = "its box is a fraction of its image (normalised), whose width and height are not known";
+                return Err(Stop::Refused(Why::NoSize, detail.into()));
+            };
+            extent = to_pixels(extent, size);
+        }
+        let geom = structure(&cells, GEOM, place, &mut collector.refusals);
+        let attrs = structure(&cells, ATTRS, place, &mut collector.refusals);
         let (Some(geom), Some(attrs)) = (geom, attrs) else {
             return Ok(());
         };
+        let geom = shape.geom.or(geom);
         if attrs.as_ref().is_some_and(|json| !json.starts_with('{')) {
             return Err(Stop::Refused(
                 Why::Shape,
                 "attrs is not a JSON object".into(),
             ));
         }
-        let kind = match words(KIND)? {
+        let kind = match words(&cells, KIND)? {
             Some(kind) => KINDS.into_iter().find(|k| *k == kind).ok_or_else(|| {
                 let detail = format!("the kind {kind:?} is none of {}", KINDS.join(", "));
                 (Why::Shape, detail)
             })?,
-            None => match extent {
+            None => match (shape.kind, extent) {
+                (Some(kind), _) => kind,
                 _ if geom.is_some() => "other",
-                Extent::Box { .. } => "bbox",
-                Extent::Point { .. } => "point",
-                Extent::None if class.is_some() => "class",
-                // Nothing but the sample: it has no annotations. Where other columns are filled,
-                // they may be meant as one.
-                Extent::None if cells[ID].is_none() => {
+                (_, Extent::Box { .. }) => "bbox",
+                (_, Extent::Point { .. }) => "point",
+                (_, Extent::None) if class.is_some() => "class",
+                // Nothing but the sample: it has no annotations. Where other columns are filled, they may be meant as one.
+                (_, Extent::None) if cells[ID].is_none() => {
                     if let Some(rest) = rest {
                         note_unread(
                             Category::UnknownColumns,
@@ -681,7 +623,7 @@ impl Rows {
                     }
                     return Ok(());
                 }
-                Extent::None => "other",
+                (_, Extent::None) => "other",
             },
         };
         if let Some(id) = &cells[ID] {
@@ -699,21 +641,163 @@ impl Rows {
                 &mut collector.omitted,
             );
         }
-        let attrs = attrs.as_deref().or(rest);
-        collector.annotation(
-            &path,
-            &Annotation {
-                place,
-                class,
-                kind,
-                extent,
-                geom: geom.as_deref(),
-                attrs,
-                raw,
-            },
-        )?;
+        let merged = own_attrs.map(|own| with_member(rest, "region_attributes", &own));
+        let attrs = attrs.as_deref().or(merged.as_deref()).or(rest);
+        let annotation = Annotation {
+            place,
+            class,
+            kind,
+            extent,
+            is_hull: shape.is_hull,
+            geom: geom.as_deref(),
+            attrs,
+            raw,
+        };
+        collector.annotation(&path, &annotation)?;
         Ok(())
     }
+
+    /// A row with a list of boxes, and a class for each or one for all.
+    fn several(
+        &mut self,
+        place: &str,
+        cells: &Cells,
+        boxes: &[Extent],
+        parts: Parts<'_>,
+        collector: &mut Collector,
+    ) -> Result<(), Stop> {
+        let each = |field: usize| -> Result<Option<Vec<Value>>, (Why, String)> {
+            let Some(json) = &cells[field] else {
+                return Ok(None);
+            };
+            let text = json::as_string(json).unwrap_or_else(|| json.clone());
+            match serde_json::from_str::<Value>(&text.replace('\'', "\"")) {
+                Ok(Value::Array(list)) if list.len() == boxes.len() => Ok(Some(list)),
+                Ok(Value::Array(list)) => {
+                    let detail = format!(
+                        "there are {} boxes, and {} in {}",
+                        boxes.len(),
+                        list.len(),
+                        FIELDS[field].0
+                    );
+                    Err((Why::Shape, detail))
+                }
+                _ => Ok(None),
+            }
+        };
+        let (classes, ids) = (each(CLASS)?, each(CLASS_ID)?);
+        for (at, extent) in boxes.iter().enumerate() {
+            let Extent::Box { x, y, w, h } = *extent else {
+                continue;
+            };
+            let mut own = cells.clone();
+            own[BBOX] = None;
+            own[ID] = None;
+            for (field, number) in [(X, x), (Y, y), (W, w), (H, h)] {
+                own[field] = Some(number.to_string());
+            }
+            for (field, list) in [(CLASS, &classes), (CLASS_ID, &ids)] {
+                if let Some(value) = list.as_ref().and_then(|list| list.get(at)) {
+                    own[field] = (!value.is_null()).then(|| value.to_string());
+                }
+            }
+            self.row(&format!("{place} box[{at}]"), &own, parts, collector)?;
+        }
+        Ok(())
+    }
+}
+
+fn refuse(result: Result<(), Stop>, place: &str, collector: &mut Collector) -> Result<(), Fault> {
+    match result {
+        Err(Stop::Refused(why, detail)) => collector.refusals.add(why, place, detail),
+        Err(Stop::Fault(fault)) => return Err(fault),
+        Ok(()) => {}
+    }
+    Ok(())
+}
+
+/// A cell's text.
+fn words(cells: &Cells, field: usize) -> Result<Option<String>, (Why, String)> {
+    let Some(json) = &cells[field] else {
+        return Ok(None);
+    };
+    let wrong = || {
+        (
+            Why::Shape,
+            format!("{} is {json}, not text", FIELDS[field].0),
+        )
+    };
+    json::as_string(json)
+        .map(|text| Some(text.trim().to_owned()))
+        .ok_or_else(wrong)
+}
+
+/// A cell that holds a JSON object.
+fn object_of(json: &str, name: &str) -> Result<Map<String, Value>, (Why, String)> {
+    let text = json::as_string(json).unwrap_or_else(|| json.to_owned());
+    serde_json::from_str(&text).map_err(|error| {
+        (
+            Why::Shape,
+            format!("its {name} is not a JSON object: {error}"),
+        )
+    })
+}
+
+/// The object with one member more.
+fn with_member(object: Option<&str>, name: &str, value: &Value) -> String {
+    let head = object
+        .and_then(|object| object.strip_suffix('}'))
+        .unwrap_or("{");
+    let comma = if head.len() > 1 { "," } else { "" };
+    format!("{head}{comma}{}:{value}}}", json_string(name))
+}
+
+/// A mask as Kaggle's competitions have it: pairs of a start, counted from 1 down the columns, and a length.
+fn runs(json: &str, size: Option<(i64, i64)>) -> Result<Shape, (Why, String)> {
+    let text = json::as_string(json).unwrap_or_else(|| json.to_owned());
+    let numbers: Option<Vec<i64>> = text
+        .split_whitespace()
+        .map(|word| word.parse().ok().filter(|n| *n > 0))
+        .collect();
+    let numbers = numbers.filter(|numbers| !numbers.is_empty() && numbers.len() % 2 == 0);
+    let Some(numbers) = numbers else {
+        return Err((
+            Why::Shape,
+            "its mask is not pairs of a start and a length".into(),
+        ));
+    };
+    let geom = format!(
+        "{{\"format\":\"kaggle\",\"counts\":{}}}",
+        json_string(text.trim())
+    );
+    let mut extent = Extent::None;
+    if let Some((width, height)) = size {
+        let (mut left, mut top, mut right, mut bottom) = (i64::MAX, i64::MAX, 0, 0);
+        for pair in numbers.chunks_exact(2) {
+            let (first, last) = (pair[0] - 1, pair[0].saturating_add(pair[1]) - 2);
+            if last >= width.saturating_mul(height) {
+                return Err((
+                    Why::OutsideImage,
+                    format!("its mask ends at {}, behind its image", last + 1),
+                ));
+            }
+            let (from, to) = (first / height, last / height);
+            (left, right) = (left.min(from), right.max(to + 1));
+            let whole = from != to;
+            (top, bottom) = (
+                top.min(if whole { 0 } else { first % height }),
+                bottom.max(if whole { height } else { last % height + 1 }),
+            );
+        }
+        let [x, y, w, h] = [left, top, right - left, bottom - top].map(|n| n as f64);
+        extent = Extent::Box { x, y, w, h };
+    }
+    Ok(Shape {
+        kind: Some("rle"),
+        extent: Some(extent),
+        is_hull: false,
+        geom: Some(geom),
+    })
 }
 
 /// Counts a row with columns that no field reads, if any of them is `meant`, and names these.
@@ -725,7 +809,7 @@ fn note_unread(
     omitted: &mut Omitted,
 ) {
     // It was built, or checked, as an object.
-    let Ok(rest) = serde_json::from_str::<serde_json::Map<String, serde_json::Value>>(rest) else {
+    let Ok(rest) = serde_json::from_str::<Map<String, Value>>(rest) else {
         return;
     };
     let named: Vec<String> = rest.keys().filter(|name| meant(name)).cloned().collect();
@@ -736,21 +820,13 @@ fn note_unread(
 
 /// Whether a column seems to hold a box or another shape.
 fn is_like_a_box(name: &str) -> bool {
-    const NAMES: [&str; 14] = [
-        "cx",
-        "cy",
-        "xc",
-        "yc",
-        "x_center",
-        "y_center",
-        "xcenter",
-        "ycenter",
-        "xywh",
-        "xyxy",
+    const NAMES: [&str; 6] = [
         "objects",
         "region_shape_attributes",
         "coords",
         "coordinates",
+        "xywhn",
+        "rect",
     ];
     const PARTS: [&str; 5] = ["bbox", "box", "polygon", "segmentation", "keypoint"];
     let name = name.to_ascii_lowercase();
@@ -796,42 +872,6 @@ fn class(place: &str, cells: &Cells, collector: &mut Collector) -> Result<Option
     })
 }
 
-fn extent(cells: &Cells) -> Result<Extent, (Why, String)> {
-    let [x, y] = [number(cells, X)?, number(cells, Y)?];
-    let [w, h] = [number(cells, W)?, number(cells, H)?];
-    let [x2, y2] = [number(cells, X2)?, number(cells, Y2)?];
-    match (x, y, w, h, x2, y2) {
-        (None, None, None, None, None, None) => Ok(Extent::None),
-        (Some(x), Some(y), Some(w), Some(h), _, _) => Ok(Extent::Box { x, y, w, h }),
-        (Some(x), Some(y), None, None, Some(x2), Some(y2)) => Ok(Extent::Box {
-            x,
-            y,
-            w: x2 - x,
-            h: y2 - y,
-        }),
-        (Some(x), Some(y), None, None, None, None) => Ok(Extent::Point { x, y }),
-        _ => Err((
-            Why::Shape,
-            "of x, y and w, h (or x2, y2) only some are there".into(),
-        )),
-    }
-}
-
-fn number(cells: &Cells, field: usize) -> Result<Option<f64>, (Why, String)> {
-    let Some(json) = &cells[field] else {
-        return Ok(None);
-    };
-    let text = json::as_string(json).unwrap_or_else(|| json.clone());
-    match text.trim().parse::<f64>() {
-        Ok(n) if n.is_finite() => Ok(Some(n)),
-        Ok(_) => Err((Why::NotFinite, format!("{} is {json}", FIELDS[field].0))),
-        Err(_) => Err((
-            Why::Shape,
-            format!("{} is {json}, not a number", FIELDS[field].0),
-        )),
-    }
-}
-
 fn pixels(cells: &Cells, field: usize) -> Result<Option<i64>, (Why, String)> {
     match number(cells, field)? {
         None => Ok(None),
@@ -843,8 +883,7 @@ fn pixels(cells: &Cells, field: usize) -> Result<Option<i64>, (Why, String)> {
     }
 }
 
-/// A field that holds JSON: as it is in JSON Lines, written out in a cell of a CSV. Outer `None`:
-/// it was refused.
+/// A field that holds JSON: as it is in JSON Lines, written out in a cell of a CSV. Outer `None`: it was refused.
 fn structure(
     cells: &Cells,
     field: usize,
@@ -857,5 +896,43 @@ fn structure(
     match json::as_string(json) {
         Some(text) => json::compact(&text, place, refusals).map(Some),
         None => Some(Some(json.clone())),
+    }
+}
+
+#[cfg(test)]
+mod unit {
+    use super::*;
+
+    #[test]
+    fn masks_as_runs() {
+        // 3 wide and 4 high: pixels 2 and 3 of the first column, and all of the second.
+        let shape = runs("\"2 2 5 4\"", Some((3, 4))).unwrap();
+        assert_eq!(
+            shape.extent,
+            Some(Extent::Box {
+                x: 0.0,
+                y: 0.0,
+                w: 2.0,
+                h: 4.0
+            })
+        );
+        let shape = runs("\"2 2\"", Some((3, 4))).unwrap();
+        assert_eq!(
+            shape.extent,
+            Some(Extent::Box {
+                x: 0.0,
+                y: 1.0,
+                w: 1.0,
+                h: 2.0
+            })
+        );
+        assert_eq!(
+            shape.geom.as_deref(),
+            Some(r#"{"format":"kaggle","counts":"2 2"}"#)
+        );
+        assert_eq!(runs("\"2 2\"", None).unwrap().extent, Some(Extent::None));
+        for bad in ["\"1\"", "\"0 5\"", "\"a b\"", "\"12 2\""] {
+            assert!(runs(bad, Some((3, 4))).is_err(), "{bad}");
+        }
     }
 }

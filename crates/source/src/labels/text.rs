@@ -7,7 +7,10 @@ use crate::inside::Inside;
 use base::fault::{Fault, IoContext};
 use base::limits::LABEL_SIDE_FILE_BYTES_MAX;
 
+use super::collect::Collector;
+use super::encoding::{Decoded, decode, looks_like_gbk};
 use super::refuse::{Refusals, Why};
+use super::xml;
 
 /// The bytes as text, or a refusal that names the encoding they seem to be in. Raw NULs are refused
 /// too.
@@ -38,68 +41,100 @@ pub(super) fn not_utf8(bytes: &[u8], valid_up_to: usize) -> String {
     format!("byte {valid_up_to} of the record is not UTF-8{guess}")
 }
 
-/// Whether all that is not ASCII comes in pairs as GBK writes them: a lead of 0x81–0xFE, then
-/// 0x40–0xFE but 0x7F.
-fn looks_like_gbk(bytes: &[u8]) -> bool {
-    let mut bytes = bytes.iter();
-    let mut pairs = 0;
-    while let Some(&lead) = bytes.next() {
-        if lead < 0x80 {
-            continue;
-        }
-        match bytes.next() {
-            Some(&trail)
-                if (0x81..=0xfe).contains(&lead)
-                    && (0x40..=0xfe).contains(&trail)
-                    && trail != 0x7f =>
-            {
-                pairs += 1;
-            }
-            _ => return false,
-        }
-    }
-    pairs > 0
-}
-
-/// A small file beside the labels, whole, without a byte order mark. What is wrong with its text is
-/// a fault.
-pub(super) fn side_file(inside: &Inside, path: &Path) -> Result<String, Fault> {
+/// A small file beside the labels, whole, without a byte order mark. What is wrong with its text is a fault.
+pub(super) fn side_file(
+    inside: &Inside,
+    path: &Path,
+    collector: &mut Collector,
+) -> Result<String, Fault> {
+    let bytes = bounded(inside, path)?;
     let mut refusals = Refusals::default();
-    let text = one_of_many(
-        inside,
-        path,
-        &inside.full(path).display().to_string(),
-        &mut refusals,
-    )?;
+    let place = inside.full(path).display().to_string();
+    let text = bytes.and_then(|bytes| whole(&bytes, &place, None, collector, &mut refusals));
     refusals.check()?;
-    Ok(text.unwrap_or_default())
+    text.ok_or_else(|| {
+        Fault::integrity(format!(
+            "{place} is larger than {LABEL_SIDE_FILE_BYTES_MAX} bytes"
+        ))
+        .with_next(Why::TooLarge.advice())
+    })
 }
 
-/// The same for one of many files: what is wrong with its text is refused, and the next file can be
-/// read.
-pub(super) fn one_of_many(
+/// The same for one of many XML files: what is wrong with its text is refused, and the next file can be read.
+pub(super) fn xml_file(
     inside: &Inside,
     path: &Path,
     place: &str,
-    refusals: &mut Refusals,
+    collector: &mut Collector,
 ) -> Result<Option<String>, Fault> {
-    let at = || format!("read {}", inside.full(path).display());
+    let mut refusals = std::mem::take(&mut collector.refusals);
+    let text = bounded(inside, path).map(|bytes| match bytes {
+        Some(bytes) => {
+            let declared = xml::declared_encoding(&bytes);
+            whole(&bytes, place, declared, collector, &mut refusals)
+        }
+        None => {
+            let detail = format_args!("the file is larger than {LABEL_SIDE_FILE_BYTES_MAX} bytes");
+            refusals.add(Why::TooLarge, place, detail);
+            None
+        }
+    });
+    collector.refusals = refusals;
+    text
+}
+
+/// The file's bytes; `None` when there are too many.
+fn bounded(inside: &Inside, path: &Path) -> Result<Option<Vec<u8>>, Fault> {
     let mut bytes = Vec::new();
+    let at = || format!("read {}", inside.full(path).display());
     inside
         .file(path)?
         .take(LABEL_SIDE_FILE_BYTES_MAX + 1)
         .read_to_end(&mut bytes)
         .at(at())?;
-    if bytes.len() as u64 > LABEL_SIDE_FILE_BYTES_MAX {
-        refusals.add(
-            Why::TooLarge,
-            place,
-            format_args!("the file is larger than {LABEL_SIDE_FILE_BYTES_MAX} bytes"),
-        );
-        return Ok(None);
+    Ok((bytes.len() as u64 <= LABEL_SIDE_FILE_BYTES_MAX).then_some(bytes))
+}
+
+/// The text of a whole file.
+fn whole(
+    bytes: &[u8],
+    place: &str,
+    declared: Option<&str>,
+    collector: &mut Collector,
+    refusals: &mut Refusals,
+) -> Option<String> {
+    let known = declared.and_then(|declared| declared.parse().ok());
+    let text = match decode(bytes, collector.encoding, known) {
+        Decoded::Text(text, inferred) => {
+            collector.note_encoding(place, inferred);
+            text
+        }
+        Decoded::Invalid(encoding) => {
+            refusals.add(
+                Why::Utf8,
+                place,
+                format_args!("its bytes are not {encoding}"),
+            );
+            return None;
+        }
+        Decoded::Unknown => {
+            let valid_up_to =
+                std::str::from_utf8(bytes).map_or_else(|error| error.valid_up_to(), str::len);
+            let mut detail = not_utf8(bytes, valid_up_to);
+            if let Some(declared) = declared.filter(|_| known.is_none()) {
+                detail.push_str(&format!(
+                    "; it declares the encoding {declared:?}, which is not known"
+                ));
+            }
+            refusals.add(Why::Utf8, place, detail);
+            return None;
+        }
+    };
+    if text.contains('\0') {
+        refusals.add(Why::Nul, place, "it holds a NUL character");
+        return None;
     }
-    let text = text(&bytes, place, refusals);
-    Ok(text.map(|text| text.strip_prefix('\u{feff}').unwrap_or(text).to_owned()))
+    Some(text.into_owned())
 }
 
 /// The text as a JSON string, quotes included.

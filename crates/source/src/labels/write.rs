@@ -13,13 +13,14 @@ use serde_json::value::RawValue;
 
 use base::fault::{Fault, IoContext};
 use base::names::RelPath;
+use base::omitted::{Category, Omitted};
 use content::chunk::Hash;
 use content::label_rows::{ANNOTATIONS, CLASSES, ClassRow, SAMPLES, SampleRow};
 use content::manifest::{DatasetBinding, FileInfo};
 
 use super::collect::{
-    AnnotationRecord, ClassRef, ClassTable, Collector, Sample, TAG_ANNOTATION, decode, key_path,
-    split_key,
+    AnnotationRecord, ClassRef, ClassTable, Collector, Sample, SplitFrom, TAG_ANNOTATION, decode,
+    key_path, split_key,
 };
 use super::refuse::{Refusals, Why};
 use super::sort::Sorter;
@@ -42,9 +43,10 @@ pub(super) fn write(
     collector: Collector,
     dataset: Option<BoundDataset>,
     allow_missing: bool,
-) -> Result<(Counts, Option<DatasetBinding>), Fault> {
+) -> Result<(Counts, Option<DatasetBinding>, Omitted), Fault> {
     let Collector {
         mut refusals,
+        mut omitted,
         classes,
         scratch,
         rows,
@@ -60,6 +62,7 @@ pub(super) fn write(
     let mut pass = Pass {
         classes: &classes,
         refusals: &mut refusals,
+        omitted: &mut omitted,
         annotations: Lines::create(&scratch, ANNOTATIONS)?,
         samples: Lines::create(&scratch, SAMPLES)?,
         dataset: files.map(|files| Join { files, head: None }),
@@ -98,7 +101,7 @@ pub(super) fn write(
         classes: write_classes(&classes, &scratch)?,
     };
     refusals.check()?;
-    Ok((counts, binding))
+    Ok((counts, binding, omitted))
 }
 
 fn find_duplicate_ids(ids: Sorter, refusals: &mut Refusals) -> Result<(), Fault> {
@@ -139,6 +142,7 @@ fn write_classes(classes: &ClassTable, scratch: &Path) -> Result<u64, Fault> {
 struct Pass<'a> {
     classes: &'a ClassTable,
     refusals: &'a mut Refusals,
+    omitted: &'a mut Omitted,
     annotations: Lines,
     samples: Lines,
     dataset: Option<Join>,
@@ -156,7 +160,7 @@ struct Open {
     declared: bool,
     width: Option<i64>,
     height: Option<i64>,
-    split: Option<String>,
+    split: Option<(String, SplitFrom)>,
     meta: Option<String>,
 }
 
@@ -214,16 +218,38 @@ impl Pass<'_> {
                 _ => *known = known.or(said),
             }
         }
-        match (&open.split, sample.split) {
-            (Some(known), Some(said)) if known != said => {
-                let detail = format!(
-                    "{:?} is in the split {said:?} here and in {known:?} before",
-                    open.path.as_str()
-                );
-                self.refusals.add(Why::Conflict, sample.place, detail);
+        if let Some(said) = sample.split {
+            match &open.split {
+                Some((known, from)) if known != said && *from == sample.split_from => {
+                    let detail = format!(
+                        "{:?} is in the split {said:?} here and in {known:?} before",
+                        open.path.as_str()
+                    );
+                    self.refusals.add(Why::Conflict, sample.place, detail);
+                }
+                Some((known, from)) => {
+                    if known != said
+                        && [*from, sample.split_from]
+                            .iter()
+                            .all(|from| matches!(from, SplitFrom::List(_)))
+                    {
+                        let first = if *from < sample.split_from {
+                            known
+                        } else {
+                            said
+                        };
+                        let detail = format!(
+                            "{} is in the lists of {known} and {said}; {first} counts",
+                            open.path
+                        );
+                        self.omitted.add(Category::Inferred, detail);
+                    }
+                    if sample.split_from < *from {
+                        open.split = Some((said.to_owned(), sample.split_from));
+                    }
+                }
+                None => open.split = Some((said.to_owned(), sample.split_from)),
             }
-            (None, Some(said)) => open.split = Some(said.to_owned()),
-            _ => {}
         }
         match (open.hash, sample.hash) {
             (Some(known), Some(said)) if known != said => {
@@ -269,7 +295,15 @@ impl Pass<'_> {
                 start < -OUTSIDE_TOLERANCE_PX
                     || size.is_some_and(|size| start + length > size as f64 + OUTSIDE_TOLERANCE_PX)
             };
-            if beyond(x, w, open.width) || beyond(y, h, open.height) {
+            // A box around a turned shape may reach over the image, but not lie beside it.
+            let beside = |start: f64, length: f64, size: Option<i64>| {
+                start + length < 0.0 || size.is_some_and(|size| start > size as f64)
+            };
+            let is_outside = match annotation.is_hull {
+                true => beside(x, w, open.width) || beside(y, h, open.height),
+                false => beyond(x, w, open.width) || beyond(y, h, open.height),
+            };
+            if is_outside {
                 let size = |n: Option<i64>| n.map_or("?".to_owned(), |n| n.to_string());
                 let detail = format!(
                     "{w} × {h} at {x}, {y} reaches out of {:?} ({} × {})",
@@ -281,6 +315,32 @@ impl Pass<'_> {
                     .add(Why::OutsideImage, annotation.place, detail);
                 return Ok(());
             }
+        }
+        if let Some([left, top, right, bottom]) = annotation.reach {
+            let over = |start: f64, end: f64, size: Option<i64>| {
+                start < -OUTSIDE_TOLERANCE_PX
+                    || size.is_some_and(|size| end > size as f64 + OUTSIDE_TOLERANCE_PX)
+            };
+            if over(left, right, open.width) || over(top, bottom, open.height) {
+                let detail = format!(
+                    "its points lie within {left}, {top} and {right}, {bottom}, which reaches out of {:?}",
+                    open.path.as_str()
+                );
+                self.refusals
+                    .add(Why::OutsideImage, annotation.place, detail);
+                return Ok(());
+            }
+        }
+        if let (Some([width, height]), Some(w), Some(h)) =
+            (annotation.mask, open.width, open.height)
+            && (width, height) != (w, h)
+        {
+            let detail = format!(
+                "its mask is {width} × {height}, and {:?} is {w} × {h}",
+                open.path.as_str()
+            );
+            self.refusals.add(Why::Conflict, annotation.place, detail);
+            return Ok(());
         }
         self.annotations.parts(&[
             "{\"sample\":",
@@ -301,7 +361,7 @@ impl Pass<'_> {
             hash: open.hash,
             width: open.width,
             height: open.height,
-            split: open.split,
+            split: open.split.map(|(split, _)| split),
             meta: raw(open.meta.as_deref())?,
         })
     }

@@ -76,19 +76,8 @@ pub(super) fn parse(text: &str) -> Result<(String, Value), (Why, String)> {
                 Ok(_) => return Err((Why::Nul, "it holds a NUL character".into())),
                 Err(error) => return Err(malformed(&error)),
             },
-            Event::Decl(decl) => {
-                if let Some(Ok(encoding)) = decl.encoding()
-                    && !encoding.eq_ignore_ascii_case("utf-8")
-                    && !encoding.eq_ignore_ascii_case("ascii")
-                    && !encoding.eq_ignore_ascii_case("us-ascii")
-                {
-                    return Err((
-                        Why::Utf8,
-                        format!("it says that its encoding is {encoding}"),
-                    ));
-                }
-            }
-            Event::Comment(_) | Event::PI(_) | Event::DocType(_) => {}
+            // The text was decoded before, whatever the declaration says.
+            Event::Decl(_) | Event::Comment(_) | Event::PI(_) | Event::DocType(_) => {}
             Event::Eof if !open.is_empty() => {
                 return Err(malformed(&"it ends within an element: it is cut off"));
             }
@@ -139,6 +128,17 @@ fn add_text(text: &str, open: &mut [Open]) -> Result<(), (Why, String)> {
     Ok(())
 }
 
+/// The encoding that a document declares in its first line, which is ASCII in all encodings but UTF-16.
+pub(super) fn declared_encoding(bytes: &[u8]) -> Option<&str> {
+    let head = &bytes[..bytes.len().min(256)];
+    let end = head.windows(2).position(|two| two == b"?>")?;
+    let head = std::str::from_utf8(&head[..end]).ok()?;
+    let (_, rest) = head.strip_prefix("<?xml")?.split_once("encoding")?;
+    let rest = rest.trim_start().strip_prefix('=')?.trim_start();
+    let quote = rest.chars().next().filter(|c| matches!(c, '"' | '\''))?;
+    rest[1..].split_once(quote).map(|(name, _)| name)
+}
+
 #[cfg(test)]
 mod unit {
     use super::*;
@@ -157,6 +157,22 @@ mod unit {
     }
 
     #[test]
+    fn declarations() {
+        for (text, declared) in [
+            ("<?xml version=\"1.0\" encoding=\"GBK\"?><a/>", Some("GBK")),
+            ("<?xml version='1.0' encoding = 'utf8'?>", Some("utf8")),
+            ("<?xml version='1.0'?><a encoding='x'/>", None),
+            ("<a/>", None),
+        ] {
+            assert_eq!(declared_encoding(text.as_bytes()), declared, "{text}");
+        }
+        assert!(
+            parse("<?xml version='1.0' encoding='GBK'?><a/>").is_ok(),
+            "the text was decoded before"
+        );
+    }
+
+    #[test]
     fn bad_documents() {
         for (text, why) in [
             ("", Why::Malformed),
@@ -165,7 +181,6 @@ mod unit {
             ("<a/><b/>", Why::Malformed),
             ("<!DOCTYPE a [<!ENTITY e 'x'>]><a>&e;</a>", Why::Malformed),
             ("x<a/>", Why::Malformed),
-            ("<?xml version='1.0' encoding='GBK'?><a/>", Why::Utf8),
             ("<a>&#0;</a>", Why::Malformed),
         ] {
             assert_eq!(parse(text).unwrap_err().0, why, "{text}");

@@ -1,60 +1,77 @@
-//! YOLO: a folder of text files, one an image, one object a line (docs.ultralytics.com/datasets,
-//! darknet before it).
+//! YOLO: a folder of text files, one an image, one object a line (docs.ultralytics.com/datasets, darknet before it).
 //!
-//! A line is `class cx cy w h`, or `class x1 y1 x2 y2 x3 y3 …` for a polygon, or with `kpt_shape`
-//! in the YAML a box and keypoints; a sixth number behind a box is its confidence. All are
-//! fractions of the image. Names come from a YAML file's `names`, from `classes.txt`, `obj.names`
-//! or another `*.names` file; the class is the place in that list.
+//! A line is a class and fractions of the image: a box, a box with keypoints, or a polygon, with a confidence and a track id
+//! behind it or not (`yolo_rows`). Names come from a YAML file, from `classes.txt`, `obj.names` or another `*.names` file
+//! (`yolo_names`); the class is the place in that list.
 //!
-//! `labels/x/a.txt` belongs to `images/x/a.*`; without such folders the image stands beside its
-//! text file. Images without a text file are samples without annotations. A component `train`,
-//! `val` (or `valid`, `validation`) or `test` is the split.
+//! `labels/x/a.txt` belongs to `images/x/a.*`; without such folders the image is beside its text file. Images without a
+//! text file are samples without annotations. Lists of images give the splits, else folders named so (`yolo_lists`).
 
 use std::collections::HashMap;
 use std::io::{BufRead, BufReader};
-use std::path::Path;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
 
 use crate::inside::Inside;
 use base::fault::{Fault, IoContext};
-use base::limits::LABEL_RECORD_BYTES_MAX;
+use base::limits::{LABEL_RECORD_BYTES_MAX, LABEL_SORT_BYTES};
+use base::names::RelPath;
 use base::omitted::Category;
 
-use super::collect::{Annotation, ClassRef, Collector, Extent, Sample, number_list};
+use super::collect::{Annotation, ClassRef, Collector, Sample, SplitFrom, decode, encode};
 use super::folder::{Input, Walk, has_extension};
+use super::images_beside::{IMAGE_EXTENSIONS, exists_in_any_case, with_extension};
 use super::refuse::Why;
+use super::sort::Sorter;
 use super::text::json_string;
+use super::yolo_lists::Lists;
 use super::yolo_names::{self, Names};
-use super::{size, text};
+use super::yolo_rows::{Profile, Reading, Row, Task};
+use super::{encoding, size, split, text};
 
-/// The images that count; those after BMP have no header that is read here.
-pub(super) const IMAGE_EXTENSIONS: [&str; 8] =
-    ["jpg", "jpeg", "png", "bmp", "tif", "tiff", "webp", "gif"];
 const SIZES: &str = "sizes.csv";
+/// How deep a folder `labels` is looked for.
+const LABELS_DEPTH_MAX: usize = 3;
 
-pub(super) fn read(input: &Input, collector: &mut Collector) -> Result<(), Fault> {
+/// Reads the folder. `task` says what rows of more than five numbers are; without it they are read by `kpt_shape`, or by what
+/// all rows say.
+pub(super) fn read(
+    input: &Input,
+    task: Option<Task>,
+    collector: &mut Collector,
+) -> Result<(), Fault> {
     let Some(inside) = input.folder() else {
         return Err(
             Fault::integrity("YOLO labels are a folder, and this is none")
                 .with_next("give the folder with the text files and names"),
         );
     };
-    let names = yolo_names::find(inside)?;
+    let names = yolo_names::find(inside, collector)?;
     for (id, name) in &names.classes {
-        collector.classes.declare(
-            &names.place,
-            *id,
-            name,
-            None,
-            false,
-            &mut collector.refusals,
-        )?;
+        collector
+            .classes
+            .declare(&names.file, *id, name, None, false, &mut collector.refusals)?;
     }
-    let folder = Folder {
+    let task = task.or(names
+        .keypoints
+        .map(|(points, values)| Task::Pose(points, values)));
+    let mut folder = Folder {
         inside,
         sizes: read_sizes(inside, collector)?,
         in_labels: has_labels_folder(inside)?,
+        lists: Lists::find(inside, &names)?,
         names,
+        reading: task.map(|task| Reading {
+            task,
+            five_end_in_id: false,
+        }),
+        profile: Profile::default(),
+        waiting: Sorter::new(&collector.scratch, LABEL_SORT_BYTES),
     };
+    folder
+        .lists
+        .read(inside, &folder.names, &folder.sizes, collector)?;
     let mut walk = Walk::new(inside);
     while let Some(file) = walk.next() {
         let file = file?;
@@ -73,58 +90,94 @@ pub(super) fn read(input: &Input, collector: &mut Collector) -> Result<(), Fault
         }
     }
     collector.omitted.merge(walk.omitted);
-    Ok(())
+    folder.finish(collector)
 }
 
 struct Folder<'a> {
     inside: &'a Inside,
     names: Names,
+    lists: Lists,
     /// From `sizes.csv`: the path without its extension, to the path and its size.
     sizes: HashMap<String, (String, i64, i64)>,
     in_labels: bool,
+    /// How rows are read, where the other rows of the set are not needed to know.
+    reading: Option<Reading>,
+    profile: Profile,
+    /// Rows that wait until all rows were seen: from the first such row of a file on, so that their order stays.
+    waiting: Sorter,
+}
+
+/// A row that waits.
+#[derive(Serialize, Deserialize)]
+struct Waiting<'a> {
+    path: &'a str,
+    line: u64,
+    width: i64,
+    height: i64,
+    text: &'a str,
+}
+
+/// The image that a text file belongs to.
+enum Image {
+    /// Its path and its size.
+    Found(String, i64, i64),
+    /// It is there, and its size cannot be read.
+    Unreadable(String),
+    None,
 }
 
 impl Folder<'_> {
     /// Whether this text file holds labels and not names or lists.
     fn is_label(&self, name: &str) -> bool {
-        if self.in_labels {
-            return name.split('/').rev().skip(1).any(|part| part == "labels")
-                && !name.ends_with("/classes.txt");
-        }
         let file = name.rsplit('/').next().unwrap_or(name);
-        !(file == "classes.txt" || (file == name && is_list(file)))
+        if file == "classes.txt" || self.lists.has(name) {
+            return false;
+        }
+        if self.in_labels {
+            return name
+                .split('/')
+                .rev()
+                .skip(1)
+                .any(|part| part.eq_ignore_ascii_case("labels"));
+        }
+        !(file == name && is_list(file))
     }
 
-    /// Whether it says something of the labels: the names of the classes, the sizes, or which
-    /// images belong to a split.
+    /// Whether it says something of the labels: the names of the classes, the sizes, or which images belong to a split.
     fn is_side_file(&self, name: &str) -> bool {
         let file = name.rsplit('/').next().unwrap_or(name);
-        let is_split = [
-            "train.txt",
-            "val.txt",
-            "valid.txt",
-            "test.txt",
-            "trainval.txt",
-        ]
-        .contains(&file)
-            && file == name;
-        is_split
+        self.lists.has(name)
+            || name == "trainval.txt"
             || file == "classes.txt"
             || file == SIZES
-            || file == self.names.place
+            || name == self.names.file
             || has_extension(Path::new(file), &["yaml", "yml", "names"])
     }
 
     /// An image without a text file is a sample all the same.
     fn background(&self, name: &str, collector: &mut Collector) -> Result<(), Fault> {
         let stem = without_extension(name);
-        let label = if self.in_labels {
+        let labels = if self.in_labels {
             swap_folder(stem, "images", "labels")
         } else {
-            Some(stem.to_owned())
+            vec![stem.to_owned()]
         };
-        let Some(label) = label else { return Ok(()) };
-        if self.inside.is_file(format!("{label}.txt")) {
+        if labels.is_empty() {
+            return Ok(());
+        }
+        if let Some(label) = labels
+            .iter()
+            .find(|label| exists_in_any_case(self.inside, label, "txt"))
+        {
+            // Of two images with one name the labels belong to the first.
+            if !name.ends_with(".jpg")
+                && let Image::Found(other, ..) = self.image_of(label)
+                && other != name
+            {
+                collector
+                    .omitted
+                    .add(Category::SameName, format!("{name}: the labels of {other}"));
+            }
             return Ok(());
         }
         let Some(path) = collector.path(name, name) else {
@@ -136,224 +189,270 @@ impl Folder<'_> {
             .map(|(_, w, h)| (*w, *h))
             .or_else(|| size::of_file(self.inside, name));
         let (width, height) = found.unzip();
-        collector.sample(
-            &path,
-            &Sample {
-                place: name,
-                declared: true,
-                width,
-                height,
-                split: split(name),
-                ..Sample::default()
-            },
-        )
+        collector.sample(&path, &self.sample(name, name, width, height))
     }
 
-    fn label(&self, name: &str, collector: &mut Collector) -> Result<(), Fault> {
-        let Some((image, width, height)) = self.image_of(name) else {
-            collector.refusals.add(
-                Why::NoSize,
-                name,
-                "no image that it belongs to, or whose size can be read, was found",
-            );
-            return Ok(());
+    /// What is known of the image of a text file, or of an image without one.
+    fn sample<'n>(
+        &self,
+        name: &'n str,
+        image: &str,
+        width: Option<i64>,
+        height: Option<i64>,
+    ) -> Sample<'n> {
+        let split = self
+            .lists
+            .split_of(name)
+            .or_else(|| self.lists.split_of(image));
+        Sample {
+            place: name,
+            declared: true,
+            width,
+            height,
+            split,
+            split_from: SplitFrom::Folder,
+            ..Sample::default()
+        }
+    }
+
+    fn label(&mut self, name: &str, collector: &mut Collector) -> Result<(), Fault> {
+        let (image, width, height) = match self.image_of(name) {
+            Image::Found(image, width, height) => (image, width, height),
+            Image::Unreadable(image) => {
+                let detail = format!("the width and height of its image {image} cannot be read");
+                collector.refusals.add(Why::NoSize, name, detail);
+                return Ok(());
+            }
+            Image::None => {
+                collector
+                    .refusals
+                    .add(Why::NoSize, name, "no image that it belongs to was found");
+                return Ok(());
+            }
         };
         let Some(path) = collector.path(name, &image) else {
             return Ok(());
         };
-        let sample = Sample {
-            place: name,
-            declared: true,
-            width: Some(width),
-            height: Some(height),
-            split: split(name),
-            ..Sample::default()
-        };
-        collector.sample(&path, &sample)?;
+        collector.sample(&path, &self.sample(name, &image, Some(width), Some(height)))?;
         let at = || format!("read {}", self.inside.full(name).display());
-        let mut reader = BufReader::new(self.inside.file(name)?);
-        let (mut line, mut number) = (Vec::new(), 0u64);
+        let decoded = encoding::Utf8Reader::new(self.inside.file(name)?, collector.encoding);
+        let inferred = decoded.inferred();
+        let mut reader = BufReader::new(decoded);
+        let (mut bytes, mut line, mut waits) = (Vec::new(), 0u64, false);
         loop {
-            line.clear();
-            let more = std::io::Read::take(&mut reader, LABEL_RECORD_BYTES_MAX as u64 + 1)
-                .read_until(b'\n', &mut line)
-                .at(at())?;
-            if more == 0 {
-                return Ok(());
+            bytes.clear();
+            let limit = LABEL_RECORD_BYTES_MAX as u64 + 1;
+            if std::io::Read::take(&mut reader, limit)
+                .read_until(b'\n', &mut bytes)
+                .at(at())?
+                == 0
+            {
+                break;
             }
-            number += 1;
-            let place = format!("{name} line {number}");
-            if line.len() > LABEL_RECORD_BYTES_MAX {
-                collector.refusals.add(
-                    Why::TooLarge,
-                    place,
-                    format_args!("it is longer than {LABEL_RECORD_BYTES_MAX} bytes"),
-                );
-                return Ok(());
+            line += 1;
+            let place = format!("{name} line {line}");
+            if bytes.len() > LABEL_RECORD_BYTES_MAX {
+                let detail = format_args!("it is longer than {LABEL_RECORD_BYTES_MAX} bytes");
+                collector.refusals.add(Why::TooLarge, place, detail);
+                break;
             }
-            let Some(text) = text::text(&line, &place, &mut collector.refusals) else {
+            let Some(text) = text::text(&bytes, &place, &mut collector.refusals) else {
                 continue;
             };
             let text = text.trim_start_matches('\u{feff}').trim();
             if text.is_empty() {
                 continue;
             }
-            let object = match self.object(text, width as f64, height as f64) {
-                Ok(object) => object,
+            let row = match Row::parse(text) {
+                Ok(row) => row,
                 Err((why, detail)) => {
                     collector.refusals.add(why, place, detail);
                     continue;
                 }
             };
-            let raw = format!(
-                "{{\"file\":{},\"line\":{number},\"text\":{}}}",
-                json_string(name),
-                json_string(text)
-            );
-            let row = Annotation {
-                place: &place,
-                class: Some(ClassRef::Id(object.class)),
-                kind: object.kind,
-                extent: object.extent,
-                geom: object.geom.as_deref(),
-                attrs: object.attrs.as_deref(),
-                raw: &raw,
+            let plain = Reading {
+                task: Task::Segment,
+                five_end_in_id: false,
             };
-            collector.annotation(&path, &row)?;
-        }
-    }
-
-    /// The image that a text file belongs to, and its size.
-    fn image_of(&self, name: &str) -> Option<(String, i64, i64)> {
-        let stem = without_extension(name);
-        let candidates = [swap_folder(stem, "labels", "images"), Some(stem.to_owned())];
-        for stem in candidates.into_iter().flatten() {
-            if let Some(known) = self.sizes.get(&stem) {
-                return Some(known.clone());
-            }
-            for extension in IMAGE_EXTENSIONS {
-                for extension in [extension.to_owned(), extension.to_uppercase()] {
-                    let image = format!("{stem}.{extension}");
-                    if let Some((width, height)) = size::of_file(self.inside, &image) {
-                        return Some((image, width, height));
+            match self.reading.or((!waits && row.is_plain()).then_some(plain)) {
+                Some(reading) => {
+                    let found = Place {
+                        file: name,
+                        line,
+                        path: &path,
+                        size: (width, height),
+                    };
+                    emit(&found, text, &row, reading, collector)?;
+                }
+                None => {
+                    waits = true;
+                    if !row.is_plain() {
+                        self.profile.add(&row);
                     }
+                    let mut key = name.as_bytes().to_vec();
+                    key.push(0);
+                    key.extend(line.to_be_bytes());
+                    let mut value = Vec::new();
+                    encode(
+                        &Waiting {
+                            path: path.as_str(),
+                            line,
+                            width,
+                            height,
+                            text,
+                        },
+                        &mut value,
+                    )?;
+                    self.waiting.push(&key, &value)?;
                 }
             }
         }
-        None
+        collector.note_encoding(name, inferred.name());
+        Ok(())
     }
 
-    fn object(&self, text: &str, width: f64, height: f64) -> Result<Object, (Why, String)> {
-        let mut words = text.split_whitespace();
-        let class = words.next().unwrap_or_default();
-        let Ok(class) = class.parse::<i64>() else {
-            return Err((Why::Shape, format!("its class is {class:?}, not a number")));
+    /// All rows were seen: those that waited are read.
+    fn finish(self, collector: &mut Collector) -> Result<(), Fault> {
+        let (task, why) = self.profile.infer();
+        let reading = Reading {
+            task,
+            five_end_in_id: self.profile.five_end_in_id(),
         };
-        let mut numbers = Vec::new();
-        for word in words {
-            match word.parse::<f64>() {
-                Ok(n) if n.is_finite() => numbers.push(n),
-                Ok(_) => return Err((Why::NotFinite, format!("it holds {word}"))),
-                Err(_) => return Err((Why::Shape, format!("it holds {word:?}, not a number"))),
-            }
-        }
-        let object = |kind, extent, geom, attrs| {
-            Ok(Object {
-                class,
-                kind,
-                extent,
-                geom,
-                attrs,
-            })
-        };
-        let box_of = |n: &[f64]| {
-            let (w, h) = (n[2] * width, n[3] * height);
-            Extent::Box {
-                x: n[0] * width - w / 2.0,
-                y: n[1] * height - h / 2.0,
-                w,
-                h,
-            }
-        };
-        if let Some((points, values)) = self.names.keypoints
-            && numbers.len() == 4 + points * values
-        {
-            let mut geom = Vec::with_capacity(points * 3);
-            for point in numbers[4..].chunks_exact(values) {
-                geom.extend([
-                    point[0] * width,
-                    point[1] * height,
-                    point.get(2).copied().unwrap_or(2.0),
-                ]);
-            }
-            return object(
-                "keypoints",
-                box_of(&numbers),
-                Some(number_list(&geom)),
-                None,
+        let rows = self.profile.rows();
+        if rows > 0 {
+            collector.omitted.add(
+                Category::Inferred,
+                format!("{rows} rows of the text files are read as {why}"),
             );
         }
-        match numbers.len() {
-            4 => object("bbox", box_of(&numbers), None, None),
-            5 => object(
-                "bbox",
-                box_of(&numbers),
-                None,
-                Some(format!(
-                    "{{\"confidence\":{}}}",
-                    number_list(&numbers[4..]).trim_matches(['[', ']'])
-                )),
-            ),
-            n if n >= 6 && n % 2 == 0 => {
-                for pair in numbers.chunks_exact_mut(2) {
-                    pair[0] *= width;
-                    pair[1] *= height;
-                }
-                let extent = Extent::around(&numbers).unwrap_or(Extent::None);
-                object(
-                    "polygon",
-                    extent,
-                    Some(format!("[{}]", number_list(&numbers))),
-                    None,
-                )
-            }
-            n => Err((
-                Why::ColumnDrift,
-                format!("{n} numbers follow the class; a box has 4, a polygon 6 or more in pairs"),
-            )),
+        let mut waiting = self.waiting.finish()?;
+        while let Some((key, value)) = waiting.next()? {
+            let file = key
+                .split(|byte| *byte == 0)
+                .next()
+                .and_then(|file| std::str::from_utf8(file).ok());
+            let Waiting {
+                path,
+                line,
+                width,
+                height,
+                text,
+            } = decode(value)?;
+            let (file, path): (&str, RelPath) = (file.unwrap_or_default(), path.parse()?);
+            // It was read as a row before.
+            let Ok(row) = Row::parse(text) else { continue };
+            let found = Place {
+                file,
+                line,
+                path: &path,
+                size: (width, height),
+            };
+            emit(&found, text, &row, reading, collector)?;
         }
+        Ok(())
+    }
+
+    /// The image that a text file belongs to. Of several, the first whose size can be read.
+    fn image_of(&self, name: &str) -> Image {
+        let stem = without_extension(name);
+        let mut unreadable = None;
+        for stem in swap_folder(stem, "labels", "images")
+            .into_iter()
+            .chain([stem.to_owned()])
+        {
+            if let Some((path, width, height)) = self.sizes.get(&stem).cloned() {
+                return Image::Found(path, width, height);
+            }
+            let found = with_extension(&stem, |image| {
+                let size = size::of_file(self.inside, image);
+                if size.is_none() && unreadable.is_none() && self.inside.is_file(image) {
+                    unreadable = Some(image.to_owned());
+                }
+                size.map(|(width, height)| Image::Found(image.to_owned(), width, height))
+            });
+            if let Some(found) = found {
+                return found;
+            }
+        }
+        unreadable.map_or(Image::None, Image::Unreadable)
     }
 }
 
-struct Object {
-    class: i64,
-    kind: &'static str,
-    extent: Extent,
-    geom: Option<String>,
-    attrs: Option<String>,
+/// Where a row is, and what it speaks of.
+struct Place<'a> {
+    file: &'a str,
+    line: u64,
+    path: &'a RelPath,
+    size: (i64, i64),
+}
+
+fn emit(
+    at: &Place<'_>,
+    text: &str,
+    row: &Row,
+    reading: Reading,
+    collector: &mut Collector,
+) -> Result<(), Fault> {
+    let Place {
+        file,
+        line,
+        path,
+        size: (width, height),
+    } = *at;
+    let place = format!("{file} line {line}");
+    let object = match reading.object(row, width as f64, height as f64) {
+        Ok(object) => object,
+        Err((why, detail)) => {
+            collector.refusals.add(why, place, detail);
+            return Ok(());
+        }
+    };
+    let raw = format!(
+        "{{\"file\":{},\"line\":{line},\"text\":{}}}",
+        json_string(file),
+        json_string(text)
+    );
+    let annotation = Annotation {
+        place: &place,
+        class: Some(ClassRef::Id(row.class)),
+        kind: object.kind,
+        extent: object.extent,
+        is_hull: false,
+        geom: object.geom.as_deref(),
+        attrs: object.attrs.as_deref(),
+        raw: &raw,
+    };
+    collector.annotation(path, &annotation)
 }
 
 /// Whether a text file at the top is one of those that list images or say something.
 fn is_list(file: &str) -> bool {
-    let stem = file.trim_end_matches(".txt").to_ascii_lowercase();
-    [
-        "train", "val", "valid", "test", "trainval", "readme", "license", "labels", "names",
-    ]
-    .contains(&stem.as_str())
+    let stem = without_extension(file).to_ascii_lowercase();
+    split::of_name(&stem).is_some()
+        || ["trainval", "readme", "license", "labels", "names"].contains(&stem.as_str())
 }
 
-/// Whether there is a folder `labels` at the top or one below it.
+/// Whether there is a folder `labels` at the top or a few folders below it.
 fn has_labels_folder(inside: &Inside) -> Result<bool, Fault> {
-    if inside.is_dir("labels") {
-        return Ok(true);
-    }
-    for entry in inside.list(Path::new(""))? {
-        let name = entry
-            .at(format_args!("list {}", inside.full("").display()))?
-            .file_name();
-        if inside.is_dir(&name) && inside.is_dir(Path::new(&name).join("labels")) {
-            return Ok(true);
+    let mut level = vec![PathBuf::new()];
+    for _ in 0..LABELS_DEPTH_MAX {
+        let mut below = Vec::new();
+        for folder in &level {
+            for entry in inside.list(folder)? {
+                let name = entry
+                    .at(format_args!("list {}", inside.full(folder).display()))?
+                    .file_name();
+                let path = folder.join(&name);
+                if name.as_encoded_bytes().starts_with(b".") || !inside.is_dir(&path) {
+                    continue;
+                }
+                if name.eq_ignore_ascii_case("labels") {
+                    return Ok(true);
+                }
+                below.push(path);
+            }
         }
+        level = below;
     }
     Ok(false)
 }
@@ -365,22 +464,29 @@ fn without_extension(name: &str) -> &str {
     }
 }
 
-/// The path with its last folder of this name replaced; `None` without one.
-fn swap_folder(path: &str, from: &str, to: &str) -> Option<String> {
+/// The path with its last folder of this name replaced, in the spellings that the other may have; none without one.
+fn swap_folder(path: &str, from: &str, to: &str) -> Vec<String> {
     let mut parts: Vec<&str> = path.split('/').collect();
-    let folders = parts.len().checked_sub(1)?;
-    let at = parts[..folders].iter().rposition(|part| *part == from)?;
-    parts[at] = to;
-    Some(parts.join("/"))
-}
-
-fn split(name: &str) -> Option<&'static str> {
-    name.split('/').rev().skip(1).find_map(|part| match part {
-        "train" => Some("train"),
-        "val" | "valid" | "validation" => Some("val"),
-        "test" => Some("test"),
-        _ => None,
-    })
+    let Some(folders) = parts.len().checked_sub(1) else {
+        return Vec::new();
+    };
+    let Some(at) = parts[..folders]
+        .iter()
+        .rposition(|part| part.eq_ignore_ascii_case(from))
+    else {
+        return Vec::new();
+    };
+    let capital = to[..1].to_ascii_uppercase() + &to[1..];
+    let spellings = match parts[at] == from {
+        true => vec![to.to_owned()],
+        false => vec![capital, to.to_ascii_uppercase(), to.to_owned()],
+    };
+    let mut out = Vec::new();
+    for spelling in &spellings {
+        parts[at] = spelling;
+        out.push(parts.join("/"));
+    }
+    out
 }
 
 fn read_sizes(
@@ -391,18 +497,20 @@ fn read_sizes(
     if !inside.exists(SIZES) {
         return Ok(sizes);
     }
-    let text = text::side_file(inside, Path::new(SIZES))?;
+    let text = text::side_file(inside, Path::new(SIZES), collector)?;
     let mut reader = csv::ReaderBuilder::new().from_reader(text.as_bytes());
     for (at, row) in reader.deserialize::<(String, i64, i64)>().enumerate() {
         match row {
             Ok((path, width, height)) if width > 0 && height > 0 => {
                 sizes.insert(without_extension(&path).to_owned(), (path, width, height));
             }
-            Ok(_) => collector.refusals.add(
-                Why::Shape,
-                format_args!("{SIZES} row {}", at + 1),
-                "a size is not above zero",
-            ),
+            Ok(_) => {
+                collector.refusals.add(
+                    Why::Shape,
+                    format_args!("{SIZES} row {}", at + 1),
+                    "a size is not above zero",
+                );
+            }
             Err(error) => collector.refusals.add(
                 Why::Malformed,
                 format_args!("{SIZES} row {}", at + 1),

@@ -4,6 +4,7 @@ mod bad;
 mod good;
 mod omitted;
 mod order;
+mod real;
 
 use std::fs::File;
 use std::io::Write;

@@ -16,6 +16,15 @@ fn read(input: &Input) -> (Omitted, u64) {
     (source.omitted(), info.annotations)
 }
 
+/// The examples of what is reported of one category.
+pub(super) fn notes(input: &Input, what: Category) -> Vec<String> {
+    let list = read(input).0.list();
+    list.into_iter()
+        .filter(|omission| omission.what == what)
+        .flat_map(|omission| omission.examples)
+        .collect()
+}
+
 #[track_caller]
 fn check(input: &Input, annotations: u64, expected: &[(Category, u64, &str)]) {
     let (omitted, found) = read(input);
@@ -40,29 +49,24 @@ fn check(input: &Input, annotations: u64, expected: &[(Category, u64, &str)]) {
 #[test]
 fn rows_that_lose_their_columns() {
     use Category::{NoAnnotations, UnknownColumns, UnreadBoxes};
-    let via =
-        "filename,file_size,region_shape_attributes\na.png,10,\"{\"\"x\"\":1}\"\nb.png,10,{}\n";
+    let via = "filename,file_size,marks\na.png,10,\"{\"\"x\"\":1}\"\nb.png,10,{}\n";
     check(
         &Input::file("via.csv", via),
         0,
         &[
-            (
-                UnknownColumns,
-                2,
-                "line 2: file_size, region_shape_attributes",
-            ),
+            (UnknownColumns, 2, "line 2: file_size, marks"),
             (NoAnnotations, 1, "2 samples"),
         ],
     );
     check(
         &Input::file(
             "c.csv",
-            "image,class,cx,cy\na.png,dent,1,2\na.png,dent,3,4\n",
+            "image,class,rect,boxes2\na.png,dent,1,2\na.png,dent,3,4\n",
         ),
         2,
-        &[(UnreadBoxes, 2, "cx, cy")],
+        &[(UnreadBoxes, 2, "rect, boxes2")],
     );
-    let hf = "{\"file_name\": \"a.png\", \"objects\": {\"bbox\": [[1, 2, 3, 4]]}}\n";
+    let hf = "{\"file_name\": \"a.png\", \"objects\": {\"count\": [1]}}\n";
     check(
         &Input::file("hf.jsonl", hf),
         0,
@@ -71,11 +75,11 @@ fn rows_that_lose_their_columns() {
             (NoAnnotations, 1, ""),
         ],
     );
-    let mapped = "图片,类别\na.png,划痕\n";
+    let mapped = "图片,等级\na.png,划痕\n";
     check(
         &Input::file("m.csv", mapped).column("sample_path", "图片"),
         0,
-        &[(UnknownColumns, 1, "类别"), (NoAnnotations, 1, "")],
+        &[(UnknownColumns, 1, "等级"), (NoAnnotations, 1, "")],
     );
     check(
         &Input::file("ok.csv", "image,class,x,y,w,h,who\na.png,dent,1,2,3,4,me\n"),

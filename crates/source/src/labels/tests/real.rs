@@ -1,0 +1,877 @@
+//! Inputs as annotation tools, spreadsheets and trainers write them: each with the rows that it means.
+
+use super::omitted::notes;
+use super::*;
+use base::omitted::Category;
+
+/// One Pascal VOC file.
+fn voc_xml(before: &str, objects: &str) -> Vec<u8> {
+    format!(
+        "<annotation><filename>a.jpg</filename>{before}<size><width>640</width><height>480</height></size>{objects}</annotation>"
+    )
+    .into_bytes()
+}
+
+fn voc_box(edges: [&str; 4]) -> String {
+    let [a, b, c, d] = edges;
+    format!(
+        "<object><name>划痕</name><bndbox><xmin>{a}</xmin><ymin>{b}</ymin><xmax>{c}</xmax><ymax>{d}</ymax></bndbox></object>"
+    )
+}
+
+#[test]
+fn voc_boxes_count_from_where_their_writer_does() {
+    let unknown = "<path>D:\\数据\\a.jpg</path><source><database>Unknown</database></source>";
+    let kit = "<source><database>The VOC2007 Database</database></source>";
+    let ints = ["64", "96", "256", "288"];
+    for (before, edges, base, expected, said) in [
+        (
+            unknown,
+            ints,
+            None,
+            "64,96,192,192",
+            "--voc-base 0-exclusive",
+        ),
+        (
+            unknown,
+            ["0.0", "0.0", "640.0", "480.0"],
+            None,
+            "0,0,640,480",
+            "a box begins at 0",
+        ),
+        (
+            "",
+            ["10.5", "20.25", "40.75", "60.0"],
+            None,
+            "10.5,20.25,30.25,39.75",
+            "have fractions",
+        ),
+        (kit, ints, None, "63,95,193,193", "--voc-base 1-inclusive"),
+        ("", ints, None, "63,95,193,193", "--voc-base 1-inclusive"),
+        (
+            "",
+            ["0", "5", "639", "9"],
+            None,
+            "0,5,640,5",
+            "--voc-base 0-inclusive",
+        ),
+        (kit, ints, Some("0"), "64,96,192,192", ""),
+        (unknown, ints, Some("1"), "63,95,193,193", ""),
+        (unknown, ints, Some("1-exclusive"), "63,95,192,192", ""),
+    ] {
+        let mut input = Input::folder(&[("a.xml", &voc_xml(before, &voc_box(edges)))]);
+        input.options.voc_base = base.map(str::to_owned);
+        assert_eq!(
+            input.read().unwrap().rows(),
+            [format!("a.jpg 0 bbox {expected}")],
+            "{before} {edges:?}"
+        );
+        let notes = notes(&input, Category::Inferred);
+        assert_eq!(notes.len(), usize::from(base.is_none()), "{notes:?}");
+        assert!(
+            notes.iter().all(|note| note.contains(said)),
+            "{said:?} is not in {notes:?}"
+        );
+    }
+    let mut input = Input::folder(&[("a.xml", &voc_xml("", ""))]);
+    input.options.voc_base = Some("2".into());
+    assert_eq!(input.read().unwrap_err().code, base::fault::Code::Usage);
+}
+
+#[test]
+fn voc_turned_boxes_and_polygons() {
+    let turned = "<object><type>robndbox</type><name>a</name><robndbox><cx>100.0</cx><cy>120.0</cy><w>40.0</w><h>20.0</h><angle>0.5</angle></robndbox></object>";
+    let at_the_edge = turned.replace("100.0", "5.0");
+    let ring = "<x1>11</x1><y1>21</y1><x2>40</x2><y2>21</y2><x3>40</x3><y3>60</y3>";
+    let polygon = voc_box(["11", "21", "40", "60"])
+        .replace("</object>", &format!("<polygon>{ring}</polygon></object>"));
+    let points = "<object><name>a</name><polygon><pt><x>1</x><y>2</y></pt><pt><x>3</x><y>2</y></pt><pt><x>3</x><y>4</y></pt></polygon></object>";
+    let objects = format!("{turned}{at_the_edge}{polygon}{points}");
+    let mut input = Input::folder(&[("a.xml", &voc_xml("", &objects))]);
+    input.options.voc_base = Some("0".into());
+    let output = input.read().unwrap();
+    // Half sides of the upright box: (40 cos 0.5 + 20 sin 0.5) / 2 and (40 sin 0.5 + 20 cos 0.5) / 2.
+    assert_eq!(
+        output.rows(),
+        [
+            "a.jpg 0 bbox 77.654093,101.635664,44.691813,36.728673",
+            "a.jpg 0 bbox -17.345907,101.635664,44.691813,36.728673",
+            "a.jpg 1 polygon 11,21,29,39",
+            "a.jpg 0 polygon 1,2,2,2",
+        ]
+    );
+    assert_eq!(
+        output.geoms()[0],
+        r#"{"cx":100.0,"cy":120.0,"w":40.0,"h":20.0,"angle":0.5}"#
+    );
+    assert_eq!(output.geoms()[2], "[[11.0,21.0,40.0,21.0,40.0,60.0]]");
+    assert_eq!(output.attrs()[0], r#"{"type":"robndbox"}"#);
+    input.options.voc_base = Some("1".into());
+    let output = input.read().unwrap();
+    assert_eq!(output.rows()[2], "a.jpg 1 polygon 10,20,30,40");
+    assert_eq!(output.geoms()[2], "[[10.0,20.0,39.0,20.0,39.0,59.0]]");
+    // A shape that is not read is reported.
+    let other = "<object><name>a</name><ellipse><cx>1</cx></ellipse></object>";
+    let input = Input::folder(&[("a.xml", &voc_xml("", other))]);
+    assert_eq!(
+        notes(&input, Category::UnreadBoxes),
+        ["a.xml object[0]: ellipse"]
+    );
+}
+
+#[test]
+fn voc_images_are_found_beside_the_files() {
+    let named = |filename: &str| {
+        format!("<annotation><filename>{filename}</filename></annotation>").into_bytes()
+    };
+    for (xml, filename, image, path) in [
+        ("xml/b.xml", "old name.jpg", "images/b.png", "images/b.png"),
+        (
+            "Annotations/b.xml",
+            "b",
+            "JPEGImages/b.JPG",
+            "JPEGImages/b.JPG",
+        ),
+        (
+            "set/Annotations/b.xml",
+            "b.jpg",
+            "set/JPEGImages/b.jpg",
+            "set/JPEGImages/b.jpg",
+        ),
+        ("b.xml", "D:\\x\\b.jpg", "b.jpg", "b.jpg"),
+        ("b.xml", "D:\\x\\b.jpg", "else.txt", "b.jpg"),
+        ("train/b.xml", "b.jpg", "train/b.jpg", "train/b.jpg"),
+        ("b.xml", "gone.jpg", "else/b.jpg", "gone.jpg"),
+    ] {
+        let input = Input::folder(&[(xml, &named(filename)), (image, b"")]);
+        let samples = input.read().unwrap().sample_rows();
+        assert!(
+            samples[0].starts_with(&format!("{path} ")),
+            "{filename} {image}: {samples:?}"
+        );
+        let is_as_named = filename == path || (xml == "train/b.xml") || filename == "gone.jpg";
+        assert_eq!(
+            notes(&input, Category::ChangedPaths).is_empty(),
+            is_as_named,
+            "{filename}"
+        );
+    }
+    let files = [("a.xml", named("old.jpg")), ("a.png", Vec::new())];
+    let files: Vec<(&str, &[u8])> = files
+        .iter()
+        .map(|(name, bytes)| (*name, bytes.as_slice()))
+        .collect();
+    let input = Input::folder(&files).column("path_from", "record");
+    assert_eq!(input.read().unwrap().sample_rows(), ["old.jpg - - -"]);
+    let input = Input::folder(&files[..1]).column("path_from", "image");
+    assert!(
+        input
+            .read()
+            .unwrap_err()
+            .message
+            .contains("there is neither an image \"old.jpg\"")
+    );
+    let input = Input::folder(&[
+        ("a.xml", b"<annotation><object/></annotation>"),
+        ("a.png", b""),
+    ]);
+    assert!(
+        input.read().unwrap_err().message.contains("it has no name"),
+        "the image's name is that of the file"
+    );
+}
+
+#[test]
+fn xml_in_the_encodings_that_tools_declare() {
+    let text = |encoding: &str, name: &str| {
+        format!(
+            "<?xml version='1.0' encoding='{encoding}'?><annotation><filename>{name}.jpg</filename></annotation>"
+        )
+    };
+    let gbk = |text: &str| encoding_rs::GB18030.encode(text).0.into_owned();
+    for (bytes, path) in [
+        (text("utf8", "板").into_bytes(), "板"),
+        (text("gb2312", "a").into_bytes(), "a"),
+        (text("ISO-8859-1", "a").into_bytes(), "a"),
+        (text("GBK", "板").into_bytes(), "板"),
+        (gbk(&text("GBK", "板")), "板"),
+        (gbk(&text("gb2312", "板")), "板"),
+        (gbk(&text("utf-8", "缺陷板")), "缺陷板"),
+        (b"<?xml version='1.0' encoding='latin1'?><annotation><filename>caf\xe9.jpg</filename></annotation>".to_vec(), "café"),
+    ] {
+        let input = Input::folder(&[("a.xml", &bytes)]);
+        assert_eq!(input.read().unwrap().sample_rows(), [format!("{path}.jpg - - -")]);
+    }
+    let input = Input::folder(&[("a.xml", text("GBK", "板").as_bytes())]);
+    assert!(notes(&input, Category::Inferred)[0].contains("is read as UTF-8"));
+    let input = Input::folder(&[(
+        "a.xml",
+        b"<?xml version='1.0' encoding='klingon'?><annotation>\xe9</annotation>",
+    )]);
+    let message = input.read().unwrap_err().message;
+    assert!(
+        message.contains("declares the encoding \"klingon\", which is not known"),
+        "{message}"
+    );
+}
+
+fn yolo(rows: &[u8], more: &[(&str, &[u8])]) -> Input {
+    let image = png(640, 480);
+    let mut files: Vec<(&str, &[u8])> = vec![("a.txt", rows), ("a.png", &image)];
+    files.extend(more);
+    Input::folder(&files)
+}
+
+#[test]
+fn yolo_rows_by_what_all_of_them_say() {
+    let names: (&str, &[u8]) = ("classes.txt", "划痕\n凹坑\n".as_bytes());
+    for (rows, expected, attrs) in [
+        (
+            &b"0 0.5 0.5 0.25 0.5 0.91 1"[..],
+            "0 bbox 240,120,160,240",
+            r#"{"confidence":0.91,"track_id":1}"#,
+        ),
+        (
+            b"0 0.5 0.5 0.25 0.5 7",
+            "0 bbox 240,120,160,240",
+            r#"{"track_id":7}"#,
+        ),
+        (
+            b"0 0.5 0.5 0.25 0.5 0.4 0.4 0.6 0.6",
+            "0 keypoints 240,120,160,240",
+            "-",
+        ),
+        (
+            b"0 0.1 0.1 0.2 0.1 0.2 0.2 0.88",
+            "0 polygon 64,48,64,48",
+            r#"{"confidence":0.88}"#,
+        ),
+        (b"1.0 0.5 0.5 0.25 0.5", "1 bbox 240,120,160,240", "-"),
+    ] {
+        let output = yolo(rows, &[names]).read().unwrap();
+        assert_eq!(output.rows(), [format!("a.png {expected}")]);
+        assert_eq!(output.attrs(), [attrs]);
+    }
+    let pose = yolo(b"0 0.5 0.5 0.25 0.5 0.4 0.4 0.6 0.6", &[names]);
+    assert_eq!(
+        pose.read().unwrap().geoms(),
+        ["[256.0,192.0,2.0,384.0,288.0,2.0]"]
+    );
+    assert!(notes(&pose, Category::Inferred)[0].contains("boxes with keypoints of x and y"));
+    // A setting says it.
+    let pose = pose.column("yolo_task", "segment");
+    assert_eq!(
+        pose.read().unwrap().rows(),
+        ["a.png 0 polygon 160,192,224,96"]
+    );
+    assert!(notes(&pose, Category::Inferred).is_empty());
+    let wrong = yolo(b"0 0.5 0.5 0.25 0.5 0.4 0.4 0.6 0.6", &[names]).column("kpt_shape", "2x3");
+    assert!(
+        wrong
+            .read()
+            .unwrap_err()
+            .message
+            .contains("(kpt_shape) has 10")
+    );
+    // The rows of a file keep their order, whichever of them had to wait.
+    let mixed = yolo(
+        b"0 0.5 0.5 0.5 0.5\n1 0 0 1 0 1 1\n0 0.5 0.5 0.25 0.5\n",
+        &[names],
+    );
+    let kinds: Vec<String> = mixed.read().unwrap().rows();
+    assert_eq!(
+        kinds,
+        [
+            "a.png 0 bbox 160,120,320,240",
+            "a.png 1 polygon 0,0,640,480",
+            "a.png 0 bbox 240,120,160,240"
+        ]
+    );
+}
+
+#[test]
+fn yolo_folders_of_every_tool() {
+    let image = png(640, 480);
+    let row: &[u8] = b"0 0.5 0.5 0.25 0.5";
+    let turned = [
+        &b"\xff\xd8\xff\xe1\0\x22Exif\0\0II\x2a\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\0\0\0\0"[..],
+        b"\xff\xc0\0\x11\x08\x01\xe0\x02\x80\x03",
+    ]
+    .concat();
+    let webp = b"RIFF\0\0\0\0WEBPVP8X\x0a\0\0\0\0\0\0\0\x7f\x02\0\xdf\x01\0";
+    let yaml: (&str, &[u8]) = ("data.yaml", b"names: [\"\\u5212\\u75D5\"]\n");
+    for (files, samples) in [
+        (
+            &[yaml, ("a.txt", row), ("a.Jpg", &image)][..],
+            &["a.Jpg 640 480 -"][..],
+        ),
+        (
+            &[yaml, ("a.txt", row), ("a.webp", webp)],
+            &["a.webp 640 480 -"],
+        ),
+        (
+            &[yaml, ("a.txt", row), ("a.jpg", &turned)],
+            &["a.jpg 480 640 -"],
+        ),
+        (
+            &[
+                ("set/data.yaml", b"names: [\"\\u5212\\u75D5\"]"),
+                ("set/train/labels/a.txt", row),
+                ("set/train/images/a.png", &image),
+                ("set/Valid/images/b.png", &image),
+            ],
+            &[
+                "set/Valid/images/b.png 640 480 val",
+                "set/train/images/a.png 640 480 train",
+            ],
+        ),
+        (
+            &[
+                (
+                    "data.yaml",
+                    "names:\n  0: 划痕\nTrain: train.txt\nValidation: Validation.txt\n".as_bytes(),
+                ),
+                (
+                    "train.txt",
+                    b"data/images/x/a.png\r\ndata/images/x/gone.png\n",
+                ),
+                ("Validation.txt", b"D:\\data\\images\\x\\b.png\n"),
+                ("labels/x/a.txt", row),
+                ("labels/x/b.txt", row),
+                ("images/x/a.png", &image),
+                ("images/x/b.png", &image),
+            ],
+            &["images/x/a.png 640 480 train", "images/x/b.png 640 480 val"],
+        ),
+        // A list comes before a folder's name, and the first of two lists counts.
+        (
+            &[
+                yaml,
+                ("train.txt", b"a.png\n"),
+                ("val.txt", b"a.png\ntrain/b.png\n"),
+                ("a.txt", row),
+                ("a.png", &image),
+                ("train/b.png", &image),
+            ],
+            &["a.png 640 480 train", "train/b.png 640 480 val"],
+        ),
+        (
+            &[
+                (
+                    "data.yaml",
+                    b"names: [\"\\u5212\\u75D5\"]\ntrain: images/a\nval: ../images/b\n",
+                ),
+                ("labels/a/a.txt", row),
+                ("images/a/a.png", &image),
+                ("images/b/b.png", &image),
+            ],
+            &["images/a/a.png 640 480 train", "images/b/b.png 640 480 val"],
+        ),
+    ] {
+        let output = Input::folder(files).format("yolo").read().unwrap();
+        assert_eq!(output.sample_rows(), samples);
+        assert_eq!(output.class_names(), ["0=划痕"]);
+        assert_eq!(
+            output.rows().len(),
+            files.iter().filter(|(_, bytes)| *bytes == row).count()
+        );
+    }
+    let lists = Input::folder(&[
+        yaml,
+        ("train.txt", b"gone.png\n"),
+        ("a.txt", row),
+        ("a.png", &image),
+    ]);
+    assert_eq!(
+        notes(&lists, Category::UnmatchedNames),
+        ["train.txt line 1: gone.png"]
+    );
+    let twice = yolo(row, &[yaml, ("a.jpg", &turned)]);
+    assert_eq!(twice.read().unwrap().sample_rows(), ["a.jpg 480 640 -"]);
+    assert_eq!(
+        notes(&twice, Category::SameName),
+        ["a.png: the labels of a.jpg"]
+    );
+    // No image, and one whose size cannot be read, are told apart.
+    for (file, said) in [
+        ("b.png", "no image that it belongs to was found"),
+        ("a.png", "of its image a.png cannot be read"),
+    ] {
+        let message = Input::folder(&[yaml, ("a.txt", row), (file, b"GIF")])
+            .read()
+            .unwrap_err()
+            .message;
+        assert!(message.contains(said), "{message}");
+    }
+    let none = Input::folder(&[("data.yaml", b"nc: 1\n"), ("a.txt", row)])
+        .read()
+        .unwrap_err();
+    assert!(
+        none.message.contains("data.yaml has no names"),
+        "{}",
+        none.message
+    );
+    let two = Input::folder(&[
+        ("x/data.yaml", b"names: [a]"),
+        ("y/data.yaml", b"names: [b]"),
+        ("a.txt", row),
+    ]);
+    assert!(
+        two.read()
+            .unwrap_err()
+            .message
+            .contains("name different classes")
+    );
+}
+
+#[test]
+fn regions_of_label_studio() {
+    let result = |id: &str, name: &str, kind: &str, members: &str| {
+        format!(
+            r#"{{"original_width":640,"original_height":480,"id":"{id}","from_name":"{name}","type":"{kind}","value":{{"x":10,"y":20,"width":30,"height":40,"rotation":0{members}}}}}"#
+        )
+    };
+    let task = |results: &[String]| {
+        let text = format!(
+            r#"[{{"id":1,"data":{{"image":"/data/upload/1/0a1b2c3d-a.png"}},"annotations":[{{"id":5,"result":[{}]}}]}}]"#,
+            results.join(",")
+        );
+        Input::file("a.json", text)
+    };
+    let ocr = task(&[
+        result("r1", "bbox", "rectangle", ""),
+        result("r1", "label", "labels", r#","labels":["型号"]"#),
+        result(
+            "r2",
+            "label",
+            "rectanglelabels",
+            r#","rectanglelabels":["划痕"]"#,
+        ),
+        result("r1", "transcription", "textarea", r#","text":["AB-123"]"#),
+        result("r2", "sev", "choices", r#","choices":["严重"]"#),
+    ]);
+    let output = ocr.read().unwrap();
+    assert_eq!(output.class_names(), ["0=划痕", "1=型号"]);
+    assert_eq!(
+        output.rows(),
+        ["a.png 1 bbox 64,96,192,192", "a.png 0 bbox 64,96,192,192"]
+    );
+    assert_eq!(
+        output.attrs(),
+        [
+            r#"{"annotation":5,"region":"r1","from_name":"bbox","text":{"transcription":["AB-123"]}}"#,
+            r#"{"annotation":5,"region":"r2","from_name":"label","choices":{"sev":["严重"]}}"#,
+        ]
+    );
+    assert!(output.raws()[0].starts_with(r#"[{"original_width":640"#));
+    assert_eq!(
+        notes(&ocr, Category::ChangedPaths),
+        ["task 0 (id 1): /data/upload/1/0a1b2c3d-a.png -> a.png"]
+    );
+    // A choice for the whole image is its class, as before.
+    let whole = r#"[{"id":1,"data":{"image":"a.png"},"annotations":[{"id":5,"result":[{"id":"c","type":"choices","value":{"choices":["ng"]}}]}]}]"#;
+    assert_eq!(
+        Input::file("a.json", whole).read().unwrap().rows(),
+        ["a.png 0 class -,-,-,-"]
+    );
+    let skipped = whole.replace(r#""id":1,"#, r#""id":1,"skipped":true,"#);
+    assert_eq!(
+        notes(&Input::file("a.json", skipped), Category::SkippedTasks),
+        ["task 0 (id 1)"]
+    );
+}
+
+#[test]
+fn large_tasks_of_label_studio() {
+    let mask = vec!["255"; 400_000].join(",");
+    let region = |n: usize| {
+        format!(
+            r#"{{"id":"p{n}","type":"polygonlabels","original_width":640,"original_height":480,"value":{{"points":[[0,0],[10.5,0],[10,10],[{}.123456789,5.987654321]],"polygonlabels":["a"]}},"meta":"{}"}}"#,
+            n % 50,
+            "x".repeat(200)
+        )
+    };
+    let regions: Vec<String> = (0..5000).map(region).collect();
+    let text = format!(
+        r#"[{{"id":1,"data":{{"image":"a.png"}},"annotations":[{{"id":5,"result":[{{"id":"m","type":"brushlabels","original_width":640,"original_height":480,"value":{{"format":"rle","rle":[{mask}],"brushlabels":["a"]}}}},{}]}}]}}]"#,
+        regions.join(",")
+    );
+    let output = Input::file("a.json", text).read().unwrap();
+    assert_eq!(output.rows().len(), 5001);
+    assert_eq!(
+        output.geoms()[0].len(),
+        r#"{"format":"label_studio","rle":[]}"#.len() + mask.len()
+    );
+}
+
+#[test]
+fn tables_of_real_tools() {
+    let via = "filename,file_size,file_attributes,region_count,region_id,region_shape_attributes,region_attributes\n\
+        板1.png,123,\"{}\",1,0,\"{\"\"name\"\":\"\"rect\"\",\"\"x\"\":10,\"\"y\"\":20,\"\"width\"\":30,\"\"height\"\":40}\",\"{\"\"class\"\":\"\"划痕\"\"}\"\n\
+        b.png,1,{},0,0,{},{}\n";
+    let hf = "{\"file_name\": \"板1.png\", \"width\": 640, \"objects\": {\"bbox\": [[10, 20, 30, 40]], \"categories\": [0]}}\n{\"file_name\": \"b.png\", \"objects\": {\"bbox\": [], \"categories\": []}}\n";
+    let boxed = "板1.png 0 bbox 10,20,30,40";
+    for (name, text, columns) in [
+        ("via.csv", via, &[][..]),
+        ("metadata.jsonl", hf, &[]),
+        (
+            "a.csv",
+            "path,class,cx,cy,bw,bh\n板1.png,划痕,25,40,30,40\n",
+            &[],
+        ),
+        (
+            "a.csv",
+            "image,x_center,y_center,width,height,cls\n板1.png,25,40,30,40,划痕\n",
+            &[],
+        ),
+        (
+            "a.csv",
+            "image_path,width,height,bbox,label\n板1.png,1024,1024,\"[10.0, 20.0, 30.0, 40.0]\",usask\n",
+            &[],
+        ),
+        (
+            "a.jsonl",
+            "{\"image\": \"板1.png\", \"label\": \"划痕\", \"bbox\": [10, 20, 30, 40]}\n",
+            &[],
+        ),
+        (
+            "a.csv",
+            "图片,类别,左,上,宽,高\n板1.png,划痕,10,20,30,40\n",
+            &[],
+        ),
+        (
+            "a.csv",
+            "image,cls,box\n板1.png,a,\"10,20,40,60\"\n",
+            &[("bbox_format", "xyxy")],
+        ),
+        (
+            "a.csv",
+            "image,cls,box\n板1.png,a,\"25 40 30 40\"\n",
+            &[("bbox_format", "cxcywh")],
+        ),
+        (
+            "a.jsonl",
+            "{\"image\": \"板1.png\", \"bboxes\": [[10,20,30,40]], \"labels\": [\"a\"], \"class\": \"a\"}\n",
+            &[],
+        ),
+        // Spreadsheets and pandas.
+        (
+            "a.csv",
+            ",path,class,x,y,w,h\n0,板1.png,划痕,10,20,30,40\n",
+            &[],
+        ),
+        (
+            "a.csv",
+            "path,class,x,y,w,h,,\n板1.png,划痕,10,20,30,40,,\n,,,,,,,\n",
+            &[],
+        ),
+        (
+            "a.csv",
+            "\n,,,,,\npath,class,x,y,w,h\n板1.png,划痕,10,20,30,40,,,\n",
+            &[],
+        ),
+        (
+            "a.csv",
+            "sep=;\npath;class;x;y;w;h\n板1.png;划痕;10;20;30;40\n",
+            &[],
+        ),
+        (
+            "a.csv",
+            "\u{feff}\"sep=\t\"\r\npath\tclass\tx\ty\tw\th\r\n板1.png\t划痕\t10\t20\t30\t40\r\n",
+            &[],
+        ),
+        (
+            "a.csv",
+            "path,class,x,y,w,h\n板1.png,划痕,10,20,30,40\n板2.png,,NaN,NaN,NULL,NaN\n",
+            &[],
+        ),
+    ] {
+        let mut input = Input::file(name, text);
+        for (setting, value) in columns {
+            input = input.column(setting, value);
+        }
+        let output = input.read().unwrap();
+        let rows = output.rows();
+        assert!(
+            rows == [boxed] || rows == [boxed.replace(" 0 bbox", " - bbox")],
+            "{text}: {rows:?}"
+        );
+    }
+    let pandas = Input::file("a.csv", ",path,class\n7,a.png,x\n")
+        .read()
+        .unwrap();
+    assert_eq!(
+        (pandas.attrs(), pandas.raws()),
+        (
+            vec![r#"{"index":"7"}"#.into()],
+            vec![r#"{"index":"7","path":"a.png","class":"x"}"#.into()]
+        )
+    );
+    let output = Input::file("via.csv", via).read().unwrap();
+    assert_eq!(output.class_names(), ["0=划痕"]);
+    assert!(
+        output.attrs()[0].ends_with(r#""region_attributes":{"class":"划痕"}}"#),
+        "{:?}",
+        output.attrs()
+    );
+    assert_eq!(output.sample_rows(), ["b.png - - -", "板1.png - - -"]);
+    let kaggle = "ImageId,ClassId,EncodedPixels,width,height\na.png,3,2 2 5 4,3,4\nb.png,3,,3,4\n";
+    let output = Input::file("train.csv", kaggle).read().unwrap();
+    assert_eq!(output.rows(), ["a.png 3 rle 0,0,2,4"]);
+    assert_eq!(
+        output.geoms(),
+        [r#"{"format":"kaggle","counts":"2 2 5 4"}"#]
+    );
+    // Two forms of one box: the first is read, and the other is kept.
+    let both = Input::file("a.csv", "path,x,y,w,h,bbox\na,1,2,3,4,\"[9,9,9,9]\"\n")
+        .read()
+        .unwrap();
+    assert_eq!(
+        (both.rows(), both.attrs()),
+        (
+            vec!["a - bbox 1,2,3,4".into()],
+            vec![r#"{"bbox":"[9,9,9,9]"}"#.into()]
+        )
+    );
+}
+
+#[test]
+fn fractions_of_the_image() {
+    let open_images =
+        "ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax\nabc,x,/m/01,1,0.1,0.5,0.2,0.6\n";
+    let image = png(640, 480);
+    let beside = |files: &[(&str, &[u8])]| {
+        let mut all: Vec<(&str, &[u8])> = vec![("a.csv", open_images.as_bytes())];
+        all.extend(files);
+        let folder = Input::folder(&all);
+        let path = folder.path.join("a.csv");
+        Input { path, ..folder }
+    };
+    for (input, sample) in [
+        (beside(&[("images/abc.jpg", &image)]), "abc.jpg 640 480 -"),
+        (
+            beside(&[("sizes.csv", b"path,width,height\nabc,640,480\n")]),
+            "abc 640 480 -",
+        ),
+    ] {
+        let output = input.read().unwrap();
+        assert_eq!(output.sample_rows(), [sample]);
+        assert!(
+            output.rows()[0].ends_with("0 bbox 64,96,256,192"),
+            "{:?}",
+            output.rows()
+        );
+        assert!(notes(&input, Category::Inferred)[0].contains("normalised=true"));
+    }
+    let fault = beside(&[]).read().unwrap_err();
+    assert!(
+        fault
+            .message
+            .contains("image size unknown): line 2: its box is a fraction"),
+        "{}",
+        fault.message
+    );
+    let as_pixels = beside(&[]).column("normalised", "false").read().unwrap();
+    assert_eq!(as_pixels.rows(), ["abc 0 bbox 0.1,0.2,0.4,0.4"]);
+    let sized = "path,x,y,w,h,width,height\na,0.5,0.5,0.5,0.5,100,200\n";
+    assert_eq!(
+        Input::file("a.csv", sized).read().unwrap().rows(),
+        ["a - bbox 50,100,50,100"]
+    );
+    let said = Input::file("a.csv", "path,x,y,w,h,width,height\na,1,0,1,1,100,200\n")
+        .column("normalised", "true");
+    assert!(
+        said.read()
+            .unwrap_err()
+            .message
+            .contains("box outside its image")
+    );
+}
+
+#[test]
+fn text_in_other_encodings() {
+    let text = "path,class\n板1.png,划痕\n板2.png,凹坑\n";
+    let gbk = encoding_rs::GB18030.encode(text).0.into_owned();
+    let utf16: Vec<u8> = text.encode_utf16().flat_map(u16::to_le_bytes).collect();
+    let marked = [&b"\xff\xfe"[..], &utf16].concat();
+    for (bytes, encoding, inferred) in [
+        (gbk.clone(), None, Some("GBK")),
+        (gbk.clone(), Some("gb18030"), None),
+        (utf16.clone(), None, Some("UTF-16LE")),
+        (utf16, Some("utf-16le"), None),
+        (marked, None, None),
+    ] {
+        let mut input = Input::file("a.csv", bytes);
+        input.options.encoding = encoding.map(str::to_owned);
+        assert_eq!(input.read().unwrap().class_names(), ["0=凹坑", "1=划痕"]);
+        let notes = notes(&input, Category::Inferred);
+        assert_eq!(notes.len(), usize::from(inferred.is_some()));
+        assert!(
+            notes
+                .iter()
+                .all(|note| inferred.is_some_and(|name| note.contains(name))),
+            "{notes:?}"
+        );
+    }
+    let jsonl = encoding_rs::GB18030
+        .encode("{\"path\":\"板.png\",\"class\":\"划痕\"}\n")
+        .0
+        .into_owned();
+    assert_eq!(
+        Input::file("a.jsonl", jsonl).read().unwrap().class_names(),
+        ["0=划痕"]
+    );
+    let coco = encoding_rs::GB18030
+        .encode(r#"{"images":[{"id":1,"file_name":"缺陷.png"}]}"#)
+        .0
+        .into_owned();
+    assert_eq!(
+        Input::file("a.json", coco).read().unwrap().sample_rows(),
+        ["缺陷.png - - -"]
+    );
+    let mut wrong = Input::file("a.csv", gbk);
+    wrong.options.encoding = Some("utf-8".into());
+    assert!(wrong.read().unwrap_err().message.contains("invalid UTF-8"));
+}
+
+#[test]
+fn paths_of_other_machines() {
+    let text = "path,class\nD:\\数据\\板1.png,a\nhttps://host/x/b.png?sig=1,a\nimages\\c.png,a\n";
+    let input = Input::file("a.csv", text);
+    assert_eq!(
+        input.read().unwrap().sample_rows(),
+        ["images/c.png - - -", "x/b.png - - -", "数据/板1.png - - -"]
+    );
+    assert_eq!(
+        notes(&input, Category::ChangedPaths),
+        [
+            "line 2: D:\\数据\\板1.png -> 数据/板1.png",
+            "line 3: https://host/x/b.png?sig=1 -> x/b.png",
+            "line 4: images\\c.png -> images/c.png"
+        ]
+    );
+    let input = input.column("path_keep", "1").column("path_prefix", "p");
+    assert_eq!(
+        input.read().unwrap().sample_rows(),
+        ["p/b.png - - -", "p/c.png - - -", "p/板1.png - - -"]
+    );
+}
+
+#[test]
+fn coco_checks_every_shape() {
+    let coco = |annotation: &str| {
+        let text = format!(
+            r#"{{"images":[{{"id":1,"file_name":"a.png","width":100,"height":80}}],"categories":[{{"id":1,"name":"a"}}],
+            "annotations":[{{"id":1,"image_id":1,"category_id":1,{annotation}}}]}}"#
+        );
+        Input::file("a.json", text)
+    };
+    for (annotation, said) in [
+        (
+            r#""bbox":[1,1,5,5],"segmentation":[[1,1,5,1,150,5]]"#,
+            "reaches out of \"a.png\"",
+        ),
+        (
+            r#""bbox":[1,1,5,5],"segmentation":[[1,1,5,1,5]]"#,
+            "not a list of rings",
+        ),
+        (
+            r#""bbox":[1,1,5,5],"segmentation":[[1,1,5,1,"5",5]]"#,
+            "not a list of rings",
+        ),
+        (r#""bbox":[1,1,5,5],"keypoints":[1,90,2]"#, "reaches out of"),
+        (
+            r#""bbox":[1,1,5,5],"segmentation":{"size":[100,80],"counts":"x"}"#,
+            "its mask is 80 × 100, and \"a.png\" is 100 × 80",
+        ),
+    ] {
+        let message = coco(annotation).read().unwrap_err().message;
+        assert!(message.contains(said), "{message}");
+    }
+    for (annotation, row) in [
+        (
+            r#""bbox":[1,1,5,5],"keypoints":[1,1,2,900,900,0]"#,
+            "a.png 1 keypoints 1,1,5,5",
+        ),
+        (
+            r#""bbox":[1,1,5,5],"segmentation":{"size":[80,100],"counts":"x"}"#,
+            "a.png 1 rle 1,1,5,5",
+        ),
+        (r#""segmentation":[1,1,5,1,5,5]"#, "a.png 1 polygon 1,1,4,4"),
+        (
+            r#""bbox":[0.1,0.25,0.05,0.5],"segmentation":[[0.1,0.25,0.15,0.25,0.15,0.75]]"#,
+            "a.png 1 polygon 10,20,5,40",
+        ),
+    ] {
+        assert_eq!(
+            coco(annotation).read().unwrap().rows(),
+            [row],
+            "{annotation}"
+        );
+    }
+    let normalised =
+        coco(r#""bbox":[0.1,0.25,0.05,0.5],"segmentation":[[0.1,0.25,0.15,0.25,0.15,0.75]]"#);
+    assert_eq!(
+        normalised.read().unwrap().geoms(),
+        ["[[10.0,20.0,15.0,20.0,15.0,60.0]]"]
+    );
+    assert!(notes(&normalised, Category::Inferred)[0].contains("normalised=true"));
+    let as_pixels = normalised.column("normalised", "false");
+    assert_eq!(
+        as_pixels.read().unwrap().rows(),
+        ["a.png 1 polygon 0.1,0.25,0.05,0.5"]
+    );
+}
+
+#[test]
+fn coco_as_roboflow_and_others_lay_it_out() {
+    let categories = r#"[{"id":0,"name":"dent","supercategory":"none"},{"id":1,"name":"dent","supercategory":"dent"}]"#;
+    let file = |name: &str| {
+        format!(
+            r#"{{"images":[{{"id":0,"file_name":"{name}","width":100,"height":80}}],"categories":{categories},
+            "annotations":[{{"id":0,"image_id":"0","category_id":1,"bbox":[1,1,5,5]}}]}}"#
+        )
+    };
+    let (a, b) = (file("a.jpg"), file("b.jpg"));
+    let roboflow = Input::folder(&[
+        ("README.roboflow.txt", b"x"),
+        ("train/_annotations.coco.json", a.as_bytes()),
+        ("train/a.jpg", b""),
+        ("valid/_annotations.coco.json", b.as_bytes()),
+        ("valid/b.jpg", b""),
+    ]);
+    let output = roboflow.read().unwrap();
+    assert_eq!((output.format, output.guessed), ("coco", true));
+    assert_eq!(
+        output.sample_rows(),
+        ["train/a.jpg 100 80 train", "valid/b.jpg 100 80 val"]
+    );
+    assert_eq!(
+        output.rows(),
+        ["train/a.jpg 1 bbox 1,1,5,5", "valid/b.jpg 1 bbox 1,1,5,5"]
+    );
+    assert_eq!(output.class_names(), ["1=dent"]);
+    assert!(notes(&roboflow, Category::UnreadMembers)[0].contains("the unused class 0"));
+    let official = Input::folder(&[
+        ("annotations/instances_train2017.json", a.as_bytes()),
+        ("annotations/instances_val2017.json", b.as_bytes()),
+        ("train2017/a.jpg", b""),
+        ("images/val2017/b.jpg", b""),
+    ]);
+    assert_eq!(
+        official.read().unwrap().sample_rows(),
+        [
+            "images/val2017/b.jpg 100 80 val",
+            "train2017/a.jpg 100 80 train"
+        ]
+    );
+    // A root that annotations use, or that is no supercategory, keeps its name for itself.
+    let used = a.replace(r#""category_id":1"#, r#""category_id":0"#);
+    assert!(
+        Input::file("a.json", used)
+            .read()
+            .unwrap_err()
+            .message
+            .contains("the name \"dent\" belongs to class 0 already")
+    );
+}
