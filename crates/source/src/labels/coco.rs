@@ -120,7 +120,7 @@ impl<'a> Home<'a> {
         let folder = shown.rsplit_once('/').map_or("", |(folder, _)| folder);
         let stem = file.file_stem().unwrap_or_default().to_string_lossy();
         let mut words = stem.split(['_', '-', '.']);
-        let word = words.filter(|word| split::of_name(word).is_some()).next_back();
+        let word = words.rfind(|word| split::of_name(word).is_some());
         let above = match folder.rsplit('/').next() {
             Some("annotations" | "Annotations") => {
                 folder.rsplit_once('/').map_or("", |(above, _)| above)
