@@ -245,7 +245,7 @@ impl Lines {
         self.count += 1;
         if self.line.last() != Some(&b'\n') {
             let why = if read as u64 == limit {
-                "is longer than 2 MiB"
+                "is longer than 12 MiB"
             } else {
                 "is truncated"
             };

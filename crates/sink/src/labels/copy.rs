@@ -72,7 +72,7 @@ impl CopyRows {
         self
     }
 
-    /// A `text` or `json`. A line has at most 2 MiB, so the length always fits.
+    /// A `text` or `json`. A line has at most 12 MiB, so the length always fits.
     pub(super) fn text(&mut self, value: &str) -> &mut Self {
         self.bytes
             .extend_from_slice(&(value.len() as i32).to_be_bytes());

@@ -384,10 +384,10 @@ async fn refuses_bad_rows_and_leaves_nothing(bench: Bench) {
                     .unwrap(),
             );
         }),
-        ("longer than 2 MiB", |s| {
+        ("longer than 12 MiB", |s| {
             s.annotations = s.annotations.replacen(
                 "\"pad\":\"",
-                &format!("\"pad\":\"{}", "x".repeat(3 << 20)),
+                &format!("\"pad\":\"{}", "x".repeat(13 << 20)),
                 1,
             );
         }),
