@@ -17,7 +17,7 @@ use serde::Deserialize;
 use base::durable;
 use base::fault::Fault;
 use base::limits::{CONFIG_BYTES_MAX, MEMORY_BUDGET_BYTES_MIN};
-use base::names::{SiteName, names_site};
+use base::names::SiteName;
 pub use base::secrets::read_secret;
 pub use sink::settings::{FilesSink, ImagesSink, LabelsSink};
 use source::own::Own;
@@ -250,14 +250,6 @@ pub struct Train {
     pub at_once: Option<u32>,
     /// The sites that this site trains for: names, or `all`. Empty: none.
     pub allow: Vec<String>,
-}
-
-impl Train {
-    /// Whether a run of this site may train here. The training site decides by itself: labels,
-    /// which the hub assigns, do not count.
-    pub fn allows(&self, site: &SiteName) -> bool {
-        names_site(&self.allow, site)
-    }
 }
 
 /// Reads `HOST:PORT`, or `[V6]:PORT`.

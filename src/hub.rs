@@ -2,6 +2,7 @@
 //! the bytes.
 
 mod backend;
+mod entitlement;
 #[cfg(test)]
 mod hostile;
 mod jobs;
@@ -42,25 +43,24 @@ use base::limits::{
     CHANGES_AT_ONCE_MAX, CHANGES_PER_SECOND_MAX, CONTROL_FRAME_BYTES_MAX, PEER_WORK_MAX,
     QUESTIONS_BYTES_MAX, REPORTS_AT_ONCE_MAX, REPORTS_PER_SECOND_MAX, REST_EVERY,
 };
-use base::names::{ArtifactRef, SiteName, SiteSelector};
+use base::names::{ArtifactRef, PublisherName, SiteName, SiteSelector};
+use base::peer::Peer;
 use base::tally::Tally;
 use content::chunk::{Hash, ShortHash};
 use content::manifest::{ChunkRef, Digest, Pages};
 use content::store::Store;
 use exchange::fetch::{Child, Library, Opened, Pieces, nothing_such, pieces};
 use exchange::relay::{Of, Relay, Upstream};
-use exchange::wire::Peer;
 use model::protocol::Wanted;
 use state::Catalogue;
-use transport::identity::{Claim, Holder, HubIdentity, Redeemer};
+use transport::identity::{Claim, HubIdentity, Redeemer};
 use transport::{Arrival, Link, Listener};
 
+use entitlement::Entitlement;
 pub(crate) use runs::lineage_view;
 
 /// Artifacts kept open for sites that read them.
 const OPENED_MAX: usize = 64;
-/// How long an answer to "may this site read it" is good.
-const ENTITLED_FOR: Duration = Duration::from_secs(2);
 /// What one site may have of the budget, bytes: enough answers to keep a fast line full.
 const SITE_SHARE_MAX: u64 = 12 << 20;
 /// How often old events are forgotten.
@@ -86,10 +86,7 @@ struct Inner {
     /// Bytes that crossed the lines from sites for the relay.
     relay_wire: Arc<AtomicU64>,
     opened: Mutex<Vec<Arc<Opened>>>,
-    /// Who may read what.
-    entitled: Mutex<ExpiringCache<(SiteName, Digest), ()>>,
-    /// Who may read the manifest of what.
-    planning: planning::Planning,
+    entitlement: Entitlement,
     jobs: Jobs,
     /// Manifests that were checked since the daemon started.
     checked_manifests: Arc<Mutex<manifests::Checked>>,
@@ -108,7 +105,7 @@ struct Inner {
     /// …and ask for changes.
     changes: quota::RateLimiter,
     /// Over which line a publisher sends what.
-    uploads: Mutex<HashMap<(SiteName, ArtifactRef), Link>>,
+    uploads: Mutex<HashMap<(PublisherName, ArtifactRef), Link>>,
     /// The bytes that an upload was found to have no room for.
     short_of: Mutex<ExpiringCache<Digest, u64>>,
     /// Held by the collection that runs. Publishes hold leases of the store instead, and wait for
@@ -147,14 +144,13 @@ impl Hub {
             has_identity,
             "the hub has an identity",
         )?;
-        let allow = config.share.allow.as_ref().map(|list| {
+        let share = config.share.allow.as_ref().map(|list| {
             list.iter()
                 .map(|text| text.parse())
                 .collect::<Result<Vec<SiteSelector>, _>>()
         });
-        let catalogue = Catalogue::open(&config.data_dir)
-            .await?
-            .with_share_policy(allow.transpose()?);
+        let catalogue = Catalogue::open(&config.data_dir).await?;
+        let entitlement = Entitlement::new(catalogue.clone(), share.transpose()?);
         let published = catalogue.any_artifact().await?;
         // Where only the index is lost, the store says what to do.
         let needed = published && !has_packs(&config.data_dir);
@@ -198,16 +194,8 @@ impl Hub {
             config.relay.budget,
         );
         let relay = blocking(move || Relay::open(&data, main, sites, room)).await?;
-        let (
-            relay_memory,
-            opened,
-            entitled,
-            uploads,
-            short_of,
-            collecting,
-            runs,
-            checked_manifests,
-        ) = Default::default();
+        let (relay_memory, opened, uploads, short_of, collecting, runs, checked_manifests) =
+            Default::default();
         let tasks = TaskTracker::new();
         // Three eighths of it are for content and an eighth is for messages: what the lines hold to
         // send is the other half.
@@ -228,8 +216,7 @@ impl Hub {
                 relay_memory,
                 relay_wire,
                 opened,
-                entitled,
-                planning: Default::default(),
+                entitlement,
                 jobs,
                 checked_manifests,
                 budget,
@@ -326,21 +313,6 @@ impl Hub {
         self.inner.listener.wait_idle().await;
     }
 
-    /// Whether a site may have an artifact: what was found is good for a moment.
-    async fn may_read(&self, peer: &Peer, digest: Digest) -> Result<bool, Fault> {
-        let key = (peer.clone(), digest);
-        if self.inner.entitled.lock().get(&key).is_some() {
-            return Ok(true);
-        }
-        let catalogue = &self.inner.catalogue;
-        if !catalogue.is_entitled(peer, digest).await? || !catalogue.is_shared(peer, digest).await?
-        {
-            return Ok(false);
-        }
-        self.inner.entitled.lock().put(key, (), ENTITLED_FOR);
-        Ok(true)
-    }
-
     fn is_online(&self, site: &SiteName) -> bool {
         self.inner.links.read().contains_key(site)
     }
@@ -354,7 +326,7 @@ impl Redeemer for Hub {
         secret_hash: &[u8; 32],
         claim: &Claim,
         key_hash: &[u8; 32],
-    ) -> Result<Holder, Fault> {
+    ) -> Result<Peer, Fault> {
         self.inner
             .catalogue
             .redeem_token(id, secret_hash, claim, key_hash)
@@ -366,7 +338,7 @@ impl Redeemer for Hub {
 impl Library for Hub {
     async fn open(&self, peer: &Peer, digest: Digest) -> Result<Arc<Opened>, Fault> {
         let inner = &self.inner;
-        if !self.may_read(peer, digest).await? && !inner.planning.has(peer, digest) {
+        if !inner.entitlement.may_read_manifest(peer, digest).await? {
             return Err(nothing_such());
         }
         if let Some(opened) = inner.opened.lock().iter().find(|o| o.digest == digest) {
@@ -391,7 +363,8 @@ impl Library for Hub {
     }
 
     async fn may_read_content(&self, peer: &Peer, opened: &Opened) -> Result<bool, Fault> {
-        self.may_read(peer, opened.digest).await
+        let entitlement = &self.inner.entitlement;
+        entitlement.may_read_content(peer, opened.digest).await
     }
 
     async fn share(&self, peer: &Peer, bytes: u64, priority: i32) -> Result<Share, Fault> {

@@ -37,8 +37,9 @@ use base::limits::{
     CONNECTION_SEND_BYTES_MAX, FETCH_BATCH_BYTES, FETCH_IN_FLIGHT_MAX, FETCH_STREAMS_MAX,
     HUB_AWAY_MAX, PUBLISHES_AT_ONCE_MAX, SILENCE_MAX,
 };
-use base::names::{ArtifactRef, SiteName, SiteSelector};
+use base::names::{ArtifactRef, SiteSelector};
 use base::omitted::Omitted;
+use base::peer::Peer;
 use base::{durable, private};
 use content::ingest;
 use content::manifest::Digest;
@@ -48,9 +49,7 @@ use exchange::fetch;
 use exchange::in_place::{HeldArtifact, Holdings, InPlaceReader};
 use exchange::wire;
 use model::protocol::{AskHub, FETCH, renewal};
-use transport::identity::{
-    CertificateRequest, Claim, Holder, JoinToken, SiteIdentity, fingerprint,
-};
+use transport::identity::{CertificateRequest, Claim, JoinToken, SiteIdentity, fingerprint};
 use transport::{self, Link, Redial};
 
 /// Bytes that are read and not yet given to the connection, which has its own send buffer.
@@ -359,7 +358,7 @@ impl Publisher {
         let dir = self.dir.clone();
         let kept = blocking(move || SiteIdentity::load(&dir))
             .await?
-            .filter(|kept| matches!(kept.holder(), Holder::Publisher(_)));
+            .filter(|kept| matches!(kept.holder(), Peer::Publisher(_)));
         let of_other_hub = |kept: &SiteIdentity| {
             self.token
                 .as_ref()
@@ -482,11 +481,9 @@ const KEPT_BYTES: u64 = 2 * FETCH_IN_FLIGHT_MAX as u64 * FETCH_BATCH_BYTES;
 /// Answers the hub's requests.
 async fn serve(link: &Link, origin: &InPlaceReader) {
     let streams = Arc::new(Semaphore::new(FETCH_STREAMS_MAX));
-    // Only the hub opens streams here; the name is for the log.
-    let hub = link
-        .peer()
-        .map_or_else(|| "hub".parse::<SiteName>(), |peer| Ok(peer.name().clone()));
-    let Ok(hub) = hub else { return };
+    let Some(hub) = link.peer().cloned() else {
+        return;
+    };
     // Dropped with this future, they end with it.
     let mut tasks = JoinSet::new();
     while let Some((send, mut recv)) = link.accept().await {
@@ -626,7 +623,7 @@ mod tests {
         let request = CertificateRequest::new().unwrap();
         let cert = hub
             .issue_as(
-                &Holder::Publisher("office".parse().unwrap()),
+                &Peer::Publisher("office".parse().unwrap()),
                 request.csr_der(),
             )
             .unwrap();
@@ -736,7 +733,7 @@ mod tests {
         let request = CertificateRequest::new().unwrap();
         let cert = hub
             .issue_as(
-                &Holder::Publisher("office".parse().unwrap()),
+                &Peer::Publisher("office".parse().unwrap()),
                 request.csr_der(),
             )
             .unwrap();

@@ -198,7 +198,10 @@ pub async fn join(config: &Config, hub: &str, token: &str) -> Result<PathBuf, Fa
     let _lock = Lock::take(&config.data_dir)?;
     let token: JoinToken = token.parse()?;
     if let Some(there) = SiteIdentity::load(&config.data_dir)? {
-        tracing::info!(site = %there.name(), "joining again: the existing certificate will be replaced");
+        tracing::info!(
+            site = there.holder().name(),
+            "joining again: the existing certificate will be replaced"
+        );
     }
     let request = CertificateRequest::kept(&config.data_dir)?;
     transport::join(

@@ -19,6 +19,7 @@ use crate::open_source::AtSite;
 use base::blocking::blocking;
 use base::fault::Fault;
 use base::limits::{PLACES_SWEEP_EVERY, PLACES_SWEEP_PAUSE, PLACES_SWEEP_ROWS, REST_EVERY};
+use base::peer::Peer;
 use content::store::Store;
 use exchange::chunk_index::{ChunkIndex, LocationInfo};
 use exchange::in_place::InPlaceReader;
@@ -27,7 +28,7 @@ use sink::files::FilesSink;
 use sink::{StorageLocation, images, labels};
 use state::Catalogue;
 use transport::Link;
-use transport::identity::{Holder, SiteIdentity};
+use transport::identity::SiteIdentity;
 
 /// The site. Cheap to clone.
 #[derive(Clone)]
@@ -92,7 +93,7 @@ impl Site {
                 "at the hub: packhorse token create --site NAME; then here: packhorse join --config FILE --hub HOST:PORT --token TOKEN",
             ));
         };
-        if *identity.holder() != Holder::Site(config.name.clone()) {
+        if *identity.holder() != Peer::Site(config.name.clone()) {
             return Err(Fault::config(format!(
                 "the config says that this is site {}, its certificate says {}",
                 config.name,

@@ -6,6 +6,7 @@
 //! errors as `{code, message, next}`, a version header on every reply. Nothing here is stored: a
 //! crash loses open connections, and a client resumes from its cursor.
 
+mod access;
 mod body;
 mod error;
 mod events;

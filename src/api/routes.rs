@@ -27,8 +27,8 @@ use super::proof::{Proof, ProofQuery};
 use super::server::Connection;
 use super::types::*;
 use super::{
-    ApiToken, Backend, CURSOR_HEADER, TOKEN_HEADER, VERSION, VERSION_HEADER, body, events, lists,
-    openapi, run_token,
+    ApiToken, Backend, CURSOR_HEADER, TOKEN_HEADER, VERSION, VERSION_HEADER, access, body, events,
+    lists, openapi, run_token,
 };
 use base::fault::Fault;
 use base::limits::{
@@ -36,6 +36,7 @@ use base::limits::{
     LONG_POLL_MAX,
 };
 use base::tally::Tally;
+use model::actor::Actor;
 
 /// The state of every handler.
 #[derive(Clone)]
@@ -71,8 +72,8 @@ impl App {
 #[derive(Clone, Default)]
 struct Asked(Arc<OnceLock<String>>);
 
-/// All routes. Everything under `/v1/` and the metrics require the token; [`authenticate`] will
-/// decide roles, and the dashboard will replace [`home`].
+/// All routes. Everything under `/v1/` and the metrics require a token ([`authenticate`]); the
+/// dashboard will replace [`home`].
 pub(super) fn router(app: App) -> Router {
     let guarded = Router::new()
         .route("/v1/artifacts", get(lists::artifacts).post(publish))
@@ -133,7 +134,8 @@ pub(super) fn presented(headers: &HeaderMap) -> Option<&[u8]> {
     })
 }
 
-/// Accepts a request with the token in either header.
+/// Finds the actor of a request by the token in either header, and lets the request through if the
+/// actor has the right.
 async fn authenticate(
     State(app): State<App>,
     Extension(connection): Extension<Connection>,
@@ -141,42 +143,42 @@ async fn authenticate(
     request: Request,
     next: Next,
 ) -> Result<Response, ApiError> {
-    let why = match presented(&headers) {
-        Some(presented) if app.token.is(presented) => {
-            connection.finish();
-            return Ok(log_change("admin", &connection, request, next).await);
-        }
-        Some(presented) => {
-            if let Some(run) = run_token::run_of(&app, presented).await {
-                connection.finish();
-                let request = run_token::allow(&app, &run, request).await?;
-                let began = request.uri().path() == "/v1/artifacts";
-                let response =
-                    log_change(&format!("trainer of run {run}"), &connection, request, next).await;
-                return Ok(if began {
-                    run_token::note_job(&app, &run, response).await
-                } else {
-                    response
-                });
-            }
-            app.wrong_tokens.note(format_args!(
-                "{}: {} {}",
-                connection.peer,
-                request.method(),
-                clipped(request.uri().path())
-            ));
-            "the API token is wrong"
-        }
-        None => "the API wants a token",
+    let (actor, why) = match presented(&headers) {
+        None => (None, "the API wants a token"),
+        Some(presented) => (actor_of(&app, presented).await, "the API token is wrong"),
     };
-    let fault =
-        Fault::not_allowed(why).with_next("send the content of <data_dir>/api-token in X-Packhorse-Token, or use --config or --token-file");
-    Err(ApiError::with_status(fault, StatusCode::UNAUTHORIZED))
+    let Some(actor) = actor else {
+        if presented(&headers).is_some() {
+            let (peer, path) = (&connection.peer, clipped(request.uri().path()));
+            app.wrong_tokens
+                .note(format_args!("{peer}: {} {path}", request.method()));
+        }
+        let fault = Fault::not_allowed(why).with_next(
+            "send the content of <data_dir>/api-token in X-Packhorse-Token, or use --config or --token-file",
+        );
+        return Err(ApiError::with_status(fault, StatusCode::UNAUTHORIZED));
+    };
+    connection.finish();
+    let request = access::check(&app, &actor, request).await?;
+    let is_publish = request.uri().path() == "/v1/artifacts";
+    let response = log_change(&actor, &connection, request, next).await;
+    match &actor {
+        Actor::Trainer(run) if is_publish => Ok(run_token::note_job(&app, run, response).await),
+        _ => Ok(response),
+    }
+}
+
+/// Who holds this token. `None`: nobody.
+async fn actor_of(app: &App, presented: &[u8]) -> Option<Actor> {
+    if app.token.is(presented) {
+        return Some(Actor::Admin);
+    }
+    run_token::run_of(app, presented).await.map(Actor::Trainer)
 }
 
 /// Passes a request on. A change is logged: who requested what from where, and the status.
 async fn log_change(
-    who: &str,
+    actor: &Actor,
     connection: &Connection,
     mut request: Request,
     next: Next,
@@ -190,6 +192,7 @@ async fn log_change(
     request.extensions_mut().insert(asked.clone());
     let response = next.run(request).await;
     let request = asked.0.get().map_or("", String::as_str);
+    let who = actor.to_string();
     tracing::info!(who, peer = %connection.peer, path, request, status = response.status().as_u16(), "a change over the API");
     response
 }

@@ -1,28 +1,23 @@
 //! The API for a trainer, which holds a token of its own run instead of the admin token.
 //!
 //! The daemon writes a [`RunToken`] to the run's folder when it starts the trainer, and accepts it
-//! only while that trainer runs. It may publish the run's model from a path, follow that job, show
-//! the run and finish it. [`allow`] refuses everything else.
+//! only while that trainer runs. [`model::policy`] decides what its holder may do.
 
 use std::collections::VecDeque;
 use std::fmt;
 
 use axum::body::{Body, to_bytes};
-use axum::extract::Request;
-use axum::http::{Method, StatusCode};
 use axum::response::Response;
 use parking_lot::Mutex;
 use rand::TryRngCore;
-use serde::de::DeserializeOwned;
 
 use super::ApiToken;
-use super::error::ApiError;
 use super::proof::ProofQuery;
 use super::routes::App;
-use super::types::{Job, PublishRequest, RunActionRequest, RunVerb};
+use super::types::Job;
 use base::fault::Fault;
 use base::limits::{API_BODY_BYTES_MAX, RUN_JOBS_KEPT_MAX};
-use base::names::{ArtifactRef, Kind, RunName};
+use base::names::RunName;
 
 /// The prefix of a token.
 const PREFIX: &str = "run.";
@@ -95,11 +90,11 @@ impl RunJobs {
         jobs.push_back((run.clone(), job.to_owned()));
     }
 
-    fn has(&self, run: &RunName, job: &str) -> bool {
-        self.0
-            .lock()
-            .iter()
-            .any(|(of, known)| of == run && known == job)
+    /// The run whose trainer began this job.
+    pub(super) fn run_of(&self, job: &str) -> Option<RunName> {
+        let jobs = self.0.lock();
+        let found = jobs.iter().find(|(_, known)| known == job);
+        found.map(|(run, _)| run.clone())
     }
 }
 
@@ -119,49 +114,6 @@ pub(super) async fn of_query(app: &App, query: &ProofQuery) -> Option<ApiToken> 
     ApiToken::parse(&token.text()).ok()
 }
 
-/// Refuses a request that a trainer of this run may not make. Returns an allowed request unchanged.
-pub(super) async fn allow(app: &App, run: &RunName, request: Request) -> Result<Request, ApiError> {
-    let refused = |why: String| {
-        let next = format!(
-            "ask with the admin token, or leave it to the daemon: this token is good for run {run} only"
-        );
-        ApiError::with_status(
-            Fault::not_allowed(why).with_next(next),
-            StatusCode::FORBIDDEN,
-        )
-    };
-    let (method, path) = (request.method().clone(), request.uri().path().to_owned());
-    match (method, path.as_str()) {
-        (Method::POST, "/v1/artifacts") => {
-            let (request, asked) = body::<PublishRequest>(request).await?;
-            may_publish(run, &asked).map_err(refused)?;
-            Ok(request)
-        }
-        (Method::POST, "/v1/runs/action") => {
-            let (request, asked) = body::<RunActionRequest>(request).await?;
-            if asked.name != run.as_str() || asked.action != RunVerb::Finish {
-                return Err(refused(format!(
-                    "a trainer finishes its own run {run} only"
-                )));
-            }
-            Ok(request)
-        }
-        (Method::GET, "/v1/jobs")
-            if parameter(&request, "id").is_some_and(|id| app.run_jobs.has(run, &id)) =>
-        {
-            Ok(request)
-        }
-        (Method::GET, "/v1/runs/show")
-            if parameter(&request, "name").as_deref() == Some(run.as_str()) =>
-        {
-            Ok(request)
-        }
-        _ => Err(refused(
-            "a trainer publishes the model of its run, finishes that run, and nothing else".into(),
-        )),
-    }
-}
-
 /// Records the job of a trainer's publish, so that the trainer may follow it.
 pub(super) async fn note_job(app: &App, run: &RunName, response: Response) -> Response {
     let (parts, body) = response.into_parts();
@@ -170,56 +122,6 @@ pub(super) async fn note_job(app: &App, run: &RunName, response: Response) -> Re
         app.run_jobs.note(run, &job.id);
     }
     Response::from_parts(parts, Body::from(bytes))
-}
-
-/// A trainer may publish the model of its own run, from a path, without a choice of sites.
-fn may_publish(run: &RunName, asked: &PublishRequest) -> Result<(), String> {
-    if asked.run.as_deref() != Some(run.as_str()) {
-        return Err(format!(
-            "a trainer publishes for its own run only: --run {run}"
-        ));
-    }
-    if !asked
-        .as_ref
-        .parse::<ArtifactRef>()
-        .is_ok_and(|artifact| artifact.kind == Kind::Model)
-    {
-        return Err(format!(
-            "a trainer publishes the model of its run, and {} is none",
-            asked.as_ref
-        ));
-    }
-    if !asked.source.starts_with('/') {
-        return Err("a trainer publishes from a path".into());
-    }
-    if asked.to.is_some() {
-        return Err(
-            "the model goes to the site that started the run, and --to names others".into(),
-        );
-    }
-    Ok(())
-}
-
-/// The request's body as JSON, and the request as it was.
-async fn body<T: DeserializeOwned>(request: Request) -> Result<(Request, T), ApiError> {
-    let (parts, body) = request.into_parts();
-    let bytes = super::body::read(body).await?;
-    let asked = serde_json::from_slice(&bytes)
-        .map_err(|e| Fault::usage(format!("the request's body is malformed: {e}")))?;
-    Ok((Request::from_parts(parts, Body::from(bytes)), asked))
-}
-
-/// A parameter of the request's query; a value with escapes is never one that a trainer needs.
-fn parameter(request: &Request, name: &str) -> Option<String> {
-    let mut values = request
-        .uri()
-        .query()?
-        .split('&')
-        .filter_map(|pair| pair.split_once('='))
-        .filter(|(key, _)| *key == name);
-    let (_, value) = values.next()?;
-    // If it is given twice, the handler might use the other one.
-    values.next().is_none().then(|| value.to_owned())
 }
 
 #[cfg(test)]
@@ -248,42 +150,6 @@ mod tests {
             "run.../x.00",
         ] {
             assert!(RunToken::parse(bad.as_bytes()).is_none(), "{bad}");
-        }
-    }
-
-    #[test]
-    fn a_trainer_publishes_its_own_model_only() {
-        let run: RunName = "r".parse().unwrap();
-        let asked = || PublishRequest {
-            source: "/out".into(),
-            as_ref: "model/m:1".into(),
-            run: Some("r".into()),
-            ..PublishRequest::default()
-        };
-        may_publish(&run, &asked()).unwrap();
-        for bad in [
-            PublishRequest {
-                run: None,
-                ..asked()
-            },
-            PublishRequest {
-                run: Some("other".into()),
-                ..asked()
-            },
-            PublishRequest {
-                as_ref: "dataset/m:1".into(),
-                ..asked()
-            },
-            PublishRequest {
-                source: "registry://h/r:t".into(),
-                ..asked()
-            },
-            PublishRequest {
-                to: Some("all".into()),
-                ..asked()
-            },
-        ] {
-            assert!(may_publish(&run, &bad).is_err(), "{bad:?}");
         }
     }
 }

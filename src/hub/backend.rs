@@ -11,7 +11,8 @@ use futures::StreamExt as _;
 use tokio::time::Instant;
 
 use super::Hub;
-use super::sharing::Targets;
+use super::session::no_transfers;
+use super::sharing::{self, Targets};
 use crate::api::types::*;
 use crate::api::{Backend, View};
 use crate::delivery::Whole;
@@ -19,15 +20,18 @@ use base::blocking::blocking;
 use base::fault::{Code, Fault, Reason};
 use base::limits::{API_PAGE_BYTES, DELIVERY_ARTIFACTS_MAX, DELIVERY_PARTS_MAX, PLAN_ROWS_MAX};
 use base::names::{ArtifactRef, DeliveryId, SiteName, SiteSelector, TransferId, check_label};
+use base::peer::Peer;
 use base::text::Message;
 use content::bundle::{self, Member};
 use content::manifest::{Digest, Root};
+use model::actor::Actor;
 use model::paging::{Budget, Page, Pager, Room};
+use model::policy::{self, Object, Verb};
 use model::protocol::{AskSite, Planned, Standing, Stands};
 use state::{
     Body, Changed, DeliveryRow, Part, SiteRow, TransferRow, new_delivery_id, what_changed,
 };
-use transport::identity::{Holder, JoinToken};
+use transport::identity::JoinToken;
 
 /// How long the sites together may take to work out a plan.
 const PLAN_MAX: Duration = Duration::from_secs(30);
@@ -107,12 +111,13 @@ impl Hub {
         site
     }
 
-    /// Begins a delivery; `by` is who asks over a line, `None` the administrator.
+    /// Begins a delivery. `brought`: the actor offers or uploads the artifacts in this request.
     pub(super) async fn deliver_to(
         &self,
-        by: Option<&SiteName>,
+        actor: &Actor,
         artifacts: &[ArtifactRef],
         selector: &SiteSelector,
+        brought: bool,
     ) -> Result<Delivered, Fault> {
         if artifacts.is_empty() {
             return Err(no_artifact_named());
@@ -121,12 +126,15 @@ impl Hub {
         check_size(artifacts, sites.len(), DELIVERY_PARTS_MAX)?;
         let (mut parts, mut left_out) = (Vec::new(), Vec::new());
         for artifact in artifacts {
-            let row = self.inner.catalogue.artifact(artifact).await?;
-            let shared = self
-                .shared_with(by, &row.artifact, row.origin.as_ref(), &sites, selector)
+            let entitlement = &self.inner.entitlement;
+            let row = entitlement
+                .artifact_for(actor, Verb::Deliver, artifact, brought)
                 .await?;
-            parts.push(Part::new(&row, &shared.sites));
-            left_out.extend(shared.left_out);
+            let targets = entitlement
+                .targets(actor, artifact, row.origin.as_ref(), &sites, selector)
+                .await?;
+            parts.push(Part::new(&row, &targets.sites));
+            left_out.extend(targets.left_out);
         }
         let delivery = new_delivery_id();
         let (transfers, notes) = self.begin_noted(&delivery, None, &parts).await?;
@@ -229,29 +237,33 @@ impl Hub {
         })
     }
 
-    /// Does what is asked of a transfer, or of all of a delivery; `by` is the site that asks,
-    /// `None` the administrator.
+    /// Does what is asked of a transfer, or of all of a delivery. An actor that may not act on all
+    /// of them gets the answer for what does not exist.
     pub(super) async fn act_on(
         &self,
-        by: Option<&SiteName>,
+        actor: &Actor,
         id: &str,
         action: Action,
     ) -> Result<(), Fault> {
         // Of several, those that failed are meant; where none did, all are looked at again.
-        let (mut ids, mut failed) = (Vec::new(), false);
+        let (mut ids, mut failed, mut may_act) = (Vec::new(), false, true);
         let query = TransferQuery {
             id: Some(id.to_owned()),
             ..TransferQuery::default()
         };
         let see = |row: TransferRow| {
             failed |= matches!(row.state, State::Failed | State::Cancelled);
+            may_act &= policy::may(actor, Verb::Act, &Object::Transfer { to: &row.site }).is_ok();
             ids.push(row.id);
-            true
+            may_act
         };
         self.inner
             .catalogue
             .scan_transfers(&query, None, i64::MAX, see)
             .await?;
+        if !may_act {
+            return Err(no_transfers(id));
+        }
         let single = ids.len() == 1;
         let (mut acted, mut refused) = (false, None);
         for one in ids {
@@ -266,7 +278,11 @@ impl Hub {
                 return Err(nothing_to(action, &format!("transfer {id} is {state}")));
             }
             let refusal = if fits && action == Action::Retry {
-                self.shared_no_more(by, &row).await?
+                let artifact = self.inner.catalogue.artifact(&row.artifact).await?;
+                self.inner
+                    .entitlement
+                    .no_longer_shared(actor, &row, &artifact)
+                    .await?
             } else {
                 None
             };
@@ -297,7 +313,7 @@ impl Hub {
         artifact: &ArtifactRef,
         digest: Digest,
     ) -> Option<Planned> {
-        let _planning = self.inner.planning.begin(site, digest);
+        let _plan = self.inner.entitlement.plan(site, digest);
         self.ask_site(
             site,
             &AskSite::Plan {
@@ -383,8 +399,8 @@ impl Backend for Hub {
     }
 
     async fn deliver(&self, request: DeliverRequest) -> Result<Delivered, Fault> {
-        self.deliver_to(None, &parse_refs(&request.artifacts)?, &request.to.parse()?)
-            .await
+        let (artifacts, to) = (parse_refs(&request.artifacts)?, request.to.parse()?);
+        self.deliver_to(&Actor::Admin, &artifacts, &to, false).await
     }
 
     async fn plan(&self, request: DeliverRequest) -> Result<Vec<PlanRow>, Fault> {
@@ -395,11 +411,14 @@ impl Backend for Hub {
         let mut rows = Vec::new();
         for artifact in &refs {
             let row = self.inner.catalogue.artifact(artifact).await?;
+            let origin = row.origin.as_ref();
             let Targets {
                 sites,
                 mut left_out,
             } = self
-                .shared_with(None, artifact, row.origin.as_ref(), &sites, &selector)
+                .inner
+                .entitlement
+                .targets(&Actor::Admin, artifact, origin, &sites, &selector)
                 .await?;
             let (digest, total) = (row.digest, row.root.totals.bytes);
             rows.extend(
@@ -456,7 +475,7 @@ impl Backend for Hub {
     }
 
     async fn act(&self, id: &str, action: Action, room: Room) -> Result<Page<Transfer>, Fault> {
-        self.act_on(None, id, action).await?;
+        self.act_on(&Actor::Admin, id, action).await?;
         let query = TransferQuery {
             id: Some(id.to_owned()),
             ..TransferQuery::default()
@@ -494,19 +513,19 @@ impl Backend for Hub {
     }
 
     async fn runs(&self, behind: Option<&str>, room: Room) -> Result<Page<Run>, Fault> {
-        self.list_runs(None, behind, 0, room).await
+        self.list_runs(&Actor::Admin, behind, 0, room).await
     }
 
     async fn run(&self, name: &str) -> Result<Run, Fault> {
-        self.show_run(None, name).await
+        self.show_run(&Actor::Admin, name).await
     }
 
     async fn train(&self, request: RunRequest) -> Result<Run, Fault> {
-        self.start_run(None, &request.try_into()?).await
+        self.start_run(&Actor::Admin, &request.try_into()?).await
     }
 
     async fn act_on_run(&self, request: RunActionRequest) -> Result<Run, Fault> {
-        Hub::act_on_run(self, None, &request.try_into()?).await
+        Hub::act_on_run(self, &Actor::Admin, &request.try_into()?).await
     }
 
     async fn artifacts(&self, behind: Option<&str>, room: Room) -> Result<Page<Artifact>, Fault> {
@@ -553,9 +572,9 @@ impl Backend for Hub {
 
     async fn token(&self, request: TokenRequest) -> Result<String, Fault> {
         let holder = match (&request.site, &request.publisher) {
-            (Some(site), None) => Holder::Site(site.parse()?),
+            (Some(site), None) => Peer::Site(site.parse()?),
             (None, Some(publisher)) if request.labels.is_empty() => {
-                Holder::Publisher(publisher.parse()?)
+                Peer::Publisher(publisher.parse()?)
             }
             (None, Some(_)) => {
                 return Err(Fault::usage(
@@ -704,8 +723,9 @@ impl Backend for Hub {
             out.push(format!("{word} site {}: {line}", site.name));
             joined.push(site.name);
         }
-        out.extend(self.share_fault(&joined));
-        out.extend(self.site_list_faults(&joined).await?);
+        let allow = self.inner.config.share.allow.as_deref();
+        out.extend(sharing::share_fault(allow, &joined));
+        out.extend(sharing::site_list_faults(&self.inner.catalogue, &joined).await?);
         out.extend(self.changed_lines().await?);
         out.extend(crate::api::malformed_lines(&self.inner.catalogue));
         out.extend(self.manifest_lines().await?);
@@ -747,7 +767,7 @@ impl Backend for Hub {
                     Err(_) => None,
                 },
                 "run" => self
-                    .show_run(None, &name)
+                    .show_run(&Actor::Admin, &name)
                     .await
                     .ok()
                     .and_then(|run| serde_json::to_value(run).ok()),
@@ -884,16 +904,17 @@ mod tests {
         let delivered = bench
             .hub
             .deliver_to(
-                None,
+                &Actor::Admin,
                 &["model/a:v1".parse().unwrap()],
                 &"east,west".parse().unwrap(),
+                false,
             )
             .await
             .unwrap();
         let code = async |id: &str, action| {
             bench
                 .hub
-                .act_on(None, id, action)
+                .act_on(&Actor::Admin, id, action)
                 .await
                 .map(|_| ())
                 .map_err(|fault| fault.code)

@@ -10,6 +10,7 @@ use base::limits::{QUESTION_BYTES_MAX, SILENCE_MAX};
 use content::frame::{Frame, HEADER_BYTES, Header};
 use content::manifest::Digest;
 use exchange::wire;
+use model::actor::Actor;
 use model::protocol::{AskHub, CONTROL, FETCH, FetchRequest, FromHub, FromSite, QUESTION, Wanted};
 use transport::identity::Claim;
 use transport::{Link, RecvHalf};
@@ -89,9 +90,10 @@ async fn a_request_for_many_roots_is_refused_before_any_is_made() {
     bench
         .hub
         .deliver_to(
-            None,
+            &Actor::Admin,
             &["model/a:v1".parse().unwrap()],
             &"east".parse().unwrap(),
+            false,
         )
         .await
         .unwrap();

@@ -19,6 +19,7 @@ use content::bundle;
 use content::ingest::{self, Ingested};
 use content::manifest::{DatasetBinding, Root};
 use content::store::Store;
+use model::actor::Actor;
 use model::run;
 use state::{Part, new_delivery_id};
 
@@ -37,7 +38,7 @@ impl Hub {
         };
         let run = request.run.as_deref().map(run::known).transpose()?;
         if let Some(run) = &run {
-            self.check_run_model(None, run, &artifact).await?;
+            self.check_run_model(&Actor::Admin, run, &artifact).await?;
         }
         let dataset = open_source::dataset_of(
             &inner.catalogue,
@@ -53,7 +54,7 @@ impl Hub {
         progress.end()?;
         let added = match &run {
             Some(run) => {
-                self.add_run_model(None, run, &artifact, &ingested.root)
+                self.add_run_model(&Actor::Admin, run, &artifact, &ingested.root)
                     .await?
             }
             None => self.register(None, &artifact, &ingested.root).await?,

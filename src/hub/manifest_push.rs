@@ -17,6 +17,7 @@ use base::clock;
 use base::fault::Fault;
 use base::limits::{TOLD_BYTES_MAX, TOLD_MAX};
 use base::names::{SiteName, TransferId};
+use base::peer::Peer;
 use base::text::Exact;
 use exchange::fetch::{self, Library};
 use exchange::wire::PRIORITY_MANIFEST;
@@ -63,16 +64,17 @@ impl Hub {
         if new.is_empty() {
             return (Vec::new(), None);
         }
+        let peer = Peer::Site(site.clone());
         // Now or not at all.
         let Some(Ok(share)) = self
-            .share(site, TOLD_BYTES_MAX as u64, PRIORITY_MANIFEST)
+            .share(&peer, TOLD_BYTES_MAX as u64, PRIORITY_MANIFEST)
             .now_or_never()
         else {
             return (Vec::new(), None);
         };
         let (mut pushed, mut room) = (Vec::new(), TOLD_BYTES_MAX);
         for wanted in new {
-            match self.manifest_for(site, wanted, room).await {
+            match self.manifest_for(site, &peer, wanted, room).await {
                 Ok(Some(frames)) => {
                     room -= frames.len();
                     let Some(frames) = Exact::new(BASE64.encode(frames)) else {
@@ -96,6 +98,7 @@ impl Hub {
     async fn manifest_for(
         &self,
         site: &SiteName,
+        peer: &Peer,
         wanted: &Desired,
         room: usize,
     ) -> Result<Option<Vec<u8>>, Fault> {
@@ -106,7 +109,7 @@ impl Hub {
         {
             return Ok(None);
         }
-        let opened = self.open(site, wanted.digest).await?;
-        fetch::manifest_frames(site, self, &opened, room).await
+        let opened = self.open(peer, wanted.digest).await?;
+        fetch::manifest_frames(peer, self, &opened, room).await
     }
 }

@@ -11,6 +11,7 @@ use tokio_util::sync::CancellationToken;
 use super::Hub;
 use base::fault::{Code, Fault, Retry};
 use base::limits::{FETCH_BATCH_BYTES, FETCH_BATCH_CHUNKS_MAX};
+use base::peer::Peer;
 use content::chunk::Hash;
 use content::manifest::{Digest, Root, Step, Walk};
 use content::store::Store;
@@ -98,9 +99,13 @@ impl Hub {
             if skip || served.contains(&digest) || out.contains(&digest) {
                 continue;
             }
-            // To whom it is not shared any more nothing will be given.
+            // A site that may not receive it any more will be given nothing.
             if !self.inner.upstream.sources(digest, None).await?.is_empty()
-                && self.inner.catalogue.is_shared(&site, digest).await?
+                && self
+                    .inner
+                    .entitlement
+                    .is_shared_still(&site, digest)
+                    .await?
             {
                 out.push(digest);
             }
@@ -183,7 +188,8 @@ impl Hub {
                     }
                     let bytes: u64 = children.iter().map(|c| u64::from(c.chunk.len)).sum();
                     // As a peer of its own, beside those that ask.
-                    let _share = inner.budget.take(&inner.config.name, bytes, 0).await?;
+                    let own = Peer::Hub(inner.config.name.clone());
+                    let _share = inner.budget.take(&own, bytes, 0).await?;
                     let unkept = inner.relay.unkept_bytes();
                     inner
                         .relay

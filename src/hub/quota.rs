@@ -24,10 +24,10 @@ use tokio::time::Instant;
 use super::Hub;
 use crate::config::Quota;
 use base::fault::Fault;
-use base::names::{ArtifactRef, SiteName};
+use base::names::ArtifactRef;
+use base::peer::Peer;
 use content::manifest::{Digest, Root};
 use content::store::Meter;
-use transport::identity::Holder;
 
 /// Peers whose pace is remembered; those that have been quiet are forgotten first.
 const PACED_MAX: usize = 4096;
@@ -36,7 +36,7 @@ const PACED_MAX: usize = 4096;
 const UNCOUNTED_BYTES: u64 = 1 << 20;
 
 /// What each site and publisher has taken of its quota beside what is in the catalogue.
-pub(super) type Reserved = Arc<Mutex<HashMap<Holder, Taken>>>;
+pub(super) type Reserved = Arc<Mutex<HashMap<Peer, Taken>>>;
 
 /// What one of them has taken.
 #[derive(Default)]
@@ -67,7 +67,7 @@ impl Taken {
 /// the publish's lease, and ends with the last handle of it.
 pub(super) struct Reservation {
     reserved: Reserved,
-    who: Holder,
+    who: Peer,
     artifact: ArtifactRef,
     digest: Digest,
     quota: Quota,
@@ -157,7 +157,7 @@ impl Hub {
     /// is counted once.
     pub(super) async fn reserve(
         &self,
-        who: &Holder,
+        who: &Peer,
         artifact: &ArtifactRef,
         root: &Root,
     ) -> Result<Arc<Reservation>, Fault> {
@@ -169,15 +169,10 @@ impl Hub {
             .is_ok_and(|row| row.digest == digest);
         let announced = if known { 0 } else { root.totals.bytes };
         let quota = match who {
-            Holder::Publisher(_) => &self.inner.config.quota.publisher,
-            Holder::Site(_) | Holder::Hub(_) => &self.inner.config.quota.site,
+            Peer::Publisher(_) => &self.inner.config.quota.publisher,
+            Peer::Site(_) | Peer::Hub(_) => &self.inner.config.quota.site,
         };
-        let published = match who {
-            Holder::Publisher(name) => catalogue.published_by(None, Some(name)).await?,
-            Holder::Site(name) | Holder::Hub(name) => {
-                catalogue.published_by(Some(name), None).await?
-            }
-        };
+        let published = catalogue.published_by(who).await?;
         let mut reserved = self.inner.reserved.lock();
         let taken = reserved.entry(who.clone()).or_default();
         let before = taken.unfinished.remove(&digest);
@@ -217,9 +212,9 @@ impl Hub {
     }
 
     /// What counts as unfinished, to be read before a collection begins.
-    pub(super) fn unfinished(&self) -> Vec<(Holder, Digest, u64)> {
+    pub(super) fn unfinished(&self) -> Vec<(Peer, Digest, u64)> {
         let reserved = self.inner.reserved.lock();
-        let of = |(who, taken): (&Holder, &Taken)| {
+        let of = |(who, taken): (&Peer, &Taken)| {
             taken
                 .unfinished
                 .iter()
@@ -230,7 +225,7 @@ impl Hub {
     }
 
     /// A collection removed what was unfinished when it began.
-    pub(super) fn forget_collected(&self, collected: Vec<(Holder, Digest, u64)>) {
+    pub(super) fn forget_collected(&self, collected: Vec<(Peer, Digest, u64)>) {
         let mut reserved = self.inner.reserved.lock();
         for (who, digest, bytes) in collected {
             let Some(taken) = reserved.get_mut(&who) else {
@@ -249,14 +244,8 @@ impl Hub {
     }
 }
 
-fn exceeds(
-    artifact: &ArtifactRef,
-    who: &Holder,
-    what: &str,
-    key: &str,
-    unfinished: usize,
-) -> Fault {
-    let table = if matches!(who, Holder::Publisher(_)) {
+fn exceeds(artifact: &ArtifactRef, who: &Peer, what: &str, key: &str, unfinished: usize) -> Fault {
+    let table = if matches!(who, Peer::Publisher(_)) {
         "quota.publisher"
     } else {
         "quota.site"
@@ -275,7 +264,7 @@ fn exceeds(
 /// Whether an artifact fits beside what was published before: `(artifacts, bytes)`.
 fn fits(
     quota: &Quota,
-    who: &Holder,
+    who: &Peer,
     artifact: &ArtifactRef,
     root: &Root,
     used: (u64, u64),
@@ -327,7 +316,7 @@ pub(super) struct RateLimiter {
     per_second: f64,
     burst: f64,
     /// Since when each peer has this many steps in hand; below 0 it waits.
-    peers: Mutex<HashMap<SiteName, (Instant, f64)>>,
+    peers: Mutex<HashMap<Peer, (Instant, f64)>>,
 }
 
 impl RateLimiter {
@@ -340,7 +329,7 @@ impl RateLimiter {
     }
 
     /// Takes so many steps; waits until the peer has earned them.
-    pub(super) async fn go(&self, peer: &SiteName, steps: usize) {
+    pub(super) async fn go(&self, peer: &Peer, steps: usize) {
         let wait = self.take(peer, steps, Instant::now());
         if !wait.is_zero() {
             tokio::time::sleep(wait).await;
@@ -348,7 +337,7 @@ impl RateLimiter {
     }
 
     /// Takes so many steps, and says how long the peer waits for them.
-    fn take(&self, peer: &SiteName, steps: usize, now: Instant) -> Duration {
+    fn take(&self, peer: &Peer, steps: usize, now: Instant) -> Duration {
         let mut peers = self.peers.lock();
         let earned = |since: Instant, left: f64| {
             (left + now.duration_since(since).as_secs_f64() * self.per_second).min(self.burst)
@@ -368,13 +357,14 @@ mod tests {
     use crate::hub::upload::tests::Bench;
     use base::fault::Code;
     use exchange::wire;
+    use model::actor::Actor;
     use model::protocol::AskHub;
     use transport::identity::Claim;
 
     #[test]
     fn a_peer_that_floods_slows_down_itself_only() {
         let pace = RateLimiter::new(10, 20);
-        let (loud, calm) = ("loud".parse().unwrap(), "calm".parse().unwrap());
+        let [loud, calm] = ["loud", "calm"].map(|name| Peer::Site(name.parse().unwrap()));
         let now = Instant::now();
         assert_eq!(pace.take(&loud, 20, now), Duration::ZERO, "a burst is free");
         assert_eq!(pace.take(&loud, 30, now), Duration::from_secs(3));
@@ -486,7 +476,8 @@ mod tests {
             for _ in 0..fetches {
                 let (send, mut recv) = link.accept().await.unwrap();
                 recv.read_exact(&mut [0]).await.unwrap();
-                exchange::fetch::serve(send, recv, &"west".parse().unwrap(), &there.hub).await;
+                let west = Peer::Site("west".parse().unwrap());
+                exchange::fetch::serve(send, recv, &west, &there.hub).await;
             }
             // The next is answered with something that is no frame.
             while let Some((mut send, _recv)) = link.accept().await {
@@ -533,7 +524,12 @@ mod tests {
                 .unwrap();
             there
                 .hub
-                .deliver_to(None, &[name.parse().unwrap()], &"west".parse().unwrap())
+                .deliver_to(
+                    &Actor::Admin,
+                    &[name.parse().unwrap()],
+                    &"west".parse().unwrap(),
+                    false,
+                )
                 .await
                 .unwrap();
         }
@@ -592,7 +588,7 @@ mod tests {
             .await
             .unwrap()
             .root;
-        let who = Holder::Site("west".parse().unwrap());
+        let who = Peer::Site("west".parse().unwrap());
         let mut kept = 0;
         for offer in 0..4 {
             root.totals.chunks += 1;

@@ -6,6 +6,7 @@
 use std::time::Duration;
 
 use super::Hub;
+use super::session::verb_of_run;
 use crate::api::types::{self, ModelLineage, RunModel, RunState, RunTrainer, RunVerb, State};
 use base::clock;
 use base::fault::{Code, Fault};
@@ -13,13 +14,15 @@ use base::limits::{RUN_INPUTS_MAX, RUN_TTL_MAX, RUNS_OPEN_MAX};
 use base::names::{ArtifactRef, Kind, RunName, SiteName, SiteSelector};
 use content::chunk::Hash;
 use content::manifest::Root;
+use model::actor::Actor;
 use model::paging::{Page, Room};
+use model::policy::{self, Object, Refusal, Scope, ShareList, Verb};
 use model::run::hub::{Effect, Event, Finish, ObservedTransfer, Run, step};
 use model::run::{
     Borrowed, DesiredRun, Input, Lineage, Model, RunAct, RunOrder, RunReport, Spec,
     no_run as unknown,
 };
-use state::{Forbids, Part, TransferRow, new_delivery_id, new_run_id};
+use state::{Part, TransferRow, new_delivery_id, new_run_id};
 
 /// A run may take several steps at one look; more than this many are a defect.
 const STEPS_MAX: usize = 16;
@@ -259,12 +262,10 @@ impl Hub {
         report: RunReport,
     ) -> Result<(), Fault> {
         let run = self.load(report.name.as_str()).await?;
-        if run.spec.on != *site {
-            return Err(Fault::not_allowed(format!(
-                "site {site} reports a run of {}",
-                run.spec.on
-            )));
-        }
+        let actor = Actor::Site(site.clone());
+        let Spec { from, on, .. } = &run.spec;
+        policy::may(&actor, Verb::Report, &Object::Run { from, on })
+            .map_err(|_| Fault::not_allowed(format!("site {site} reports a run of {on}")))?;
         if run.spec.id != report.id {
             return Ok(());
         }
@@ -281,7 +282,8 @@ impl Hub {
             let Ok(row) = self.inner.catalogue.transfer(id).await else {
                 continue;
             };
-            let ours = row.site == *site
+            let transfer = Object::Transfer { to: &row.site };
+            let ours = policy::may(&actor, Verb::Report, &transfer).is_ok()
                 && run
                     .spec
                     .inputs
@@ -307,14 +309,11 @@ impl Hub {
     /// Refuses a model before anything is kept of it, when its run would refuse it.
     pub(super) async fn check_run_model(
         &self,
-        by: Option<&SiteName>,
+        actor: &Actor,
         run: &RunName,
         artifact: &ArtifactRef,
     ) -> Result<(), Fault> {
-        let row = self.load(run.as_str()).await?;
-        if by.is_some_and(|by| row.spec.on != *by) {
-            return Err(unknown(run.as_str()));
-        }
+        let row = self.run_for(actor, Verb::Publish, run.as_str()).await?;
         // The digest is not known yet; that of a model which is there already is.
         let digest = match &row.model {
             Some(model) => model.digest,
@@ -335,14 +334,14 @@ impl Hub {
     /// takes none: the model would use its version up for nothing. `false`: it stood there already.
     pub(super) async fn add_run_model(
         &self,
-        by: Option<&SiteName>,
+        actor: &Actor,
         name: &RunName,
         artifact: &ArtifactRef,
         root: &Root,
     ) -> Result<bool, Fault> {
         let turn = self.inner.runs.lock().await;
-        self.check_run_model(by, name, artifact).await?;
-        let added = self.register(by, artifact, root).await?;
+        self.check_run_model(actor, name, artifact).await?;
+        let added = self.register(actor.site(), artifact, root).await?;
         let model = Model {
             artifact: artifact.clone(),
             digest: root.digest(),
@@ -359,10 +358,10 @@ impl Hub {
     /// Begins a run, or finds the one that was begun.
     pub(super) async fn start_run(
         &self,
-        by: Option<&SiteName>,
+        actor: &Actor,
         order: &RunOrder,
     ) -> Result<types::Run, Fault> {
-        let catalogue = &self.inner.catalogue;
+        let (catalogue, entitlement) = (&self.inner.catalogue, &self.inner.entitlement);
         let RunOrder {
             name,
             from,
@@ -387,17 +386,14 @@ impl Hub {
                 RUN_TTL_MAX.as_secs() / 86_400
             )));
         }
-        if by.is_some_and(|by| *by != from) {
-            return Err(Fault::not_allowed("a site starts runs for itself only")
-                .with_next("name this site in --from, or start it at the hub"));
-        }
+        policy::may(actor, Verb::Train, &Object::NewRun { from: &from })?;
         catalogue
             .select_sites(&format!("{from},{on}").parse()?)
             .await?;
-        if let Some(forbids) = catalogue.forbidden_by(&on, &from).await? {
-            let (who, place) = match forbids {
-                Forbids::Hub => ("the hub's policy".to_owned(), "the hub".to_owned()),
-                Forbids::Origin => (format!("site {on}"), on.to_string()),
+        if let Some(list) = entitlement.excluded_by(&on, &from).await? {
+            let (who, place) = match list {
+                ShareList::Hub => ("the hub's policy".to_owned(), "the hub".to_owned()),
+                ShareList::Origin => (format!("site {on}"), on.to_string()),
             };
             return Err(Fault::not_allowed(format!(
                 "{who} does not share what is made at {on} with {from}"
@@ -406,7 +402,11 @@ impl Hub {
                 "add {from} to [share] allow in the configuration of {place}"
             )));
         }
-        if !catalogue.trains_for(&on, &from).await? {
+        let allow = catalogue.train_list(&on).await?;
+        let trainer = Object::Trainer {
+            allow: allow.as_deref(),
+        };
+        if policy::may(&Actor::Site(from.clone()), Verb::Borrow, &trainer).is_err() {
             return Err(Fault::not_allowed(format!("site {on} does not train for {from}"))
                 .with_next(format!("add {from} to [train] allow in the configuration of site {on}, then restart its daemon")));
         }
@@ -416,20 +416,15 @@ impl Hub {
             if inputs.iter().any(|input| input.artifact == artifact) {
                 continue;
             }
-            let row = match by {
-                Some(site) => self.artifact_for(site, &artifact).await?,
-                None => catalogue.artifact(&artifact).await?,
-            };
+            let row = entitlement
+                .artifact_for(actor, Verb::Train, &artifact, false)
+                .await?;
             // The site that trains needs all of it.
             let there = SiteSelector::Names(vec![on.clone()]);
-            self.shared_with(
-                by,
-                &artifact,
-                row.origin.as_ref(),
-                std::slice::from_ref(&on),
-                &there,
-            )
-            .await?;
+            let (origin, only) = (row.origin.as_ref(), std::slice::from_ref(&on));
+            entitlement
+                .targets(actor, &artifact, origin, only, &there)
+                .await?;
             if row.origin.as_ref() == Some(&on)
                 && matches!(artifact.kind, Kind::Labels | Kind::Image)
             {
@@ -525,10 +520,12 @@ impl Hub {
     /// Finishes or cancels a run.
     pub(super) async fn act_on_run(
         &self,
-        by: Option<&SiteName>,
+        actor: &Actor,
         request: &RunAct,
     ) -> Result<types::Run, Fault> {
-        let run = self.visible_run(by, request.name.as_str()).await?;
+        let run = self
+            .run_for(actor, verb_of_run(request.action), request.name.as_str())
+            .await?;
         let event = match request.action {
             RunVerb::Finish => Event::Finish(Finish {
                 failed: request.failed.as_deref().map(Into::into),
@@ -539,34 +536,37 @@ impl Hub {
         Ok(view(&run))
     }
 
-    async fn visible_run(&self, by: Option<&SiteName>, name: &str) -> Result<Run, Fault> {
+    /// The run, if `actor` may do `verb` with it. What it may not know of is not there.
+    async fn run_for(&self, actor: &Actor, verb: Verb, name: &str) -> Result<Run, Fault> {
         let run = self.load(name).await?;
-        match by.is_none_or(|by| run.spec.from == *by || run.spec.on == *by) {
-            true => Ok(run),
-            false => Err(unknown(name)),
+        let Spec { from, on, .. } = &run.spec;
+        match policy::may(actor, verb, &Object::Run { from, on }) {
+            Ok(()) => Ok(run),
+            Err(Refusal::Hidden) => Err(unknown(name)),
+            Err(other) => Err(other.into()),
         }
     }
 
-    /// One run, as `by` may see it.
-    pub(super) async fn show_run(
-        &self,
-        by: Option<&SiteName>,
-        name: &str,
-    ) -> Result<types::Run, Fault> {
-        Ok(view(&self.visible_run(by, name).await?))
+    /// One run, if `actor` may read it.
+    pub(super) async fn show_run(&self, actor: &Actor, name: &str) -> Result<types::Run, Fault> {
+        Ok(view(&self.run_for(actor, Verb::Read, name).await?))
     }
 
-    /// The newest runs, as `by` may see them.
+    /// The newest of the runs that `actor` may read.
     pub(super) async fn list_runs(
         &self,
-        by: Option<&SiteName>,
+        actor: &Actor,
         behind: Option<&str>,
         skip: u32,
         room: Room,
     ) -> Result<Page<types::Run>, Fault> {
+        let of = match policy::runs_scope(actor)? {
+            Scope::All => None,
+            Scope::Of(site) => Some(site),
+        };
         self.inner
             .catalogue
-            .run_page(by, behind, skip, room, view)
+            .run_page(of, behind, skip, room, view)
             .await
     }
 }

@@ -1,7 +1,7 @@
 //! One site's line at the hub: the desired state goes out, reports come in, fetches and questions
 //! are answered.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::manifest_push::ManifestPush;
 use super::{Connected, Hub};
-use crate::api::types::{Action, Published, State, Transfer, TransferQuery};
+use crate::api::types::{Published, RunVerb, State, Transfer, TransferQuery};
 use crate::config::Congestion;
 use base::budget::Seat;
 use base::fault::{Code, Fault};
@@ -23,18 +23,21 @@ use base::limits::{
 };
 use base::names::{ArtifactRef, Kind, RunName, SiteName, SiteSelector, WorkIds};
 use base::omitted::Omitted;
+use base::peer::Peer;
 use base::space::Space;
 use base::text::Message;
 use content::manifest::Digest;
 use exchange::fetch::{self, Fetcher};
 use exchange::wire;
+use model::actor::Actor;
 use model::paging::{self, Room};
+use model::policy::{self, Object, Verb};
 use model::protocol::{
     AskHub, AskSite, CONTROL, Desired, FETCH, FromHub, FromSite, QUESTION, Report,
 };
 use model::run::{DesiredRun, RunReport};
-use state::{ArtifactRow, Subject, TransferRow, no_delivery};
-use transport::identity::{Holder, verify_signature};
+use state::{Subject, TransferRow, no_delivery};
+use transport::identity::verify_signature;
 use transport::{Link, RecvHalf, SendHalf};
 
 /// What a site told and the catalogue could not take, because its disk is full for example: stored,
@@ -81,7 +84,8 @@ impl Hub {
             .site(name.as_str())
             .await
             .is_ok_and(|site| site.is_some());
-        if !known {
+        let actor = Actor::Site(name.clone());
+        if policy::may(&actor, Verb::Connect, &Object::Membership { known }).is_err() {
             link.close("the hub does not know this site: join again");
             return;
         }
@@ -173,7 +177,7 @@ impl Hub {
                 let Ok(_turn) = streams.fetches.acquire().await else {
                     return;
                 };
-                fetch::serve(send, recv, &site, self).await;
+                fetch::serve(send, recv, &Peer::Site(site.clone()), self).await;
                 Ok(())
             }
             CONTROL => {
@@ -205,12 +209,14 @@ impl Hub {
         site: &SiteName,
         link: &Link,
     ) -> Result<(), Fault> {
+        let peer = Peer::Site(site.clone());
+        policy::may(&Actor::from(&peer), Verb::Control, &Object::Daemon)?;
         send.set_priority(wire::PRIORITY_CONTROL);
         let unstored: Mutex<Unstored> = Mutex::default();
         let read = async {
             loop {
                 let (message, _share) =
-                    wire::receive_within(&mut recv, &self.inner.messages, site).await?;
+                    wire::receive_within(&mut recv, &self.inner.messages, &peer).await?;
                 match message {
                     FromSite::Hello {
                         version,
@@ -235,7 +241,7 @@ impl Hub {
                         self.note_seen(site, Some(&version)).await;
                     }
                     FromSite::Report(reports) => {
-                        self.inner.reports.go(site, reports.len()).await;
+                        self.inner.reports.go(&peer, reports.len()).await;
                         for report in reports {
                             // One bad report must not end the line for all the others.
                             let id = report.id.clone();
@@ -253,7 +259,7 @@ impl Hub {
                         }
                     }
                     FromSite::Runs(reports) => {
-                        self.inner.reports.go(site, reports.len()).await;
+                        self.inner.reports.go(&peer, reports.len()).await;
                         // The reports of all runs may come in several messages.
                         let names: Vec<RunName> =
                             reports.iter().map(|report| report.name.clone()).collect();
@@ -400,12 +406,11 @@ impl Hub {
             Err(fault) if fault.code == Code::NotFound => return Ok(()),
             row => row?,
         };
-        if row.site != *site {
-            return Err(Fault::not_allowed(format!(
-                "site {site} reports a transfer of {}",
-                row.site
-            )));
-        }
+        let actor = Actor::Site(site.clone());
+        let transfer = Object::Transfer { to: &row.site };
+        policy::may(&actor, Verb::Report, &transfer).map_err(|_| {
+            Fault::not_allowed(format!("site {site} reports a transfer of {}", row.site))
+        })?;
         // What was never asked for, what is late, and what lacks a receipt is for the state machine
         // to refuse.
         if let (State::Done, Some(receipt)) = (report.state, &report.body.receipt) {
@@ -431,8 +436,9 @@ impl Hub {
         mut recv: RecvHalf,
         site: &SiteName,
     ) -> Result<(), Fault> {
+        let peer = Peer::Site(site.clone());
         let (question, share) =
-            wire::receive_question(&mut recv, &self.inner.questions, site).await?;
+            wire::receive_question(&mut recv, &self.inner.questions, &peer).await?;
         if !matches!(
             question,
             AskHub::Delivery(_)
@@ -440,16 +446,22 @@ impl Hub {
                 | AskHub::ShowRun(_)
                 | AskHub::ListRuns { .. }
         ) {
-            self.inner.changes.go(site, 1).await;
+            self.inner.changes.go(&peer, 1).await;
         }
-        let answer = match question {
-            AskHub::Publish {
-                artifact,
-                digest,
-                to,
-                run,
-                omitted,
-            } => {
+        let actor = Actor::from(&peer);
+        let may = policy::may(&actor, verb_of(&question), &Object::Daemon);
+        let answer = match (may, question) {
+            (Err(refusal), _) => Err(refusal.into()),
+            (
+                Ok(()),
+                AskHub::Publish {
+                    artifact,
+                    digest,
+                    to,
+                    run,
+                    omitted,
+                },
+            ) => {
                 let offer =
                     self.take_offer(site, artifact, digest, to.as_ref(), run.as_ref(), &omitted);
                 let offer = timeout(OFFER_MAX, offer).await;
@@ -460,8 +472,8 @@ impl Hub {
                     )))
                 })
             }
-            question => {
-                let answer = timeout(ANSWER_MAX, self.answer(site, question)).await;
+            (Ok(()), question) => {
+                let answer = timeout(ANSWER_MAX, self.answer(site, &actor, question)).await;
                 answer.unwrap_or_else(|_| {
                     Err(Fault::unreachable("the hub found no answer in time")
                         .with_next("ask again later"))
@@ -469,14 +481,14 @@ impl Hub {
             }
         };
         drop(share);
-        self.send_answer(&mut send, site, answer).await
+        self.send_answer(&mut send, &peer, answer).await
     }
 
     /// Sends the answer to a question. What of it the peer has not taken yet is counted as its own.
     pub(super) async fn send_answer(
         &self,
         send: &mut SendHalf,
-        peer: &SiteName,
+        peer: &Peer,
         answer: Result<serde_json::Value, Fault>,
     ) -> Result<(), Fault> {
         let answer = answer.and_then(fits);
@@ -496,83 +508,71 @@ impl Hub {
         send.finish()
     }
 
-    async fn answer(&self, site: &SiteName, question: AskHub) -> Result<serde_json::Value, Fault> {
+    async fn answer(
+        &self,
+        site: &SiteName,
+        actor: &Actor,
+        question: AskHub,
+    ) -> Result<serde_json::Value, Fault> {
         match question {
-            AskHub::Act { id, action } => self.act_for(site, &id, action).await,
-            AskHub::Deliver { artifacts, to } => self.deliver_for(site, &artifacts, &to).await,
+            AskHub::Act { id, action } => {
+                self.act_on(actor, &id, action).await?;
+                as_json(self.answer_page(&id, None).await?.0)
+            }
+            AskHub::Deliver { artifacts, to } => {
+                as_json(self.deliver_to(actor, &artifacts, &to, false).await?)
+            }
             AskHub::Renew { request } => {
-                self.renew_for(&Holder::Site(site.clone()), request.as_str())
+                self.renew_for(&Peer::Site(site.clone()), request.as_str())
             }
-            AskHub::Upload { .. } => Err(Fault::not_allowed("a site publishes at its own daemon")
-                .with_next("run the command at the site")),
-            AskHub::Delivery(id) => self.delivery_for(site, &id).await,
+            AskHub::Delivery(id) => self.delivery_for(actor, &id).await,
             AskHub::Transfers { id, since, wait } => {
-                self.transfers_for(site, &id, since, wait).await
+                self.transfers_for(actor, &id, since, wait).await
             }
-            AskHub::StartRun(request) => {
-                self.start_run(Some(site), &request).await.and_then(as_json)
-            }
-            AskHub::ActOnRun(request) => self
-                .act_on_run(Some(site), &request)
-                .await
-                .and_then(as_json),
-            AskHub::ShowRun(name) => self
-                .show_run(Some(site), name.as_str())
-                .await
-                .and_then(as_json),
+            AskHub::StartRun(request) => as_json(self.start_run(actor, &request).await?),
+            AskHub::ActOnRun(request) => as_json(self.act_on_run(actor, &request).await?),
+            AskHub::ShowRun(name) => as_json(self.show_run(actor, name.as_str()).await?),
             AskHub::ListRuns { limit, from } => {
                 let room = Room {
                     rows: limit.saturating_sub(from).min(API_ROWS_MAX),
                     bytes: ANSWER_BYTES_MAX,
                 };
-                as_json(self.list_runs(Some(site), None, from, room).await?.rows)
+                as_json(self.list_runs(actor, None, from, room).await?.rows)
             }
-            AskHub::Publish { .. } => Err(Fault::internal("an offer is no plain question")),
+            AskHub::Publish { .. } | AskHub::Upload { .. } => {
+                Err(Fault::internal("an offer or upload is no plain question"))
+            }
         }
     }
 
-    /// A site may send on what it was given, and nothing else: it cannot make itself entitled to
-    /// the rest.
-    async fn deliver_for(
-        &self,
-        site: &SiteName,
-        artifacts: &[ArtifactRef],
-        to: &SiteSelector,
-    ) -> Result<serde_json::Value, Fault> {
-        for artifact in artifacts {
-            self.artifact_for(site, artifact).await?;
-        }
-        let delivered = self.deliver_to(Some(site), artifacts, to).await?;
-        serde_json::to_value(delivered).map_err(|e| Fault::internal(e.to_string()))
-    }
-
-    /// A delivery as a whole, for a site that may see all of it.
-    async fn delivery_for(&self, site: &SiteName, id: &str) -> Result<serde_json::Value, Fault> {
+    /// A delivery as a whole, for an actor that may read all of it.
+    async fn delivery_for(&self, actor: &Actor, id: &str) -> Result<serde_json::Value, Fault> {
         let row = self.inner.catalogue.delivery(id).await?;
-        if !self.may_see(site, &all_of(id)).await? {
+        if !self.may_read_all(actor, &all_of(id)).await? {
             return Err(no_delivery(id));
         }
         as_json(self.whole(&row, ANSWER_BYTES_MAX).await?)
     }
 
-    /// Whether each transfer that a query means goes to this site, or is of what it published or
-    /// holds.
-    async fn may_see(&self, site: &SiteName, query: &TransferQuery) -> Result<bool, Fault> {
-        let catalogue = &self.inner.catalogue;
-        let mut of_others = HashSet::new();
+    /// Whether an actor may read how each of these transfers is.
+    async fn may_read_all(&self, actor: &Actor, query: &TransferQuery) -> Result<bool, Fault> {
+        let mut of_others: HashMap<(ArtifactRef, SiteName), TransferRow> = HashMap::new();
         let see = |row: TransferRow| {
-            if row.site != *site {
-                of_others.insert((row.artifact, row.digest));
+            // Most transfers are the actor's own; of the others more has to be known.
+            let own = Object::Progress {
+                to: &row.site,
+                origin: None,
+                delivered: false,
+            };
+            if policy::may(actor, Verb::Read, &own).is_err() {
+                of_others.insert((row.artifact.clone(), row.site.clone()), row);
             }
             true
         };
+        let catalogue = &self.inner.catalogue;
         catalogue.scan_transfers(query, None, i64::MAX, see).await?;
-        for (artifact, digest) in of_others {
-            let own = catalogue
-                .artifact(&artifact)
-                .await
-                .is_ok_and(|a| a.origin.as_ref() == Some(site));
-            if !own && !catalogue.is_entitled(site, digest).await? {
+        for row in of_others.values() {
+            if !self.inner.entitlement.may_read_progress(actor, row).await? {
                 return Ok(false);
             }
         }
@@ -582,7 +582,7 @@ impl Hub {
     /// How transfers stand of what a site holds, wherever they go.
     async fn transfers_for(
         &self,
-        site: &SiteName,
+        actor: &Actor,
         id: &WorkIds,
         since: Option<u64>,
         wait: u64,
@@ -590,11 +590,8 @@ impl Hub {
         // All of them, changed or not: what a site may not see looks the same to it as what is not
         // there.
         let ids = id.to_string();
-        if !self.may_see(site, &all_of(&ids)).await? {
-            return Err(
-                Fault::not_found(format!("there is no transfer or delivery {id}"))
-                    .with_next("'packhorse status' lists them"),
-            );
+        if !self.may_read_all(actor, &all_of(&ids)).await? {
+            return Err(no_transfers(&ids));
         }
         let until = Instant::now() + Duration::from_secs(wait).min(LONG_POLL_MAX);
         loop {
@@ -633,23 +630,6 @@ impl Hub {
             page.rows.sort_by(|one, other| one.id.cmp(&other.id));
         }
         Ok((page.rows, cursor))
-    }
-
-    /// An artifact that this site was given, or gave.
-    pub(super) async fn artifact_for(
-        &self,
-        site: &SiteName,
-        artifact: &ArtifactRef,
-    ) -> Result<ArtifactRow, Fault> {
-        if let Ok(row) = self.inner.catalogue.artifact(artifact).await
-            && (row.origin.as_ref() == Some(site)
-                || self.inner.catalogue.is_entitled(site, row.digest).await?)
-        {
-            return Ok(row);
-        }
-        Err(Fault::not_found(format!(
-            "site {site} holds no artifact {artifact}"
-        )))
     }
 
     /// What a site has to do, each transfer with those that go first.
@@ -698,14 +678,17 @@ impl Hub {
         omitted: &Omitted,
     ) -> Result<serde_json::Value, Fault> {
         let inner = &self.inner;
+        let actor = Actor::Site(site.clone());
         // What can be refused is refused before the artifact exists.
         if let Some(to) = to {
             let sites = inner.catalogue.select_sites(to).await?;
-            self.shared_with(Some(site), &artifact, Some(site), &sites, to)
+            inner
+                .entitlement
+                .targets(&actor, &artifact, Some(site), &sites, to)
                 .await?;
         }
         if let Some(run) = run {
-            self.check_run_model(Some(site), run, &artifact).await?;
+            self.check_run_model(&actor, run, &artifact).await?;
         }
         let link = self
             .link_of(site)
@@ -713,7 +696,7 @@ impl Hub {
         let fetcher = Fetcher::new(link, digest, Arc::default()).with_idle_max(MANIFEST_IDLE_MAX);
         let root = fetcher.root().await?;
         let reserved = self
-            .reserve(&Holder::Site(site.clone()), &artifact, &root)
+            .reserve(&Peer::Site(site.clone()), &artifact, &root)
             .await?;
         // Until the artifact is in the catalogue no collection takes its pages.
         let store = inner.store.leased_with(reserved.clone());
@@ -722,7 +705,7 @@ impl Hub {
         // What was opened by its digest before it was known here must be looked at anew.
         inner.opened.lock().retain(|opened| opened.digest != digest);
         let added = match run {
-            Some(run) => self.add_run_model(Some(site), run, &artifact, &root).await,
+            Some(run) => self.add_run_model(&actor, run, &artifact, &root).await,
             None => {
                 inner
                     .catalogue
@@ -730,21 +713,15 @@ impl Hub {
                     .await
             }
         };
-        if let Err(fault) = &added
-            && fault.code == Code::Conflict
-            && self.is_taken_unseen(site, &artifact, digest).await?
-        {
-            // The fault names the digest of what stands there, which would tell the site what
-            // somebody else has.
-            return Err(Fault::conflict(format!("the name {artifact} is taken"))
-                .with_next("publish this under another name or version"));
-        }
-        let added = added?;
+        let added = inner
+            .entitlement
+            .hide_taken(&actor, &artifact, digest, added)
+            .await?;
         reserved.finish();
         inner.catalogue.set_omitted(&artifact, omitted).await?;
         let transfers = match to {
             Some(to) => {
-                self.deliver_to(Some(site), std::slice::from_ref(&artifact), to)
+                self.deliver_to(&actor, std::slice::from_ref(&artifact), to, true)
                     .await?
                     .transfers
             }
@@ -765,34 +742,13 @@ impl Hub {
         serde_json::to_value(published).map_err(|e| Fault::internal(e.to_string()))
     }
 
-    /// Whether a name stands for other content that a site may not know of: neither given to it nor
-    /// shared with it.
-    async fn is_taken_unseen(
-        &self,
-        site: &SiteName,
-        artifact: &ArtifactRef,
-        digest: Digest,
-    ) -> Result<bool, Fault> {
-        let catalogue = &self.inner.catalogue;
-        let Ok(there) = catalogue.artifact(artifact).await else {
-            return Ok(false);
-        };
-        if there.digest == digest || catalogue.is_entitled(site, there.digest).await? {
-            return Ok(false);
-        }
-        match &there.origin {
-            Some(origin) => Ok(!catalogue.shares_with(origin, site).await?),
-            None => Ok(true),
-        }
-    }
-
     fn link_of(&self, site: &SiteName) -> Option<Link> {
         self.inner.links.read().get(site).map(|c| c.link.clone())
     }
 
     pub(super) fn renew_for(
         &self,
-        holder: &Holder,
+        holder: &Peer,
         request: &str,
     ) -> Result<serde_json::Value, Fault> {
         let request = hex::decode(request)
@@ -800,30 +756,6 @@ impl Hub {
         Ok(serde_json::Value::String(hex::encode(
             self.inner.identity.issue_as(holder, &request)?,
         )))
-    }
-
-    async fn act_for(
-        &self,
-        site: &SiteName,
-        id: &str,
-        action: Action,
-    ) -> Result<serde_json::Value, Fault> {
-        let mut is_own = true;
-        let see = |row: TransferRow| {
-            is_own &= row.site == *site;
-            is_own
-        };
-        self.inner
-            .catalogue
-            .scan_transfers(&all_of(id), None, i64::MAX, see)
-            .await?;
-        if !is_own {
-            return Err(Fault::not_found(format!(
-                "there is no transfer {id} at this site"
-            )));
-        }
-        self.act_on(Some(site), id, action).await?;
-        as_json(self.answer_page(id, None).await?.0)
     }
 
     /// Asks a site that is online.
@@ -859,6 +791,35 @@ fn all_of(id: &str) -> TransferQuery {
     TransferQuery {
         id: Some(id.to_owned()),
         ..TransferQuery::default()
+    }
+}
+
+/// The answer for transfers that do not exist, and for transfers that an actor may not know of.
+pub(super) fn no_transfers(ids: &str) -> Fault {
+    Fault::not_found(format!("there is no transfer or delivery {ids}"))
+        .with_next("'packhorse status' lists them")
+}
+
+/// What a question asks for, before its object is known.
+pub(super) fn verb_of(question: &AskHub) -> Verb {
+    match question {
+        AskHub::Publish { .. } => Verb::Offer,
+        AskHub::Upload { .. } => Verb::Upload,
+        AskHub::Renew { .. } => Verb::Renew,
+        AskHub::Act { .. } => Verb::Act,
+        AskHub::Deliver { .. } => Verb::Deliver,
+        AskHub::Delivery(_) | AskHub::Transfers { .. } => Verb::Read,
+        AskHub::ShowRun(_) | AskHub::ListRuns { .. } => Verb::Read,
+        AskHub::StartRun(_) => Verb::Train,
+        AskHub::ActOnRun(request) => verb_of_run(request.action),
+    }
+}
+
+/// What an action on a training run asks for.
+pub(super) fn verb_of_run(action: RunVerb) -> Verb {
+    match action {
+        RunVerb::Finish => Verb::Finish,
+        RunVerb::Cancel => Verb::Cancel,
     }
 }
 

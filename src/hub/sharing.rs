@@ -1,33 +1,36 @@
-//! Whom an artifact that was published at a site is shared with, by the `[share] allow` of that
-//! site and of the hub. The hub's own administrator is told who is left out; to a site, what it may
-//! not have does not exist.
+//! To which of the named sites an artifact goes, and what is reported about the others. The
+//! `[share]` lists exclude sites ([`model::policy`]). The administrator of the hub and the site
+//! that published learn who is excluded; for any other site the artifact does not exist.
 
-use super::Hub;
+use super::entitlement::Entitlement;
 use crate::api::types::LeftOut;
 use crate::delivery;
 use base::fault::Fault;
 use base::names::{ArtifactRef, SiteName, SiteSelector};
 use exchange::fetch::nothing_such;
-use state::{Forbids, TransferRow, no_artifact};
+use model::actor::Actor;
+use model::policy::{self, Object, ShareList, Verb};
+use state::{ArtifactRow, Catalogue, TransferRow, no_artifact};
 
-/// Whom an artifact goes to, of the sites that somebody means.
+/// The sites that a delivery names.
+#[derive(Default)]
 pub(super) struct Targets {
-    /// Those that may have it.
+    /// Those that may receive the artifact.
     pub(super) sites: Vec<SiteName>,
-    /// Those that may not; none where a site asks.
+    /// Those that may not; empty if the actor may not know.
     pub(super) left_out: Vec<LeftOut>,
 }
 
-/// A site that somebody forbids to have what `origin` published.
+/// A site that a list excludes from what `origin` published.
 fn left_out(
     artifact: &ArtifactRef,
     origin: &SiteName,
     site: &SiteName,
-    forbids: Forbids,
+    list: ShareList,
 ) -> LeftOut {
-    let (by, why) = match forbids {
-        Forbids::Hub => ("hub", "not in the hub's [share] allow".to_owned()),
-        Forbids::Origin => (
+    let (by, why) = match list {
+        ShareList::Hub => ("hub", "not in the hub's [share] allow".to_owned()),
+        ShareList::Origin => (
             "origin",
             format!("not in the [share] allow of site {origin}"),
         ),
@@ -40,7 +43,7 @@ fn left_out(
     }
 }
 
-/// What the administrator is told when an artifact cannot go where he wants it.
+/// The fault for an actor that may know why an artifact cannot go to the named sites.
 fn not_shared(artifact: &ArtifactRef, origin: &SiteName, left_out: &[LeftOut]) -> Fault {
     if left_out.is_empty() {
         return Fault::not_found(format!(
@@ -54,113 +57,111 @@ fn not_shared(artifact: &ArtifactRef, origin: &SiteName, left_out: &[LeftOut]) -
         .with_next("to share it, add the site to that list and restart the daemon that has the list in its configuration")
 }
 
-impl Hub {
-    /// Of these sites, which `to` means, those that may have an artifact by the hub's policy and by
-    /// what its origin says. It is refused when none is left, or one may not that was named
-    /// outright: the administrator (`by` is `None`) and the origin itself are told why, and who
-    /// else is left out; any other site gets the answer for what does not exist, and no more.
-    pub(super) async fn shared_with(
+/// Whether `actor` may know whom the lists exclude from what `origin` published.
+fn may_know(actor: &Actor, origin: &SiteName) -> bool {
+    let artifact = Object::Artifact {
+        origin: Some(origin),
+        delivered: false,
+        brought: false,
+    };
+    policy::may(actor, Verb::ReadExclusions, &artifact).is_ok()
+}
+
+impl Entitlement {
+    /// Of these sites, which `to` means, those that may receive an artifact. Refused if none is
+    /// left, or if a site that is named outright may not.
+    pub(super) async fn targets(
         &self,
-        by: Option<&SiteName>,
+        actor: &Actor,
         artifact: &ArtifactRef,
         origin: Option<&SiteName>,
         sites: &[SiteName],
         to: &SiteSelector,
     ) -> Result<Targets, Fault> {
+        let mut targets = Targets::default();
         let Some(origin) = origin else {
-            return Ok(Targets {
-                sites: sites.to_vec(),
-                left_out: Vec::new(),
-            });
+            targets.sites = sites.to_vec();
+            return Ok(targets);
         };
         let named = matches!(to, SiteSelector::Names(_));
-        let mut shared = Targets {
-            sites: Vec::new(),
-            left_out: Vec::new(),
-        };
         for site in sites {
-            match self.inner.catalogue.forbidden_by(origin, site).await? {
-                Some(forbids) => shared
+            match self.excluded_by(origin, site).await? {
+                Some(list) => targets
                     .left_out
-                    .push(left_out(artifact, origin, site, forbids)),
+                    .push(left_out(artifact, origin, site, list)),
                 // "All" means all others.
-                None if named || site != origin => shared.sites.push(site.clone()),
+                None if named || site != origin => targets.sites.push(site.clone()),
                 None => {}
             }
         }
-        let refused = shared.sites.is_empty() || named && !shared.left_out.is_empty();
-        let may_know = by.is_none_or(|by| by == origin);
-        match refused {
-            true if may_know => Err(not_shared(artifact, origin, &shared.left_out)),
-            true => Err(no_artifact(artifact)),
-            false if may_know => Ok(shared),
-            false => Ok(Targets {
+        let refused = targets.sites.is_empty() || named && !targets.left_out.is_empty();
+        match (refused, may_know(actor, origin)) {
+            (true, true) => Err(not_shared(artifact, origin, &targets.left_out)),
+            (true, false) => Err(no_artifact(artifact)),
+            (false, true) => Ok(targets),
+            (false, false) => Ok(Targets {
                 left_out: Vec::new(),
-                ..shared
+                ..targets
             }),
         }
     }
 
-    /// Why a transfer must not begin again: its site may not have the artifact any more. It would
-    /// fail, and what is noted of it as done, here and at the site, would be lost for that. `by`:
-    /// the site that asks; `None`: the administrator.
-    pub(super) async fn shared_no_more(
+    /// Why a transfer must not begin again: its site may not receive the artifact any more. It
+    /// would fail, and the record that it was done, here and at the site, would be lost.
+    pub(super) async fn no_longer_shared(
         &self,
-        by: Option<&SiteName>,
+        actor: &Actor,
         row: &TransferRow,
+        artifact: &ArtifactRow,
     ) -> Result<Option<Fault>, Fault> {
-        let catalogue = &self.inner.catalogue;
-        let Some(origin) = catalogue.artifact(&row.artifact).await?.origin else {
+        let Some(origin) = &artifact.origin else {
             return Ok(None);
         };
-        let Some(forbids) = catalogue.forbidden_by(&origin, &row.site).await? else {
+        let Some(list) = self.excluded_by(origin, &row.site).await? else {
             return Ok(None);
         };
         // The same content may be shared under another name.
-        if catalogue.is_shared(&row.site, row.digest).await? {
+        if self.is_shared_still(&row.site, row.digest).await? {
             return Ok(None);
         }
-        Ok(Some(match by {
-            Some(_) => nothing_such()
-                .with_next("what is at the site stays as it is; ask whoever runs the hub"),
-            None => not_shared(
-                &row.artifact,
-                &origin,
-                &[left_out(&row.artifact, &origin, &row.site, forbids)],
-            ),
-        }))
-    }
-
-    /// What `doctor` says of the hub's own list, when it names a site that is not there: one that
-    /// is meant is left out silently then.
-    pub(super) fn share_fault(&self, sites: &[SiteName]) -> Option<String> {
-        let unknown = unknown(self.inner.config.share.allow.as_deref()?, sites);
-        let names = unknown.join(", ");
-        (!unknown.is_empty()).then(|| format!("fault [share] allow: no site is called {names}; correct the name, or let that site join"))
+        if may_know(actor, origin) {
+            let left_out = left_out(&row.artifact, origin, &row.site, list);
+            return Ok(Some(not_shared(&row.artifact, origin, &[left_out])));
+        }
+        let next = "what is at the site stays as it is; ask the administrator of the hub";
+        Ok(Some(nothing_such().with_next(next)))
     }
 }
 
-impl Hub {
-    /// What `doctor` says of the lists of the sites, as they told them: names in `[share] allow`
-    /// and `[train] allow` that no site bears.
-    pub(super) async fn site_list_faults(&self, sites: &[SiteName]) -> Result<Vec<String>, Fault> {
-        let mut out = Vec::new();
-        for list in self.inner.catalogue.allow_lists().await? {
-            for (table, allow) in [("share", &list.share), ("train", &list.train)] {
-                let unknown = unknown(allow, sites).join(", ");
-                if !unknown.is_empty() {
-                    let site = &list.site;
-                    out.push(format!(
-                        "fault site {site}: [{table}] allow: no site is called {unknown}; correct the name in the configuration of {site}, or let that site join"
-                    ));
-                }
+/// What `doctor` reports of the hub's own list: a name in it that no site has. A site that it was
+/// meant for would be excluded without a word.
+pub(super) fn share_fault(allow: Option<&[String]>, sites: &[SiteName]) -> Option<String> {
+    let names = unknown(allow?, sites).join(", ");
+    (!names.is_empty()).then(|| format!("fault [share] allow: no site is called {names}; correct the name, or let that site join"))
+}
+
+/// What `doctor` reports of the lists that the sites reported: names in `[share] allow` and
+/// `[train] allow` that no site has.
+pub(super) async fn site_list_faults(
+    catalogue: &Catalogue,
+    sites: &[SiteName],
+) -> Result<Vec<String>, Fault> {
+    let mut out = Vec::new();
+    for list in catalogue.allow_lists().await? {
+        for (table, allow) in [("share", &list.share), ("train", &list.train)] {
+            let unknown = unknown(allow, sites).join(", ");
+            if !unknown.is_empty() {
+                let site = &list.site;
+                out.push(format!(
+                    "fault site {site}: [{table}] allow: no site is called {unknown}; correct the name in the configuration of {site}, or let that site join"
+                ));
             }
         }
-        Ok(out)
     }
+    Ok(out)
 }
 
-/// The names in a list of selectors that none of these sites bears.
+/// The names in a list of selectors that none of these sites has.
 fn unknown(allow: &[String], sites: &[SiteName]) -> Vec<String> {
     let names = allow
         .iter()
@@ -199,12 +200,11 @@ mod tests {
     fn the_administrator_is_told_who_is_left_out_by_whose_list_and_what_to_do() {
         let (artifact, origin): (ArtifactRef, SiteName) =
             ("model/m:1".parse().unwrap(), "a".parse().unwrap());
-        let site =
-            |name: &str, forbids| left_out(&artifact, &origin, &name.parse().unwrap(), forbids);
+        let site = |name: &str, list| left_out(&artifact, &origin, &name.parse().unwrap(), list);
         let fault = not_shared(
             &artifact,
             &origin,
-            &[site("c", Forbids::Hub), site("d", Forbids::Origin)],
+            &[site("c", ShareList::Hub), site("d", ShareList::Origin)],
         );
         assert_eq!(fault.code, base::fault::Code::NotAllowed);
         insta::assert_snapshot!(format!("{fault}\n{}", fault.next), @r"

@@ -18,6 +18,7 @@ use tokio::sync::{Semaphore, mpsc};
 use tokio::time::timeout;
 
 use super::Hub;
+use super::session::verb_of;
 use crate::api::types::Published;
 use base::blocking::blocking;
 use base::fault::{Code, Fault};
@@ -25,17 +26,19 @@ use base::limits::{
     COMMIT_BYTES, COMMIT_EVERY, FETCH_BATCH_BYTES, FETCH_BATCH_CHUNKS_MAX, FETCH_IN_FLIGHT_MAX,
     MANIFEST_IDLE_MAX, SILENCE_MAX,
 };
-use base::names::{ArtifactRef, SiteName, SiteSelector};
+use base::names::{ArtifactRef, PublisherName, SiteSelector};
 use base::omitted::Omitted;
+use base::peer::Peer;
 use content::bloom::BloomFilter;
 use content::chunk::Hash;
-use content::frame::{Frame, HEADER_BYTES};
+use content::frame::HEADER_BYTES;
 use content::manifest::{ChunkRef, Digest, Root, Step, Walk};
 use content::store::Store;
-use exchange::fetch::{Fetcher, Library, Ranges, nothing_such};
+use exchange::fetch::{self, Fetcher, Library, Ranges};
 use exchange::wire;
-use model::protocol::{AskHub, FETCH, QUESTION, Wanted};
-use transport::identity::Holder;
+use model::actor::Actor;
+use model::policy::{self, Object, Refusal, Verb};
+use model::protocol::{AskHub, CONTROL, FETCH, QUESTION, Wanted};
 use transport::{Link, PRIORITY_BULK, RecvHalf, SendHalf};
 
 /// Streams of one publisher's line that are answered at once.
@@ -61,7 +64,7 @@ struct Batch {
 
 impl Hub {
     /// Hears a publisher until its line ends.
-    pub(super) async fn welcome_publisher(&self, name: SiteName, link: Link) {
+    pub(super) async fn welcome_publisher(&self, name: PublisherName, link: Link) {
         let _seats = self.seats();
         let streams = Arc::new(Semaphore::new(STREAMS_MAX));
         loop {
@@ -89,34 +92,38 @@ impl Hub {
         mut send: SendHalf,
         mut recv: RecvHalf,
         link: &Link,
-        name: &SiteName,
+        name: &PublisherName,
     ) -> Result<(), Fault> {
+        let peer = Peer::Publisher(name.clone());
+        let actor = Actor::from(&peer);
         let mut kind = [0];
         let read = timeout(SILENCE_MAX, recv.read_exact(&mut kind)).await;
         read.map_err(|_| Fault::unreachable("a stream stayed empty"))??;
         match kind[0] {
             QUESTION => {}
             FETCH => {
-                send.write_bytes(Frame::fault(&nothing_such()).to_bytes())
-                    .await?;
-                return send.finish();
+                fetch::serve(send, recv, &peer, self).await;
+                return Ok(());
             }
-            other => {
-                return Err(Fault::not_allowed(format!(
-                    "a publisher opened a stream of kind {other}"
-                )));
+            CONTROL => {
+                return policy::may(&actor, Verb::Control, &Object::Daemon).map_err(Into::into);
             }
+            other => return Err(Fault::integrity(format!("a stream of kind {other}"))),
         }
-        self.inner.changes.go(name, 1).await;
+        self.inner.changes.go(&peer, 1).await;
         let (question, share) =
-            wire::receive_question(&mut recv, &self.inner.questions, name).await?;
-        let answer = match question {
-            // A publisher that was taken away may still hold its certificate.
-            _ if !self.inner.catalogue.publisher_seen(name).await? => {
+            wire::receive_question(&mut recv, &self.inner.questions, &peer).await?;
+        // A publisher that was removed may still hold its certificate.
+        let known = self.inner.catalogue.publisher_seen(name).await?;
+        let may = policy::may(&actor, Verb::Connect, &Object::Membership { known })
+            .and_then(|()| policy::may(&actor, verb_of(&question), &Object::Daemon));
+        let answer = match (may, question) {
+            (Err(Refusal::Unknown), _) => {
                 Err(Fault::not_allowed(format!("the hub does not know the publisher {name} (any more)"))
                     .with_next("at the hub: packhorse token create --publisher NAME; then publish again with --join-token TOKEN"))
             }
-            AskHub::Upload { artifact, digest, to, omitted } => {
+            (Err(refusal), _) => Err(refusal.into()),
+            (Ok(()), AskHub::Upload { artifact, digest, to, omitted }) => {
                 let key = (name.clone(), artifact.clone());
                 let before = self.inner.uploads.lock().insert(key.clone(), link.clone());
                 if let Some(before) = before.filter(|before| before != link) {
@@ -135,15 +142,14 @@ impl Hub {
                 }
                 answer
             }
-            AskHub::Renew { request } => self.renew_for(&Holder::Publisher(name.clone()), request.as_str()),
-            _ => Err(Fault::not_allowed(format!("{name} is a publisher, and may publish and nothing else"))
-                .with_next("ask the hub's own API, or join as a site")),
+            (Ok(()), AskHub::Renew { request }) => self.renew_for(&peer, request.as_str()),
+            (Ok(()), _) => Err(Fault::internal("a publisher's question has no answer")),
         };
         if let Err(fault) = self.flush_uploaded().await {
             tracing::error!(error = %fault, "the store cannot be flushed");
         }
         drop(share);
-        self.send_answer(&mut send, name, answer).await
+        self.send_answer(&mut send, &peer, answer).await
     }
 
     /// Whatever came of it, what was brought stays.
@@ -154,7 +160,7 @@ impl Hub {
 
     async fn take_upload(
         &self,
-        publisher: &SiteName,
+        publisher: &PublisherName,
         link: &Link,
         artifact: ArtifactRef,
         digest: Digest,
@@ -162,6 +168,8 @@ impl Hub {
         omitted: &Omitted,
     ) -> Result<serde_json::Value, Fault> {
         let inner = &self.inner;
+        let peer = Peer::Publisher(publisher.clone());
+        let actor = Actor::from(&peer);
         // Whatever can be refused is refused before a byte is moved.
         if let Some(to) = to {
             inner.catalogue.select_sites(to).await?;
@@ -180,24 +188,25 @@ impl Hub {
         {
             // Says the conflict in its own words.
             let taken = inner.catalogue.add_artifact(&artifact, &root, None).await;
-            self.as_publisher_may_know(publisher, &artifact, taken)
+            inner
+                .entitlement
+                .hide_taken(&actor, &artifact, digest, taken)
                 .await?;
         }
-        let reserved = self
-            .reserve(&Holder::Publisher(publisher.clone()), &artifact, &root)
-            .await?;
+        let reserved = self.reserve(&peer, &artifact, &root).await?;
         // Until the artifact is in the catalogue no collection takes what was found here or
         // brought.
         let store = inner.store.leased_with(reserved.clone());
         let losses = store.losses();
         manifest.pages(&root, None, &store).await?;
         self.check_manifest(&artifact, &root).await?;
-        let stored = self.pull(publisher, &fetcher, &root, &store).await?;
+        let stored = self.pull(&peer, &fetcher, &root, &store).await?;
         let flushed = store.clone();
         blocking(move || flushed.flush_since(losses)).await?;
         let added = self.register(None, &artifact, &root).await;
-        let added = self
-            .as_publisher_may_know(publisher, &artifact, added)
+        let added = inner
+            .entitlement
+            .hide_taken(&actor, &artifact, digest, added)
             .await?;
         reserved.finish();
         inner.catalogue.set_omitted(&artifact, omitted).await?;
@@ -207,7 +216,7 @@ impl Hub {
         drop(store);
         let transfers = match to {
             Some(to) => {
-                self.deliver_to(Some(publisher), std::slice::from_ref(&artifact), to)
+                self.deliver_to(&actor, std::slice::from_ref(&artifact), to, true)
                     .await?
                     .transfers
             }
@@ -229,34 +238,10 @@ impl Hub {
         serde_json::to_value(published).map_err(|e| Fault::internal(e.to_string()))
     }
 
-    /// The fault of a name that is taken names the digest of what stands there, which only tells
-    /// its publisher what he knows.
-    async fn as_publisher_may_know<T>(
-        &self,
-        publisher: &SiteName,
-        artifact: &ArtifactRef,
-        done: Result<T, Fault>,
-    ) -> Result<T, Fault> {
-        match done {
-            Err(fault)
-                if fault.code == Code::Conflict
-                    && !self
-                        .inner
-                        .catalogue
-                        .was_published_by(artifact, publisher)
-                        .await? =>
-            {
-                Err(Fault::conflict(format!("the name {artifact} is taken"))
-                    .with_next("publish this under another name or version"))
-            }
-            done => done,
-        }
-    }
-
     /// Brings every chunk that the store, a leased one, lacks. Returns the bytes that were stored.
     async fn pull(
         &self,
-        publisher: &SiteName,
+        publisher: &Peer,
         fetcher: &Fetcher,
         root: &Root,
         store: &Store,
@@ -353,7 +338,7 @@ impl Hub {
     /// Brings one batch into the store. Returns its bytes, and those that were stored.
     async fn bring(
         &self,
-        publisher: &SiteName,
+        publisher: &Peer,
         fetcher: &Fetcher,
         batch: Batch,
         store: Store,

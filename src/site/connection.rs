@@ -17,12 +17,15 @@ use base::limits::{
     QUESTIONS_BYTES_MAX, REPORT_BYTES_MAX, SILENCE_MAX, SINK_ANSWER_MAX, STATE_RETRY_EVERY,
 };
 use base::names::{ArtifactRef, TransferId};
+use base::peer::Peer;
 use base::text::Message;
 use content::manifest::Digest;
 use exchange::fetch::{self, Fetcher};
 use exchange::transfer::{Assembly, free_room};
 use exchange::wire;
+use model::actor::Actor;
 use model::paging;
+use model::policy::{self, Object, Verb};
 use model::protocol::{
     AllowList, AskHub, AskSite, CONTROL, Desired, FETCH, FromHub, FromSite, Planned, QUESTION,
     Report, renewal,
@@ -362,8 +365,10 @@ impl Site {
         let fetches = Arc::new(Semaphore::new(FETCH_STREAMS_MAX));
         let questions = Arc::new(Semaphore::new(QUESTIONS_AT_ONCE_MAX));
         let budget = Budget::new(QUESTIONS_BYTES_MAX, QUESTIONS_BYTES_MAX);
-        // Whoever opens a stream here is the hub; the name is for the log.
-        let hub = self.inner.config.name.clone();
+        // Only the hub is dialled, so only the hub opens streams here.
+        let Some(hub) = link.peer().cloned() else {
+            return;
+        };
         while let Some((send, mut recv)) = link.accept().await {
             let (this, link, hub, fetches) =
                 (self.clone(), link.clone(), hub.clone(), fetches.clone());
@@ -381,7 +386,7 @@ impl Site {
                         let Ok(_turn) = questions.acquire().await else {
                             return;
                         };
-                        this.question(send, recv, &link, &budget).await
+                        this.question(send, recv, &link, &hub, &budget).await
                     }
                     FETCH => {
                         // A question never waits behind fetches.
@@ -405,11 +410,16 @@ impl Site {
         mut send: SendHalf,
         mut recv: RecvHalf,
         link: &Link,
+        hub: &Peer,
         budget: &Budget,
     ) -> Result<(), Fault> {
         send.set_priority(wire::PRIORITY_QUESTION);
-        let (question, _share) =
-            wire::receive_question(&mut recv, budget, &self.inner.config.name).await?;
+        let (question, _share) = wire::receive_question(&mut recv, budget, hub).await?;
+        let verb = match question {
+            AskSite::Plan { .. } => Verb::Plan,
+            AskSite::Stands { .. } | AskSite::Holds { .. } => Verb::Verify,
+        };
+        policy::may(&Actor::from(hub), verb, &Object::Daemon)?;
         let answer = async {
             match question {
                 AskSite::Plan { artifact, digest } => {

@@ -23,7 +23,9 @@ use base::blocking::blocking;
 use base::clock;
 use base::fault::{Code, Fault, Retry};
 use base::limits::{BACKOFF_FIRST, BACKOFF_MAX, TRAINER_CALL_MAX, TRAINER_LOOK_EVERY};
-use base::names::{ArtifactRef, Kind, RunName, TransferId};
+use base::names::{ArtifactRef, Kind, RunName, SiteName, TransferId};
+use model::actor::Actor;
+use model::policy::{self, Object, Verb};
 use model::run::site::{Effect, Event, Observation, Phase, Process, Run, Trainer, step};
 use model::run::{DesiredRun, Input, Lineage, Model, RunReport};
 
@@ -53,6 +55,12 @@ pub(super) struct RunsState {
     again: Mutex<HashMap<(RunName, Try), (u32, Instant)>>,
     /// What the hub listed last.
     listed: Mutex<Vec<RunName>>,
+}
+
+/// Whether this site trains for `from`.
+fn may_borrow(from: &SiteName, allow: &[String]) -> bool {
+    let trainer = Object::Trainer { allow: Some(allow) };
+    policy::may(&Actor::Site(from.clone()), Verb::Borrow, &trainer).is_ok()
 }
 
 fn now_ms() -> i64 {
@@ -284,7 +292,7 @@ impl Site {
         match &self.inner.config.train {
             None => Trainer::None,
             // Whatever the hub says: only this site's own configuration decides.
-            Some(train) if !train.allows(&run.spec.from) => Trainer::Refused,
+            Some(train) if !may_borrow(&run.spec.from, &train.allow) => Trainer::Refused,
             Some(train) if train.url.is_some() => Trainer::Platform,
             Some(_) => Trainer::Command,
         }

@@ -15,7 +15,7 @@ use parking_lot::Mutex;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
 use crate::fault::Fault;
-use crate::names::SiteName as Peer;
+use crate::peer::Peer;
 
 /// A budget of bytes. Cheap to clone.
 #[derive(Clone)]
@@ -211,7 +211,7 @@ mod tests {
     use super::*;
 
     fn peer(name: &str) -> Peer {
-        name.parse().unwrap()
+        Peer::Site(name.parse().unwrap())
     }
 
     /// Takes bytes that are available without waiting.

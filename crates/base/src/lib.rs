@@ -18,6 +18,7 @@ pub mod names;
 pub mod number;
 pub mod omitted;
 pub mod open_files;
+pub mod peer;
 pub mod private;
 pub mod secrets;
 pub mod sha256;

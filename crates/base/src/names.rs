@@ -264,6 +264,24 @@ impl FromStr for SiteName {
     }
 }
 
+/// The name of a publisher: a program that publishes at the hub from another machine.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct PublisherName(String);
+
+string_type!(PublisherName);
+
+impl FromStr for PublisherName {
+    type Err = NameError;
+    fn from_str(s: &str) -> Result<Self, NameError> {
+        check_word("publisher name", s)?;
+        if s == "all" {
+            return refuse("publisher name", s, "it is the word for every site");
+        }
+        Ok(Self(s.into()))
+    }
+}
+
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct RunName(String);
@@ -551,16 +569,6 @@ impl crate::text::FromText for SiteSelector {
     fn from_text(text: &str) -> Option<Self> {
         text.parse().ok()
     }
-}
-
-/// Whether a list of selectors contains this site, by its name or by `all`. Label selectors are
-/// ignored because the hub assigns labels.
-pub fn names_site(list: &[String], site: &SiteName) -> bool {
-    let no_labels = std::collections::BTreeMap::new();
-    list.iter().any(|text| match text.parse::<SiteSelector>() {
-        Ok(SiteSelector::Labels(_)) | Err(_) => false,
-        Ok(selector) => selector.includes(site, &no_labels),
-    })
 }
 
 #[cfg(test)]

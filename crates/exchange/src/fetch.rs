@@ -21,7 +21,7 @@ use parking_lot::Mutex;
 use tokio::sync::{OnceCell, OwnedSemaphorePermit};
 use tokio::time::timeout;
 
-use crate::wire::{self, PRIORITY_MANIFEST, Peer};
+use crate::wire::{self, PRIORITY_MANIFEST};
 use base::blocking::blocking;
 use base::budget::Share;
 use base::buffers::Buffers;
@@ -30,6 +30,7 @@ use base::limits::{
     FETCH_BATCH_BYTES, FETCH_BATCH_CHUNKS_MAX, FETCH_IDLE_MAX, FETCH_PROGRESS_BYTES,
     FETCH_REQUEST_BYTES_MAX, ROOT_BYTES_MAX, SILENCE_MAX,
 };
+use base::peer::Peer;
 use content::chunk::Hash;
 use content::frame::{Frame, FrameError, HEADER_BYTES, Header, Verified};
 use content::manifest::{

@@ -28,7 +28,6 @@ use parking_lot::Mutex;
 
 use crate::chunk_index::{self, At, ChunkIndex, LocationInfo, Reader};
 use crate::fetch::{Child, Library, Opened, Pieces, pieces};
-use crate::wire::Peer;
 use base::blocking::blocking;
 use base::budget::{Budget, Share};
 use base::buffers::Buffers;
@@ -36,10 +35,13 @@ use base::durable;
 use base::expiring_cache::ExpiringCache;
 use base::fault::{Code, Fault, IoContext, Reason, Retry};
 use base::names::RelPath;
+use base::peer::Peer;
 use content::chunk::Hash;
 use content::frame::Frame;
 use content::manifest::{ChunkRef, Digest, EntryBody, FileInfo, Pages, Root, Step, Walk};
 use content::store::Store;
+use model::actor::Actor;
+use model::policy::{self, Object, Verb};
 use model::protocol::Wanted;
 use sink::{Sink, StorageLocation};
 use state::Catalogue;
@@ -523,8 +525,10 @@ fn not_here(digest: Digest) -> Fault {
 
 #[async_trait]
 impl Library for InPlaceReader {
-    /// The peer is the hub, which decides for whom it asks.
-    async fn open(&self, _peer: &Peer, digest: Digest) -> Result<Arc<Opened>, Fault> {
+    /// Only the hub reads here. It decides for whom it asks.
+    async fn open(&self, peer: &Peer, digest: Digest) -> Result<Arc<Opened>, Fault> {
+        policy::may(&Actor::from(peer), Verb::ReadContent, &Object::Daemon)
+            .map_err(|_| not_here(digest))?;
         if let Some(opened) = self.inner.opened.lock().iter().find(|o| o.digest == digest) {
             return Ok(opened.clone());
         }

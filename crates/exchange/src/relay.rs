@@ -28,6 +28,7 @@ use base::blocking::blocking;
 use base::buffers::Buffers;
 use base::fault::{Code, Fault, Reason, Retry};
 use base::names::SiteName;
+use base::peer::Peer;
 use content::chunk::{Hash, ShortHash};
 use content::frame::{Frame, Verified};
 use content::manifest::{ChunkRef, Digest};
@@ -206,7 +207,7 @@ impl Relay {
     /// Waits a little for a source, if one is needed.
     pub async fn ready(
         &self,
-        peer: &SiteName,
+        peer: &Peer,
         digest: Digest,
         children: &[Child],
     ) -> Result<(), Fault> {
@@ -216,7 +217,7 @@ impl Relay {
         while self
             .inner
             .upstream
-            .sources(digest, Some(peer))
+            .sources(digest, peer.site())
             .await?
             .is_empty()
         {
@@ -228,7 +229,10 @@ impl Relay {
             if Instant::now() >= until {
                 return Err(waiting(
                     digest,
-                    self.inner.upstream.is_elsewhere(digest, Some(peer)).await?,
+                    self.inner
+                        .upstream
+                        .is_elsewhere(digest, peer.site())
+                        .await?,
                 ));
             }
             tokio::time::sleep(LOOK_EVERY).await;
@@ -237,13 +241,8 @@ impl Relay {
     }
 
     /// The frames of these chunks, in order, each as soon as it is available.
-    pub async fn frames(
-        &self,
-        peer: &SiteName,
-        of: Of,
-        children: Vec<Child>,
-    ) -> Result<Pieces, Fault> {
-        let slots = self.plan(Some(peer), of, children, true).await?;
+    pub async fn frames(&self, peer: &Peer, of: Of, children: Vec<Child>) -> Result<Pieces, Fault> {
+        let slots = self.plan(peer.site(), of, children, true).await?;
         Ok(stream::iter(slots)
             .then(move |slot| async move {
                 match slot {

@@ -15,7 +15,7 @@ use base::limits::{
     ANSWER_IDLE_MAX, ANSWER_MAX, CONTROL_FRAME_BYTES_MAX, MESSAGE_BYTES_PER_SECOND_MIN,
     MESSAGE_BYTES_SMALL, QUESTION_BYTES_FACTOR, QUESTION_BYTES_MAX, SILENCE_MAX,
 };
-use base::names::SiteName;
+use base::peer::Peer;
 use model::protocol::{QUESTION, from_json, to_json};
 use transport::{Link, RecvHalf, SendHalf};
 
@@ -25,9 +25,6 @@ pub use transport::PRIORITY_CONTROL;
 pub const PRIORITY_QUESTION: i32 = 50;
 /// Manifests.
 pub const PRIORITY_MANIFEST: i32 = 20;
-
-/// Which site is on the other end of a stream, for what it may see.
-pub type Peer = SiteName;
 
 /// Asks the other end of a line, and waits for its answer, which must come soon.
 pub async fn ask<Q: Serialize + Sync, T: DeserializeOwned + Send + 'static>(

@@ -4,7 +4,9 @@
 //! site call it; the catalogue stores what it returns. Nothing here reads a clock, a disk or a
 //! socket, so nothing has to survive a crash.
 
+pub mod actor;
 pub mod paging;
+pub mod policy;
 pub mod protocol;
 pub mod receipt;
 pub mod run;

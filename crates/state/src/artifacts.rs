@@ -2,8 +2,9 @@
 
 use async_trait::async_trait;
 use base::fault::Fault;
-use base::names::{ArtifactRef, RunName, SiteName, SiteSelector};
+use base::names::{ArtifactRef, PublisherName, RunName, SiteName, SiteSelector};
 use base::omitted::Omitted;
+use base::peer::Peer;
 use content::manifest::{Digest, Root};
 use serde::{Deserialize, Serialize};
 use sink::StorageLocation;
@@ -88,22 +89,14 @@ pub trait Artifacts: Send + Sync {
     async fn set_publisher(
         &self,
         artifact: &ArtifactRef,
-        publisher: &SiteName,
+        publisher: &PublisherName,
     ) -> Result<(), Fault>;
 
-    /// Whether this publisher published an artifact.
-    async fn was_published_by(
-        &self,
-        artifact: &ArtifactRef,
-        publisher: &SiteName,
-    ) -> Result<bool, Fault>;
+    /// The publisher that uploaded an artifact, if one did.
+    async fn publisher_of(&self, artifact: &ArtifactRef) -> Result<Option<PublisherName>, Fault>;
 
     /// How many artifacts a site or a publisher published, and the sum of their bytes.
-    async fn published_by(
-        &self,
-        site: Option<&SiteName>,
-        publisher: Option<&SiteName>,
-    ) -> Result<(u64, u64), Fault>;
+    async fn published_by(&self, peer: &Peer) -> Result<(u64, u64), Fault>;
 
     /// Records where an artifact is on this daemon, or that it no longer is.
     async fn set_place(

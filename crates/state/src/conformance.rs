@@ -8,9 +8,10 @@ pub(crate) mod sites;
 pub(crate) mod transfers;
 
 use base::names::{SiteName, SiteSelector};
+use base::peer::Peer;
 use content::manifest::{KindInfo, Root, Totals};
 use model::transfer::State;
-use transport::identity::{Claim, Holder};
+use transport::identity::Claim;
 
 use crate::{Body, Catalogue, Part, TransferRow, Want};
 
@@ -32,8 +33,8 @@ macro_rules! catalogue_suite {
             lists::whoever_follows_by_a_cursor_misses_none_of_many_that_change_at_once,
             sites::a_token_is_good_once_and_for_a_while,
             sites::a_publisher_is_no_site,
-            sites::the_hub_says_who_may_have_what_sites_publish_and_a_site_can_only_narrow_it,
-            sites::the_hubs_policy_ends_open_transfers_of_what_sites_published_and_no_others,
+            sites::the_list_of_a_site_and_the_labels_of_another_decide_whether_it_receives,
+            sites::the_origins_of_content_are_those_of_what_was_delivered,
             transfers::delivering_twice_is_one_transfer_and_a_cursor_shows_what_is_new,
             transfers::labels_wait_for_their_dataset_at_the_same_site,
             transfers::what_a_run_borrowed_goes_and_what_others_want_stays,
@@ -104,7 +105,7 @@ pub(crate) async fn join(catalogue: &Catalogue, name: &str, labels: &[(&str, &st
         .map(|&(key, value)| (key.to_owned(), value.to_owned()))
         .collect();
     catalogue
-        .add_token(name, &[1; 32], &Holder::Site(site.clone()), &labels, 60)
+        .add_token(name, &[1; 32], &Peer::Site(site.clone()), &labels, 60)
         .await
         .unwrap();
     catalogue
@@ -112,12 +113,6 @@ pub(crate) async fn join(catalogue: &Catalogue, name: &str, labels: &[(&str, &st
         .await
         .unwrap();
     site
-}
-
-/// The same catalogue under a hub whose policy is this.
-pub(crate) fn under(catalogue: &Catalogue, allow: &[&str]) -> Catalogue {
-    let policy: Vec<SiteSelector> = allow.iter().map(|text| text.parse().unwrap()).collect();
-    catalogue.clone().with_share_policy(Some(policy))
 }
 
 /// An artifact with the root of [`root`]`(1)` to these sites.

@@ -30,7 +30,6 @@ use std::path::Path;
 use std::sync::Arc;
 
 use base::fault::Fault;
-use base::names::SiteSelector;
 use content::manifest::Digest;
 
 pub use artifacts::{ArtifactRow, Artifacts, Offer, no_artifact};
@@ -39,7 +38,7 @@ pub use deliveries::{Deliveries, DeliveryRow, no_delivery};
 pub use engine::{Engine, Listed, See};
 pub use events::{EventRow, Events};
 pub use malformed::MalformedRow;
-pub use relay::{Forbids, Relay, RelayedArtifact, ShareTerms};
+pub use relay::{Relay, RelayedArtifact, ShareTerms, SharingRow};
 pub use runs::{RunRow, Runs};
 pub use sites::{AllowLists, SiteRow, Sites};
 pub use transfers::{Adopted, Body, Counted, Part, TransferChanges, TransferRow, Transfers, Want};
@@ -55,9 +54,6 @@ use sqlite::Sqlite;
 pub struct Catalogue {
     engine: Arc<dyn Engine>,
     common: Arc<Common>,
-    /// Who may have what sites publish, as the hub's configuration says; `None`: everybody. It is
-    /// not stored: the configuration with which the daemon was started applies.
-    share_policy: Option<Arc<[SiteSelector]>>,
 }
 
 impl Deref for Catalogue {
@@ -78,11 +74,7 @@ impl Catalogue {
 
     /// A catalogue on an engine that was opened with `common`.
     fn on(engine: Arc<dyn Engine>, common: Arc<Common>) -> Self {
-        Self {
-            engine,
-            common,
-            share_policy: None,
-        }
+        Self { engine, common }
     }
 
     /// A future that ends when anything changed after this call (not after its first poll), or

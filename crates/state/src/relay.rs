@@ -2,7 +2,6 @@
 //! with, what the relay cache keeps.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 
 use async_trait::async_trait;
 use base::fault::Fault;
@@ -10,15 +9,6 @@ use base::names::{ArtifactRef, SiteName, SiteSelector};
 use content::manifest::Digest;
 
 use crate::Catalogue;
-
-/// Who forbids that a site has what another published.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Forbids {
-    /// The hub's policy.
-    Hub,
-    /// The site where it was published.
-    Origin,
-}
 
 /// A relayed artifact of which the relay cache may hold something. Its root manifest is read when
 /// it is needed: all of them together may be large.
@@ -87,67 +77,27 @@ pub trait Relay: Send + Sync {
     async fn take_over(&self, artifact: &ArtifactRef) -> Result<(), Fault>;
 }
 
+/// What decides whether a site may receive what another published.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct SharingRow {
+    /// `[share] allow` of the site that published, as it reported; `None`: every site. An entry
+    /// that cannot be parsed allows no site.
+    pub share: Option<Vec<SiteSelector>>,
+    /// The labels of the site that would receive.
+    pub labels: BTreeMap<String, String>,
+}
+
 impl Catalogue {
-    /// Sets the hub's policy of who may have what sites publish, which a site can only narrow;
-    /// `None`: everybody. Clones that were made before do not know it.
-    #[must_use]
-    pub fn with_share_policy(self, policy: Option<Vec<SiteSelector>>) -> Self {
-        Self {
-            share_policy: policy.map(Arc::from),
-            ..self
-        }
-    }
-
-    /// Whether `site` may have what is published at `origin`, by the hub's policy and by the list
-    /// of `origin`.
-    pub async fn shares_with(&self, origin: &SiteName, site: &SiteName) -> Result<bool, Fault> {
-        Ok(self.forbidden_by(origin, site).await?.is_none())
-    }
-
-    /// Who forbids that `site` has what is published at `origin`; if both do, the hub. A site may
-    /// always have what is its own.
-    pub async fn forbidden_by(
-        &self,
-        origin: &SiteName,
-        site: &SiteName,
-    ) -> Result<Option<Forbids>, Fault> {
-        if origin == site {
-            return Ok(None);
-        }
+    /// What decides whether `site` may receive what `origin` published.
+    pub async fn sharing(&self, origin: &SiteName, site: &SiteName) -> Result<SharingRow, Fault> {
         let ShareTerms { share, labels } = self.share_terms(origin, site).await?;
-        let labels: BTreeMap<String, String> = labels
+        let labels = labels
             .and_then(|text| serde_json::from_str(&text).ok())
             .unwrap_or_default();
-        let allowed_by =
-            |list: &[SiteSelector]| list.iter().any(|selector| selector.includes(site, &labels));
-        if self
-            .share_policy
-            .as_deref()
-            .is_some_and(|policy| !allowed_by(policy))
-        {
-            return Ok(Some(Forbids::Hub));
-        }
-        let Some(share) = share else { return Ok(None) };
-        // A list that cannot be read allows nobody.
-        let list: Vec<String> = serde_json::from_str(&share).unwrap_or_default();
-        let list: Vec<SiteSelector> = list.iter().filter_map(|text| text.parse().ok()).collect();
-        Ok(if allowed_by(&list) {
-            None
-        } else {
-            Some(Forbids::Origin)
-        })
-    }
-
-    /// Whether the hub's policy and the origins of this content let a site that has a transfer of
-    /// it have it: under one of its names at least.
-    pub async fn is_shared(&self, site: &SiteName, digest: Digest) -> Result<bool, Fault> {
-        for origin in self.origins_for(site, digest).await? {
-            match origin {
-                None => return Ok(true),
-                Some(origin) if self.shares_with(&origin, site).await? => return Ok(true),
-                Some(_) => {}
-            }
-        }
-        Ok(false)
+        let share = share.map(|share| {
+            let list: Vec<String> = serde_json::from_str(&share).unwrap_or_default();
+            list.iter().filter_map(|text| text.parse().ok()).collect()
+        });
+        Ok(SharingRow { share, labels })
     }
 }

@@ -4,8 +4,9 @@ use std::collections::BTreeMap;
 
 use async_trait::async_trait;
 use base::fault::Fault;
-use base::names::{SiteName, SiteSelector};
-use transport::identity::{Claim, Holder};
+use base::names::{PublisherName, SiteName, SiteSelector};
+use base::peer::Peer;
+use transport::identity::Claim;
 
 use crate::Catalogue;
 use crate::engine::See;
@@ -74,7 +75,7 @@ impl TokenRow {
         claim: &Claim,
         key_hash: &[u8; 32],
         now_ms: i64,
-    ) -> Result<Holder, Fault> {
+    ) -> Result<Peer, Fault> {
         let role = match claim {
             Claim::Site(_) => SITE,
             Claim::Publisher => PUBLISHER,
@@ -102,10 +103,10 @@ impl TokenRow {
         if row.role != role {
             return Err(refuse(&format!("is for a {}, not for a {role}", row.role)));
         }
-        let name: SiteName = row.name.parse()?;
+        let name = &row.name;
         match claim {
-            Claim::Publisher => Ok(Holder::Publisher(name)),
-            Claim::Site(claimed) if name == *claimed => Ok(Holder::Site(name)),
+            Claim::Publisher => Ok(Peer::Publisher(name.parse()?)),
+            Claim::Site(claimed) if name == claimed.as_str() => Ok(Peer::Site(claimed.clone())),
             Claim::Site(claimed) => Err(refuse(&format!(
                 "is for the site {name}, and this config says {claimed}"
             ))),
@@ -122,7 +123,7 @@ pub trait Sites: Send + Sync {
         &self,
         id: &str,
         secret_hash: &[u8; 32],
-        holder: &Holder,
+        holder: &Peer,
         labels: &BTreeMap<String, String>,
         ttl_seconds: u64,
     ) -> Result<(), Fault>;
@@ -134,10 +135,10 @@ pub trait Sites: Send + Sync {
         secret_hash: &[u8; 32],
         claim: &Claim,
         key_hash: &[u8; 32],
-    ) -> Result<Holder, Fault>;
+    ) -> Result<Peer, Fault>;
 
     /// Records that a publisher is connected; `false` for one that this hub does not know.
-    async fn publisher_seen(&self, name: &SiteName) -> Result<bool, Fault>;
+    async fn publisher_seen(&self, name: &PublisherName) -> Result<bool, Fault>;
 
     /// Records that a site connected or disconnected. Each of its open transfers gets a new event
     /// number: their reason has changed.
@@ -169,14 +170,10 @@ pub trait Sites: Send + Sync {
 }
 
 impl Catalogue {
-    /// Whether the site `on` trains for the site `from`, as `on` said last. One that has not said
-    /// anything, an earlier version or one that has not connected yet, decides itself.
-    pub async fn trains_for(&self, on: &SiteName, from: &SiteName) -> Result<bool, Fault> {
-        let Some(allow) = self.train_allow(on).await? else {
-            return Ok(true);
-        };
-        let list: Vec<String> = serde_json::from_str(&allow).unwrap_or_default();
-        Ok(base::names::names_site(&list, from))
+    /// The `[train] allow` that a site reported; `None`: it has not reported one.
+    pub async fn train_list(&self, site: &SiteName) -> Result<Option<Vec<String>>, Fault> {
+        let allow = self.train_allow(site).await?;
+        Ok(allow.map(|allow| serde_json::from_str(&allow).unwrap_or_default()))
     }
 
     /// The sites that a selection means; a name that does not exist, or a selection of none, is

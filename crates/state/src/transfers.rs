@@ -113,9 +113,8 @@ pub trait Transfers: Send + Sync {
     /// and not cancelled. One that failed is still waited for, since a person will fix the cause.
     async fn waits(&self, site: &SiteName) -> Result<Vec<(TransferId, TransferId)>, Fault>;
 
-    /// Whether a site may read this content: it has a transfer of it that was not cancelled, nor
-    /// its result removed.
-    async fn is_entitled(&self, site: &SiteName, digest: Digest) -> Result<bool, Fault>;
+    /// Whether a site has a transfer of this content that was neither cancelled nor removed.
+    async fn is_delivered(&self, site: &SiteName, digest: Digest) -> Result<bool, Fault>;
 
     /// The transfers of one artifact. Fails if one cannot be read.
     async fn transfers_of_artifact(

@@ -13,7 +13,7 @@ use super::tls::{self, Shown};
 use super::{
     CLOSE_CLOCK, CLOSE_REFUSED, Ended, Link, PRIORITY_CONTROL, Wire, clean, hello, quic, tcp,
 };
-use crate::identity::{CertificateRequest, Claim, Holder, JoinToken, SiteIdentity};
+use crate::identity::{CertificateRequest, Claim, JoinToken, SiteIdentity};
 use crate::{ConnectionSettings, Transport};
 use base::clock;
 use base::fault::{Code, Fault, Reason};
@@ -21,6 +21,7 @@ use base::limits::{
     CONNECTION_ADDRESSES_MAX, CONNECTION_HANDSHAKE_MAX, CONNECTION_QUIC_ANSWER_MAX,
     CONNECTION_SEND_BYTES_MAX, CONNECTION_SEND_BYTES_MIN,
 };
+use base::peer::Peer;
 
 /// The delay before the next address of a host name is tried.
 const HEAD_START: Duration = Duration::from_millis(250);
@@ -409,8 +410,8 @@ pub async fn join(
     let identity = request.complete(&cert, ca)?;
     link.close_and_flush("joined").await;
     let is_expected = match (claim, identity.holder()) {
-        (Claim::Site(name), Holder::Site(given)) => name == given,
-        (Claim::Publisher, Holder::Publisher(_)) => true,
+        (Claim::Site(name), Peer::Site(given)) => name == given,
+        (Claim::Publisher, Peer::Publisher(_)) => true,
         _ => false,
     };
     if !is_expected {
@@ -419,7 +420,7 @@ pub async fn join(
             identity.holder()
         )));
     }
-    let hub = link.peer().map(Holder::to_string).unwrap_or_default();
+    let hub = link.peer().map(Peer::to_string).unwrap_or_default();
     tracing::info!(hub, who = %identity.holder(), "joined");
     Ok(identity)
 }

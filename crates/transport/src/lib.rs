@@ -51,9 +51,9 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 
-use crate::identity::Holder;
 use base::fault::{Fault, Reason};
 use base::limits::CONNECTION_REASON_BYTES_MAX;
+use base::peer::Peer;
 use base::text;
 
 /// The work is done.
@@ -167,7 +167,7 @@ enum Wire {
 struct Inner {
     wire: Wire,
     /// `None`: a site that has not joined yet.
-    peer: Option<Holder>,
+    peer: Option<Peer>,
     remote: SocketAddr,
     /// The number of streams that have a priority.
     ordered: AtomicU32,
@@ -220,7 +220,7 @@ impl Inner {
     fn peer_name(&self) -> String {
         self.peer
             .as_ref()
-            .map_or_else(|| format!("{}", self.remote), Holder::to_string)
+            .map_or_else(|| format!("{}", self.remote), Peer::to_string)
     }
 
     fn fault(&self, end: StreamEnd) -> Fault {
@@ -239,8 +239,8 @@ impl Inner {
             }
         };
         fault.with_reason(match self.peer {
-            Some(Holder::Hub(_)) => Reason::HubUnreachable,
-            Some(Holder::Site(_) | Holder::Publisher(_)) | None => Reason::SiteOffline,
+            Some(Peer::Hub(_)) => Reason::HubUnreachable,
+            Some(Peer::Site(_) | Peer::Publisher(_)) | None => Reason::SiteOffline,
         })
     }
 }
@@ -274,14 +274,14 @@ impl std::fmt::Debug for Link {
 }
 
 impl Link {
-    fn new(wire: Wire, peer: Option<Holder>, remote: SocketAddr) -> Self {
+    fn new(wire: Wire, peer: Option<Peer>, remote: SocketAddr) -> Self {
         Self::made(wire, peer, remote, None)
     }
 
     /// A connection of the hub, with an adjustable receive window.
     fn windowed(
         wire: Wire,
-        peer: Holder,
+        peer: Peer,
         remote: SocketAddr,
         window: Option<Arc<window::Window>>,
     ) -> Self {
@@ -290,7 +290,7 @@ impl Link {
 
     fn made(
         wire: Wire,
-        peer: Option<Holder>,
+        peer: Option<Peer>,
         remote: SocketAddr,
         window: Option<Arc<window::Window>>,
     ) -> Self {
@@ -447,7 +447,7 @@ impl Link {
     }
 
     /// The peer according to its certificate; `None` for a site that has not joined yet.
-    pub fn peer(&self) -> Option<&Holder> {
+    pub fn peer(&self) -> Option<&Peer> {
         self.inner.peer.as_ref()
     }
 

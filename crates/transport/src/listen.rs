@@ -19,7 +19,7 @@ use super::{
     CLOSE_BUSY, CLOSE_CLOCK, CLOSE_REFUSED, FLUSH_MAX, Link, PRIORITY_CONTROL, SendHalf, Wire,
     hello, quic, tcp,
 };
-use crate::identity::{Claim, Holder, HubIdentity, Redeemer, secret_hash};
+use crate::identity::{Claim, HubIdentity, Redeemer, secret_hash};
 use crate::{Congestion, ConnectionSettings};
 use base::admission::{Network, Permit, Pool};
 use base::fault::{Fault, IoContext};
@@ -29,7 +29,8 @@ use base::limits::{
     CONNECTION_HANDSHAKES_PROVED_MAX, CONNECTION_JOINS_MAX, CONNECTION_SEND_BYTES_MAX,
     CONNECTION_TLS_MAX, SITE_CONNECTIONS_MAX,
 };
-use base::names::SiteName;
+use base::names::{PublisherName, SiteName};
+use base::peer::Peer;
 use base::tally::Tally;
 use base::{clock, open_files};
 
@@ -56,7 +57,7 @@ pub enum Arrival {
     /// A publisher with a certificate of this hub. A publisher may have several connections.
     Publisher {
         /// The name in the certificate.
-        name: SiteName,
+        name: PublisherName,
         /// The connection, after the welcome.
         link: Link,
     },
@@ -100,7 +101,7 @@ impl JoinRequest {
 
     /// Redeems the token and sends a certificate or the rejection. Returns the holder of the new
     /// certificate.
-    pub async fn redeem(self, redeemer: &dyn Redeemer) -> Result<Holder, Fault> {
+    pub async fn redeem(self, redeemer: &dyn Redeemer) -> Result<Peer, Fault> {
         let verdict = redeemer
             .redeem(
                 &self.token_id,
@@ -114,7 +115,7 @@ impl JoinRequest {
 
     /// Answers the request: issues a certificate for the holder, or sends the fault as the
     /// rejection and returns it.
-    pub async fn answer(mut self, verdict: Result<Holder, Fault>) -> Result<Holder, Fault> {
+    pub async fn answer(mut self, verdict: Result<Peer, Fault>) -> Result<Peer, Fault> {
         let issued =
             verdict.and_then(|holder| Ok((self.hub.issue_as(&holder, &self.csr)?, holder)));
         let answer = match &issued {
@@ -323,7 +324,7 @@ struct Admission {
 /// The type of a peer after the TLS handshake.
 enum Newcomer {
     /// A site or a publisher, with its certificate (DER).
-    Known(Holder, Vec<u8>),
+    Known(Peer, Vec<u8>),
     /// A client that asks to join.
     Joining(Permit),
     /// A rejected peer, with the close code and the reason.
@@ -331,7 +332,7 @@ enum Newcomer {
 }
 
 impl Newcomer {
-    fn holder(&self) -> Option<Holder> {
+    fn holder(&self) -> Option<Peer> {
         match self {
             Self::Known(who, _) => Some(who.clone()),
             Self::Joining(_) | Self::Refused(..) => None,
@@ -444,8 +445,8 @@ impl Admission {
                 .await?;
                 tracing::info!(%who, %remote, transport = link.transport(), "connected");
                 let arrival = match who {
-                    Holder::Publisher(name) => Arrival::Publisher { name, link },
-                    Holder::Site(name) | Holder::Hub(name) => Arrival::Site {
+                    Peer::Publisher(name) => Arrival::Publisher { name, link },
+                    Peer::Site(name) | Peer::Hub(name) => Arrival::Site {
                         name,
                         link,
                         cert_der,

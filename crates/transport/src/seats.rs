@@ -8,10 +8,10 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 
-use crate::identity::Holder;
 use base::admission::Network;
 use base::fault::Fault;
 use base::limits::{CONNECTIONS_PER_PUBLISHER_MAX, CONNECTIONS_PER_SITE_MAX};
+use base::peer::Peer;
 
 /// The seats of a hub. Clones share them.
 #[derive(Clone)]
@@ -29,7 +29,7 @@ struct Counts {
     tcp: usize,
     publishers: usize,
     publishers_tcp: usize,
-    by_holder: HashMap<Holder, usize>,
+    by_holder: HashMap<Peer, usize>,
     by_network: HashMap<Network, usize>,
 }
 
@@ -59,13 +59,8 @@ impl Seats {
 
     /// Takes a seat for an authenticated peer, or returns why there is none. A quarter of the seats
     /// is reserved for sites.
-    pub(super) fn take(
-        &self,
-        who: &Holder,
-        network: Network,
-        over_tcp: bool,
-    ) -> Result<Seat, Fault> {
-        let is_publisher = matches!(who, Holder::Publisher(_));
+    pub(super) fn take(&self, who: &Peer, network: Network, over_tcp: bool) -> Result<Seat, Fault> {
+        let is_publisher = matches!(who, Peer::Publisher(_));
         let own_max = if is_publisher {
             CONNECTIONS_PER_PUBLISHER_MAX
         } else {
@@ -126,7 +121,7 @@ impl Counts {
             (true, false) => *count -= 1,
             (false, _) => {}
         };
-        let is_publisher = matches!(seat.who, Holder::Publisher(_));
+        let is_publisher = matches!(seat.who, Peer::Publisher(_));
         step(&mut self.all, true);
         step(&mut self.tcp, seat.over_tcp);
         step(&mut self.publishers, is_publisher);
@@ -137,7 +132,7 @@ impl Counts {
 /// The seat of one connection. Dropping it frees the seat.
 #[derive(Debug)]
 pub(super) struct Seat {
-    who: Holder,
+    who: Peer,
     network: Network,
     over_tcp: bool,
     counts: Arc<Mutex<Counts>>,
@@ -174,12 +169,12 @@ fn decrement<K: Hash + Eq>(counts: &mut HashMap<K, usize>, key: K) {
 mod tests {
     use super::*;
 
-    fn publisher(n: usize) -> Holder {
-        Holder::Publisher(format!("pub{n}").parse().unwrap())
+    fn publisher(n: usize) -> Peer {
+        Peer::Publisher(format!("pub{n}").parse().unwrap())
     }
 
-    fn site(n: usize) -> Holder {
-        Holder::Site(format!("site{n}").parse().unwrap())
+    fn site(n: usize) -> Peer {
+        Peer::Site(format!("site{n}").parse().unwrap())
     }
 
     fn network() -> Network {

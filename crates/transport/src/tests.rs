@@ -12,6 +12,7 @@ use crate::testing::{Hub, MEMORY, loopback, name, settings, site_of};
 use crate::{Congestion, Transport};
 use base::fault::Code;
 use base::names::SiteName;
+use base::peer::Peer;
 
 impl Hub {
     fn serve_joins(&self, tokens: Arc<Tokens>) {
@@ -51,7 +52,7 @@ impl Redeemer for Tokens {
         secret_hash: &[u8; 32],
         claim: &Claim,
         _key_hash: &[u8; 32],
-    ) -> Result<Holder, Fault> {
+    ) -> Result<Peer, Fault> {
         match self.0.lock().get_mut(id) {
             Some((hash, bound, used)) if hash == secret_hash => {
                 match claim {
@@ -68,7 +69,7 @@ impl Redeemer for Tokens {
                 if std::mem::replace(used, true) {
                     return Err(Fault::not_allowed("the token was used before"));
                 }
-                Ok(Holder::Site(bound.clone()))
+                Ok(Peer::Site(bound.clone()))
             }
             _ => Err(Fault::not_allowed("the token is not known here")),
         }
@@ -109,8 +110,8 @@ async fn a_site_joins_once_and_then_connects() {
         );
         let site = joined.unwrap();
         assert_eq!(
-            (site.name(), answered.unwrap()),
-            (&name("chengdu"), Holder::Site(name("chengdu")))
+            (site.holder(), &answered.unwrap()),
+            (&Peer::Site(name("chengdu")), &Peer::Site(name("chengdu")))
         );
         assert_eq!(
             hub.identity.verify_site(site.cert_der()).unwrap(),
@@ -123,8 +124,8 @@ async fn a_site_joins_once_and_then_connects() {
         );
         let link = link.unwrap();
         assert_eq!(arrived, name("chengdu"));
-        assert_eq!(link.peer(), Some(&Holder::Hub(name("hub"))));
-        assert_eq!(hub_end.peer(), Some(&Holder::Site(name("chengdu"))));
+        assert_eq!(link.peer(), Some(&Peer::Hub(name("hub"))));
+        assert_eq!(hub_end.peer(), Some(&Peer::Site(name("chengdu"))));
         assert_eq!(
             (link.transport(), hub_end.transport()),
             if transport == Transport::Tcp {
@@ -532,7 +533,7 @@ async fn a_publisher_has_a_bounded_number_of_connections() {
     let request = CertificateRequest::new().unwrap();
     let cert = hub
         .identity
-        .issue_as(&Holder::Publisher(name("pub")), request.csr_der())
+        .issue_as(&Peer::Publisher("pub".parse().unwrap()), request.csr_der())
         .unwrap();
     let publisher = request.complete(&cert, hub.identity.ca_der()).unwrap();
     let mut links = Vec::new();

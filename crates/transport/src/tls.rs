@@ -17,11 +17,12 @@ use rustls::{
 };
 
 use crate::identity::{
-    HUB_DNS_NAME, Holder, HubIdentity, Role, SiteIdentity, clamp_to_validity, crypto_provider,
-    fingerprint, holder, roots_of, validity, verify_chain,
+    HUB_DNS_NAME, HubIdentity, Role, SiteIdentity, clamp_to_validity, crypto_provider, fingerprint,
+    holder, roots_of, validity, verify_chain,
 };
 use base::clock;
 use base::fault::Fault;
+use base::peer::Peer;
 
 pub(super) const ALPN: &[u8] = b"packhorse/1";
 pub(super) const ALPN_JOIN: &[u8] = b"packhorse-join/1";
@@ -87,13 +88,13 @@ pub(super) struct Shown {
 }
 
 /// The site or publisher of a handshake with `packhorse/1`. [`check_time`] checks the clock.
-pub(super) fn check_site(shown: &Shown) -> Result<(Holder, Vec<u8>), Fault> {
+pub(super) fn check_site(shown: &Shown) -> Result<(Peer, Vec<u8>), Fault> {
     let Some(leaf) = shown.chain.first() else {
         return Err(Fault::not_allowed("no certificate was presented")
             .with_next("join first: 'packhorse join' with a token from the hub"));
     };
     let who = holder(leaf)?;
-    if !matches!(who, Holder::Site(_) | Holder::Publisher(_)) {
+    if !matches!(who, Peer::Site(_) | Peer::Publisher(_)) {
         return Err(Fault::not_allowed(format!(
             "the certificate of {who} is not for a site"
         )));
@@ -103,7 +104,7 @@ pub(super) fn check_site(shown: &Shown) -> Result<(Holder, Vec<u8>), Fault> {
 
 /// Rejects a certificate that is expired according to `clock`. Returns a message if the certificate
 /// is not valid yet.
-pub(super) fn check_time(leaf: &[u8], who: &Holder, clock: &str) -> Result<Option<String>, Fault> {
+pub(super) fn check_time(leaf: &[u8], who: &Peer, clock: &str) -> Result<Option<String>, Fault> {
     let (validity, now) = (validity(leaf)?, clock::now());
     validity.check(who, clock, now)?;
     Ok(validity.early(who, clock, now))
@@ -111,13 +112,13 @@ pub(super) fn check_time(leaf: &[u8], who: &Holder, clock: &str) -> Result<Optio
 
 /// The hub of a handshake, checked against the clock of this site. The handshake has checked the
 /// chain.
-pub(super) fn check_hub(shown: &Shown) -> Result<Holder, Fault> {
+pub(super) fn check_hub(shown: &Shown) -> Result<Peer, Fault> {
     let leaf = shown
         .chain
         .first()
         .ok_or_else(|| Fault::not_allowed("the hub presented no certificate"))?;
     let who = holder(leaf)?;
-    if !matches!(who, Holder::Hub(_)) {
+    if !matches!(who, Peer::Hub(_)) {
         return Err(Fault::not_allowed(format!(
             "the certificate of {who} is not for a hub"
         )));

@@ -20,11 +20,11 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
-use crate::identity::Holder;
 use base::limits::{
     CONNECTION_WINDOW_FIRST_BYTES, CONNECTION_WINDOW_IDLE_BYTES_MAX, CONNECTION_WINDOW_LEAST_BYTES,
     CONNECTION_WINDOW_WANTED_BYTES_MAX, CONNECTION_WINDOW_WANTED_LEAST_BYTES,
 };
+use base::peer::Peer;
 
 /// A connection keeps its larger window for this long after a fetch, because the next request
 /// usually follows.
@@ -41,7 +41,7 @@ pub(super) struct Windows {
 struct Connections {
     total: usize,
     /// The number of connections per peer from which the hub fetches.
-    wanted: HashMap<Holder, usize>,
+    wanted: HashMap<Peer, usize>,
 }
 
 impl Windows {
@@ -62,7 +62,7 @@ impl Windows {
         )
     }
 
-    fn wanted(&self, connections: &Connections, holder: &Holder) -> u64 {
+    fn wanted(&self, connections: &Connections, holder: &Peer) -> u64 {
         let of_peer = (self.wanted_total / connections.wanted.len().max(1) as u64)
             .min(CONNECTION_WINDOW_WANTED_BYTES_MAX);
         let lines = connections.wanted.get(holder).copied().unwrap_or(0).max(1) as u64;
@@ -96,7 +96,7 @@ struct State {
 pub(super) struct Window {
     windows: Arc<Windows>,
     /// `None`: the peer is not authenticated.
-    holder: Option<Holder>,
+    holder: Option<Peer>,
     of: Of,
     /// The bytes read from the connection.
     pub(super) read: Arc<AtomicU64>,
@@ -105,7 +105,7 @@ pub(super) struct Window {
 
 impl Window {
     /// Creates the window of a connection to this peer.
-    pub(super) fn new(windows: &Arc<Windows>, holder: Option<Holder>, of: Of) -> Arc<Self> {
+    pub(super) fn new(windows: &Arc<Windows>, holder: Option<Peer>, of: Of) -> Arc<Self> {
         if holder.is_some() {
             windows.connections.lock().total += 1;
         }
@@ -248,7 +248,7 @@ mod tests {
 
     fn connection(windows: &Arc<Windows>, name: &str) -> (Arc<Window>, Arc<AtomicU64>) {
         let set = Arc::new(AtomicU64::new(CONNECTION_WINDOW_FIRST_BYTES));
-        let holder = Holder::Publisher(name.parse().unwrap());
+        let holder = Peer::Publisher(name.parse().unwrap());
         (
             Window::new(windows, Some(holder), Of::Test(set.clone())),
             set,

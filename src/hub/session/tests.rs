@@ -4,7 +4,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::*;
 use crate::api::View;
-use crate::api::types::Bytes;
+use crate::api::types::{Action, Bytes};
 use crate::config;
 use base::durable;
 use base::names::TransferId;
@@ -41,7 +41,7 @@ impl Bench {
             .add_token(
                 "t",
                 &[1; 32],
-                &Holder::Site(site.clone()),
+                &Peer::Site(site.clone()),
                 &Default::default(),
                 60,
             )
@@ -363,7 +363,7 @@ async fn whoever_asks_on_by_the_cursor_gets_all_of_a_long_answer() {
     loop {
         let answer = bench
             .hub
-            .transfers_for(&Bench::site(), &all, since, 0)
+            .transfers_for(&Actor::Site(Bench::site()), &all, since, 0)
             .await
             .unwrap();
         assert!(paging::json_bytes(&answer) <= ANSWER_BYTES_MAX);

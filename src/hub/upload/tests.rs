@@ -11,11 +11,13 @@ use crate::api::types::{Action, TokenRequest};
 use crate::config::{self, ConnectionSettings};
 use crate::publisher::{self, Asked, Uploaded};
 use base::fault::{Code, Reason};
+use base::peer::Peer;
 use content::manifest::Digest;
 use exchange::fetch::Fetcher;
 use exchange::wire;
+use model::actor::Actor;
 use model::protocol::{AskHub, CONTROL, FromHub, FromSite, Wanted, renewal};
-use transport::identity::{CertificateRequest, Claim, Holder, JoinToken, SiteIdentity};
+use transport::identity::{CertificateRequest, Claim, JoinToken, SiteIdentity};
 use transport::{self, Link};
 
 /// What a line costs that carries nothing: handshake, questions, and the search for the largest
@@ -242,10 +244,7 @@ async fn a_publisher_may_do_nothing_else() {
     let identity = bench
         .join(&bench.token(None, Some("lab")).await, &Claim::Publisher)
         .await;
-    assert_eq!(
-        identity.holder(),
-        &Holder::Publisher("lab".parse().unwrap())
-    );
+    assert_eq!(identity.holder(), &Peer::Publisher("lab".parse().unwrap()));
     let link = bench.dial(&identity).await;
     let fault = Fetcher::new(link.clone(), digest, Arc::default())
         .root()
@@ -413,9 +412,10 @@ async fn a_site_is_told_the_manifest_of_what_is_new_to_it_once() {
     bench
         .hub
         .deliver_to(
-            None,
+            &Actor::Admin,
             &["model/a:v1".parse().unwrap()],
             &"west".parse().unwrap(),
+            false,
         )
         .await
         .unwrap();
@@ -482,9 +482,10 @@ async fn a_site_is_told_the_manifest_of_what_is_new_to_it_once() {
     bench
         .hub
         .deliver_to(
-            None,
+            &Actor::Admin,
             &["model/b:v1".parse().unwrap()],
             &"west".parse().unwrap(),
+            false,
         )
         .await
         .unwrap();
@@ -522,9 +523,10 @@ async fn a_site_that_has_another_version_is_not_told_the_manifest() {
     let id = bench
         .hub
         .deliver_to(
-            None,
+            &Actor::Admin,
             &["model/a:v1".parse().unwrap()],
             &"west".parse().unwrap(),
+            false,
         )
         .await
         .unwrap()
@@ -544,9 +546,10 @@ async fn a_site_that_has_another_version_is_not_told_the_manifest() {
     bench
         .hub
         .deliver_to(
-            None,
+            &Actor::Admin,
             &["model/a:v2".parse().unwrap(), "model/b:v1".parse().unwrap()],
             &"west".parse().unwrap(),
+            false,
         )
         .await
         .unwrap();
@@ -649,8 +652,8 @@ async fn what_a_site_may_not_have_gets_the_answer_for_what_is_not_there() {
         let _planning = bench
             .hub
             .inner
-            .planning
-            .begin(&"west".parse().unwrap(), a.digest);
+            .entitlement
+            .plan(&"west".parse().unwrap(), a.digest);
         let fetcher = Fetcher::new(link.clone(), a.digest, Arc::default());
         fetcher.root().await.unwrap();
         fetcher
@@ -668,9 +671,10 @@ async fn what_a_site_may_not_have_gets_the_answer_for_what_is_not_there() {
     bench
         .hub
         .deliver_to(
-            None,
+            &Actor::Admin,
             &["model/a:v1".parse().unwrap()],
             &"west".parse().unwrap(),
+            false,
         )
         .await
         .unwrap();

@@ -10,12 +10,13 @@ use futures::StreamExt;
 use tokio::time::timeout;
 
 use super::{Fetcher, Library, Opened, Ranges, WRITE_MAX, takes_nothing};
-use crate::wire::{PRIORITY_MANIFEST, Peer};
+use crate::wire::PRIORITY_MANIFEST;
 use base::blocking::blocking;
 use base::fault::{Fault, Reason};
 use base::limits::{
     CHUNK_BYTES_MAX, DIFFERENCE_BASE_BYTES_MAX, FETCH_BATCH_BYTES, FETCH_BATCH_CHUNKS_MAX,
 };
+use base::peer::Peer;
 use content::chunk::Hash;
 use content::frame::{Frame, Verified};
 use content::manifest::delta::{Alignment, compress, restore};

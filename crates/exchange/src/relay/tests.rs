@@ -162,7 +162,7 @@ impl Fixture {
         let children = self.children(which);
         let mut pieces = self
             .relay
-            .frames(&peer.parse().unwrap(), OF, children.clone())
+            .frames(&Peer::Site(peer.parse().unwrap()), OF, children.clone())
             .await?;
         let mut bytes = Vec::new();
         while let Some(piece) = pieces.next().await {
@@ -275,7 +275,7 @@ async fn a_source_that_goes_away_in_the_middle_is_asked_for_the_rest() {
 async fn a_source_that_stays_away_is_waited_for_elsewhere() {
     let f = fixture(site(2), 1 << 30);
     f.site.away.store(true, Ordering::Relaxed);
-    let peer: SiteName = "b".parse().unwrap();
+    let peer = Peer::Site("b".parse().unwrap());
     let fault = f
         .relay
         .ready(&peer, OF.digest, &f.children(0..2))

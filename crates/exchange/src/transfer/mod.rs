@@ -214,6 +214,13 @@ impl Runner {
         self.inner.unwritten.rows()
     }
 
+    /// The site whose transfers these are.
+    fn site(&self) -> Result<SiteName, Fault> {
+        let identity = self.inner.identity.borrow();
+        let site = identity.holder().site().cloned();
+        site.ok_or_else(|| Fault::config(format!("{} receives no transfers", identity.holder())))
+    }
+
     /// Applies the hub's list. A transfer that the catalogue cannot store does not delay the
     /// others. `only`: the part of the list that an earlier call left.
     pub async fn apply(
@@ -223,7 +230,13 @@ impl Runner {
         only: Option<&HashSet<TransferId>>,
     ) -> Unapplied {
         let mut unapplied = Unapplied::default();
-        let site = self.inner.identity.borrow().name().clone();
+        let site = match self.site() {
+            Ok(site) => site,
+            Err(fault) => {
+                unapplied.fault = Some(fault);
+                return unapplied;
+            }
+        };
         for wanted in desired
             .iter()
             .filter(|wanted| only.is_none_or(|only| only.contains(&wanted.id)))
@@ -316,7 +329,7 @@ impl Runner {
 
     /// Resumes the transfers that were open when the daemon stopped, without waiting for the hub.
     pub async fn start(&self) -> Result<(), Fault> {
-        let site = self.inner.identity.borrow().name().clone();
+        let site = self.site()?;
         for row in self.inner.catalogue.open_transfers(&site).await? {
             self.follow(&row);
         }

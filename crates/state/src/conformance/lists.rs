@@ -2,9 +2,10 @@
 
 use base::fault::Code;
 use base::names::{ArtifactRef, SiteName};
+use base::peer::Peer;
 use model::paging::Room;
 use model::transfer::TransferQuery;
-use transport::identity::{Claim, Holder};
+use transport::identity::Claim;
 
 use super::root;
 use crate::{Catalogue, Part, TransferRow};
@@ -133,7 +134,7 @@ pub(crate) async fn lists_go_on_behind_any_row(catalogue: Catalogue) {
     let bytes = row.root.totals.bytes;
     assert_eq!(
         catalogue
-            .published_by(None, Some(&"office".parse().unwrap()))
+            .published_by(&Peer::Publisher("office".parse().unwrap()))
             .await
             .unwrap(),
         (0, 0)
@@ -144,7 +145,7 @@ pub(crate) async fn lists_go_on_behind_any_row(catalogue: Catalogue) {
         .unwrap();
     assert_eq!(
         catalogue
-            .published_by(None, Some(&"office".parse().unwrap()))
+            .published_by(&Peer::Publisher("office".parse().unwrap()))
             .await
             .unwrap(),
         (1, bytes)
@@ -180,7 +181,7 @@ pub(crate) async fn whoever_follows_by_a_cursor_misses_none_of_many_that_change_
         .add_token(
             "t",
             &[1; 32],
-            &Holder::Site(site.clone()),
+            &Peer::Site(site.clone()),
             &Default::default(),
             60,
         )

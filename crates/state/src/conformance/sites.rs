@@ -3,15 +3,16 @@
 use std::time::Duration;
 
 use base::fault::Code;
-use base::names::{ArtifactRef, SiteName};
-use transport::identity::{Claim, Holder};
+use base::names::{ArtifactRef, PublisherName, SiteName, SiteSelector};
+use base::peer::Peer;
+use transport::identity::Claim;
 
-use super::{join, root, under};
-use crate::{Catalogue, Forbids, Part};
+use super::{join, root};
+use crate::{Catalogue, Part, SharingRow};
 
 pub(crate) async fn a_token_is_good_once_and_for_a_while(catalogue: Catalogue) {
     let name: SiteName = "west".parse().unwrap();
-    let (site, claim) = (Holder::Site(name.clone()), Claim::Site(name.clone()));
+    let (site, claim) = (Peer::Site(name.clone()), Claim::Site(name.clone()));
     catalogue
         .add_token("a", &[1; 32], &site, &Default::default(), 60)
         .await
@@ -74,7 +75,8 @@ pub(crate) async fn a_token_is_good_once_and_for_a_while(catalogue: Catalogue) {
 
 pub(crate) async fn a_publisher_is_no_site(catalogue: Catalogue) {
     let name: SiteName = "office".parse().unwrap();
-    let publisher = Holder::Publisher(name.clone());
+    let publisher_name: PublisherName = "office".parse().unwrap();
+    let publisher = Peer::Publisher(publisher_name.clone());
     catalogue
         .add_token("a", &[1; 32], &publisher, &Default::default(), 60)
         .await
@@ -85,7 +87,7 @@ pub(crate) async fn a_publisher_is_no_site(catalogue: Catalogue) {
         .await
         .unwrap_err();
     assert!(fault.message.contains("is for a publisher"), "{fault}");
-    assert!(!catalogue.publisher_seen(&name).await.unwrap());
+    assert!(!catalogue.publisher_seen(&publisher_name).await.unwrap());
     assert_eq!(
         catalogue
             .redeem_token("a", &[1; 32], &Claim::Publisher, &[7; 32])
@@ -93,7 +95,7 @@ pub(crate) async fn a_publisher_is_no_site(catalogue: Catalogue) {
             .unwrap(),
         publisher
     );
-    assert!(catalogue.publisher_seen(&name).await.unwrap());
+    assert!(catalogue.publisher_seen(&publisher_name).await.unwrap());
     assert!(catalogue.sites().await.unwrap().is_empty());
     assert_eq!(
         catalogue
@@ -104,7 +106,7 @@ pub(crate) async fn a_publisher_is_no_site(catalogue: Catalogue) {
         Code::NotFound
     );
     // Nor can a site take its name, or a publisher that of a site.
-    let site = Holder::Site(name);
+    let site = Peer::Site(name);
     assert_eq!(
         catalogue
             .add_token("b", &[1; 32], &site, &Default::default(), 60)
@@ -117,7 +119,7 @@ pub(crate) async fn a_publisher_is_no_site(catalogue: Catalogue) {
         .add_token(
             "c",
             &[1; 32],
-            &Holder::Site("west".parse().unwrap()),
+            &Peer::Site("west".parse().unwrap()),
             &Default::default(),
             60,
         )
@@ -133,100 +135,73 @@ pub(crate) async fn a_publisher_is_no_site(catalogue: Catalogue) {
     );
 }
 
-pub(crate) async fn the_hub_says_who_may_have_what_sites_publish_and_a_site_can_only_narrow_it(
+pub(crate) async fn the_list_of_a_site_and_the_labels_of_another_decide_whether_it_receives(
     catalogue: Catalogue,
 ) {
-    let sites = [
-        join(&catalogue, "a", &[]).await,
-        join(&catalogue, "b", &[]).await,
-        join(&catalogue, "c", &[("line", "3")]).await,
-        join(&catalogue, "d", &[("line", "4")]).await,
-    ];
-    // Of what a published: to a itself, b, c and d.
-    let check = async |catalogue: &Catalogue, expected: [Option<Forbids>; 4]| {
-        for (site, expected) in sites.iter().zip(expected) {
-            assert_eq!(
-                catalogue.forbidden_by(&sites[0], site).await.unwrap(),
-                expected,
-                "{site}"
-            );
-            assert_eq!(
-                catalogue.shares_with(&sites[0], site).await.unwrap(),
-                expected.is_none(),
-                "{site}"
-            );
-        }
+    let a = join(&catalogue, "a", &[]).await;
+    let c = join(&catalogue, "c", &[("line", "3")]).await;
+    let labels = [("line".to_owned(), "3".to_owned())].into();
+    let share: Vec<SiteSelector> = vec!["b,d".parse().unwrap(), "line=3".parse().unwrap()];
+    let list = ["b,d".to_owned(), "line=3".to_owned(), "b,,".to_owned()];
+    let row = catalogue.sharing(&a, &c).await.unwrap();
+    let expected = SharingRow {
+        share: None,
+        labels,
     };
-    let (hub, origin) = (Some(Forbids::Hub), Some(Forbids::Origin));
-    let policy = under(&catalogue, &["b", "line=3"]);
-    check(&catalogue, [None; 4]).await;
-    check(&policy, [None, None, None, hub]).await;
-    check(&under(&catalogue, &["all"]), [None; 4]).await;
-    check(&under(&catalogue, &[]), [None, hub, hub, hub]).await;
-
-    catalogue
-        .set_share(&sites[0], Some(&["b".to_owned(), "d".to_owned()]))
-        .await
-        .unwrap();
-    check(&catalogue, [None, None, origin, None]).await;
-    check(&policy, [None, None, origin, hub]).await;
-    catalogue.set_share(&sites[0], Some(&[])).await.unwrap();
-    check(&policy, [None, origin, origin, hub]).await;
-    // That was a's list: what b publishes goes as far as the hub lets it.
-    assert!(policy.shares_with(&sites[1], &sites[2]).await.unwrap());
-    assert!(!policy.shares_with(&sites[1], &sites[0]).await.unwrap());
+    assert_eq!(row, expected);
+    catalogue.set_share(&a, Some(&list)).await.unwrap();
+    let row = catalogue.sharing(&a, &c).await.unwrap();
+    assert_eq!(
+        row.share,
+        Some(share),
+        "what cannot be parsed allows no site"
+    );
+    // That was a's list.
+    let row = catalogue.sharing(&c, &a).await.unwrap();
+    assert_eq!(row, SharingRow::default());
+    catalogue.set_share(&a, Some(&[])).await.unwrap();
+    let row = catalogue.sharing(&a, &c).await.unwrap();
+    assert_eq!(row.share, Some(Vec::new()));
 }
 
-pub(crate) async fn the_hubs_policy_ends_open_transfers_of_what_sites_published_and_no_others(
-    catalogue: Catalogue,
-) {
-    let sites = [
-        join(&catalogue, "a", &[]).await,
-        join(&catalogue, "b", &[]).await,
-        join(&catalogue, "c", &[]).await,
+pub(crate) async fn the_origins_of_content_are_those_of_what_was_delivered(catalogue: Catalogue) {
+    let a = join(&catalogue, "a", &[]).await;
+    let b = join(&catalogue, "b", &[]).await;
+    // The same content under three names; the third is not delivered.
+    let named = [
+        ("model/of-a:1", Some(&a)),
+        ("model/of-hub:1", None),
+        ("model/of-b:1", Some(&b)),
     ];
-    let published = [
-        ("model/of-a:1", root(1), Some(&sites[0])),
-        ("model/of-hub:1", root(2), None),
-    ];
-    for (name, root, origin) in &published {
+    let mut transfers = Vec::new();
+    for (name, origin) in named {
         let artifact: ArtifactRef = name.parse().unwrap();
-        catalogue
-            .add_artifact(&artifact, root, *origin)
-            .await
-            .unwrap();
+        let root = root(1);
+        let added = catalogue.add_artifact(&artifact, &root, origin).await;
+        assert!(added.unwrap());
+        if name == "model/of-b:1" {
+            break;
+        }
         let part = Part {
             artifact,
             digest: root.digest(),
             total: 1,
             needs: None,
-            sites: sites.to_vec(),
+            sites: vec![b.clone()],
         };
-        catalogue
-            .deliver(
-                &name.replace(['/', ':'], "-").parse().unwrap(),
-                None,
-                &[part],
-                &[],
-            )
-            .await
-            .unwrap();
+        let id = name.replace(['/', ':'], "-").parse().unwrap();
+        transfers.extend(catalogue.deliver(&id, None, &[part], &[]).await.unwrap());
     }
-    // To a, b and c.
-    let check = async |catalogue: &Catalogue, of_a: [bool; 3]| {
-        for (site, of_a) in sites.iter().zip(of_a) {
-            assert_eq!(
-                catalogue.is_shared(site, root(1).digest()).await.unwrap(),
-                of_a,
-                "{site}"
-            );
-            assert!(
-                catalogue.is_shared(site, root(2).digest()).await.unwrap(),
-                "the hub's own is no site's to keep from {site}"
-            );
-        }
+    let origins = async |site: &SiteName| {
+        let found = catalogue.origins_for(site, root(1).digest()).await;
+        let mut found = found.unwrap();
+        found.sort();
+        found
     };
-    check(&catalogue, [true; 3]).await;
-    check(&under(&catalogue, &["b"]), [true, true, false]).await;
-    check(&under(&catalogue, &[]), [true, false, false]).await;
+    assert_eq!(origins(&b).await, [None, Some(a.clone())]);
+    assert_eq!(origins(&a).await, []);
+    let cancelled = catalogue.act(&transfers[1], model::transfer::Action::Cancel);
+    cancelled.await.unwrap();
+    let left = origins(&b).await;
+    assert_eq!(left, [Some(a)], "a cancelled transfer does not count");
 }

@@ -74,13 +74,13 @@ pub(crate) async fn delivering_twice_is_one_transfer_and_a_cursor_shows_what_is_
     );
     assert!(
         catalogue
-            .is_entitled(&sites[0], root(1).digest())
+            .is_delivered(&sites[0], root(1).digest())
             .await
             .unwrap()
     );
     assert!(
         !catalogue
-            .is_entitled(&sites[0], root(2).digest())
+            .is_delivered(&sites[0], root(2).digest())
             .await
             .unwrap()
     );
@@ -207,7 +207,7 @@ pub(crate) async fn what_a_run_borrowed_goes_and_what_others_want_stays(catalogu
     catalogue.set_removed(&one[1], 7).await.unwrap();
     let other = root(1).digest();
     assert!(
-        catalogue.is_entitled(&sites[0], other).await.unwrap(),
+        catalogue.is_delivered(&sites[0], other).await.unwrap(),
         "by the others"
     );
     let again = catalogue

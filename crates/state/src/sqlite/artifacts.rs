@@ -3,8 +3,9 @@
 use async_trait::async_trait;
 use base::clock;
 use base::fault::Fault;
-use base::names::{ArtifactRef, SiteName};
+use base::names::{ArtifactRef, PublisherName, SiteName};
 use base::omitted::Omitted;
+use base::peer::Peer;
 use content::manifest::{Digest, Root};
 use futures::TryStreamExt as _;
 use sink::StorageLocation;
@@ -166,39 +167,35 @@ impl Artifacts for Sqlite {
     async fn set_publisher(
         &self,
         artifact: &ArtifactRef,
-        publisher: &SiteName,
+        publisher: &PublisherName,
     ) -> Result<(), Fault> {
         let sql = "UPDATE artifact SET publisher = $1 WHERE reference = $2";
         self.set_text(sql, Some(publisher.to_string()), artifact)
             .await
     }
 
-    async fn was_published_by(
-        &self,
-        artifact: &ArtifactRef,
-        publisher: &SiteName,
-    ) -> Result<bool, Fault> {
-        sqlx::query_scalar(
-            "SELECT EXISTS (SELECT 1 FROM artifact WHERE reference = $1 AND publisher = $2)",
-        )
-        .bind(artifact.to_string())
-        .bind(publisher.as_str())
-        .fetch_one(self.read())
-        .await
-        .map_err(fault)
+    async fn publisher_of(&self, artifact: &ArtifactRef) -> Result<Option<PublisherName>, Fault> {
+        let name: Option<Option<String>> =
+            sqlx::query_scalar("SELECT publisher FROM artifact WHERE reference = $1")
+                .bind(artifact.to_string())
+                .fetch_optional(self.read())
+                .await
+                .map_err(fault)?;
+        Ok(name.flatten().map(|name| name.parse()).transpose()?)
     }
 
-    async fn published_by(
-        &self,
-        site: Option<&SiteName>,
-        publisher: Option<&SiteName>,
-    ) -> Result<(u64, u64), Fault> {
+    async fn published_by(&self, peer: &Peer) -> Result<(u64, u64), Fault> {
+        let (site, publisher) = match peer {
+            Peer::Site(name) => (Some(name.as_str()), None),
+            Peer::Publisher(name) => (None, Some(name.as_str())),
+            Peer::Hub(_) => (None, None),
+        };
         // The sum of integers could overflow: a site says how many bytes it published.
         let (artifacts, bytes): (i64, f64) = sqlx::query_as(
             "SELECT COUNT(*), COALESCE(SUM(CAST(bytes AS DOUBLE PRECISION)), 0.0) FROM artifact WHERE origin = $1 OR publisher = $2",
         )
-        .bind(site.map(|name| name.as_str()))
-        .bind(publisher.map(|name| name.as_str()))
+        .bind(site)
+        .bind(publisher)
         .fetch_one(self.read())
         .await
         .map_err(fault)?;

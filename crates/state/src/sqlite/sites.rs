@@ -5,9 +5,10 @@ use std::collections::BTreeMap;
 use async_trait::async_trait;
 use base::clock;
 use base::fault::Fault;
-use base::names::{SiteName, SiteSelector};
+use base::names::{PublisherName, SiteName, SiteSelector};
+use base::peer::Peer;
 use futures::TryStreamExt as _;
-use transport::identity::{Claim, Holder};
+use transport::identity::Claim;
 
 use super::{Sqlite, fault, json, malformed};
 use crate::engine::{Listed, See};
@@ -100,19 +101,19 @@ impl Sites for Sqlite {
         &self,
         id: &str,
         secret_hash: &[u8; 32],
-        holder: &Holder,
+        holder: &Peer,
         labels: &BTreeMap<String, String>,
         ttl_seconds: u64,
     ) -> Result<(), Fault> {
         let now = clock::now_unix_ms() as i64;
         let (role, taken) = match holder {
-            Holder::Publisher(_) => (PUBLISHER, "SELECT 'a site' FROM site WHERE name = $1"),
-            Holder::Site(_) => (SITE, "SELECT 'a publisher' FROM publisher WHERE name = $1"),
-            Holder::Hub(_) => return Err(Fault::usage("a hub joins nothing")),
+            Peer::Publisher(_) => (PUBLISHER, "SELECT 'a site' FROM site WHERE name = $1"),
+            Peer::Site(_) => (SITE, "SELECT 'a publisher' FROM publisher WHERE name = $1"),
+            Peer::Hub(_) => return Err(Fault::usage("a hub joins nothing")),
         };
         let mut write = self.begin().await?;
         let taken: Option<(String,)> = sqlx::query_as(taken)
-            .bind(holder.name().as_str())
+            .bind(holder.name())
             .fetch_optional(write.db())
             .await
             .map_err(fault)?;
@@ -126,7 +127,7 @@ impl Sites for Sqlite {
             .bind(id)
             .bind(&secret_hash[..])
             .bind(role)
-            .bind(holder.name().as_str())
+            .bind(holder.name())
             .bind(json("labels", labels)?)
             .bind(now.saturating_add((ttl_seconds as i64).saturating_mul(1000)))
             .execute(write.db())
@@ -141,7 +142,7 @@ impl Sites for Sqlite {
         secret_hash: &[u8; 32],
         claim: &Claim,
         key_hash: &[u8; 32],
-    ) -> Result<Holder, Fault> {
+    ) -> Result<Peer, Fault> {
         let now = clock::now_unix_ms() as i64;
         let mut write = self.begin().await?;
         let row: Option<TokenColumns> = sqlx::query_as(TOKEN)
@@ -158,9 +159,9 @@ impl Sites for Sqlite {
             .execute(write.db())
             .await
             .map_err(fault)?;
-        let name = holder.name().as_str();
+        let name = holder.name();
         match &holder {
-            Holder::Site(_) => {
+            Peer::Site(_) => {
                 // A token without labels says nothing of them.
                 let labels = row.map_or_else(|| "{}".into(), |row| row.labels);
                 sqlx::query(
@@ -176,7 +177,7 @@ impl Sites for Sqlite {
                 .map_err(fault)?;
                 write.note("site", name, Subject::Other).await?;
             }
-            Holder::Publisher(_) | Holder::Hub(_) => {
+            Peer::Publisher(_) | Peer::Hub(_) => {
                 sqlx::query(
                     "INSERT INTO publisher (name, joined_ms) VALUES ($1, $2)
                      ON CONFLICT (name) DO UPDATE SET joined_ms = excluded.joined_ms",
@@ -193,7 +194,7 @@ impl Sites for Sqlite {
         Ok(holder)
     }
 
-    async fn publisher_seen(&self, name: &SiteName) -> Result<bool, Fault> {
+    async fn publisher_seen(&self, name: &PublisherName) -> Result<bool, Fault> {
         let mut write = self.begin().await?;
         let done = sqlx::query("UPDATE publisher SET seen_ms = $1 WHERE name = $2")
             .bind(clock::now_unix_ms() as i64)

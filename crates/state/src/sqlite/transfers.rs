@@ -182,7 +182,7 @@ impl Transfers for Sqlite {
             .collect())
     }
 
-    async fn is_entitled(&self, site: &SiteName, digest: Digest) -> Result<bool, Fault> {
+    async fn is_delivered(&self, site: &SiteName, digest: Digest) -> Result<bool, Fault> {
         sqlx::query_scalar(
             "SELECT EXISTS (SELECT 1 FROM transfer WHERE site = $1 AND digest = $2 AND state <> 'cancelled' AND removed_ms IS NULL)",
         )

@@ -1,7 +1,6 @@
 //! Reads and checks certificates: the name of the holder, the validity, the chain, a signature.
 //! Pure functions.
 
-use std::str::FromStr;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -19,62 +18,30 @@ use x509_parser::prelude::FromDer;
 use super::HUB_DNS_NAME;
 use base::clock;
 use base::fault::Fault;
-use base::names::SiteName;
+use base::peer::Peer;
 
-/// The holder of a certificate.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub enum Holder {
-    /// The hub of this name.
-    Hub(SiteName),
-    /// The site of this name.
-    Site(SiteName),
-    /// A client that may only publish at the hub from another machine.
-    Publisher(SiteName),
-}
-
-impl Holder {
-    pub(super) fn uri(&self) -> String {
-        match self {
-            Holder::Hub(name) => format!("packhorse:hub:{name}"),
-            Holder::Site(name) => format!("packhorse:site:{name}"),
-            Holder::Publisher(name) => format!("packhorse:publisher:{name}"),
-        }
-    }
-
-    pub fn name(&self) -> &SiteName {
-        match self {
-            Holder::Hub(name) | Holder::Site(name) | Holder::Publisher(name) => name,
-        }
+/// The URI by which a certificate names its holder.
+pub(super) fn uri_of(holder: &Peer) -> String {
+    match holder {
+        Peer::Hub(name) => format!("packhorse:hub:{name}"),
+        Peer::Site(name) => format!("packhorse:site:{name}"),
+        Peer::Publisher(name) => format!("packhorse:publisher:{name}"),
     }
 }
 
-impl std::fmt::Display for Holder {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Holder::Hub(name) => write!(f, "hub {name}"),
-            Holder::Site(name) => write!(f, "site {name}"),
-            Holder::Publisher(name) => write!(f, "publisher {name}"),
-        }
-    }
-}
-
-impl FromStr for Holder {
-    type Err = Fault;
-    fn from_str(uri: &str) -> Result<Self, Fault> {
-        let unknown = || {
-            Fault::not_allowed(format!(
-                "the certificate names {uri:?}, which is neither a hub nor a site nor a publisher"
-            ))
-        };
-        let rest = uri.strip_prefix("packhorse:").ok_or_else(unknown)?;
-        let (what, name) = rest.split_once(':').ok_or_else(unknown)?;
-        let name = name.parse().map_err(|_| unknown())?;
-        match what {
-            "hub" => Ok(Holder::Hub(name)),
-            "site" => Ok(Holder::Site(name)),
-            "publisher" => Ok(Holder::Publisher(name)),
-            _ => Err(unknown()),
-        }
+fn parse_uri(uri: &str) -> Result<Peer, Fault> {
+    let unknown = || {
+        Fault::not_allowed(format!(
+            "the certificate names {uri:?}, which is neither a hub nor a site nor a publisher"
+        ))
+    };
+    let rest = uri.strip_prefix("packhorse:").ok_or_else(unknown)?;
+    let (what, name) = rest.split_once(':').ok_or_else(unknown)?;
+    match what {
+        "hub" => name.parse().map(Peer::Hub).map_err(|_| unknown()),
+        "site" => name.parse().map(Peer::Site).map_err(|_| unknown()),
+        "publisher" => name.parse().map(Peer::Publisher).map_err(|_| unknown()),
+        _ => Err(unknown()),
     }
 }
 
@@ -86,7 +53,7 @@ fn parse(cert_der: &[u8]) -> Result<X509Certificate<'_>, Fault> {
 }
 
 /// The holder that a certificate names. Does not check who issued it.
-pub fn holder(cert_der: &[u8]) -> Result<Holder, Fault> {
+pub fn holder(cert_der: &[u8]) -> Result<Peer, Fault> {
     let certificate = parse(cert_der)?;
     let names = certificate.subject_alternative_name().ok().flatten();
     let mut uris = names
@@ -97,7 +64,7 @@ pub fn holder(cert_der: &[u8]) -> Result<Holder, Fault> {
             _ => None,
         });
     match (uris.next(), uris.next()) {
-        (Some(uri), None) => uri.parse(),
+        (Some(uri), None) => parse_uri(uri),
         _ => Err(Fault::not_allowed(
             "the certificate does not name exactly one holder",
         )),

@@ -13,12 +13,14 @@ use rustls::pki_types::{
     CertificateDer, CertificateSigningRequestDer, PrivateKeyDer, PrivatePkcs8KeyDer,
 };
 
+use super::certificate::uri_of;
 use super::{
-    HUB_DNS_NAME, Holder, Role, Validity, fingerprint, holder, identity_dir, read_if_exists,
-    validity, verify_chain,
+    HUB_DNS_NAME, Role, Validity, fingerprint, holder, identity_dir, read_if_exists, validity,
+    verify_chain,
 };
 use base::fault::Fault;
 use base::names::SiteName;
+use base::peer::Peer;
 use base::{clock, durable};
 
 const DAY: Duration = Duration::from_secs(24 * 3600);
@@ -83,7 +85,7 @@ impl HubIdentity {
                 !v.is_ending(clock::now()) && v.from.as_second() <= now.as_secs() as i64
             });
             is_current
-                && holder(&pair.1).ok() == Some(Holder::Hub(name.clone()))
+                && holder(&pair.1).ok() == Some(Peer::Hub(name.clone()))
                 && verify_chain(&pair.1, &ca_der, Role::Hub).is_ok()
         };
         let stored = read_if_exists(&hub_path)?
@@ -96,7 +98,7 @@ impl HubIdentity {
                 let cert = issue(
                     &issuer,
                     &key,
-                    &Holder::Hub(name.clone()),
+                    &Peer::Hub(name.clone()),
                     validity_from(issuing_time(&ca_der), HUB_DAYS),
                 )?;
                 let pair = (PrivatePkcs8KeyDer::from(key.serialize_der()), cert);
@@ -170,11 +172,11 @@ impl HubIdentity {
     /// taken from the request, which must be signed with it. The caller provides the name, from a
     /// redeemed token or from the certificate being renewed.
     pub fn issue_for(&self, site: &SiteName, csr_der: &[u8]) -> Result<Vec<u8>, Fault> {
-        self.issue_as(&Holder::Site(site.clone()), csr_der)
+        self.issue_as(&Peer::Site(site.clone()), csr_der)
     }
 
     /// Like [`HubIdentity::issue_for`], for a site or a publisher.
-    pub fn issue_as(&self, holder: &Holder, csr_der: &[u8]) -> Result<Vec<u8>, Fault> {
+    pub fn issue_as(&self, holder: &Peer, csr_der: &[u8]) -> Result<Vec<u8>, Fault> {
         let request = read_csr(csr_der)?;
         Ok(issue(
             &self.issuer,
@@ -197,7 +199,7 @@ impl HubIdentity {
         Ok(issue(
             &self.issuer,
             &request.public_key,
-            &Holder::Site(site.clone()),
+            &Peer::Site(site.clone()),
             lifetime,
         )?
         .to_vec())
@@ -208,7 +210,7 @@ impl HubIdentity {
     pub fn verify_site(&self, cert_der: &[u8]) -> Result<SiteName, Fault> {
         verify_chain(cert_der, &self.ca_der, Role::Site)?;
         match holder(cert_der)? {
-            Holder::Site(name) => Ok(name),
+            Peer::Site(name) => Ok(name),
             other => Err(Fault::not_allowed(format!(
                 "the certificate is for {other}, not for a site"
             ))),
@@ -262,7 +264,7 @@ fn create_ca(
 fn issue(
     issuer: &Issuer<'_, KeyPair>,
     key: &impl PublicKeyData,
-    holder: &Holder,
+    holder: &Peer,
     lifetime: (Duration, Duration),
 ) -> Result<CertificateDer<'static>, Fault> {
     let error = |e: rcgen::Error| Fault::internal(format!("issue a certificate for {holder}: {e}"));
@@ -272,15 +274,15 @@ fn issue(
     params.use_authority_key_identifier_extension = true;
     params
         .subject_alt_names
-        .push(SanType::URI(holder.uri().try_into().map_err(error)?));
+        .push(SanType::URI(uri_of(holder).try_into().map_err(error)?));
     match holder {
-        Holder::Hub(_) => {
+        Peer::Hub(_) => {
             params
                 .subject_alt_names
                 .push(SanType::DnsName(HUB_DNS_NAME.try_into().map_err(error)?));
             params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
         }
-        Holder::Site(_) | Holder::Publisher(_) => {
+        Peer::Site(_) | Peer::Publisher(_) => {
             params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
         }
     }

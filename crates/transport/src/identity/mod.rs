@@ -21,8 +21,8 @@ mod hub;
 mod site;
 mod token;
 
-pub use certificate::{Holder, Validity, fingerprint, holder, validity, verify_signature};
 pub(crate) use certificate::{Role, clamp_to_validity, crypto_provider, roots_of, verify_chain};
+pub use certificate::{Validity, fingerprint, holder, validity, verify_signature};
 pub use hub::HubIdentity;
 pub(crate) use hub::{key_hash, read_csr};
 pub use site::{CertificateRequest, SiteIdentity};

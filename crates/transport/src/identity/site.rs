@@ -8,9 +8,9 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 
 use super::hub::{generate_key, pem};
-use super::{Holder, Role, Validity, holder, identity_dir, read_if_exists, validity, verify_chain};
+use super::{Role, Validity, holder, identity_dir, read_if_exists, validity, verify_chain};
 use base::fault::Fault;
-use base::names::SiteName;
+use base::peer::Peer;
 use base::{clock, durable};
 
 const FILE: &str = "site.pem";
@@ -19,7 +19,7 @@ const JOINING: &str = "joining.pem";
 
 /// The identity of a site or publisher.
 pub struct SiteIdentity {
-    holder: Holder,
+    holder: Peer,
     key: KeyPair,
     cert_der: CertificateDer<'static>,
     ca_der: CertificateDer<'static>,
@@ -81,7 +81,7 @@ impl SiteIdentity {
     ) -> Result<Self, Fault> {
         verify_chain(&cert_der, &ca_der, Role::Site)?;
         let holder = holder(&cert_der)?;
-        if matches!(holder, Holder::Hub(_)) {
+        if matches!(holder, Peer::Hub(_)) {
             return Err(Fault::not_allowed(
                 "the certificate is for a hub, not for a site",
             ));
@@ -99,13 +99,8 @@ impl SiteIdentity {
         })
     }
 
-    /// The name that the hub assigned.
-    pub fn name(&self) -> &SiteName {
-        self.holder.name()
-    }
-
     /// A site or a publisher.
-    pub fn holder(&self) -> &Holder {
+    pub fn holder(&self) -> &Peer {
         &self.holder
     }
 

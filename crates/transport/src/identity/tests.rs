@@ -5,6 +5,7 @@ use super::*;
 use base::clock;
 use base::fault::Code;
 use base::names::SiteName;
+use base::peer::Peer;
 
 fn name(s: &str) -> SiteName {
     s.parse().unwrap()
@@ -45,10 +46,7 @@ fn the_hub_keeps_its_ca_and_replaces_a_damaged_certificate() {
         assert_ne!(repaired.cert_der(), first.cert_der());
     }
     let renamed = HubIdentity::open_or_create(dir.path(), &name("hub2")).unwrap();
-    assert_eq!(
-        holder(renamed.cert_der()).unwrap(),
-        Holder::Hub(name("hub2"))
-    );
+    assert_eq!(holder(renamed.cert_der()).unwrap(), Peer::Hub(name("hub2")));
     assert_eq!(renamed.ca_hash(), first.ca_hash());
 }
 
@@ -69,7 +67,7 @@ fn a_damaged_ca_is_never_replaced() {
 fn the_hubs_certificate_names_the_hub_and_serves_only_as_a_server() {
     let dir = tempfile::tempdir().unwrap();
     let hub = HubIdentity::open_or_create(dir.path(), &name("hub")).unwrap();
-    assert_eq!(holder(hub.cert_der()).unwrap(), Holder::Hub(name("hub")));
+    assert_eq!(holder(hub.cert_der()).unwrap(), Peer::Hub(name("hub")));
     verify_chain(hub.cert_der(), hub.ca_der(), Role::Hub).unwrap();
     assert_eq!(
         hub.verify_site(hub.cert_der()).unwrap_err().code,
@@ -96,7 +94,7 @@ fn a_site_keeps_renews_and_signs() {
     assert!(SiteIdentity::load(site_dir.path()).unwrap().is_none());
     joined(&hub, "chengdu").save(site_dir.path()).unwrap();
     let site = SiteIdentity::load(site_dir.path()).unwrap().unwrap();
-    assert_eq!(site.name(), &name("chengdu"));
+    assert_eq!(site.holder(), &Peer::Site(name("chengdu")));
     assert!(!site.needs_renewal());
     let mode = std::fs::metadata(site_dir.path().join("identity/site.pem"))
         .unwrap()
@@ -105,7 +103,7 @@ fn a_site_keeps_renews_and_signs() {
     assert_eq!(mode & 0o777, 0o600);
 
     let request = site.make_renewal_request().unwrap();
-    let cert = hub.issue_for(site.name(), request.csr_der()).unwrap();
+    let cert = hub.issue_for(&name("chengdu"), request.csr_der()).unwrap();
     let renewed = request.complete(&cert, site.ca_der()).unwrap();
     assert_ne!(renewed.cert_der(), site.cert_der());
 
@@ -148,7 +146,7 @@ fn a_request_gives_only_its_key() {
     params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
     let csr = params.serialize_request(&key).unwrap();
     let cert = hub.issue_for(&name("chengdu"), csr.der()).unwrap();
-    assert_eq!(holder(&cert).unwrap(), Holder::Site(name("chengdu")));
+    assert_eq!(holder(&cert).unwrap(), Peer::Site(name("chengdu")));
     assert!(verify_chain(&cert, hub.ca_der(), Role::Hub).is_err());
 
     let mut torn = csr.der().to_vec();

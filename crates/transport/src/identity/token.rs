@@ -12,9 +12,10 @@ use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use rand::Rng as _;
 
-use super::{Holder, HubIdentity};
+use super::HubIdentity;
 use base::fault::Fault;
 use base::names::SiteName;
+use base::peer::Peer;
 
 const ID_CHARS: usize = 10;
 
@@ -148,7 +149,7 @@ pub trait Redeemer: Send + Sync {
         secret_hash: &[u8; 32],
         claim: &Claim,
         key_hash: &[u8; 32],
-    ) -> Result<Holder, Fault>;
+    ) -> Result<Peer, Fault>;
 }
 
 /// The unverified claim of a joining client.

@@ -1,0 +1,531 @@
+//! Who may do what: the only place where an access right is decided.
+//!
+//! [`may`] is pure. The caller loads the facts that a rule needs (which site published an artifact, whether it was delivered, the
+//! `[share]` and `[train]` lists) and passes them in the [`Object`]. Hub, site and API call it for every request and stream; nothing
+//! is stored. A pair of verb and object for which there is no rule is refused.
+
+use std::collections::BTreeMap;
+
+use base::fault::Fault;
+use base::names::{ArtifactRef, Kind, PublisherName, RunName, SiteName, SiteSelector};
+
+use crate::actor::Actor;
+
+/// What an actor wants to do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verb {
+    /// Keep a connection to the hub.
+    Connect,
+    /// Open a control stream: receive the list of wanted transfers and runs, send reports.
+    Control,
+    /// Replace its own certificate by a new one.
+    Renew,
+    /// Read the manifest of an artifact.
+    ReadManifest,
+    /// Read the content of an artifact.
+    ReadContent,
+    /// Receive, as a site, what another site published.
+    Receive,
+    /// Read state: artifacts, transfers, runs, jobs, events, metrics.
+    Read,
+    /// Read which sites `[share]` excludes from an artifact.
+    ReadExclusions,
+    /// Read the digest of the artifact that already has the name which the actor wants to publish under.
+    ReadDigest,
+    /// Publish over the API of a daemon, or, as a site, the model of a run.
+    Publish,
+    /// Announce to the hub what was published in place at a site.
+    Offer,
+    /// Publish at the hub from another machine.
+    Upload,
+    /// Deliver an artifact to sites.
+    Deliver,
+    /// Ask what a delivery would cost.
+    Plan,
+    /// Pause, resume, cancel or retry a transfer.
+    Act,
+    /// Report the state of a transfer or a run.
+    Report,
+    /// Start a training run, or use an artifact as its input.
+    Train,
+    /// Have a site train, as the site that starts the run.
+    Borrow,
+    /// Finish a training run.
+    Finish,
+    /// Cancel a training run.
+    Cancel,
+    /// Keep the relayed bytes of an artifact.
+    Pin,
+    /// Verify an artifact.
+    Verify,
+    /// Export artifacts to a file.
+    Export,
+    /// Import artifacts from a file.
+    Import,
+    /// Remove unused content.
+    Collect,
+    /// Cancel a job.
+    CancelJob,
+    /// Create a join token.
+    CreateToken,
+}
+
+/// What the verb applies to, with the facts that its rule needs.
+#[derive(Debug, Clone, Copy)]
+pub enum Object<'a> {
+    /// The daemon as a whole: whether the actor may use the verb there at all. Where the verb applies to something particular, that
+    /// is decided by a second question.
+    Daemon,
+    /// The record of the peer at the hub.
+    Membership {
+        /// Whether the hub has one.
+        known: bool,
+    },
+    /// An artifact of the hub's catalogue.
+    Artifact {
+        /// The site that published it; `None`: the hub holds the content.
+        origin: Option<&'a SiteName>,
+        /// Whether the actor has a transfer of its content that was neither cancelled nor removed.
+        delivered: bool,
+        /// Whether the actor offers or uploads it in this request.
+        brought: bool,
+    },
+    /// An artifact that a site may receive.
+    Published(Published<'a>),
+    /// Content, which may have several names.
+    Content {
+        /// Whether the actor has a transfer of it that was neither cancelled nor removed.
+        delivered: bool,
+        /// Whether the hub waits for the actor's answer to what a delivery of it would cost.
+        planned: bool,
+        /// The artifacts that these transfers name.
+        names: &'a [Published<'a>],
+    },
+    /// An artifact with other content under the name that the actor wants to publish under.
+    Taken {
+        /// The artifact.
+        published: Published<'a>,
+        /// The publisher that uploaded it.
+        publisher: Option<&'a PublisherName>,
+        /// Whether the actor has a transfer of its content that was neither cancelled nor removed.
+        delivered: bool,
+    },
+    /// A request to publish over the API.
+    Publication {
+        /// The artifact, as the request names it.
+        reference: &'a str,
+        /// The source.
+        source: &'a str,
+        /// The training run.
+        run: Option<&'a str>,
+        /// Whether the request names sites to deliver to.
+        delivers: bool,
+    },
+    /// A transfer.
+    Transfer {
+        /// The site that it goes to.
+        to: &'a SiteName,
+    },
+    /// The state of a transfer.
+    Progress {
+        /// The site that it goes to.
+        to: &'a SiteName,
+        /// The site that published the artifact.
+        origin: Option<&'a SiteName>,
+        /// Whether the actor has a transfer of the same content that was neither cancelled nor removed.
+        delivered: bool,
+    },
+    /// A training run.
+    Run {
+        /// The site that started it.
+        from: &'a SiteName,
+        /// The site that trains.
+        on: &'a SiteName,
+    },
+    /// A training run, known by its name only.
+    RunByName(&'a str),
+    /// A training run that does not exist yet.
+    NewRun {
+        /// The site that gets the model.
+        from: &'a SiteName,
+    },
+    /// A site that trains for others.
+    Trainer {
+        /// Its `[train] allow`; `None`: the site has not reported it, and decides itself.
+        allow: Option<&'a [String]>,
+    },
+    /// A job of the daemon.
+    Job {
+        /// The run whose trainer started it.
+        run: Option<&'a RunName>,
+    },
+}
+
+/// What a site published, and whom it is shared with.
+#[derive(Debug, Clone, Copy)]
+pub struct Published<'a> {
+    /// The site; `None`: the hub holds the content, and shares it with every site.
+    pub origin: Option<&'a SiteName>,
+    /// The lists that apply to it.
+    pub sharing: Sharing<'a>,
+}
+
+/// The lists that decide whether a site may receive what another site published.
+#[derive(Debug, Clone, Copy)]
+pub struct Sharing<'a> {
+    /// `[share] allow` of the hub; `None`: every site.
+    pub hub: Option<&'a [SiteSelector]>,
+    /// `[share] allow` of the site that published; `None`: every site.
+    pub origin: Option<&'a [SiteSelector]>,
+    /// The labels of the site that would receive.
+    pub labels: &'a BTreeMap<String, String>,
+}
+
+/// Whose `[share] allow` excludes a site.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ShareList {
+    /// The hub's, which is checked first.
+    Hub,
+    /// That of the site that published.
+    Origin,
+}
+
+/// Why something is refused. The caller chooses the words where it knows the names of what is refused.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Refusal {
+    /// The actor must not learn whether the object exists: it gets the answer for an object that does not exist.
+    Hidden,
+    /// The hub has no record of the peer, or no longer.
+    Unknown,
+    /// A `[share]` list excludes the site.
+    NotShared(ShareList),
+    /// The `[train] allow` of the site that would train does not name the actor.
+    NoTraining,
+    /// The actor has no such right.
+    NotAllowed {
+        /// Why.
+        why: String,
+        /// What to do instead.
+        next: String,
+    },
+}
+
+impl From<Refusal> for Fault {
+    fn from(refusal: Refusal) -> Self {
+        match refusal {
+            Refusal::Hidden => Fault::not_found("there is no such object"),
+            Refusal::Unknown => Fault::not_allowed("the hub has no record of this peer")
+                .with_next("join again with a new token"),
+            Refusal::NotShared(ShareList::Hub) => {
+                Fault::not_allowed("the [share] allow of the hub excludes the site")
+            }
+            Refusal::NotShared(ShareList::Origin) => {
+                Fault::not_allowed("the [share] allow of the publishing site excludes the site")
+            }
+            Refusal::NoTraining => Fault::not_allowed(
+                "the [train] allow of the site that would train does not name this site",
+            ),
+            Refusal::NotAllowed { why, next } => Fault::not_allowed(why).with_next(next),
+        }
+    }
+}
+
+fn refuse(why: impl Into<String>, next: impl Into<String>) -> Result<(), Refusal> {
+    Err(Refusal::NotAllowed {
+        why: why.into(),
+        next: next.into(),
+    })
+}
+
+/// `Ok` if it is, else hidden.
+fn visible(is: bool) -> Result<(), Refusal> {
+    if is { Ok(()) } else { Err(Refusal::Hidden) }
+}
+
+/// Whether `actor` may do `verb` to `object`.
+pub fn may(actor: &Actor, verb: Verb, object: &Object<'_>) -> Result<(), Refusal> {
+    match actor {
+        Actor::Admin => admin(verb),
+        Actor::Trainer(run) => trainer(run, verb, object),
+        Actor::Site(site) => self::site(site, verb, object),
+        Actor::Publisher(name) => publisher(name, verb, object),
+        Actor::Hub => hub(verb),
+    }
+}
+
+/// What a list of training runs shows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Scope<'a> {
+    /// All runs.
+    All,
+    /// The runs that this site started or trains.
+    Of(&'a SiteName),
+}
+
+/// Which training runs a list shows to `actor`: those for which [`may`] allows [`Verb::Read`].
+pub fn runs_scope(actor: &Actor) -> Result<Scope<'_>, Refusal> {
+    match actor {
+        Actor::Admin => Ok(Scope::All),
+        Actor::Site(site) => Ok(Scope::Of(site)),
+        Actor::Trainer(_) | Actor::Publisher(_) | Actor::Hub => Err(Refusal::Hidden),
+    }
+}
+
+/// The administrator may do everything but what only a peer does over its connection. The `[share]` and `[train]` lists bind it
+/// too: it asks whether the *site* may receive, or borrow.
+fn admin(verb: Verb) -> Result<(), Refusal> {
+    match verb {
+        Verb::Connect
+        | Verb::Control
+        | Verb::Renew
+        | Verb::ReadManifest
+        | Verb::ReadContent
+        | Verb::Receive
+        | Verb::Offer
+        | Verb::Upload
+        | Verb::Report
+        | Verb::Borrow => refuse(
+            "only a connected site or publisher does this",
+            "use the API of the daemon",
+        ),
+        Verb::Read
+        | Verb::ReadExclusions
+        | Verb::ReadDigest
+        | Verb::Publish
+        | Verb::Deliver
+        | Verb::Plan
+        | Verb::Act
+        | Verb::Train
+        | Verb::Finish
+        | Verb::Cancel
+        | Verb::Pin
+        | Verb::Verify
+        | Verb::Export
+        | Verb::Import
+        | Verb::Collect
+        | Verb::CancelJob
+        | Verb::CreateToken => Ok(()),
+    }
+}
+
+/// A trainer publishes the model of its run, finishes that run, and reads both.
+fn trainer(run: &RunName, verb: Verb, object: &Object<'_>) -> Result<(), Refusal> {
+    let refuse = |why: String| {
+        refuse(
+            why,
+            format!(
+                "use the admin token, or leave it to the daemon: this token is valid for run {run} only"
+            ),
+        )
+    };
+    match (verb, *object) {
+        (
+            Verb::Publish,
+            Object::Publication {
+                reference,
+                source,
+                run: named,
+                delivers,
+            },
+        ) => {
+            let is_model = reference
+                .parse::<ArtifactRef>()
+                .is_ok_and(|artifact| artifact.kind == Kind::Model);
+            if named != Some(run.as_str()) {
+                refuse(format!(
+                    "a trainer publishes for its own run only: --run {run}"
+                ))
+            } else if !is_model {
+                refuse(format!(
+                    "a trainer publishes the model of its run, and {reference} is not a model"
+                ))
+            } else if !source.starts_with('/') {
+                refuse("a trainer publishes from a path".into())
+            } else if delivers {
+                refuse(
+                    "the model goes to the site that started the run, and --to names others".into(),
+                )
+            } else {
+                Ok(())
+            }
+        }
+        (Verb::Finish | Verb::Read, Object::RunByName(name)) if name == run.as_str() => Ok(()),
+        (Verb::Finish | Verb::Cancel, Object::RunByName(_)) => {
+            refuse(format!("a trainer finishes its own run {run} only"))
+        }
+        (Verb::Read, Object::Job { run: Some(of) }) if of == run => Ok(()),
+        _ => refuse(
+            "a trainer publishes the model of its run, finishes that run, and nothing else".into(),
+        ),
+    }
+}
+
+/// A site acts on its own transfers and runs, and sends on what it published or received.
+fn site(site: &SiteName, verb: Verb, object: &Object<'_>) -> Result<(), Refusal> {
+    match (verb, *object) {
+        (Verb::Connect, Object::Membership { known }) => {
+            if known {
+                Ok(())
+            } else {
+                Err(Refusal::Unknown)
+            }
+        }
+        (
+            Verb::Control
+            | Verb::Renew
+            | Verb::ReadManifest
+            | Verb::ReadContent
+            | Verb::Read
+            | Verb::Offer
+            | Verb::Deliver
+            | Verb::Act
+            | Verb::Report
+            | Verb::Train
+            | Verb::Finish
+            | Verb::Cancel,
+            Object::Daemon,
+        ) => Ok(()),
+        (Verb::Upload, _) => refuse(
+            "a site publishes at its own daemon",
+            "run the command at the site",
+        ),
+        (Verb::Receive, Object::Published(published)) => receive(site, published),
+        // Sharing may have ended since the transfer began. One name that is shared is enough.
+        (
+            Verb::ReadContent,
+            Object::Content {
+                delivered, names, ..
+            },
+        ) => visible(delivered && any_is_shared(site, names)),
+        (
+            Verb::ReadManifest,
+            Object::Content {
+                delivered,
+                planned,
+                names,
+            },
+        ) => visible(planned || delivered && any_is_shared(site, names)),
+        (
+            Verb::Deliver,
+            Object::Artifact {
+                origin,
+                delivered,
+                brought,
+            },
+        ) => visible(brought || delivered || origin == Some(site)),
+        (
+            Verb::Read | Verb::Train,
+            Object::Artifact {
+                origin, delivered, ..
+            },
+        ) => visible(delivered || origin == Some(site)),
+        (Verb::ReadExclusions, Object::Artifact { origin, .. }) => visible(origin == Some(site)),
+        (
+            Verb::ReadDigest,
+            Object::Taken {
+                published,
+                delivered,
+                ..
+            },
+        ) => visible(delivered || published.origin.is_some() && receive(site, published).is_ok()),
+        (Verb::Act | Verb::Report, Object::Transfer { to }) => visible(to == site),
+        (
+            Verb::Read,
+            Object::Progress {
+                to,
+                origin,
+                delivered,
+            },
+        ) => visible(to == site || delivered || origin == Some(site)),
+        (Verb::Read | Verb::Finish | Verb::Cancel, Object::Run { from, on }) => {
+            visible(from == site || on == site)
+        }
+        // The model of the run.
+        (Verb::Publish | Verb::Report, Object::Run { on, .. }) => visible(on == site),
+        (Verb::Train, Object::NewRun { from }) if from == site => Ok(()),
+        (Verb::Train, Object::NewRun { .. }) => refuse(
+            "a site starts runs for itself only",
+            "name this site in --from, or start it at the hub",
+        ),
+        (Verb::Borrow, Object::Trainer { allow }) => {
+            if allow.is_none_or(|allow| names_site(allow, site)) {
+                Ok(())
+            } else {
+                Err(Refusal::NoTraining)
+            }
+        }
+        _ => refuse(
+            "a site has no such right",
+            "ask the administrator of the hub",
+        ),
+    }
+}
+
+/// A publisher uploads, has delivered what it uploads, and does nothing else.
+fn publisher(name: &PublisherName, verb: Verb, object: &Object<'_>) -> Result<(), Refusal> {
+    match (verb, *object) {
+        (Verb::Connect, Object::Membership { known }) => {
+            if known {
+                Ok(())
+            } else {
+                Err(Refusal::Unknown)
+            }
+        }
+        (Verb::Upload | Verb::Renew, Object::Daemon) => Ok(()),
+        (Verb::Deliver, Object::Artifact { brought: true, .. }) => Ok(()),
+        (Verb::ReadDigest, Object::Taken { publisher, .. }) => visible(publisher == Some(name)),
+        (Verb::ReadManifest | Verb::ReadContent | Verb::ReadExclusions, _) => Err(Refusal::Hidden),
+        _ => refuse(
+            format!("{name} is a publisher, and may publish and nothing else"),
+            "ask the hub's own API, or join as a site",
+        ),
+    }
+}
+
+/// At a site and at a publisher the hub reads whatever is there: it decides for whom.
+fn hub(verb: Verb) -> Result<(), Refusal> {
+    match verb {
+        Verb::ReadManifest | Verb::ReadContent | Verb::Plan | Verb::Verify => Ok(()),
+        _ => refuse(
+            "the hub reads, plans and verifies at its peers, and nothing else",
+            "look at the log of the hub",
+        ),
+    }
+}
+
+/// A site always receives what it published itself.
+fn receive(site: &SiteName, Published { origin, sharing }: Published<'_>) -> Result<(), Refusal> {
+    if origin.is_none_or(|origin| origin == site) {
+        return Ok(());
+    }
+    let allows = |list: &[SiteSelector]| {
+        list.iter()
+            .any(|selector| selector.includes(site, sharing.labels))
+    };
+    if !sharing.hub.is_none_or(allows) {
+        return Err(Refusal::NotShared(ShareList::Hub));
+    }
+    if !sharing.origin.is_none_or(allows) {
+        return Err(Refusal::NotShared(ShareList::Origin));
+    }
+    Ok(())
+}
+
+fn any_is_shared(site: &SiteName, names: &[Published<'_>]) -> bool {
+    names
+        .iter()
+        .any(|published| receive(site, *published).is_ok())
+}
+
+/// Whether a `[train] allow` names a site: by its name or by `all`. Labels do not count: the hub
+/// assigns them, and the site that trains decides by itself.
+fn names_site(list: &[String], site: &SiteName) -> bool {
+    list.iter().any(|text| match text.parse::<SiteSelector>() {
+        Ok(SiteSelector::All) => true,
+        Ok(SiteSelector::Names(names)) => names.contains(site),
+        Ok(SiteSelector::Labels(_)) | Err(_) => false,
+    })
+}
+
+#[cfg(test)]
+mod tests;
