@@ -1,9 +1,9 @@
-//! Cross-site training: a site borrows another's trainer, the model comes home, and what was
-//! borrowed is given back.
+//! Cross-site training: a site uses another site's trainer, the model is delivered to the first
+//! site, and the borrowed inputs are removed.
 //!
-//! The trainer is a Python script that really learns: which of two textures an image shows, from
-//! the pixels delivered and the rows delivered, by logistic regression. What it learned is tried
-//! here, on images that it never saw.
+//! The trainer is a Python script that trains a real model: it learns by logistic regression which
+//! of two textures an image shows, from the delivered pixels and rows. The test evaluates the model
+//! on images that were not used for training.
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
@@ -23,8 +23,8 @@ use crate::support::{Scratch, free_port, limit, secs, wait_for};
 const SIDE: usize = 12;
 const CLASSES: [&str; 2] = ["clean", "scratched"];
 
-/// Takes its rows from SQLite where it can, else from the JSON Lines beside the database: Python
-/// has no PostgreSQL of its own.
+/// The trainer. It reads its rows from SQLite if the site uses SQLite, otherwise from the JSON
+/// Lines besides the database, because Python has no PostgreSQL client of its own.
 pub(crate) const TRAINER: &str = r#"
 import json, math, os, sqlite3, subprocess, sys, time
 mode, folder, path = sys.argv[1], sys.argv[2], sys.argv[-1]
@@ -67,7 +67,7 @@ if mode == "self":
     os.mkdir(out)
 json.dump({"bias": bias, "weights": weights, "samples": len(samples)}, open(os.path.join(out, "model.json"), "w"))
 if mode == "self":
-    # To the daemon that the environment names: that of the site that trains. Its token is good for this run and nothing else.
+    # The environment names the daemon of the training site. The token is valid only for this run.
     token = open(os.environ["PACKHORSE_TOKEN_FILE"]).read()
     assert token.startswith("run." + run["run"] + ".") and "PACKHORSE_CONFIG" not in os.environ
     assert "SOME_API_KEY" not in os.environ, "a secret of the daemon's environment"
@@ -103,7 +103,7 @@ pub(crate) fn dataset(scratch: &Scratch, name: &str, count: usize) -> (PathBuf, 
     (root, csv)
 }
 
-/// How many of a hundred images that it never saw a model tells right.
+/// The number of correct results of a model for a hundred images that were not used for training.
 pub(crate) fn score(model: &Path) -> usize {
     let text = std::fs::read(model.join("model.json")).unwrap();
     let model: Value = serde_json::from_slice(&text).unwrap();
@@ -139,7 +139,7 @@ struct World {
 }
 
 impl World {
-    /// A hub with two sites; b trains with the script in this mode.
+    /// Starts a hub with two sites; b trains with the script in this mode.
     fn start(mode: &str) -> Self {
         Self::with(|scratch, folder| Self::command(scratch, folder, mode))
     }
@@ -158,7 +158,7 @@ impl World {
         format!("[train]\ncommand = {words:?}\nallow = [\"a\"]\n")
     }
 
-    /// A hub with two sites; b has this `[train]`.
+    /// Starts a hub with two sites; b has this `[train]`.
     fn with(train: impl Fn(&Scratch, &Path) -> String) -> Self {
         let scratch = Scratch::new();
         let folder = scratch.folder("trainer");
@@ -234,24 +234,24 @@ impl World {
         })
     }
 
-    /// Waits until the trainer has begun; its process.
+    /// Waits until the trainer has started. Returns its process id.
     #[track_caller]
     fn trainer(&self) -> String {
-        wait_for("the trainer has begun", secs(60), || {
+        wait_for("the trainer has started", secs(60), || {
             std::fs::read_to_string(self.folder.join("pid"))
                 .ok()
                 .filter(|pid| !pid.is_empty())
         })
     }
 
-    /// Everything that was borrowed is gone at b.
+    /// Checks that b has removed all borrowed inputs.
     #[track_caller]
     fn assert_given_back(&self) {
-        self.wait_run("given back", |run| run["released"] == true);
+        self.wait_run("released", |run| run["released"] == true);
         for reference in ["dataset/panels:v1", "labels/panels:v1"] {
             assert!(
                 !self.b.folder(reference).exists(),
-                "{reference} still lies at b"
+                "{reference} was not removed from b"
             );
             assert!(
                 !self.b.artifacts().contains(&reference.to_owned()),
@@ -276,13 +276,13 @@ fn is(state: &'static str) -> impl Fn(&Value) -> bool {
     move |run| run["state"] == state
 }
 
-/// Whether it has its model; panics when it will have none.
+/// Whether the run has its model. Panics if the run ended without one.
 fn has_its_model(run: &Value) -> bool {
     assert_ne!(run["state"], "failed", "{run:#}");
     matches!(run["state"].as_str(), Some("returning" | "done"))
 }
 
-/// Whether people are told this of it.
+/// Whether the run's message contains these words.
 fn says(words: &'static str) -> impl Fn(&Value) -> bool {
     move |run| {
         run["message"]
@@ -292,11 +292,11 @@ fn says(words: &'static str) -> impl Fn(&Value) -> bool {
 }
 
 #[test]
-fn a_model_that_its_trainer_published_comes_home_and_what_was_borrowed_goes() {
+fn a_model_that_the_trainer_published_is_delivered_and_borrowed_inputs_are_removed() {
     let _limit = limit(secs(180));
     let world = World::start("self");
     world.publish_at_hub();
-    // b has something of its own, which the run needs as well.
+    // b has one input of the run already.
     let base = world.scratch.join("base");
     write(
         &base.join("base.bin"),
@@ -305,7 +305,7 @@ fn a_model_that_its_trainer_published_comes_home_and_what_was_borrowed_goes() {
     world.hub.publish(&base, "model/base:v1", &[]);
     world.hub.deliver_and_wait("model/base:v1", "b", secs(60));
 
-    // And an older version of what it will borrow.
+    // b also has an older version of a borrowed input.
     let (older, _) = dataset(&world.scratch, "older", 20);
     world.hub.publish(&older, "dataset/panels:v0", &[]);
     world
@@ -317,7 +317,7 @@ fn a_model_that_its_trainer_published_comes_home_and_what_was_borrowed_goes() {
     let again = world.begin(&["--input", "model/base:v1", "--ttl", "1h"]);
     assert_eq!(
         again["delivery"], begun["delivery"],
-        "asking again begins nothing"
+        "a repeated request starts no second run"
     );
     world
         .hub
@@ -340,14 +340,17 @@ fn a_model_that_its_trainer_published_comes_home_and_what_was_borrowed_goes() {
     let done = world.wait_run("done", is("done"));
     assert_eq!(done["model"]["artifact"], "model/judge:r1", "{done:#}");
     let right = score(&world.a.folder("model/judge:r1"));
-    assert!(right >= 90, "the model at a tells {right} of 100 right");
+    assert!(
+        right >= 90,
+        "the model at a classifies {right} of 100 correctly"
+    );
     assert_eq!(
         world.hub.json(&["show", "model/judge:r1"])["origin"],
         "b",
-        "it was published where it was made"
+        "the model was published at the training site"
     );
 
-    // Both the hub and a know what it was made of.
+    // Both the hub and a know the lineage of the model.
     for daemon in [&*world.hub, &*world.a] {
         let shown = daemon.json(&["show", "model/judge:r1"]);
         assert_eq!(shown["digest"], done["model"]["digest"]);
@@ -376,16 +379,16 @@ fn a_model_that_its_trainer_published_comes_home_and_what_was_borrowed_goes() {
     world.assert_given_back();
     assert!(
         world.b.folder("model/base:v1").join("base.bin").exists(),
-        "what b had before stays"
+        "content that b had before the run is kept"
     );
     assert_eq!(world.b.current("model/base"), "v1");
     assert_same(&older, &world.b.folder("dataset/panels:v0"));
     assert_eq!(
         world.b.current("dataset/panels"),
         "v0",
-        "readers find again what they had"
+        "readers see the earlier version again"
     );
-    // What was given back is not there any more: delivered again, it comes again.
+    // The removed inputs are no longer at b: a new delivery delivers them again.
     world
         .hub
         .deliver_and_wait("dataset/panels:v1", "b", secs(60));
@@ -393,7 +396,7 @@ fn a_model_that_its_trainer_published_comes_home_and_what_was_borrowed_goes() {
 }
 
 #[test]
-fn a_trainer_that_fails_says_why_at_the_hub() {
+fn the_hub_shows_why_a_trainer_failed() {
     let _limit = limit(secs(120));
     let world = World::start("fail");
     world.publish_at_hub();
@@ -442,25 +445,25 @@ fn a_trainer_that_fails_says_why_at_the_hub() {
             .contains("failed")
     );
     world.assert_given_back();
-    // The log stays where it was written.
+    // The trainer's log is kept.
     let log = std::fs::read_to_string(world.b.data_dir.join("runs/r1/trainer.log")).unwrap();
     assert!(log.starts_with("training r1"), "{log}");
     world.hub.cli(&["train", "cancel", "r1"]).expect(6);
 }
 
 #[test]
-fn training_outlives_the_death_of_every_daemon() {
+fn a_training_run_survives_the_kill_of_every_daemon() {
     let _limit = limit(secs(240));
     let mut world = World::start("hold");
     world.publish_at_hub();
     world.begin(&[]);
-    // While the inputs are on their way, or just there.
+    // During or just after the delivery of the inputs.
     world.hub.kill();
     world.hub.start();
     world.b.kill();
     world.b.start();
     let pid = world.trainer();
-    // While it trains.
+    // During the training.
     world.b.kill();
     world.b.start();
     world.hub.kill();
@@ -469,7 +472,7 @@ fn training_outlives_the_death_of_every_daemon() {
     let run = world.wait_run("training", is("training"));
     assert!(
         Path::new(&format!("/proc/{pid}")).exists(),
-        "training went on without its daemon"
+        "the training continued without its daemon"
     );
     assert_eq!(run["trainer"]["starts"], 1, "{run:#}");
     world.b.kill();
@@ -478,7 +481,7 @@ fn training_outlives_the_death_of_every_daemon() {
         (!Path::new(&format!("/proc/{pid}")).exists()).then_some(())
     });
     world.b.start();
-    // a is away; the model waits for it.
+    // a is offline; the model waits for it.
     world.wait_run("returning", is("returning"));
     world.hub.kill();
     world.hub.start();
@@ -487,14 +490,14 @@ fn training_outlives_the_death_of_every_daemon() {
     assert_eq!(done["trainer"]["starts"], 1);
     assert_eq!(
         done["trainer"]["exit_code"], 0,
-        "the daemon was dead when the trainer ended: {done:#}"
+        "the daemon was not running when the trainer ended: {done:#}"
     );
     assert!(score(&world.a.folder("model/judge:r1")) >= 90);
     world.assert_given_back();
 }
 
 #[test]
-fn a_run_that_is_given_up_or_late_ends_its_trainer_and_gives_back() {
+fn a_cancelled_or_late_run_ends_its_trainer_and_releases_its_inputs() {
     let _limit = limit(secs(180));
     for (ttl, state) in [("1h", "cancelled"), ("25s", "failed")] {
         let world = World::start("hold");
@@ -511,7 +514,7 @@ fn a_run_that_is_given_up_or_late_ends_its_trainer_and_gives_back() {
             world.hub.cli(&["train", "cancel", "r1"]).expect(0);
         }
         let run = world.wait_run(state, is(state));
-        wait_for("the trainer is gone", secs(30), || {
+        wait_for("the trainer has ended", secs(30), || {
             (!Path::new(&format!("/proc/{pid}")).exists()).then_some(())
         });
         world.assert_given_back();
@@ -523,7 +526,7 @@ fn a_run_that_is_given_up_or_late_ends_its_trainer_and_gives_back() {
 }
 
 #[test]
-fn what_cannot_run_is_refused_or_fails_before_anything_moves() {
+fn an_impossible_run_is_refused_or_fails_before_any_delivery() {
     let _limit = limit(secs(120));
     let world = World::start("learn");
     world.publish_at_hub();
@@ -572,7 +575,7 @@ fn what_cannot_run_is_refused_or_fails_before_anything_moves() {
     ])
     .expect(2);
     world.hub.cli(&["train", "show", "r"]).expect(5);
-    // A site asks for itself only, and with what it holds.
+    // A site can start a run only for itself, and only with artifacts that it has.
     let at_a = |on: &str, from: &str| {
         world.a.cli(&[
             "train", "start", "--name", "r", "--from", from, "--on", on, data[0], data[1],
@@ -584,7 +587,7 @@ fn what_cannot_run_is_refused_or_fails_before_anything_moves() {
     world
         .hub
         .deliver_and_wait("dataset/panels:v1", "a", secs(60));
-    // a has no [train]: nobody trains there, and no run begins.
+    // a has no `[train]`: it trains for no site, and no run starts.
     start(&[
         "r2", "--from", "b", "--on", "a", data[0], data[1], "--expect", "model/m", "--wait",
     ])
@@ -592,20 +595,20 @@ fn what_cannot_run_is_refused_or_fails_before_anything_moves() {
     .says(&["[train]"]);
     assert!(
         world.a.folder("dataset/panels:v1").exists(),
-        "what a had stays"
+        "a keeps its artifacts"
     );
     world.hub.cli(&["train", "show", "r2"]).expect(5);
 }
 
 #[test]
-fn a_site_trains_for_no_site_that_its_own_configuration_does_not_name() {
+fn a_site_trains_only_for_sites_in_its_own_configuration() {
     let _limit = limit(secs(60));
     let world = World::with(|scratch, folder| {
         World::command(scratch, folder, "learn").replace("allow = [\"a\"]", "allow = [\"other\"]")
     });
     let (root, _) = dataset(&world.scratch, "panels", 2);
     world.hub.publish(&root, "dataset/panels:v1", &[]);
-    wait_for("the hub knows whom b trains for", secs(20), || {
+    wait_for("the hub knows for which sites b trains", secs(20), || {
         let sites = world.hub.json(&["sites"]);
         sites
             .as_array()
@@ -643,7 +646,7 @@ fn a_site_trains_for_no_site_that_its_own_configuration_does_not_name() {
 }
 
 #[test]
-fn what_the_site_that_trains_has_lost_is_there_again_before_its_trainer_begins() {
+fn an_input_that_the_training_site_lost_is_restored_before_its_trainer_starts() {
     let _limit = limit(secs(120));
     let world = World::start("learn");
     world.publish_at_hub();
@@ -660,23 +663,23 @@ fn what_the_site_that_trains_has_lost_is_there_again_before_its_trainer_begins()
         .to_owned();
     assert!(
         run["trainer"]["started_at"].as_str().unwrap() >= landed.as_str(),
-        "it landed at {landed}: {run:#}"
+        "it arrived at {landed}: {run:#}"
     );
 }
 
 #[test]
-fn runs_right_behind_each_other_do_not_take_away_what_they_share() {
+fn consecutive_runs_do_not_remove_their_common_inputs() {
     let _limit = limit(secs(180));
     let world = World::start("learn");
     world.publish_at_hub();
-    // Each begins while the one before it gives back.
+    // Each run starts while the run before it releases its inputs.
     let names = ["r1", "r2", "r3", "r4"];
     for name in names {
         world.begin_as(name, &[]);
         world.wait_run_of(name, "past its training", has_its_model);
     }
     for name in names {
-        world.wait_run_of(name, "done and given back", |run| {
+        world.wait_run_of(name, "done and released", |run| {
             run["state"] == "done" && run["released"] == true
         });
     }
@@ -684,7 +687,7 @@ fn runs_right_behind_each_other_do_not_take_away_what_they_share() {
 }
 
 #[test]
-fn a_model_that_the_hub_refuses_is_told_as_that() {
+fn a_model_that_the_hub_refuses_fails_the_run_with_the_reason() {
     let _limit = limit(secs(120));
     let world = World::start("hold");
     world.publish_at_hub();
@@ -705,7 +708,7 @@ fn a_model_that_the_hub_refuses_is_told_as_that() {
         "{failed:#}"
     );
     world.assert_given_back();
-    // What is known before it begins is said then.
+    // A conflict that is known before the start is reported at the start.
     let start = [
         "train",
         "start",
@@ -730,14 +733,15 @@ fn a_model_that_the_hub_refuses_is_told_as_that() {
 }
 
 #[test]
-fn nobody_trains_on_what_was_edited_since_it_was_published_in_place() {
+fn a_trainer_does_not_start_on_files_that_changed_after_publishing_in_place() {
     let _limit = limit(secs(120));
     let world = World::start("learn");
     let (root, csv) = dataset(&world.scratch, "panels", 30);
     world.b.publish(&root, "dataset/panels:v1", &[]);
     world.hub.publish(&csv, "labels/panels:v1", &[]);
     write(&root.join("相机/图 000.pgm"), b"edited");
-    // b looks every five minutes: it finds it because it looks again before it starts the trainer.
+    // b checks its files every five minutes. It detects the change earlier, because it checks again
+    // before it starts the trainer.
     world.begin(&[]);
     let failed = world.wait_run("failed", is("failed"));
     assert!(
@@ -747,9 +751,9 @@ fn nobody_trains_on_what_was_edited_since_it_was_published_in_place() {
     );
     assert!(
         !world.b.data_dir.join("runs/r1").exists(),
-        "nothing was started"
+        "no trainer was started"
     );
-    wait_for("the hub has heard", secs(30), || {
+    wait_for("the hub knows the change", secs(30), || {
         world.hub.json(&["show", "dataset/panels:v1"])["changed"]
             .is_string()
             .then_some(())
@@ -776,7 +780,7 @@ fn nobody_trains_on_what_was_edited_since_it_was_published_in_place() {
 }
 
 #[test]
-fn what_cannot_be_given_back_is_told_and_keeps_nothing_else() {
+fn an_input_that_cannot_be_removed_is_reported_and_blocks_no_other() {
     let _limit = limit(secs(180));
     let scratch = Scratch::new();
     let mut registry = Registry::basic(&scratch, "rb");
@@ -802,7 +806,7 @@ fn what_cannot_be_given_back_is_told_and_keeps_nothing_else() {
     world.hub.publish(&layout, "image/judge:v1", &[]);
     world.begin(&["--input", "image/judge:v1"]);
     world.trainer();
-    // b gives the image a name of its own: this registry cannot take one of two away.
+    // b adds its own tag to the image: this registry cannot delete one of two tags.
     registry.push(
         &format!("oci:{}:v1", layout.display()),
         "operators/judge:own",
@@ -816,11 +820,11 @@ fn what_cannot_be_given_back_is_told_and_keeps_nothing_else() {
         says("at b: image/judge:v1 could not be removed"),
     );
     assert_eq!(told["released"], false, "{told:#}");
-    wait_for("the others are gone", secs(30), || {
+    wait_for("the other inputs are removed", secs(30), || {
         (!world.b.folder("dataset/panels:v1").exists()).then_some(())
     });
     registry.start();
-    let told = world.wait_run("given back", |run| run["released"] == true);
+    let told = world.wait_run("released", |run| run["released"] == true);
     assert!(
         says("at b: image/judge:v1 stays")(&told) && says("another tag")(&told),
         "{told:#}"
@@ -828,12 +832,12 @@ fn what_cannot_be_given_back_is_told_and_keeps_nothing_else() {
     assert_eq!(registry.digest("operators/judge:own"), image);
     assert!(
         !world.b.artifacts().contains(&"image/judge:v1".to_owned()),
-        "b has nothing to do with it any more"
+        "b no longer tracks the run"
     );
 }
 
 #[test]
-fn several_artifacts_are_one_delivery_and_labels_come_after_their_dataset() {
+fn several_artifacts_are_one_delivery_and_labels_follow_their_dataset() {
     let _limit = limit(secs(120));
     let world = World::start("learn");
     let (root, csv) = dataset(&world.scratch, "panels", 30);
@@ -854,7 +858,7 @@ fn several_artifacts_are_one_delivery_and_labels_come_after_their_dataset() {
     let delivery = first["delivery"].as_str().unwrap();
     assert_eq!(first["transfers"].as_array().unwrap().len(), 2);
     assert_eq!(first["artifact"], "labels/panels:v1,dataset/panels:v1");
-    // The dataset was on its way before: it is part of this delivery all the same.
+    // The transfer of the dataset was running before: it is part of this delivery too.
     assert_eq!(world.hub.transfers(&[delivery]).len(), 2);
     let shown = world.hub.cli(&["status", delivery]).expect(0).out;
     assert!(
@@ -862,7 +866,7 @@ fn several_artifacts_are_one_delivery_and_labels_come_after_their_dataset() {
         "{shown}"
     );
 
-    // At b the dataset is held: its labels wait for it, and say so.
+    // At b the dataset is paused: its labels wait for it, and their transfer reports that.
     let mut world = world;
     world.b.stop();
     let held = world.hub.json(&[
@@ -902,7 +906,7 @@ fn several_artifacts_are_one_delivery_and_labels_come_after_their_dataset() {
             .out
             .contains("0 of 2 parts")
     );
-    // It waits over a restart of the site too.
+    // It still waits after a restart of the site.
     world.b.kill();
     world.b.start();
     world.hub.wait_online("b", true, secs(20));
@@ -914,14 +918,14 @@ fn several_artifacts_are_one_delivery_and_labels_come_after_their_dataset() {
     assert_eq!(
         world.hub.transfer(&data).state,
         "done",
-        "the dataset was there first"
+        "the dataset arrived first"
     );
     let at_site = world.b.cli(&["status", &delivery]).expect(0).out;
     assert!(at_site.contains("2 of 2 parts"), "{at_site}");
 }
 
 #[test]
-fn a_platform_is_called_until_it_takes_the_run_and_says_when_it_is_ready() {
+fn a_platform_is_called_until_it_accepts_the_run_and_reports_the_end() {
     let _limit = limit(secs(120));
     let calls: Arc<Mutex<Vec<Value>>> = Arc::default();
     let seen = calls.clone();
@@ -929,14 +933,14 @@ fn a_platform_is_called_until_it_takes_the_run_and_says_when_it_is_ready() {
         let take = move |axum::Json(descriptor): axum::Json<Value>| async move {
             let mut seen = seen.lock().unwrap();
             if seen.is_empty() {
-                // It begins, and its answer is lost.
+                // The platform starts, and its answer is lost.
                 write(
                     &Path::new(descriptor["output"].as_str().unwrap()).join("begun.bin"),
                     b"begun at the first call",
                 );
             }
             seen.push(descriptor);
-            // Busy at first.
+            // The platform is busy at first.
             if seen.len() < 3 {
                 axum::http::StatusCode::SERVICE_UNAVAILABLE
             } else {
@@ -949,7 +953,7 @@ fn a_platform_is_called_until_it_takes_the_run_and_says_when_it_is_ready() {
     let world = World::with(|_, _| format!("[train]\nurl = \"{url}\"\nallow = [\"a\"]\n"));
     world.publish_at_hub();
     world.begin(&[]);
-    let descriptor = wait_for("the platform takes the run", secs(60), || {
+    let descriptor = wait_for("the platform accepts the run", secs(60), || {
         calls.lock().unwrap().get(2).cloned()
     });
     assert_eq!(
@@ -983,12 +987,12 @@ fn a_platform_is_called_until_it_takes_the_run_and_says_when_it_is_ready() {
     assert_eq!(
         std::fs::read(begun).unwrap(),
         b"begun at the first call",
-        "calling again takes away nothing"
+        "a repeated call removes nothing"
     );
     world.wait_run("training", is("training"));
     let made = world.scratch.join("made");
     write(&made.join("weights.bin"), b"made by a platform");
-    // It publishes where it is, and that is the end of it.
+    // The platform publishes from its own machine, which ends the run's training.
     world.hub.publish(&made, "model/judge:7", &["--run", "r1"]);
     let done = world.wait_run("done", is("done"));
     assert_eq!(done["model"]["artifact"], "model/judge:7");
@@ -998,12 +1002,12 @@ fn a_platform_is_called_until_it_takes_the_run_and_says_when_it_is_ready() {
     assert_eq!(
         calls.lock().unwrap().len(),
         3,
-        "what was taken is not sent again"
+        "an accepted call is not repeated"
     );
 }
 
 #[test]
-fn a_platform_leaves_its_model_in_the_output_folder_or_says_why_there_is_none() {
+fn a_platform_writes_its_model_to_the_output_folder_or_reports_a_failure() {
     let _limit = limit(secs(120));
     let calls: Arc<Mutex<Vec<Value>>> = Arc::default();
     let seen = calls.clone();
@@ -1034,7 +1038,7 @@ fn a_platform_leaves_its_model_in_the_output_folder_or_says_why_there_is_none() 
     };
     let begin = |name: &str| {
         world.begin_as(name, &[]);
-        wait_for("the platform takes the run", secs(60), || {
+        wait_for("the platform accepts the run", secs(60), || {
             (!calls_for(name).is_empty()).then_some(())
         });
         world.wait_run_of(name, "training", is("training"));
@@ -1065,26 +1069,26 @@ fn a_platform_leaves_its_model_in_the_output_folder_or_says_why_there_is_none() 
             .out
             .contains("the training platform says: no GPU")
     );
-    world.wait_run_of("r2", "given back", |run| run["released"] == true);
+    world.wait_run_of("r2", "released", |run| run["released"] == true);
     world.assert_given_back();
 
-    // One that is given up is told so, in the words of the first call; one that made its model is
-    // not.
+    // The platform is informed of a cancelled run, with the content of the first call; it is not
+    // called for a completed run.
     begin("r3");
     world.hub.cli(&["train", "cancel", "r3"]).expect(0);
-    let said = wait_for("the platform hears that it is over", secs(30), || {
+    let said = wait_for("the platform is informed of the end", secs(30), || {
         calls_for("r3").get(1).cloned()
     });
     let mut expected = calls_for("r3")[0].clone();
     assert!(expected.get("cancel").is_none());
     expected["cancel"] = true.into();
     assert_eq!(said, expected);
-    world.wait_run_of("r3", "given back", |run| run["released"] == true);
+    world.wait_run_of("r3", "released", |run| run["released"] == true);
     assert_eq!((calls_for("r1").len(), calls_for("r3").len()), (1, 2));
 }
 
 #[test]
-fn a_platform_that_does_not_answer_is_told_of() {
+fn a_platform_that_does_not_answer_is_reported() {
     let _limit = limit(secs(120));
     let world = World::with(|_, _| {
         format!(
@@ -1094,14 +1098,14 @@ fn a_platform_that_does_not_answer_is_told_of() {
     });
     world.publish_at_hub();
     world.begin(&[]);
-    let run = world.wait_run("called in vain", says("does not answer"));
+    let run = world.wait_run("called without an answer", says("does not answer"));
     assert_eq!(run["state"], "training", "{run:#}");
     world.hub.cli(&["train", "cancel", "r1"]).expect(0);
     world.assert_given_back();
 }
 
 #[test]
-fn what_the_site_that_trains_published_itself_must_stand_there_under_its_name() {
+fn labels_and_images_published_at_the_training_site_must_also_be_delivered_there() {
     let _limit = limit(secs(180));
     let world = World::start("hold");
     let (root, csv) = dataset(&world.scratch, "panels", 60);
@@ -1115,7 +1119,7 @@ fn what_the_site_that_trains_published_itself_must_stand_there_under_its_name() 
         ["labels/panels:v1", "image/judge:v1"],
     );
 
-    // Neither rows nor an image, and a trainer would look for both.
+    // b has neither the rows nor the image under these names, and a trainer would need both.
     let start = [
         "train",
         "start",
@@ -1185,9 +1189,13 @@ fn what_the_site_that_trains_published_itself_must_stand_there_under_its_name() 
     world.wait_run("done", is("done"));
     assert!(score(&world.a.folder("model/judge:r1")) >= 90);
     // Only the dataset was borrowed.
-    world.wait_run("given back", |run| run["released"] == true);
+    world.wait_run("released", |run| run["released"] == true);
     assert!(!world.b.folder("dataset/panels:v1").exists());
-    assert_eq!(rows(), 60, "what b published and was given stays");
+    assert_eq!(
+        rows(),
+        60,
+        "b keeps the artifacts that it published and received"
+    );
     assert!(
         own.iter()
             .all(|name| world.b.artifacts().contains(&(*name).to_owned())),
@@ -1197,10 +1205,10 @@ fn what_the_site_that_trains_published_itself_must_stand_there_under_its_name() 
 }
 
 #[test]
-fn the_model_is_published_where_it_was_made_and_carried_home() {
+fn a_model_is_published_at_the_training_site_and_delivered_to_the_requesting_site() {
     let _limit = limit(secs(180));
     let world = World::start("learn");
-    // The data lies at a, and nowhere else.
+    // Only a has the data.
     let (root, csv) = dataset(&world.scratch, "panels", 60);
     world.a.publish(&root, "dataset/panels:v1", &[]);
     world
@@ -1228,7 +1236,10 @@ fn the_model_is_published_where_it_was_made_and_carried_home() {
         "{begun:#}"
     );
     let right = score(&world.a.folder("model/judge:best"));
-    assert!(right >= 90, "the model at a tells {right} of 100 right");
+    assert!(
+        right >= 90,
+        "the model at a classifies {right} of 100 correctly"
+    );
     let shown = world.a.json(&["show", "model/judge:best"]);
     for (i, reference) in ["dataset/panels:v1", "labels/panels:v1"]
         .into_iter()
@@ -1242,5 +1253,5 @@ fn the_model_is_published_where_it_was_made_and_carried_home() {
         shown["lineage"]
     );
     world.assert_given_back();
-    assert!(root.exists(), "what a published stays where it lies");
+    assert!(root.exists(), "the artifacts that a published are kept");
 }

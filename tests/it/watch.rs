@@ -1,5 +1,5 @@
-//! What a site published in place is watched where it lies: what changes is told there and at the
-//! hub, and nobody waits for it.
+//! A site checks the files that it published in place. The site and the hub report each change, and
+//! no other work waits for these checks.
 
 use std::path::{Path, PathBuf};
 
@@ -10,16 +10,16 @@ use crate::support::{Scratch, data, limit, secs, tree, wait_for};
 
 const REFERENCE: &str = "dataset/line:v1";
 
-/// How this daemon says that the artifact changed.
+/// The change of the artifact, as this daemon reports it.
 fn changed(daemon: &Daemon) -> Value {
     daemon.json(&["show", REFERENCE])["changed"].clone()
 }
 
-/// Waits until both say that this file changed.
+/// Waits until both daemons report that this file changed.
 fn wait_changed(daemons: [&Daemon; 2], path: &Path) {
     let path = path.to_str().unwrap();
     for daemon in daemons {
-        let what = format!("{} says that {path} changed", daemon.name);
+        let what = format!("{} reports that {path} changed", daemon.name);
         wait_for(&what, secs(30), || {
             changed(daemon)
                 .as_str()
@@ -32,14 +32,14 @@ fn wait_changed(daemons: [&Daemon; 2], path: &Path) {
 fn wait_sound(daemons: [&Daemon; 2]) {
     for daemon in daemons {
         wait_for(
-            &format!("{} says that nothing changed", daemon.name),
+            &format!("{} reports no change", daemon.name),
             secs(30),
             || changed(daemon).is_null().then_some(()),
         );
     }
 }
 
-/// A set that was published in place, and a file of it.
+/// Publishes a dataset in place. Returns it, and one of its files.
 fn published(site: &Site, scratch: &Scratch) -> (data::Dataset, PathBuf) {
     let set = data::dataset(&scratch.folder("set").canonicalize().unwrap(), 20);
     site.publish(&set.root, REFERENCE, &[]);
@@ -48,7 +48,7 @@ fn published(site: &Site, scratch: &Scratch) -> (data::Dataset, PathBuf) {
 }
 
 #[test]
-fn what_changes_is_told_at_the_site_and_at_the_hub_until_it_is_put_back() {
+fn site_and_hub_report_a_changed_file_until_it_is_restored() {
     let _limit = limit(secs(180));
     let scratch = Scratch::new();
     let mut hub = Hub::start_new(scratch.path());
@@ -61,7 +61,7 @@ fn what_changes_is_told_at_the_site_and_at_the_hub_until_it_is_put_back() {
     wait_sound([&a, &hub]);
     a.cli(&["doctor"]).expect(0);
 
-    // One byte, under the same time.
+    // One byte changes, and the modification time stays the same.
     let good = std::fs::read(&file).unwrap();
     let time = file.metadata().unwrap().modified().unwrap();
     let mut bad = good.clone();
@@ -91,7 +91,7 @@ fn what_changes_is_told_at_the_site_and_at_the_hub_until_it_is_put_back() {
             && doctor.contains("new version"),
         "{doctor}"
     );
-    // What is there now under a new version: that is one way out.
+    // One solution is to publish the changed files as a new version.
     a.publish(&set.root, "dataset/line:v2", &[]);
     let doctor = a.cli(&["doctor"]).expect(0).out;
     assert!(
@@ -105,21 +105,21 @@ fn what_changes_is_told_at_the_site_and_at_the_hub_until_it_is_put_back() {
         "{doctor}"
     );
 
-    // Neither daemon forgets, and what is put back while there is no line is told when there is one
-    // again.
+    // Both daemons keep the report over a restart. A file that is restored while the hub is offline
+    // is reported when the site reconnects.
     hub.stop();
     a.stop();
     a.start();
     assert!(changed(&a).is_string());
     std::fs::write(&file, good).unwrap();
-    wait_for("the site has seen it", secs(30), || {
+    wait_for("the site has detected it", secs(30), || {
         changed(&a).is_null().then_some(())
     });
     hub.start();
     hub.wait_online("a", true, secs(40));
     wait_sound([&a, &hub]);
 
-    // A folder that is away says nothing.
+    // A missing folder is not reported as a change.
     let away = scratch.join("away");
     std::fs::rename(&set.root, &away).unwrap();
     std::thread::sleep(secs(4));
@@ -129,14 +129,15 @@ fn what_changes_is_told_at_the_site_and_at_the_hub_until_it_is_put_back() {
     wait_changed([&a, &hub], &file);
 }
 
-/// The hub never asks a site for its own. So a transfer to where it was published must not wait for
-/// what is gone there.
+/// The hub never fetches an artifact for the site that published it. So a transfer to that site
+/// must not wait for files that are missing there.
 #[test]
-fn a_delivery_to_where_it_was_published_fails_with_the_path_that_is_gone() {
+fn a_delivery_to_the_publishing_site_fails_with_the_path_of_a_missing_file() {
     let _limit = limit(secs(180));
     let scratch = Scratch::new();
     let hub = Hub::start_new(scratch.path());
-    // It looks every five minutes: what happens here happens because the transfer asks.
+    // The site checks its files every five minutes. In this test only the transfer triggers a
+    // check.
     let a = Site::start_new(scratch.path(), &hub, "a", &SiteSpec::default());
     let (set, file) = published(&a, &scratch);
     let good = std::fs::read(&file).unwrap();

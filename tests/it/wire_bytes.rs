@@ -1,5 +1,5 @@
-//! What crosses the line when a version changes a little: the changes, and next to nothing beside
-//! them. The bytes are counted twice: by the transfer, and by what the line carried.
+//! The bytes that are transmitted for a version with small changes: the changes, and little more.
+//! Two counts are compared: that of the transfer, and that of the proxy.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -11,7 +11,7 @@ use crate::support::line::Line;
 use crate::support::tree::assert_same;
 use crate::support::{Scratch, data, images, limit, secs};
 
-/// What a line carries beside a transfer while it runs: state both ways, keep-alive.
+/// The bytes of a connection besides a running transfer: state in both directions, and keep-alive.
 const CHATTER: u64 = 96 << 10;
 
 struct World {
@@ -34,23 +34,23 @@ impl World {
         }
     }
 
-    /// Publishes and delivers; the bytes that it took on the wire.
+    /// Publishes and delivers. Returns the bytes on the wire.
     fn carry(&self, source: &Path, reference: &str) -> u64 {
         self.hub.publish(source, reference, &[]);
         self.line.wait_quiet(secs(30));
         let before = self.line.carried();
         let done = self.hub.deliver_and_wait(reference, "chengdu", secs(120));
         let carried = self.line.carried() - before;
-        // Packet headers and acknowledgements; and nothing that the transfer did not count.
+        // The difference may only be packet headers and acknowledgements.
         let most = done.bytes.wire + done.bytes.wire / 8 + CHATTER;
         assert!(
             carried <= most,
-            "{reference}: the line carried {carried} bytes, the transfer counted {}",
+            "{reference}: the proxy counted {carried} bytes, the transfer counted {}",
             done.bytes.wire
         );
         assert!(
             carried >= done.bytes.wire,
-            "{reference}: the line carried {carried} bytes, the transfer counted {}",
+            "{reference}: the proxy counted {carried} bytes, the transfer counted {}",
             done.bytes.wire
         );
         println!("{reference}: {} bytes on the wire", done.bytes.wire);
@@ -59,7 +59,7 @@ impl World {
 }
 
 #[test]
-fn a_changed_file_moves_its_changes() {
+fn only_the_changes_of_a_file_are_transmitted() {
     let _limit = limit(secs(240));
     let world = World::start();
     let mut rng = data::rng("a changed file");
@@ -99,7 +99,7 @@ fn a_changed_file_moves_its_changes() {
 }
 
 #[test]
-fn moved_files_move_no_data_and_pages_travel_as_differences() {
+fn renamed_files_transmit_no_data_and_pages_are_sent_as_deltas() {
     let _limit = limit(secs(240));
     let world = World::start();
     let mut rng = data::rng("moved files");
@@ -129,15 +129,15 @@ fn moved_files_move_no_data_and_pages_travel_as_differences() {
     assert!(wire >= fresh, "{wire} of {fresh}");
     assert!(
         wire as f64 <= fresh as f64 * 1.02,
-        "{fresh} bytes are new, {wire} crossed the line: {:+.2} %",
+        "{fresh} bytes are new, {wire} were transmitted: {:+.2} %",
         (wire as f64 / fresh as f64 - 1.0) * 100.0
     );
 }
 
 type Files = BTreeMap<String, Vec<u8>>;
 
-/// Bytes that compress like code: letters of skewed frequency, then repeats of earlier lines. zstd
-/// makes half of it.
+/// Bytes that compress like code: letters with an uneven distribution, and repeats of earlier
+/// lines. zstd compresses them to about half.
 fn code(rng: &mut impl Rng, len: usize) -> Vec<u8> {
     let letters = b"eeeeeeeetttttaaaaaooooiiinnnsssrrrhhldcumfpgwy .,;:(){}=_\n\t01";
     let fresh = (len * 2 / 3).max(1);
@@ -166,7 +166,7 @@ fn layer(files: &Files) -> Vec<u8> {
 }
 
 #[test]
-fn an_image_moves_its_new_layer_or_the_changes_of_a_rebuilt_one() {
+fn only_a_new_layer_or_the_changes_of_a_rebuilt_layer_are_transmitted() {
     let _limit = limit(secs(240));
     let world = World::start();
     let mut rng = data::rng("layers");
@@ -215,6 +215,6 @@ fn an_image_moves_its_new_layer_or_the_changes_of_a_rebuilt_one() {
     let wire = carry(&[&lower, &layer(&rebuilt)], "b");
     assert!(
         wire as f64 <= squeezed as f64 * 1.3,
-        "a rebuilt layer took {wire} bytes, zstd makes {squeezed} of its changed files"
+        "a rebuilt layer took {wire} bytes, zstd compresses its changed files to {squeezed}"
     );
 }

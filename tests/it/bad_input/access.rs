@@ -1,4 +1,5 @@
-//! Tokens and rights: who may join, who may ask, and what a stranger is told.
+//! Tokens and permissions: who may join, who may use the API, and what an unauthorised client
+//! learns.
 
 use std::io::{Read, Write};
 use std::net::TcpListener;
@@ -9,7 +10,7 @@ use crate::support::daemon::{Hub, Site, SiteSpec, get, packhorse};
 use crate::support::{Scratch, limit, secs, wait_for};
 
 #[test]
-fn a_join_token_is_good_once_for_one_site_in_its_time() {
+fn a_join_token_is_valid_once_for_one_site_until_it_expires() {
     let _limit = limit(secs(120));
     let scratch = Scratch::new();
     let hub = Hub::start_new(scratch.path());
@@ -37,7 +38,7 @@ fn a_join_token_is_good_once_for_one_site_in_its_time() {
         .trim()
         .to_owned();
     let made = std::time::Instant::now();
-    wait_for("the token's time is up", secs(5), || {
+    wait_for("the token has expired", secs(5), || {
         (made.elapsed() > secs(2)).then_some(())
     });
     wuhan.join_with(&short).expect(4).says(&["token"]);
@@ -50,11 +51,15 @@ fn a_join_token_is_good_once_for_one_site_in_its_time() {
         .iter()
         .map(|s| s["name"].as_str().unwrap().to_owned())
         .collect();
-    assert_eq!(names, ["chengdu", "wuhan"], "only who joined is a site");
+    assert_eq!(
+        names,
+        ["chengdu", "wuhan"],
+        "only an enrolled site is listed"
+    );
 }
 
 #[test]
-fn a_site_that_never_joined_says_so() {
+fn a_site_that_has_not_joined_reports_that() {
     let _limit = limit(secs(60));
     let scratch = Scratch::new();
     let hub = Hub::start_new(scratch.path());
@@ -71,7 +76,7 @@ fn a_token_of_another_hub_is_refused() {
     let hub = Hub::start_new(scratch.path());
     let impostor = Hub::start_new(&scratch.folder("impostor"));
     let token = hub.token("chengdu", &[]);
-    // The token holds the hash of its hub's CA: who answers instead of it learns nothing and gets
+    // The token has the hash of its hub's CA, so another hub that answers learns nothing and enrols
     // nothing.
     let site = Site::new(scratch.path(), &impostor, "chengdu", &SiteSpec::default());
     site.join_with(&token).expect(4);
@@ -87,7 +92,7 @@ fn a_token_of_another_hub_is_refused() {
 }
 
 #[test]
-fn nobody_answers() {
+fn an_unreachable_daemon_is_reported() {
     let _limit = limit(secs(120));
     let scratch = Scratch::new();
     let mut hub = Hub::start_new(scratch.path());
@@ -103,7 +108,7 @@ fn nobody_answers() {
 }
 
 #[test]
-fn the_api_wants_its_token() {
+fn the_api_requires_its_token() {
     let _limit = limit(secs(60));
     let scratch = Scratch::new();
     let hub = Hub::start_new(scratch.path());
@@ -153,7 +158,7 @@ fn the_api_wants_its_token() {
 }
 
 #[test]
-fn a_program_on_the_api_port_is_not_sent_the_token() {
+fn the_token_is_not_sent_to_another_program_on_the_api_port() {
     let _limit = limit(secs(60));
     let scratch = Scratch::new();
     let mut hub = Hub::start_new(scratch.path());
@@ -199,6 +204,6 @@ fn a_program_on_the_api_port_is_not_sent_the_token() {
     );
     assert!(
         !seen.contains(std::fs::read_to_string(token_file).unwrap().trim()),
-        "it was sent the token"
+        "it received the token"
     );
 }

@@ -1,4 +1,4 @@
-//! Configurations that cannot be: exit code 3, with the line or the key.
+//! Invalid configurations: exit code 3, with the line or the key.
 
 use std::os::unix::fs::PermissionsExt;
 
@@ -6,7 +6,7 @@ use crate::support::command::{Output, bound, bound_as, run};
 use crate::support::daemon::{Hub, PACKHORSE, packhorse};
 use crate::support::{Scratch, is_root, limit, secs, tool_user};
 
-/// What `config check` and `serve` say of a configuration; both must say the same.
+/// The error of `config check` and `serve` for a configuration. Both must report the same.
 #[track_caller]
 fn refused(scratch: &Scratch, text: &str) -> Output {
     let file = scratch.join("bad.toml");
@@ -66,21 +66,21 @@ fn unknown_keys_missing_secrets_and_wrong_values() {
         .says(&["/no/such/config.toml"]);
     assert!(
         !scratch.join("d").exists(),
-        "a refused configuration makes no folder"
+        "a refused configuration creates no folder"
     );
 }
 
 #[test]
-fn a_good_configuration_passes() {
+fn a_valid_configuration_passes() {
     let _limit = limit(secs(60));
     let scratch = Scratch::new();
     let hub = Hub::new(scratch.path());
     hub.cli(&["config", "check"]).expect(0);
-    assert!(!hub.data_dir.exists(), "a check makes nothing");
+    assert!(!hub.data_dir.exists(), "a check creates nothing");
 }
 
 #[test]
-fn a_nas_that_is_not_mounted_is_found_by_the_check() {
+fn the_check_reports_a_nas_that_is_not_mounted() {
     let _limit = limit(secs(60));
     let scratch = Scratch::new();
     let file = scratch.join("site.toml");
@@ -95,7 +95,7 @@ fn a_nas_that_is_not_mounted_is_found_by_the_check() {
 }
 
 #[test]
-fn what_a_site_needs_beside_its_daemon_is_found_by_the_check() {
+fn the_check_reports_missing_requirements_of_a_site() {
     let _limit = limit(secs(60));
     let scratch = Scratch::new();
     let (file, nas, trainer) = (
@@ -120,14 +120,15 @@ fn what_a_site_needs_beside_its_daemon_is_found_by_the_check() {
 
     assert!(
         check().out.contains("[train] allow is empty"),
-        "nobody may train there, and the check reports it"
+        "no site may train there, and the check reports it"
     );
 
-    // A NAS that whoever checks may not write to. Nothing stops root, so another user checks then.
+    // A NAS to which the user who runs the check may not write. Root may always write, so another
+    // user runs the check.
     std::fs::set_permissions(&nas, std::fs::Permissions::from_mode(0o555)).unwrap();
     let mut command = if is_root() {
         let (user, group) = tool_user("nobody");
-        // From a copy that this user can reach.
+        // The program is a copy that this user can execute.
         let copy = scratch.join("packhorse-copy");
         std::fs::copy(PACKHORSE, &copy).unwrap();
         bound_as(user, group, &copy)
@@ -166,7 +167,7 @@ fn a_second_daemon_on_the_same_folder_is_refused() {
     let _limit = limit(secs(60));
     let scratch = Scratch::new();
     let mut hub = Hub::start_new(scratch.path());
-    // Other ports, the same data.
+    // Other ports, the same data directory.
     let text = std::fs::read_to_string(&hub.config).unwrap();
     let port = |n: u16| format!("127.0.0.1:{n}");
     let second = text
@@ -177,9 +178,9 @@ fn a_second_daemon_on_the_same_folder_is_refused() {
     packhorse(&["serve", "--config", file.to_str().unwrap()])
         .expect(6)
         .says(&[hub.data_dir.to_str().unwrap()]);
-    assert!(hub.is_running(), "the first goes on");
+    assert!(hub.is_running(), "the first daemon continues");
     hub.cli(&["artifacts"]).expect(0);
-    // A lock that outlives a killed daemon would need a hand.
+    // The lock must end with a killed daemon, so that no operator has to remove it.
     hub.kill();
     hub.start();
 }

@@ -1,5 +1,4 @@
-//! Full disks: at the hub, under what it relays, at a site's NAS, and what happens once there is
-//! room.
+//! Full disks: the hub's, the relay's, a site's NAS; and what happens when there is space again.
 
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
@@ -12,7 +11,7 @@ use crate::support::tree::assert_same;
 use crate::support::{Scratch, disk_usage, find, limit, secs, wait_for};
 
 #[test]
-fn a_publish_at_a_full_hub_waits_for_room() {
+fn a_publish_at_a_full_hub_waits_for_space() {
     let _limit = limit(secs(200));
     let scratch = Scratch::new();
     let mut hub = Hub::new(scratch.path());
@@ -23,7 +22,7 @@ fn a_publish_at_a_full_hub_waits_for_room() {
     let small = scratch.join("small");
     write(&small.join("model.bin"), &noise(&mut rng("small"), 4 << 20));
     hub.publish(&small, "model/small:v1", &[]);
-    // Of many smaller files it is seen as they are read.
+    // With many smaller files, the hub detects the full disk while it reads them.
     let in_parts = |name: &str| {
         let folder = scratch.join(name);
         for part in ["a", "b", "c"] {
@@ -38,14 +37,14 @@ fn a_publish_at_a_full_hub_waits_for_room() {
     let publish = ["publish", big.to_str().unwrap(), "--as", "model/big:v1"];
     std::thread::scope(|scope| {
         let waiting = scope.spawn(|| hub.cli(&publish));
-        wait_for("the log says that it waits", secs(60), || {
+        wait_for("the log reports the wait", secs(60), || {
             hub.log().contains("waits for room").then_some(())
         });
-        // The rest of the hub goes on, and what waits is in nobody's way: what it kept so far can
-        // be cleaned away.
+        // The rest of the hub continues. The waiting publish blocks nothing: the chunks that it
+        // stored can be collected.
         hub.cli(&["verify", "model/small:v1"]).expect(0);
         hub.cli(&["gc"]).expect(0);
-        assert!(!waiting.is_finished(), "120 MiB have no room here");
+        assert!(!waiting.is_finished(), "120 MiB do not fit here");
         hub.cli(&["show", "model/big:v1"]).expect(5);
         disk.grow("300m");
         waiting.join().unwrap().expect(0);
@@ -53,12 +52,12 @@ fn a_publish_at_a_full_hub_waits_for_room() {
     hub.cli(&["verify", "model/big:v1"]).expect(0);
     assert!(
         disk_usage(&hub.data_dir) < 180 << 20,
-        "what was kept before is kept once: {} bytes",
+        "content that was stored before is stored once: {} bytes",
         disk_usage(&hub.data_dir)
     );
 
-    // The command says what it waits for, and where. One that is given up with the hub leaves
-    // nothing that cannot be cleaned away.
+    // The command reports what it waits for, and where. A publish that ends with the hub leaves
+    // nothing that cannot be collected.
     disk.grow("200m");
     let other = in_parts("other");
     let publish = [
@@ -79,7 +78,7 @@ fn a_publish_at_a_full_hub_waits_for_room() {
     hub.cli(&["gc"]).expect(0);
     assert!(
         disk_usage(&hub.data_dir) < 160 << 20,
-        "what failed still takes {} bytes",
+        "the failed publish still takes {} bytes",
         disk_usage(&hub.data_dir)
     );
     hub.publish(&small, "model/small:v2", &[]);
@@ -87,7 +86,7 @@ fn a_publish_at_a_full_hub_waits_for_room() {
 }
 
 #[test]
-fn of_a_file_that_will_not_fit_at_the_hub_nothing_is_kept() {
+fn a_file_that_does_not_fit_at_the_hub_is_refused_before_any_of_it_is_stored() {
     let _limit = limit(secs(200));
     let scratch = Scratch::new();
     let mut hub = Hub::new(scratch.path());
@@ -114,12 +113,13 @@ fn of_a_file_that_will_not_fit_at_the_hub_nothing_is_kept() {
     ]);
     assert!(
         disk.used() < used + (4 << 20),
-        "{} bytes are kept of it",
+        "{} bytes of it were stored",
         disk.used() - used
     );
     disk.grow("300m");
     hub.publish(&big, "model/big:v1", &[]);
-    // What is there already, and what can be squeezed, is reckoned as what it takes.
+    // Content that the hub has already, and compressible content, counts with the space that it
+    // takes.
     let more = scratch.join("more");
     let mut model = std::fs::read(big.join("model.bin")).unwrap();
     model.resize(400 << 20, 0);
@@ -130,11 +130,11 @@ fn of_a_file_that_will_not_fit_at_the_hub_nothing_is_kept() {
 }
 
 #[test]
-fn what_the_hub_has_no_room_to_keep_is_passed_on_all_the_same() {
+fn the_hub_forwards_content_that_it_has_no_space_to_store() {
     let _limit = limit(secs(120));
     let scratch = Scratch::new();
     let mut hub = Hub::new(scratch.path());
-    // Not room for one pack.
+    // Too small for one pack.
     let Some(_disk) = SmallDisk::mount_tmpfs(&hub.data_dir.join("relay"), "16m") else {
         return;
     };
@@ -149,16 +149,16 @@ fn what_the_hub_has_no_room_to_keep_is_passed_on_all_the_same() {
     assert_eq!(
         disk_usage(&hub.data_dir.join("relay/packs")),
         0,
-        "the disk was to be too small to keep any of it"
+        "the disk must be too small to store any of it"
     );
     assert!(
         hub.log().contains("passed on without being kept"),
-        "the log says what is wrong with the disk"
+        "the log reports the problem of the disk"
     );
 }
 
 #[test]
-fn a_full_nas_stops_the_transfer_until_there_is_room() {
+fn a_full_nas_stops_the_transfer_until_there_is_space() {
     let _limit = limit(secs(200));
     let scratch = Scratch::new();
     let root = scratch.folder("nas");
@@ -182,24 +182,24 @@ fn a_full_nas_stops_the_transfer_until_there_is_room() {
         stuck.message.is_some() && stuck.next.is_some(),
         "{stuck:#?}"
     );
-    // The size is known, and so is the room.
+    // The required size and the free space are both known.
     assert_eq!(
         (stuck.bytes.received, stuck.bytes.committed),
         (0, 0),
-        "what does not fit is not begun: {:?}",
+        "a transfer that does not fit does not start: {:?}",
         stuck.bytes
     );
     assert!(
         disk.used() < 1 << 20,
-        "{} bytes were written of what does not fit",
+        "{} bytes were written of an artifact that does not fit",
         disk.used()
     );
     assert!(
         !site.folder("model/big:v1").exists(),
-        "nothing is visible before it is whole"
+        "nothing is visible before it is complete"
     );
 
-    // Others that fit are not held up by it.
+    // Other artifacts that fit are not delayed.
     write(&scratch.join("tiny").join("m.bin"), b"tiny");
     hub.publish(
         &scratch.join("tiny"),
@@ -214,12 +214,12 @@ fn a_full_nas_stops_the_transfer_until_there_is_room() {
 }
 
 #[test]
-fn what_has_its_room_on_a_nearly_full_nas_goes_on_after_a_kill() {
+fn a_transfer_with_reserved_space_on_a_nearly_full_nas_resumes_after_a_kill() {
     let _limit = limit(secs(120));
     let scratch = Scratch::new();
     let root = scratch.folder("nas");
-    // All of the model has its room from the first byte on. What is free then, less what a site
-    // keeps so, is 35 MiB: less than the model still lacks when the site is killed.
+    // The space of the whole model is reserved from the first byte on. The free space, without the
+    // reserve of a site, is then 35 MiB: less than the model still needs when the site is killed.
     let Some(_disk) = SmallDisk::mount_ext4(&root, &scratch.join("ext4.img"), 160 << 20) else {
         return;
     };
@@ -249,14 +249,14 @@ fn what_has_its_room_on_a_nearly_full_nas_goes_on_after_a_kill() {
         .collect();
     assert!(
         room.len() == 1 && room[0] >= 80 << 20,
-        "a large file has all of its room from its first byte on: {large:?} {room:?}"
+        "the whole space of a large file is reserved from its first byte on: {large:?} {room:?}"
     );
     line.hold_at(0);
     site.start();
     let done = hub.wait_done(&id, secs(60));
     assert!(
         done.bytes.resumed >= seen.bytes.committed,
-        "it goes on with what was there: {:?}",
+        "the transfer resumes with the staged content: {:?}",
         done.bytes
     );
     assert_same(&source, &site.folder("model/big:v1"));
@@ -264,7 +264,7 @@ fn what_has_its_room_on_a_nearly_full_nas_goes_on_after_a_kill() {
 }
 
 #[test]
-fn a_full_data_folder_at_a_site_is_no_end() {
+fn a_site_continues_after_its_data_directory_was_full() {
     let _limit = limit(secs(280));
     let scratch = Scratch::new();
     let hub = Hub::start_new(scratch.path());
@@ -279,9 +279,9 @@ fn a_full_data_folder_at_a_site_is_no_end() {
     hub.publish(&set, "dataset/d:v2", &[]);
     hub.deliver_and_wait("dataset/d:v1", "chengdu", secs(60));
 
-    // Room for what the site notes, none for the manifest of what is new: it begins a pack after a
-    // start, and asks for a whole pack's room beforehand. That is the reason, and it says of which
-    // disk.
+    // There is space for the site's records, but none for the manifest of a new artifact: after a
+    // start, the store begins a new pack and requires the space of a whole pack. The transfer
+    // reports this, and names the disk.
     site.stop();
     let filler = disk.fill("filler", 12 << 20);
     site.start();
@@ -299,7 +299,7 @@ fn a_full_data_folder_at_a_site_is_no_end() {
             .message
             .as_deref()
             .is_some_and(|m| m.contains(site.data_dir.to_str().unwrap())),
-        "it names the disk: {stuck:#?}"
+        "the message names the disk: {stuck:#?}"
     );
     assert!(
         stuck
@@ -309,8 +309,8 @@ fn a_full_data_folder_at_a_site_is_no_end() {
         "{stuck:#?}"
     );
 
-    // Then not a byte, in the middle of its work: not even that can be noted any more, and the
-    // daemon bears it.
+    // Then there is no free byte during the work: the site cannot even record that, and must
+    // survive it.
     let rest = disk.fill("rest", 0);
     wait_for("the catalogue cannot be written", secs(90), || {
         site.log()
@@ -319,7 +319,7 @@ fn a_full_data_folder_at_a_site_is_no_end() {
     });
     assert!(site.is_running(), "the site ended");
 
-    // With room it goes on by itself.
+    // With free space it continues without a command.
     std::fs::remove_file(&rest).unwrap();
     std::fs::remove_file(&filler).unwrap();
     disk.grow("300m");
@@ -331,7 +331,7 @@ fn a_full_data_folder_at_a_site_is_no_end() {
 }
 
 #[test]
-fn what_is_cancelled_on_a_full_disk_leaves_nothing() {
+fn a_transfer_cancelled_on_a_full_disk_leaves_no_files() {
     let _limit = limit(secs(150));
     let scratch = Scratch::new();
     let root = scratch.folder("nas");
@@ -354,7 +354,7 @@ fn what_is_cancelled_on_a_full_disk_leaves_nothing() {
     hub.publish(&source, "dataset/d:v1", &[]);
     line.hold_at(line.down() + (28 << 20));
     let id = hub.deliver(&["dataset/d:v1"], "chengdu").remove(0);
-    // There was room when it began: somebody else takes it.
+    // There was enough space at the start: another program uses it.
     hub.wait_transfer(&id, "on its way", secs(60), |t| {
         t.bytes.committed >= 8 << 20
     });
@@ -365,14 +365,14 @@ fn what_is_cancelled_on_a_full_disk_leaves_nothing() {
     });
     assert!(
         !site.leftovers().is_empty(),
-        "what was staged is kept until there is room"
+        "the staged content is kept until there is space"
     );
     hub.cli(&["cancel", &id]).expect(0);
     wait_for("staging is cleaned", secs(30), || {
         site.leftovers().is_empty().then_some(())
     });
     std::fs::remove_file(filler).unwrap();
-    wait_for("all room on the NAS is given back", secs(10), || {
+    wait_for("all space on the NAS is free again", secs(10), || {
         (disk.used() < 1 << 20).then_some(())
     });
     assert!(!site.root.join("dataset/d/CURRENT").exists());
@@ -409,14 +409,17 @@ fn a_nas_without_inodes_is_full() {
         message.contains("inodes") && message.contains(root.to_str().unwrap()),
         "{stuck:#?}"
     );
-    assert_eq!(stuck.bytes.received, 0, "what does not fit is not begun");
+    assert_eq!(
+        stuck.bytes.received, 0,
+        "a transfer that does not fit does not start"
+    );
     disk.grow("64m,nr_inodes=1000");
     hub.wait_done(&id, secs(120));
     assert_same(&source, &site.folder("dataset/many:v1"));
 }
 
 #[test]
-fn a_report_that_a_full_hub_could_not_store_is_told_again() {
+fn a_report_that_a_full_hub_could_not_store_is_stored_later() {
     let _limit = limit(secs(120));
     let scratch = Scratch::new();
     let mut hub = Hub::new(scratch.path());
@@ -444,7 +447,7 @@ fn a_report_that_a_full_hub_could_not_store_is_told_again() {
     wait_for("the hub could not store it", secs(60), || {
         hub.log().contains("could not be stored").then_some(())
     });
-    // What can be asked is answered all the same, and says what is wrong.
+    // Queries are still answered, and report the problem.
     hub.cli(&["status"]).expect(0);
     assert!(
         hub.cli(&["doctor"])
@@ -461,13 +464,13 @@ fn a_report_that_a_full_hub_could_not_store_is_told_again() {
     assert_eq!(
         site.log().matches("the line to the hub ended").count(),
         connected,
-        "it is told over the same connection"
+        "it is reported over the same connection"
     );
     assert!(hub.is_running());
 }
 
 #[test]
-fn a_site_whose_data_folder_is_full_says_so_and_keeps_its_connection() {
+fn a_site_with_a_full_data_directory_reports_that_and_keeps_its_connection() {
     let _limit = limit(secs(150));
     let scratch = Scratch::new();
     let hub = Hub::start_new(scratch.path());
@@ -485,7 +488,7 @@ fn a_site_whose_data_folder_is_full_says_so_and_keeps_its_connection() {
     hub.deliver_and_wait("model/m:v1", "chengdu", secs(60));
     let filler = disk.fill("filler", 0);
     let id = hub.deliver(&["model/m:v2"], "chengdu").remove(0);
-    // The hub is told, though the site can write nothing down.
+    // The hub receives the report although the site cannot write to its disk.
     let stuck = hub.wait_transfer(&id, "out of space", secs(60), |t| {
         t.has_reason(&["no_space"])
     });
@@ -494,7 +497,7 @@ fn a_site_whose_data_folder_is_full_says_so_and_keeps_its_connection() {
             .message
             .as_deref()
             .is_some_and(|m| m.contains(site.data_dir.to_str().unwrap())),
-        "it names the disk: {stuck:#?}"
+        "the message names the disk: {stuck:#?}"
     );
     assert_eq!(
         site.log().matches("the line to the hub ended").count(),
@@ -509,7 +512,7 @@ fn a_site_whose_data_folder_is_full_says_so_and_keeps_its_connection() {
             .contains("fault data_dir")
     );
 
-    // It starts on the full disk too.
+    // The site also starts with the full disk.
     site.kill();
     site.start();
     assert!(

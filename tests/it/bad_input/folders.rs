@@ -1,4 +1,4 @@
-//! Folders that cannot be published, and names that a site cannot hold.
+//! Folders that cannot be published, and file names that a site's filesystem cannot store.
 
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
@@ -13,7 +13,7 @@ use crate::support::{Scratch, find, is_root, limit, secs, skipped, tool_user, wa
 use super::Refusing;
 
 #[test]
-fn special_files_and_links_that_leave_are_named() {
+fn special_files_and_links_out_of_the_folder_are_named() {
     let _limit = limit(secs(90));
     let world = Refusing::start();
     let folder = |name: &str| {
@@ -52,7 +52,7 @@ fn special_files_and_links_that_leave_are_named() {
 }
 
 #[test]
-fn names_that_are_not_text_are_all_listed() {
+fn all_names_that_are_not_utf8_are_listed() {
     let _limit = limit(secs(90));
     let world = Refusing::start();
     let folder = world.scratch.folder("names");
@@ -73,7 +73,7 @@ fn names_that_are_not_text_are_all_listed() {
 }
 
 #[test]
-fn what_is_not_there_or_empty() {
+fn missing_and_empty_sources_are_refused() {
     let _limit = limit(secs(90));
     let world = Refusing::start();
     let missing = world.scratch.join("没有");
@@ -96,7 +96,7 @@ fn a_file_that_the_daemon_cannot_read_is_named() {
     let scratch = Scratch::new();
     let mut hub = Hub::new(scratch.path());
     if is_root() {
-        // Root reads everything: the daemon runs as somebody else.
+        // Root can read everything, so the daemon runs as another user.
         let (user, group) = tool_user("nobody");
         hub.run_as(user);
         std::fs::create_dir(&hub.data_dir).unwrap();
@@ -123,7 +123,7 @@ fn a_file_that_shrinks_or_grows_while_it_is_read_is_named() {
     ] {
         let folder = world.scratch.folder(name);
         let path = folder.join("big.bin");
-        // Sparse: it costs no disk, and reading it takes a while.
+        // A sparse file takes no disk space, and reading it takes a while.
         std::fs::File::create(&path).unwrap().set_len(len).unwrap();
         std::thread::scope(|scope| {
             let publish = scope.spawn(|| {
@@ -165,7 +165,7 @@ fn a_file_that_shrinks_or_grows_while_it_is_read_is_named() {
     world.check_clean();
 }
 
-/// A mounted filesystem that is taken away when dropped.
+/// A mounted filesystem, which is unmounted when dropped.
 struct Mount(std::path::PathBuf);
 
 impl Drop for Mount {
@@ -174,15 +174,15 @@ impl Drop for Mount {
     }
 }
 
-/// An exFAT filesystem, which takes few characters and folds case, as a share of a Windows server
-/// does.
+/// Mounts an exFAT filesystem, which allows few characters and ignores case, like a share of a
+/// Windows server.
 fn mount_exfat(image: &Path, root: &Path) -> Option<Mount> {
     std::fs::File::create(image)
         .unwrap()
         .set_len(64 << 20)
         .unwrap();
     tool("mkfs.exfat", &[image.to_str().unwrap()]);
-    // The loop device goes away with its last user.
+    // The loop device is removed with its last user.
     let attached = run(
         bound("losetup").args(["--find", "--show"]).arg(image),
         secs(20),
@@ -194,7 +194,7 @@ fn mount_exfat(image: &Path, root: &Path) -> Option<Mount> {
 }
 
 #[test]
-fn names_that_the_nas_cannot_hold_are_all_listed() {
+fn all_names_that_the_nas_cannot_store_are_listed() {
     let _limit = limit(secs(120));
     let scratch = Scratch::new();
     let root = scratch.folder("nas");

@@ -1,4 +1,4 @@
-//! Image archives that are cut short or lie.
+//! Truncated image archives, and archives with false metadata.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -11,7 +11,7 @@ use crate::support::{limit, secs};
 
 use super::Refusing;
 
-/// A tar being made member by member, with names and links as wild as a test wants.
+/// A tar that is built member by member, with any names and links.
 struct Tar(tar::Builder<Vec<u8>>);
 
 impl Tar {
@@ -28,7 +28,7 @@ impl Tar {
         bytes: &[u8],
     ) -> Self {
         let mut header = tar::Header::new_gnu();
-        // The safe calls refuse what these tests need.
+        // The checked functions refuse the names that these tests need.
         let old = header.as_old_mut();
         old.name[..name.len()].copy_from_slice(name.as_bytes());
         old.linkname[..link.len()].copy_from_slice(link.as_bytes());
@@ -82,12 +82,12 @@ fn refused(world: &Refusing, name: &str, bytes: &[u8], words: &[&str]) {
 }
 
 #[test]
-fn docker_archives_that_lie() {
+fn docker_archives_with_false_metadata_are_refused() {
     let _limit = limit(secs(120));
     let world = Refusing::start();
     let (one, two) = (layer("one"), layer("two"));
 
-    // First that the archives of this test are taken when they are sound.
+    // First, a valid archive of this form must be accepted.
     let sound = Tar::new()
         .file("1/layer.tar", &one)
         .file("config.json", &config(&[&one]))
@@ -176,12 +176,12 @@ fn docker_archives_that_lie() {
 }
 
 #[test]
-fn archives_cut_short() {
+fn truncated_archives_are_refused() {
     let _limit = limit(secs(120));
     let world = Refusing::start();
     for name in ["oci.tar", "docker.tar", "docker.tar.gz", "oci.tar.zst"] {
         let whole = std::fs::read(images::small().join(name)).unwrap();
-        // The tail of a tar is padding: a cut there takes nothing away.
+        // The end of a tar is padding: a cut there removes no content.
         for part in [whole.len() / 3, whole.len() * 2 / 3] {
             refused(&world, &format!("cut-{part}-{name}"), &whole[..part], &[]);
         }
@@ -189,7 +189,7 @@ fn archives_cut_short() {
     world.check_clean();
 }
 
-/// A copy of the small layout to spoil, with its manifest.
+/// A copy of the small layout, to be changed, and its manifest.
 fn layout(world: &Refusing, name: &str) -> (PathBuf, Value) {
     let layout = world.scratch.join(name);
     copy_tree(&images::small().join("layout"), &layout);
@@ -197,7 +197,7 @@ fn layout(world: &Refusing, name: &str) -> (PathBuf, Value) {
     (layout, serde_json::from_slice(&manifest).unwrap())
 }
 
-/// Puts a changed manifest on top of a layout.
+/// Makes a changed manifest the top manifest of a layout.
 fn set_manifest(layout: &Path, manifest: &Value) {
     let descriptor = put_blob(
         layout,
@@ -208,7 +208,7 @@ fn set_manifest(layout: &Path, manifest: &Value) {
 }
 
 #[test]
-fn oci_layouts_that_lie() {
+fn oci_layouts_with_false_metadata_are_refused() {
     let _limit = limit(secs(120));
     let world = Refusing::start();
     let refused = |layout: &Path, words: &[&str]| {
@@ -258,10 +258,10 @@ fn oci_layouts_that_lie() {
 }
 
 #[test]
-fn a_bomb_fills_neither_memory_nor_disk() {
+fn a_decompression_bomb_fills_neither_memory_nor_disk() {
     let _limit = limit(secs(240));
     let world = Refusing::start();
-    // 1 GiB of white space where a few hundred bytes of JSON belong, in about a megabyte of gzip.
+    // 1 GiB of white space instead of a few hundred bytes of JSON, as about a megabyte of gzip.
     let path = world.scratch.join("bomb.tar.gz");
     let mut out = flate2::write::GzEncoder::new(
         std::fs::File::create(&path).unwrap(),

@@ -1,4 +1,4 @@
-//! Label files with every fault: each is refused by file, record and reason.
+//! Label files with every kind of fault: each is refused with file, record and reason.
 
 use std::path::PathBuf;
 
@@ -11,7 +11,7 @@ use crate::support::{limit, secs};
 
 use super::Refusing;
 
-/// A small sound COCO document.
+/// A small valid COCO document.
 fn sound() -> (Vec<Photo>, Vec<Mark>, Value) {
     let photos: Vec<Photo> = (0..6)
         .map(|i| Photo {
@@ -25,7 +25,7 @@ fn sound() -> (Vec<Photo>, Vec<Mark>, Value) {
     (photos, marks, document)
 }
 
-/// Publishes a label file that must be refused for these words.
+/// Publishes a label file that must be refused with these words.
 #[track_caller]
 fn refused(world: &Refusing, name: &str, bytes: &[u8], words: &[&str]) {
     let file = world.scratch.join("labels").join(name);
@@ -98,7 +98,7 @@ fn coco_faults() {
     let place = text.find("particle").unwrap();
     latin1[place] = 0xe9;
     refused(&world, "latin1.json", &latin1, &["utf-8"]);
-    // NaN is not JSON, but other tools write it.
+    // NaN is not valid JSON, but some tools write it.
     refused(
         &world,
         "nan.json",
@@ -208,7 +208,7 @@ fn csv_and_yolo_faults() {
 }
 
 #[test]
-fn labels_are_bound_to_a_dataset_that_has_their_samples() {
+fn labels_need_a_dataset_that_has_their_samples() {
     let _limit = limit(secs(120));
     let world = Refusing::start();
     let dataset = data::dataset(&world.scratch.join("dataset"), 10);
@@ -281,7 +281,7 @@ fn every_format_gives_the_same_boxes() {
         ("boxes.jsonl", "jsonl", "jsonl", 1e-9),
         ("coco.json", "coco", "coco", 1e-9),
         ("studio.json", "studio", "label_studio", 1e-6),
-        // VOC counts whole pixels from 1, both ends within the box.
+        // VOC counts whole pixels from 1, and both corners are inside the box.
         ("voc", "voc", "voc", 1.01),
         ("yolo", "yolo", "yolo", 1e-6),
     ] {
@@ -306,7 +306,7 @@ fn every_format_gives_the_same_boxes() {
         }
         assert_eq!(Reader::Sqlite(&site.labels_db).current(name), rows);
     }
-    // Columns of other names are mapped.
+    // Columns with other names are mapped.
     write(
         &at("other.csv"),
         labels::csv(&marks)

@@ -1,5 +1,5 @@
-//! Bad input and trouble: each with a named error, the right exit code or state, and nothing left
-//! behind.
+//! Invalid input and external failures: each has a specific error and the right exit code or state,
+//! and leaves no files.
 
 mod access;
 mod config;
@@ -14,7 +14,7 @@ use std::path::PathBuf;
 use crate::support::daemon::Hub;
 use crate::support::{Scratch, disk_usage, find};
 
-/// A hub alone, and a check that refused input leaves nothing in it.
+/// A hub without sites, and a check that refused input leaves nothing in it.
 struct Refusing {
     hub: Hub,
     scratch: Scratch,
@@ -27,7 +27,7 @@ impl Refusing {
         Self { hub, scratch }
     }
 
-    /// Checks that nothing is listed, and that no scratch or staging file is left.
+    /// Checks that no artifact is listed, and that no scratch or staging file is left.
     #[track_caller]
     fn check_clean(&self) {
         assert_eq!(
@@ -48,7 +48,7 @@ impl Refusing {
     }
 }
 
-/// Files of a hub under a folder for what is on its way in.
+/// The files in a hub's folders for incoming content.
 fn leftovers(hub: &Hub) -> Vec<PathBuf> {
     find(&hub.data_dir, &|path| {
         let inside = path

@@ -1,4 +1,4 @@
-//! Databases and registries that are down or refuse.
+//! Databases and registries that are offline or refuse a request.
 
 use crate::support::daemon::{Hub, Site, SiteSpec};
 use crate::support::data::{self, Photo};
@@ -8,7 +8,8 @@ use crate::support::postgres::{Postgres, ROLE};
 use crate::support::registry::{PASSWORD, Registry};
 use crate::support::{Scratch, limit, secs};
 
-/// Publishes a small label set about a dataset, which stays at the hub; the rows that must arrive.
+/// Publishes a small label set for a dataset that stays at the hub. Returns the rows that must
+/// arrive.
 fn publish_labels(hub: &Hub, scratch: &Scratch, version: &str) -> Vec<labels::Row> {
     let dataset = data::dataset(&scratch.join(&format!("dataset-{version}")), 8);
     let photos: Vec<Photo> = dataset.photos.clone();
@@ -27,7 +28,7 @@ fn publish_labels(hub: &Hub, scratch: &Scratch, version: &str) -> Vec<labels::Ro
 }
 
 #[test]
-fn a_database_that_is_down_is_waited_for() {
+fn a_transfer_waits_for_an_offline_database() {
     let _limit = limit(secs(200));
     let scratch = Scratch::new();
     let mut postgres = Postgres::start_new(&scratch);
@@ -48,14 +49,14 @@ fn a_database_that_is_down_is_waited_for() {
         waiting.next.is_some() && waiting.message.is_some(),
         "{waiting:#?}"
     );
-    // Other sinks are not held up.
+    // Other sinks are not delayed.
     data::model(&scratch.join("model"), 100_000);
     hub.publish(
         &scratch.join("model"),
         "model/m:v1",
         &["--to", "chengdu", "--wait"],
     );
-    // Nor does the site need it to start.
+    // The site starts without the database.
     site.stop();
     site.start_alive();
 
@@ -65,7 +66,7 @@ fn a_database_that_is_down_is_waited_for() {
 }
 
 #[test]
-fn a_database_without_rights_is_a_failure_that_says_so() {
+fn missing_database_permissions_fail_the_transfer_with_the_reason() {
     let _limit = limit(secs(200));
     let scratch = Scratch::new();
     let postgres = Postgres::start_new(&scratch);
@@ -96,7 +97,7 @@ fn a_database_without_rights_is_a_failure_that_says_so() {
     hub.wait_done(&id, secs(60));
     assert_eq!(Reader::Postgres(&postgres, "labels").current("l"), rows);
 
-    // A password that is no longer good, noticed at the next delivery.
+    // A password that is no longer valid. The site detects this at the next delivery.
     postgres.query("postgres", &format!("ALTER ROLE {ROLE} PASSWORD 'another'"));
     postgres.query(
         "postgres",
@@ -109,12 +110,12 @@ fn a_database_without_rights_is_a_failure_that_says_so() {
     assert_eq!(
         Reader::Postgres(&postgres, "labels").current("l"),
         rows,
-        "readers keep what they had"
+        "readers keep the earlier version"
     );
 }
 
 #[test]
-fn a_registry_that_is_down_is_waited_for() {
+fn a_transfer_waits_for_an_offline_registry() {
     let _limit = limit(secs(200));
     let scratch = Scratch::new();
     let mut registry = Registry::basic(&scratch, "registry");
@@ -134,7 +135,7 @@ fn a_registry_that_is_down_is_waited_for() {
         waiting
             .message
             .is_some_and(|m| m.contains(&registry.host())),
-        "it says which"
+        "the message names it"
     );
     registry.start();
     hub.wait_done(&id, secs(120));
@@ -143,7 +144,7 @@ fn a_registry_that_is_down_is_waited_for() {
 }
 
 #[test]
-fn a_registry_that_refuses_is_a_failure_that_says_so() {
+fn a_refusal_by_the_registry_fails_the_transfer_with_the_reason() {
     let _limit = limit(secs(200));
     let scratch = Scratch::new();
     for registry in [
@@ -175,7 +176,7 @@ fn a_registry_that_refuses_is_a_failure_that_says_so() {
         assert!(failed.has_reason(&["sink_denied"]), "{failed:#?}");
         assert!(
             failed.next.is_some_and(|n| n.contains("password")),
-            "it says what to look at"
+            "the next step names the cause"
         );
 
         std::fs::write(&password, PASSWORD).unwrap();
