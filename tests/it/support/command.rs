@@ -1,4 +1,4 @@
-//! Running programs: with a time limit, with their output, and never outliving the test.
+//! Runs programs with a time limit, and captures their output. No program outlives its test.
 
 use std::ffi::OsStr;
 use std::fs::File;
@@ -9,18 +9,19 @@ use std::time::{Duration, Instant};
 
 use super::secs;
 
-/// A command whose process the kernel kills when the thread that started it ends, however it ends.
+/// A command whose process is killed by the kernel when the thread that started it ends for any
+/// reason.
 pub(crate) fn bound(program: impl AsRef<OsStr>) -> Command {
     let mut command = Command::new("setpriv");
     command.args(["--pdeathsig", "KILL", "--"]).arg(program);
     command
 }
 
-/// The same as another user, by number; only root can.
+/// The same as another user, by number; requires root.
 pub(crate) fn bound_as(user: u32, group: u32, program: impl AsRef<OsStr>) -> Command {
     let mut command = Command::new("setpriv");
-    // One setpriv changes the user and then asks for the signal: a change of user would take it
-    // away again.
+    // One `setpriv` changes the user and then requests the signal, because a change of the user
+    // cancels that request.
     command
         .arg(format!("--reuid={user}"))
         .arg(format!("--regid={group}"))
@@ -29,7 +30,7 @@ pub(crate) fn bound_as(user: u32, group: u32, program: impl AsRef<OsStr>) -> Com
     command
 }
 
-/// How a command ended and what it said.
+/// The result of a command.
 #[derive(Debug)]
 pub(crate) struct Output {
     /// The exit code; -1 when a signal ended it.
@@ -41,7 +42,7 @@ pub(crate) struct Output {
 }
 
 impl Output {
-    /// Checks the exit code; panics with all that was said when it is another.
+    /// Checks the exit code; panics with the complete output if it differs.
     #[track_caller]
     pub(crate) fn expect(self, code: i32) -> Self {
         assert_eq!(
@@ -79,7 +80,7 @@ impl Output {
     }
 }
 
-/// Waits for a process; `None` when it still runs after `limit`.
+/// Waits for a process; `None` if it still runs after `limit`.
 pub(crate) fn wait(child: &mut Child, limit: Duration) -> Option<ExitStatus> {
     let deadline = Instant::now() + limit;
     loop {
@@ -93,10 +94,11 @@ pub(crate) fn wait(child: &mut Child, limit: Duration) -> Option<ExitStatus> {
     }
 }
 
-/// Runs a command to its end; panics when that takes longer than `limit`.
+/// Runs a command to its end; panics if that takes longer than `limit`.
 #[track_caller]
 pub(crate) fn run(command: &mut Command, limit: Duration) -> Output {
-    // Files and not pipes: a full pipe would stop the command, and reading two pipes needs threads.
+    // Files instead of pipes: a full pipe would block the command, and reading two pipes needs
+    // threads.
     let mut out = tempfile::tempfile().expect("a file for stdout");
     let mut err = tempfile::tempfile().expect("a file for stderr");
     command.stdin(Stdio::null());
@@ -115,7 +117,7 @@ pub(crate) fn run(command: &mut Command, limit: Duration) -> Output {
         let mut bytes = Vec::new();
         file.rewind()
             .and_then(|()| file.read_to_end(&mut bytes))
-            .expect("read what a command said");
+            .expect("read the output of a command");
         String::from_utf8_lossy(&bytes).into_owned()
     };
     let (out, err) = (text(&mut out), text(&mut err));
@@ -129,7 +131,7 @@ pub(crate) fn run(command: &mut Command, limit: Duration) -> Output {
     }
 }
 
-/// Runs a tool that must succeed, within two minutes, and returns what it said on standard output.
+/// Runs a tool that must succeed within two minutes, and returns its standard output.
 #[track_caller]
 pub(crate) fn tool(program: &str, args: &[&str]) -> String {
     tool_in(Path::new("/"), program, args)

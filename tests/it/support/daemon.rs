@@ -1,4 +1,4 @@
-//! `packhorse` itself: hubs and sites as real processes, and the command line that asks them.
+//! `packhorse` itself: hubs and sites as real processes, and the command line as their client.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -19,13 +19,13 @@ use super::{free_port, register_log, secs, wait_for};
 /// The program under test.
 pub(crate) const PACKHORSE: &str = env!("CARGO_BIN_EXE_packhorse");
 
-/// Runs the program without any daemon in mind.
+/// Runs the program without a daemon's configuration.
 #[track_caller]
 pub(crate) fn packhorse(args: &[&str]) -> Output {
     run(clean(&mut bound(PACKHORSE)).args(args), secs(60))
 }
 
-/// Takes away what the caller's environment would tell the program.
+/// Removes the environment variables that would affect the program.
 fn clean(command: &mut Command) -> &mut Command {
     for (name, _) in std::env::vars_os() {
         if name.to_string_lossy().starts_with("PACKHORSE_") {
@@ -49,7 +49,7 @@ pub(crate) struct Bytes {
     pub(crate) wire: u64,
 }
 
-/// A transfer as `status -o json` shows it: the fields that scripts hold on to.
+/// A transfer as `status -o json` shows it: the fields that scripts rely on.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 pub(crate) struct Transfer {
     pub(crate) id: String,
@@ -66,19 +66,18 @@ pub(crate) struct Transfer {
 }
 
 impl Transfer {
-    /// Whether nothing more happens by itself.
+    /// Whether it changes no more without a command.
     pub(crate) fn is_final(&self) -> bool {
         matches!(self.state.as_str(), "done" | "failed" | "cancelled")
     }
 
-    /// Whether the reason beside the state is one of these.
+    /// Whether the reason of the state is one of these.
     pub(crate) fn has_reason(&self, reasons: &[&str]) -> bool {
         self.reason.as_deref().is_some_and(|r| reasons.contains(&r))
     }
 
-    /// Checks that none of its bytes is fewer than before: what was counted stays counted, whoever
-    /// is killed or cut off in between. Only a retry of what was done or cancelled begins at
-    /// nothing.
+    /// Checks that no byte counter decreased: a kill or a disconnect never reduces a counter. Only
+    /// a retry of a transfer that was done or cancelled starts from zero.
     #[track_caller]
     fn check_goes_on_from(&self, was: &Self) {
         let counts = |b: Bytes| [b.reused, b.resumed, b.received, b.committed, b.wire];
@@ -88,13 +87,13 @@ impl Transfer {
             .all(|(was, now)| now >= was);
         assert!(
             goes_on,
-            "the progress of transfer {} went back: from {was:#?} to {self:#?}",
+            "the progress of transfer {} decreased: from {was:#?} to {self:#?}",
             self.id
         );
     }
 }
 
-/// A daemon: its config, its process while it runs, and the command line bound to it.
+/// A daemon: its configuration, its process while it runs, and the command line as its client.
 pub(crate) struct Daemon {
     pub(crate) name: String,
     pub(crate) config: PathBuf,
@@ -125,7 +124,7 @@ impl Daemon {
     }
 
     /// Runs the daemon from now on as this user, from a copy of the program that this user can
-    /// reach.
+    /// execute.
     pub(crate) fn run_as(&mut self, user: u32) {
         let dir = self.config.parent().expect("a config has a folder");
         let program = dir.join("packhorse-copy");
@@ -134,7 +133,7 @@ impl Daemon {
         self.user = Some(user);
     }
 
-    /// Runs the daemon from now on from this program.
+    /// Runs the daemon from now on with this program.
     pub(crate) fn run_program(&mut self, program: &Path) {
         self.program = program.into();
     }
@@ -161,7 +160,7 @@ impl Daemon {
         self.child = Some(command.spawn().expect("start a daemon"));
     }
 
-    /// Starts the process and waits until it can do its work.
+    /// Starts the process and waits until it is ready.
     pub(crate) fn start(&mut self) {
         self.spawn();
         self.wait_until("/readyz");
@@ -179,20 +178,20 @@ impl Daemon {
         let what = format!("{} answers 200 at http://{api}{path}", self.name);
         let child = self.child.as_mut().expect("the daemon was started");
         wait_for(&what, secs(30), || {
-            if let Some(status) = child.try_wait().expect("look at the daemon") {
-                panic!("the daemon ended by itself: {status}");
+            if let Some(status) = child.try_wait().expect("check the daemon") {
+                panic!("the daemon ended unexpectedly: {status}");
             }
             (get(api, path)?.0 == 200).then_some(())
         });
     }
 
-    /// The process, as `/proc` knows it.
+    /// The process id.
     pub(crate) fn pid(&self) -> u32 {
         self.child.as_ref().expect("the daemon runs").id()
     }
 
-    /// A line of `/proc/PID/status` that counts kilobytes, in bytes: `VmRSS` is resident now,
-    /// `VmHWM` the most ever.
+    /// A line of `/proc/PID/status` that counts kilobytes, in bytes: `VmRSS` is the resident memory
+    /// now, `VmHWM` the peak.
     pub(crate) fn memory(&self, field: &str) -> u64 {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid()))
             .expect("the daemon runs");
@@ -207,13 +206,13 @@ impl Daemon {
         kilobytes.expect("/proc counts in numbers") << 10
     }
 
-    /// Has it go on after [`Daemon::freeze`].
+    /// Continues it after [`Daemon::freeze`].
     pub(crate) fn thaw(&self) {
         let pid = Pid::from_child(self.child.as_ref().expect("the daemon runs"));
         kill_process(pid, Signal::CONT).expect("continue the daemon");
     }
 
-    /// Has it do nothing more, until it is killed or goes on.
+    /// Suspends it until it is killed or continued.
     pub(crate) fn freeze(&self) {
         let pid = Pid::from_child(self.child.as_ref().expect("the daemon runs"));
         kill_process(pid, Signal::STOP).expect("stop the daemon");
@@ -223,10 +222,10 @@ impl Daemon {
     pub(crate) fn kill(&mut self) {
         let mut child = self.child.take().expect("the daemon runs");
         child.kill().expect("kill the daemon");
-        child.wait().expect("bury the daemon");
+        child.wait().expect("wait for the daemon");
     }
 
-    /// Asks it to stop and waits; it must end well and within its drain time.
+    /// Requests it to stop and waits; it must end successfully and within its drain time.
     #[track_caller]
     pub(crate) fn stop(&mut self) {
         let mut child = self.child.take().expect("the daemon runs");
@@ -235,7 +234,7 @@ impl Daemon {
         match wait(&mut child, secs(20)) {
             Some(status) => assert!(
                 status.success(),
-                "{} was asked to stop and ended with {status}",
+                "{} was requested to stop and ended with {status}",
                 self.name
             ),
             None => {
@@ -250,15 +249,15 @@ impl Daemon {
     pub(crate) fn is_running(&mut self) -> bool {
         self.child
             .as_mut()
-            .is_some_and(|child| child.try_wait().expect("look at the daemon").is_none())
+            .is_some_and(|child| child.try_wait().expect("check the daemon").is_none())
     }
 
-    /// What it has logged.
+    /// Its log.
     pub(crate) fn log(&self) -> String {
         String::from_utf8_lossy(&std::fs::read(&self.log).unwrap_or_default()).into_owned()
     }
 
-    /// Replaces text in its config, for the next start.
+    /// Replaces text in its configuration, for the next start.
     pub(crate) fn edit_config(&self, from: &str, to: &str) {
         let text = std::fs::read_to_string(&self.config).expect("read a config");
         assert!(
@@ -274,7 +273,7 @@ impl Daemon {
         self.cli_within(args, secs(120))
     }
 
-    /// The same with a time limit of its own.
+    /// The same with another time limit.
     #[track_caller]
     pub(crate) fn cli_within(&self, args: &[&str], limit: Duration) -> Output {
         run(&mut self.command(args), limit)
@@ -308,8 +307,8 @@ impl Daemon {
         self.json(&args)
     }
 
-    /// Publishes what must be refused: the exit code, and words that standard error must contain.
-    /// Nothing may be listed afterwards.
+    /// Publishes a source that must be refused with this exit code and with these words on standard
+    /// error. No artifact may be listed afterwards.
     #[track_caller]
     pub(crate) fn refuses(
         &self,
@@ -325,18 +324,21 @@ impl Daemon {
             .chain(more.iter().copied())
             .collect();
         let output = self.cli(&args).expect(code).says(words);
-        assert_eq!(output.out, "", "what failed must print nothing on stdout");
+        assert_eq!(
+            output.out, "",
+            "a failed command must print nothing on stdout"
+        );
         self.cli(&["show", reference]).expect(5);
         output
     }
 
-    /// Asks the API itself, with its token: status and body.
+    /// Sends a request to the API, with its token. Returns status and body.
     #[track_caller]
     pub(crate) fn get(&self, path: &str) -> (u16, String) {
         get_with(self.api, path, &self.token_header()).expect("the daemon answers")
     }
 
-    /// What one of its metrics says.
+    /// The value of one of its metrics.
     #[track_caller]
     pub(crate) fn metric(&self, name: &str) -> u64 {
         let (code, text) = self.get("/metrics");
@@ -346,12 +348,12 @@ impl Daemon {
         value.unwrap_or_else(|| panic!("no {name} in the metrics ({code}):\n{text}"))
     }
 
-    /// A GET of a list: how many rows it has, and the cursor to go on from.
+    /// GETs a list. Returns its number of rows and its cursor.
     pub(crate) fn get_rows(&self, path: &str) -> (usize, u64) {
         let (head, body) =
             get_whole(self.api, path, &self.token_header()).expect("the daemon answers");
         let rows: Vec<Value> = serde_json::from_str(&body)
-            .unwrap_or_else(|e| panic!("{path} is no list: {e}\n{body}"));
+            .unwrap_or_else(|e| panic!("{path} is not a list: {e}\n{body}"));
         let cursor = head
             .lines()
             .find_map(|line| line.strip_prefix("x-packhorse-cursor: "))
@@ -365,7 +367,7 @@ impl Daemon {
         format!("X-Packhorse-Token: {}\r\n", token.trim())
     }
 
-    /// Delivers; the ids of the transfers.
+    /// Delivers. Returns the ids of the transfers.
     #[track_caller]
     pub(crate) fn deliver(&self, references: &[&str], to: &str) -> Vec<String> {
         let args: Vec<&str> = ["deliver"]
@@ -384,7 +386,7 @@ impl Daemon {
         all.remove(0)
     }
 
-    /// What `status` with these arguments shows.
+    /// The transfers that `status` shows with these arguments.
     #[track_caller]
     pub(crate) fn transfers(&self, args: &[&str]) -> Vec<Transfer> {
         let args: Vec<&str> = ["status"].into_iter().chain(args.iter().copied()).collect();
@@ -393,8 +395,8 @@ impl Daemon {
             .unwrap_or_else(|e| panic!("status is not a list of transfers: {e}\n{value:#}"))
     }
 
-    /// Waits until a transfer looks as wanted, and returns it; panics when it ends in another way,
-    /// or when its progress goes back while it is watched.
+    /// Waits until `wanted` accepts a transfer, and returns it; panics if it ends in another way,
+    /// or if its progress decreases during the wait.
     #[track_caller]
     pub(crate) fn wait_transfer(
         &self,
@@ -407,8 +409,8 @@ impl Daemon {
         let deadline = std::time::Instant::now() + limit;
         loop {
             let now = self.transfer(id);
-            // Whoever retries it does so before he waits: all that is seen here is of one
-            // generation.
+            // A test that retries a transfer does so before the wait: all values seen here belong
+            // to one generation.
             if let Some(was) = &last {
                 now.check_goes_on_from(was);
             }
@@ -417,7 +419,7 @@ impl Daemon {
             }
             assert!(
                 !now.is_final(),
-                "transfer {id} ended and is not {what}: {now:#?}"
+                "transfer {id} ended without being {what}: {now:#?}"
             );
             last.replace(now);
             assert!(
@@ -432,11 +434,14 @@ impl Daemon {
     #[track_caller]
     pub(crate) fn wait_done(&self, id: &str, limit: Duration) -> Transfer {
         let done = self.wait_transfer(id, "done", limit, |t| t.state == "done");
-        assert_eq!(done.reason, None, "what is done needs no reason: {done:#?}");
+        assert_eq!(
+            done.reason, None,
+            "a completed transfer has no reason: {done:#?}"
+        );
         done
     }
 
-    /// Delivers one artifact to one site and waits until it is there.
+    /// Delivers one artifact to one site, and waits until it is done.
     #[track_caller]
     pub(crate) fn deliver_and_wait(&self, reference: &str, to: &str, limit: Duration) -> Transfer {
         let ids = self.deliver(&[reference], to);
@@ -480,7 +485,7 @@ pub(crate) fn ids(answer: &Value) -> Vec<String> {
         .collect()
 }
 
-/// A GET without any token: status and body. `None` when nothing listens there.
+/// A GET without a token: status and body. `None` if nothing listens there.
 pub(crate) fn get(address: SocketAddr, path: &str) -> Option<(u16, String)> {
     get_with(address, path, "")
 }
@@ -509,12 +514,12 @@ fn get_whole(address: SocketAddr, path: &str, headers: &str) -> Option<(String, 
 /// A hub.
 pub(crate) struct Hub {
     daemon: Daemon,
-    /// Where sites dial.
+    /// The address for sites.
     pub(crate) quic: SocketAddr,
 }
 
 impl Hub {
-    /// Its config is written, nothing runs.
+    /// Writes its configuration, and starts nothing.
     pub(crate) fn new(dir: &Path) -> Self {
         let (api, quic) = (local(free_port()), local(free_port()));
         let data_dir = dir.join("hub");
@@ -528,14 +533,14 @@ impl Hub {
         }
     }
 
-    /// A hub that is ready.
+    /// Starts a hub, and waits until it is ready.
     pub(crate) fn start_new(dir: &Path) -> Self {
         let mut hub = Self::new(dir);
         hub.start();
         hub
     }
 
-    /// A join token.
+    /// Creates a join token.
     #[track_caller]
     pub(crate) fn token(&self, site: &str, labels: &[&str]) -> String {
         let mut args = vec!["token", "create", "--site", site];
@@ -551,7 +556,7 @@ impl Hub {
         token
     }
 
-    /// Waits until the hub sees a site come or go.
+    /// Waits until the hub shows a site as online or offline.
     #[track_caller]
     pub(crate) fn wait_online(&self, site: &str, online: bool, limit: Duration) {
         wait_for(
@@ -586,20 +591,20 @@ impl DerefMut for Hub {
     }
 }
 
-/// What a site's config says beyond its name.
+/// The settings of a site besides its name.
 #[derive(Default)]
 pub(crate) struct SiteSpec<'a> {
     /// `K=V`, given to `token create`.
     pub(crate) labels: &'a [&'a str],
-    /// Where it dials, when not the hub itself.
+    /// The address to which it connects, if not the hub's.
     pub(crate) through: Option<SocketAddr>,
-    /// The NAS, when not a folder beside the config.
+    /// The NAS, if not a folder beside the configuration.
     pub(crate) root: Option<PathBuf>,
-    /// The lines of `[sink.labels]`, when not the default.
+    /// The lines of `[sink.labels]`, if not the default.
     pub(crate) labels_sink: Option<String>,
-    /// The lines of `[sink.images]`, when not an OCI layout beside the config.
+    /// The lines of `[sink.images]`, if not an OCI layout beside the configuration.
     pub(crate) images_sink: Option<String>,
-    /// More lines at the end.
+    /// Additional lines at the end.
     pub(crate) more: &'a str,
 }
 
@@ -608,15 +613,15 @@ pub(crate) struct Site {
     daemon: Daemon,
     /// The NAS.
     pub(crate) root: PathBuf,
-    /// The SQLite file of its labels, unless the spec put them elsewhere.
+    /// The SQLite file of its labels, unless the spec sets another database.
     pub(crate) labels_db: PathBuf,
-    /// The OCI layout of its images, unless the spec put them elsewhere.
+    /// The OCI layout of its images, unless the spec sets another sink.
     pub(crate) layout: PathBuf,
     through: SocketAddr,
 }
 
 impl Site {
-    /// Its config is written, nothing runs, it has not joined.
+    /// Writes its configuration. It does not run and has not joined.
     pub(crate) fn new(dir: &Path, hub: &Hub, name: &str, spec: &SiteSpec<'_>) -> Self {
         let api = local(free_port());
         let through = spec.through.unwrap_or(hub.quic);
@@ -624,7 +629,7 @@ impl Site {
             .root
             .clone()
             .unwrap_or_else(|| dir.join(format!("{name}-nas")));
-        std::fs::create_dir_all(&root).expect("make the NAS");
+        std::fs::create_dir_all(&root).expect("create the NAS");
         let labels_db = dir.join(format!("{name}-labels.db"));
         let layout = dir.join(format!("{name}-images"));
         let labels_sink = spec
@@ -678,7 +683,7 @@ impl Site {
         self.cli(&["join", "--hub", &self.through.to_string(), "--token", token])
     }
 
-    /// A site that has joined, is ready and is seen by the hub.
+    /// Enrols and starts a site, and waits until it is ready and connected to the hub.
     pub(crate) fn start_new(dir: &Path, hub: &Hub, name: &str, spec: &SiteSpec<'_>) -> Self {
         let mut site = Self::new(dir, hub, name, spec);
         site.join(hub, spec.labels);
@@ -687,7 +692,7 @@ impl Site {
         site
     }
 
-    /// The same behind a line of its own.
+    /// The same behind its own proxy.
     pub(crate) fn start_behind(dir: &Path, hub: &Hub, name: &str) -> (Line, Self) {
         let line = Line::to(hub.quic);
         let site = Self::start_new(
@@ -702,12 +707,12 @@ impl Site {
         (line, site)
     }
 
-    /// Where a version of a folder artifact lies.
+    /// The folder of a version of a file artifact.
     pub(crate) fn folder(&self, reference: &str) -> PathBuf {
         self.root.join(reference.replace(':', "/"))
     }
 
-    /// What `CURRENT` of a series (`kind/name`) says.
+    /// The content of `CURRENT` of a series (`kind/name`).
     #[track_caller]
     pub(crate) fn current(&self, series: &str) -> String {
         let path = self.root.join(series).join("CURRENT");
@@ -716,8 +721,7 @@ impl Site {
         text.trim().to_owned()
     }
 
-    /// Files in staging or other hidden folders of the NAS: what a transfer that ended must not
-    /// leave behind.
+    /// The files in staging and other hidden folders of the NAS. An ended transfer must leave none.
     pub(crate) fn leftovers(&self) -> Vec<PathBuf> {
         super::find(&self.root, &|path| {
             let inside = path.strip_prefix(&self.root).expect("found under the root");
@@ -725,7 +729,7 @@ impl Site {
                 .components()
                 .next()
                 .is_some_and(|c| c.as_os_str().to_string_lossy().starts_with('.'));
-            // The notes of what stands are Packhorse's own and stay.
+            // The records of the committed versions belong to Packhorse and are kept.
             let note = inside.starts_with(".packhorse/versions")
                 || inside.starts_with(".packhorse/sites")
                 || inside == Path::new(".packhorse/id");

@@ -1,4 +1,4 @@
-//! Data made from a seed: the same at every run.
+//! Data that is generated from a seed: the same in every run.
 
 use std::io::Write;
 use std::os::unix::fs::{PermissionsExt, symlink};
@@ -7,22 +7,22 @@ use std::path::{Path, PathBuf};
 use rand::rngs::StdRng;
 use rand::{Rng, RngCore, SeedableRng};
 
-/// A generator for this purpose and no other.
+/// A random generator whose seed is this purpose.
 pub(crate) fn rng(purpose: &str) -> StdRng {
     StdRng::from_seed(*blake3::hash(purpose.as_bytes()).as_bytes())
 }
 
-/// Bytes that no compressor makes smaller.
+/// Incompressible bytes.
 pub(crate) fn noise(rng: &mut StdRng, len: usize) -> Vec<u8> {
     let mut bytes = vec![0; len];
     rng.fill_bytes(&mut bytes);
     bytes
 }
 
-/// Writes a file, its folders with it.
+/// Writes a file, and creates its folders.
 pub(crate) fn write(path: &Path, bytes: &[u8]) {
-    std::fs::create_dir_all(path.parent().expect("a file stands in a folder"))
-        .expect("make a folder");
+    std::fs::create_dir_all(path.parent().expect("a file has a parent folder"))
+        .expect("create a folder");
     std::fs::write(path, bytes).unwrap_or_else(|e| panic!("write {}: {e}", path.display()));
 }
 
@@ -31,7 +31,7 @@ pub(crate) fn chmod(path: &Path, mode: u32) {
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).expect("set permissions");
 }
 
-/// A real grey PNG of noise: what a photo is to a program that carries it.
+/// A valid grey PNG of noise, which represents a photo.
 pub(crate) fn png(rng: &mut StdRng, width: u32, height: u32) -> Vec<u8> {
     let mut pixels = Vec::new();
     for _ in 0..height {
@@ -76,8 +76,8 @@ pub(crate) struct Dataset {
     pub(crate) photos: Vec<Photo>,
 }
 
-/// A dataset as factories have them: Chinese names, sub-folders, an empty folder, links, odd modes,
-/// an empty file.
+/// A dataset as factories use it: Chinese names, sub-folders, an empty folder, links, unusual
+/// modes, an empty file.
 pub(crate) fn dataset(root: &Path, photos: usize) -> Dataset {
     let mut rng = rng("dataset");
     let mut made = Vec::new();
@@ -101,7 +101,7 @@ pub(crate) fn dataset(root: &Path, photos: usize) -> Dataset {
     chmod(&root.join("tools/convert.sh"), 0o755);
     write(&root.join("tools/private.key"), b"not for everybody\n");
     chmod(&root.join("tools/private.key"), 0o600);
-    std::fs::create_dir_all(root.join("待标注/空")).expect("make an empty folder");
+    std::fs::create_dir_all(root.join("待标注/空")).expect("create an empty folder");
     chmod(&root.join("待标注"), 0o750);
     symlink(&made[0].path, root.join("latest.png")).expect("link to a file");
     symlink("../产线1", root.join("tools/line")).expect("link to a folder");
@@ -111,8 +111,8 @@ pub(crate) fn dataset(root: &Path, photos: usize) -> Dataset {
     }
 }
 
-/// The next version beside it: files changed, added, removed and moved. Returns it with the bytes
-/// that are new.
+/// Creates the next version in another folder: some files are changed, added, removed or renamed.
+/// Returns it with the number of new bytes.
 pub(crate) fn next_dataset(v1: &Dataset, root: &Path) -> (Dataset, u64) {
     copy_tree(&v1.root, root);
     let mut rng = rng("next dataset");
@@ -126,7 +126,7 @@ pub(crate) fn next_dataset(v1: &Dataset, root: &Path) -> (Dataset, u64) {
     for photo in &mut photos[6..26] {
         let moved = format!("归档/{}", photo.path);
         std::fs::create_dir_all(root.join(&moved).parent().expect("it has a folder"))
-            .expect("make a folder");
+            .expect("create a folder");
         std::fs::rename(root.join(&photo.path), root.join(&moved)).expect("move a file");
         photo.path = moved;
     }
@@ -193,7 +193,7 @@ pub(crate) fn model(root: &Path, len: usize) {
 
 /// Copies a folder, links and modes included.
 pub(crate) fn copy_tree(from: &Path, to: &Path) {
-    std::fs::create_dir_all(to).expect("make a folder");
+    std::fs::create_dir_all(to).expect("create a folder");
     let source = format!("{}/.", from.display());
     super::command::tool("cp", &["-a", &source, to.to_str().expect("a UTF-8 path")]);
 }

@@ -1,27 +1,27 @@
-//! Small filesystems of a test's own: full ones, ones that share blocks, and ones whose power is
-//! cut.
+//! Small filesystems for one test: full ones, ones whose files can share blocks, and ones with a
+//! power failure.
 
 use std::path::{Path, PathBuf};
 
 use super::command::{bound, run, tool};
 use super::{secs, skipped};
 
-/// The smallest XFS that its tools make, and a little.
+/// A little more than the smallest XFS that its tools create.
 const XFS_BYTES: u64 = 400 << 20;
 
-/// The smallest btrfs that its tools make, and a little.
+/// A little more than the smallest btrfs that its tools create.
 const BTRFS_BYTES: u64 = 128 << 20;
 
-/// A small filesystem, taken away when dropped.
+/// A small filesystem, which is unmounted when dropped.
 pub(crate) struct SmallDisk {
     path: PathBuf,
-    /// The file that it is in; `None`: it is in memory.
+    /// The image file; `None`: it is in memory.
     image: Option<PathBuf>,
 }
 
 impl SmallDisk {
-    /// One in memory, mounted at `path`; `None`, with the reason printed, where nothing can be
-    /// mounted.
+    /// Mounts a filesystem in memory at `path`. `None` if nothing can be mounted; the reason is
+    /// printed.
     pub(crate) fn mount_tmpfs(path: &Path, size: &str) -> Option<Self> {
         Self {
             path: path.into(),
@@ -30,8 +30,8 @@ impl SmallDisk {
         .mounted("tmpfs", &format!("size={size}"), "tmpfs")
     }
 
-    /// ext4 in a file: a disk on which a file can have its room before its bytes are there. As
-    /// above.
+    /// Mounts an ext4 in a file, on which space can be allocated before the bytes are written.
+    /// Returns as above.
     pub(crate) fn mount_ext4(path: &Path, image: &Path, bytes: u64) -> Option<Self> {
         Self::make(
             path,
@@ -42,7 +42,8 @@ impl SmallDisk {
         .mounted("ext4", "loop", image.to_str()?)
     }
 
-    /// XFS in a file: a disk on which files can share blocks, and whose power can be cut. As above.
+    /// Mounts an XFS in a file, on which files can share blocks, and whose power failure can be
+    /// simulated. Returns as above.
     pub(crate) fn mount_xfs(path: &Path, image: &Path) -> Option<Self> {
         Self::make(
             path,
@@ -53,8 +54,8 @@ impl SmallDisk {
         .mounted("xfs", "loop", image.to_str()?)
     }
 
-    /// A small one of this kind: `ext4`, `xfs`, `btrfs`, or `tmpfs`, which has few inodes. As
-    /// above.
+    /// Mounts a small filesystem of this kind: `ext4`, `xfs`, `btrfs`, or `tmpfs`, which has few
+    /// inodes. Returns as above.
     pub(crate) fn mount(kind: &str, path: &Path, image: &Path) -> Option<Self> {
         match kind {
             "ext4" => Self::mount_ext4(path, image, 64 << 20),
@@ -82,7 +83,7 @@ impl SmallDisk {
         let made = run(mkfs.arg(image), secs(20));
         if made.code != 0 {
             skipped(&format!(
-                "no filesystem can be made here: {}",
+                "no filesystem can be created here: {}",
                 made.err.trim()
             ));
             return None;
@@ -115,17 +116,17 @@ impl SmallDisk {
         self.path.to_str().unwrap()
     }
 
-    /// Bytes that are taken of it.
+    /// The used bytes.
     pub(crate) fn used(&self) -> u64 {
         let room = rustix::fs::statvfs(self.path.as_path()).unwrap();
         (room.f_blocks - room.f_bfree) * room.f_frsize
     }
 
-    /// Fills it up with a file of this name, so that so many bytes stay free.
+    /// Fills it with a file of this name, so that `leave` bytes stay free.
     pub(crate) fn fill(&self, name: &str, leave: u64) -> PathBuf {
         let room = rustix::fs::statvfs(self.path.as_path()).unwrap();
         let free = room.f_bavail * room.f_frsize;
-        // Not a byte: then more is asked for than there is, and what fits is taken.
+        // No free byte: the file requests more than there is, and takes all that fits.
         let len = if leave == 0 {
             free + (1 << 20)
         } else {
@@ -136,7 +137,7 @@ impl SmallDisk {
         filler
     }
 
-    /// Gives one in memory another size.
+    /// Resizes a filesystem in memory.
     pub(crate) fn grow(&self, size: &str) {
         tool(
             "mount",
@@ -144,18 +145,18 @@ impl SmallDisk {
         );
     }
 
-    /// Has all of it written down now.
+    /// Syncs all data to the disk.
     pub(crate) fn sync(&self) {
         tool("sync", &["-f", self.text()]);
     }
 
-    /// Cuts the power of an XFS: from this moment on nothing reaches the disk, not even what was
-    /// written before and not synced.
+    /// Simulates a power failure of an XFS: from now on nothing reaches the disk, not even data
+    /// that was written before and not synced.
     pub(crate) fn cut_power(&self) {
         tool("xfs_io", &["-x", "-c", "shutdown", self.text()]);
     }
 
-    /// Has it as it is after the power came back. Nobody may have a file of it open.
+    /// Mounts it as it is after the power failure. No process may have a file of it open.
     pub(crate) fn power_on(&self) {
         let image = self
             .image
@@ -163,8 +164,8 @@ impl SmallDisk {
             .and_then(Path::to_str)
             .expect("a disk in a file");
         tool("umount", &[self.text()]);
-        // A copy of its bytes, under the same name: somebody's namespace made meanwhile may hold
-        // the dead filesystem, and the kernel would give that back.
+        // A copy of the image under the same name: another mount namespace may still hold the old
+        // filesystem, and the kernel would then reuse it.
         let copy = format!("{image}.copy");
         tool("cp", &["--sparse=always", image, &copy]);
         std::fs::rename(&copy, image).unwrap();

@@ -1,5 +1,5 @@
-//! A filesystem with faults: it passes everything through to a folder, and fails where a test says
-//! so, while it is in use.
+//! A filesystem with faults: it forwards all calls to a folder, and fails as the test requests,
+//! while it is in use.
 
 use std::collections::{HashMap, HashSet};
 use std::ffi::OsStr;
@@ -28,7 +28,7 @@ const TTL: Duration = Duration::ZERO;
 pub(crate) enum Op {
     Write,
     Fsync,
-    /// What close(2) reports.
+    /// The result of close(2).
     Flush,
     Rename,
     Unlink,
@@ -41,26 +41,26 @@ pub(crate) enum Op {
     Read,
 }
 
-/// What is wrong with it now.
+/// The current faults.
 #[derive(Default)]
 pub(crate) struct Faults {
     /// Calls that fail, each with its error.
     pub(crate) fail: HashMap<Op, Errno>,
-    /// Only those on files whose path contains this fail; empty: all.
+    /// Only calls on files whose path contains this text fail; empty: all.
     pub(crate) only: String,
-    /// A file whose sync failed once fails at every later one.
+    /// After a failed sync, each later sync of the same file fails.
     pub(crate) sync_fails_again: bool,
-    /// Files whose path contains this keep zeros in the place of what is written to them.
+    /// Files whose path contains this text store zeros instead of the written bytes.
     pub(crate) loses: Option<String>,
     /// Bytes that can still be written.
     pub(crate) room: Option<u64>,
-    /// Everything that changes something fails.
+    /// Every changing call fails.
     pub(crate) read_only: bool,
     /// Every entry shows these permission bits.
     pub(crate) mode: Option<u16>,
-    /// Names that differ in case only are one name.
+    /// Names that differ only in case are the same name.
     pub(crate) folds: bool,
-    /// The size of the filesystem is said to be zero.
+    /// The filesystem reports a size of zero.
     pub(crate) no_size: bool,
     /// No call returns.
     pub(crate) hangs: bool,
@@ -82,7 +82,7 @@ impl Shared {
     }
 }
 
-/// The mounted filesystem, taken away when dropped.
+/// The mounted filesystem, which is unmounted when dropped.
 pub(crate) struct Faulty {
     shared: Arc<Shared>,
     path: PathBuf,
@@ -90,8 +90,8 @@ pub(crate) struct Faulty {
 }
 
 impl Faulty {
-    /// Mounts one at `path` over the folder `behind`; `None`, with the reason printed, where
-    /// nothing can be mounted.
+    /// Mounts one at `path`, backed by the folder `behind`. `None` if nothing can be mounted; the
+    /// reason is printed.
     pub(crate) fn mount(path: &Path, behind: &Path) -> Option<Self> {
         fs::create_dir_all(path).unwrap();
         fs::create_dir_all(behind).unwrap();
@@ -123,13 +123,13 @@ impl Faulty {
         }
     }
 
-    /// Changes what is wrong with it.
+    /// Changes the faults.
     pub(crate) fn set(&self, change: impl FnOnce(&mut Faults)) {
         change(&mut self.shared.lock());
         self.shared.changed.notify_all();
     }
 
-    /// Nothing is wrong with it any longer.
+    /// Removes all faults.
     pub(crate) fn heal(&self) {
         self.set(|faults| {
             *faults = Faults {
@@ -139,7 +139,7 @@ impl Faulty {
         });
     }
 
-    /// How often a call was made.
+    /// The number of calls so far.
     pub(crate) fn calls(&self, op: Op) -> u64 {
         self.shared.lock().calls.get(&op).copied().unwrap_or(0)
     }
@@ -147,7 +147,7 @@ impl Faulty {
 
 impl Drop for Faulty {
     fn drop(&mut self) {
-        // Who waits for an answer cannot be killed.
+        // A process that waits for an answer cannot be killed.
         self.heal();
         let _ = rustix::mount::unmount(&self.path, rustix::mount::UnmountFlags::DETACH);
         drop(self.session.take());
@@ -167,7 +167,7 @@ struct Passed {
     files: Mutex<Files>,
 }
 
-/// The last handle, and what is open.
+/// The last handle number, and the open files.
 type Files = (u64, HashMap<u64, (File, PathBuf)>);
 
 type Answer<T> = Result<T, Errno>;
@@ -177,7 +177,7 @@ fn io<T>(result: std::io::Result<T>) -> Answer<T> {
 }
 
 impl Passed {
-    /// Waits while the filesystem hangs, and says whether this call fails.
+    /// Waits while the filesystem hangs, and returns the error if this call fails.
     fn enter(&self, op: Option<Op>, changes: bool, path: &Path) -> Answer<MutexGuard<'_, Faults>> {
         let mut faults = self.shared.lock();
         while faults.hangs {
@@ -512,7 +512,7 @@ impl Filesystem for Passed {
     ) {
         let done = self.child(parent, name).and_then(|from| {
             let to = self.child(to, new)?;
-            // The name that counts is the one that it gets.
+            // The new name decides whether the call fails.
             drop(self.enter(Some(Op::Rename), true, &to)?);
             let flags = rustix::fs::RenameFlags::from_bits_retain(flags.bits());
             rustix::fs::renameat_with(CWD, self.full(&from), CWD, self.full(&to), flags)

@@ -1,6 +1,6 @@
-//! A stand-in for Harbor: a small registry in memory that answers as Harbor does where
-//! docker-registry cannot (projects, tokens with empty actions, immutable tags), and for the rest
-//! says whatever the test scripted.
+//! A simulator of Harbor: a small registry in memory. It answers like Harbor where docker-registry
+//! behaves differently (projects, tokens with empty actions, immutable tags), and otherwise as the
+//! test has scripted.
 
 use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
@@ -23,7 +23,7 @@ use super::images::sha256;
 pub(crate) const USER: &str = "robot$operators+packhorse";
 const PASSWORD: &str = "harbor-secret";
 
-/// One request as it came.
+/// One received request.
 #[derive(Debug, Clone)]
 pub(crate) struct Seen {
     pub(crate) method: Method,
@@ -35,7 +35,7 @@ pub(crate) struct Seen {
 
 type When = Box<dyn Fn(&Seen) -> bool + Send>;
 
-/// What is answered instead of the usual, to requests that match, so many times.
+/// A scripted answer, for a number of matching requests.
 struct Rule {
     when: When,
     times: usize,
@@ -58,14 +58,14 @@ struct State {
     seen: Vec<Seen>,
 }
 
-/// The stand-in.
+/// The simulator.
 pub(crate) struct Harbor {
     state: Arc<Mutex<State>>,
     serving: Serving,
 }
 
 impl Harbor {
-    /// A Harbor with the project `operators`.
+    /// Starts a Harbor with the project `operators`.
     pub(crate) fn start() -> Self {
         let state = Arc::new(Mutex::new(State::default()));
         state
@@ -97,7 +97,7 @@ impl Harbor {
         )
     }
 
-    /// Answers matching requests so from now on, until [`Harbor::heal`].
+    /// Answers matching requests with this from now on, until [`Harbor::heal`].
     pub(crate) fn always(
         &self,
         when: impl Fn(&Seen) -> bool + Send + 'static,
@@ -107,7 +107,7 @@ impl Harbor {
         self.rule(when, usize::MAX, status, &[], body, false);
     }
 
-    /// Answers the next `times` matching requests so.
+    /// Answers the next `times` matching requests with this.
     pub(crate) fn times(
         &self,
         times: usize,
@@ -119,7 +119,7 @@ impl Harbor {
         self.rule(when, times, status, headers, body, false);
     }
 
-    /// Once, at a matching request, all tokens given out so far have expired.
+    /// At the first matching request, all tokens issued so far expire.
     pub(crate) fn expire_tokens_at(&self, when: impl Fn(&Seen) -> bool + Send + 'static) {
         let challenge = format!(
             "Bearer realm=\"http://{}/service/token\",service=\"harbor-registry\",error=\"invalid_token\"",
@@ -158,17 +158,17 @@ impl Harbor {
         });
     }
 
-    /// Forgets all rules.
+    /// Removes all rules.
     pub(crate) fn heal(&self) {
         self.state().rules.clear();
     }
 
-    /// Tags cannot be overwritten from now on.
+    /// From now on, tags cannot be overwritten.
     pub(crate) fn make_immutable(&self) {
         self.state().immutable = true;
     }
 
-    /// Puts a manifest under `repository:tag` as if somebody else had pushed it.
+    /// Stores a manifest under `repository:tag`, as if another client had pushed it.
     pub(crate) fn put_manifest(&self, reference: &str, media_type: &str, bytes: &[u8]) {
         self.state().manifests.insert(
             reference.into(),
@@ -176,7 +176,7 @@ impl Harbor {
         );
     }
 
-    /// The digest of what stands under `repository:tag`.
+    /// The digest of the manifest under `repository:tag`.
     pub(crate) fn digest(&self, reference: &str) -> Option<String> {
         self.state()
             .manifests
@@ -189,7 +189,7 @@ impl Harbor {
         self.state().projects.contains(name)
     }
 
-    /// The requests so far for which `wanted` says yes.
+    /// The requests so far that `wanted` accepts.
     pub(crate) fn seen(&self, wanted: impl Fn(&Seen) -> bool) -> Vec<Seen> {
         self.state()
             .seen
@@ -200,7 +200,7 @@ impl Harbor {
     }
 }
 
-/// Whether a request changes the registry: a blob or a manifest on its way in.
+/// Whether a request changes the registry: it uploads a blob or a manifest.
 pub(crate) fn is_push(seen: &Seen) -> bool {
     matches!(seen.method, Method::POST | Method::PATCH | Method::PUT)
         && seen.path.starts_with("/v2/")
@@ -211,7 +211,7 @@ pub(crate) fn is_manifest_put(seen: &Seen) -> bool {
     seen.method == Method::PUT && seen.path.contains("/manifests/")
 }
 
-/// Whether a request reads a manifest, or asks for it.
+/// Whether a request reads a manifest or checks that it exists.
 pub(crate) fn is_manifest_read(seen: &Seen) -> bool {
     matches!(seen.method, Method::GET | Method::HEAD) && seen.path.contains("/manifests/")
 }
@@ -352,8 +352,8 @@ fn usual(
     registry(state, address, seen, rest, &query, headers, body)
 }
 
-/// Harbor's token endpoint: 200 even for bad credentials or a missing project, with empty actions
-/// then.
+/// Harbor's token endpoint: it answers 200 even for wrong credentials or a missing project, but
+/// then with empty actions.
 fn token(state: &mut State, query: &[(String, String)], robot: bool) -> Response<Body> {
     let access: Vec<Value> = query
         .iter()

@@ -8,13 +8,13 @@ use tokio::sync::oneshot;
 
 /// A server that runs until it is dropped.
 pub(crate) struct Serving {
-    /// Where it listens.
+    /// Its address.
     pub(crate) address: SocketAddr,
     stop: Option<oneshot::Sender<()>>,
     thread: Option<thread::JoinHandle<()>>,
 }
 
-/// Serves what `router` makes, once it knows its own address, on a free port of 127.0.0.1.
+/// Serves the router that `router` creates for the server's address, on a free port of 127.0.0.1.
 pub(crate) fn serve(router: impl FnOnce(SocketAddr) -> Router) -> Serving {
     let listener = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, super::free_port()))
         .expect("bind a server");
@@ -29,7 +29,8 @@ pub(crate) fn serve(router: impl FnOnce(SocketAddr) -> Router) -> Serving {
             .expect("start a runtime");
         runtime.block_on(async {
             let listener = tokio::net::TcpListener::from_std(listener).expect("take the listener");
-            // Not graceful: a client's kept-alive connection must not hold up the end of a test.
+            // No graceful shutdown: a client's keep-alive connection must not delay the end of a
+            // test.
             tokio::select! {
                 result = async { axum::serve(listener, router).await } => result.expect("serve"),
                 _ = stopped => {}

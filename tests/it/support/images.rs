@@ -1,4 +1,5 @@
-//! Image fixtures by others' tools: umoci and skopeo. Made once, kept under the target folder.
+//! Image fixtures, made with umoci and skopeo. They are created once and kept below the target
+//! folder.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -14,21 +15,22 @@ pub(crate) fn sha256(bytes: &[u8]) -> String {
     format!("sha256:{}", hex::encode(Sha256::digest(bytes)))
 }
 
-/// Raise it when a fixture changes: the kept ones are made anew.
+/// Increase it when a fixture changes: the stored fixtures are then created again.
 const EDITION: u32 = 2;
 
-/// A fixture folder, made by `make` if no earlier run has.
+/// A fixture folder, which `make` creates unless an earlier run did.
 fn kept(name: &str, make: impl FnOnce(&Path)) -> PathBuf {
     let cache = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("fixtures-{EDITION}"));
-    std::fs::create_dir_all(&cache).expect("make the fixture folder");
+    std::fs::create_dir_all(&cache).expect("create the fixture folder");
     let folder = cache.join(name);
-    // Tests run in processes of their own: the lock keeps two from making the same.
-    let lock = File::create(cache.join(format!("{name}.lock"))).expect("make a lock file");
+    // Each test runs in its own process: the lock prevents two of them from creating the same
+    // fixture.
+    let lock = File::create(cache.join(format!("{name}.lock"))).expect("create a lock file");
     lock.lock().expect("lock a fixture");
     if !folder.exists() {
         let half = cache.join(format!("{name}.half"));
         let _ = std::fs::remove_dir_all(&half);
-        std::fs::create_dir_all(&half).expect("make a fixture's folder");
+        std::fs::create_dir_all(&half).expect("create a fixture's folder");
         make(&half);
         std::fs::rename(&half, &folder).expect("finish a fixture");
     }
@@ -78,10 +80,10 @@ fn small_root(root: &Path) {
     std::fs::hard_link(root.join("bin/busybox"), root.join("bin/ls")).expect("link");
     write(&root.join("etc/os-release"), b"ID=packhorse-test\n");
     write(&root.join("etc/配置.conf"), "名称=测试\n".as_bytes());
-    std::fs::create_dir_all(root.join("var/empty")).expect("make a folder");
+    std::fs::create_dir_all(root.join("var/empty")).expect("create a folder");
 }
 
-/// At least 100 MB of what Debian has installed on this machine, on top of the small root.
+/// At least 100 MB of Debian's files on this machine, on top of the small root.
 fn large_root(root: &Path) {
     small_root(root);
     let mut copied = 0;
@@ -102,14 +104,14 @@ fn large_root(root: &Path) {
         entries.sort();
         for entry in entries {
             let target = root.join(place.strip_prefix("/").expect("absolute"));
-            let meta = entry.symlink_metadata().expect("look at an entry");
+            let meta = entry.symlink_metadata().expect("read an entry's metadata");
             let size = if meta.is_dir() {
                 super::disk_usage(&entry)
             } else {
                 meta.len()
             };
-            // One huge folder would make the fixture slow and no better; /usr/lib itself comes
-            // after its parts.
+            // A single huge folder would only make the fixture slow. /usr/lib itself comes after
+            // its parts.
             if size > 30 << 20
                 || target
                     .join(entry.file_name().expect("it has a name"))
@@ -117,7 +119,7 @@ fn large_root(root: &Path) {
             {
                 continue;
             }
-            std::fs::create_dir_all(&target).expect("make a folder");
+            std::fs::create_dir_all(&target).expect("create a folder");
             tool("cp", &["-a", text(&entry), text(&target)]);
             copied += size;
             if copied > 120 << 20 {
@@ -128,7 +130,7 @@ fn large_root(root: &Path) {
     panic!("only {copied} bytes of system files were found for the base image");
 }
 
-/// Puts a folder on top of an image as one layer, under a new tag.
+/// Adds a folder to an image as one layer, under a new tag.
 fn add_layer(layout: &Path, from: &str, to: &str, folder: &Path, at: &str) {
     umoci(&["tag", "--image", &format!("{}:{from}", text(layout)), to]);
     insert(&format!("{}:{to}", text(layout)), folder, at);
@@ -149,7 +151,7 @@ fn rootless() -> &'static [&'static str] {
     }
 }
 
-/// Starts a layout with one tag, `base`, that holds this root.
+/// Creates a layout with one tag, `base`, whose image has this root.
 fn new_layout(layout: &Path, root: &Path, architecture: &str) {
     umoci(&["init", "--layout", text(layout)]);
     let image = format!("{}:base", text(layout));
@@ -168,7 +170,7 @@ fn new_layout(layout: &Path, root: &Path, architecture: &str) {
     insert(&image, root, "/");
 }
 
-/// What an operator image of version `n` has on top of its base.
+/// The files that an operator image of version `n` has on top of its base.
 fn app(folder: &Path, n: u32) {
     write(
         &folder.join("run.sh"),
@@ -181,8 +183,8 @@ fn app(folder: &Path, n: u32) {
     );
 }
 
-/// Two versions of an operator image on one base of over 100 MB, as OCI archives. The folder holds
-/// `v1.tar`, `v2.tar`, and `app1`, `app2`: what `/app` of each must hold.
+/// Two versions of an operator image on one base of over 100 MB, as OCI archives. The folder has
+/// `v1.tar`, `v2.tar`, and `app1`, `app2`: the expected content of `/app` of each.
 pub(crate) fn large() -> PathBuf {
     kept("large", |dir| {
         let layout = dir.join("layout");
@@ -209,10 +211,10 @@ pub(crate) fn large() -> PathBuf {
     })
 }
 
-/// One small image in every form. The folder holds `layout` (an OCI layout with the tag `v1`),
+/// One small image in every form. The folder has `layout` (an OCI layout with the tag `v1`),
 /// `oci.tar`, `docker.tar` (`docker save`), `docker.tar.gz`, `oci.tar.zst`, `zstd` (a layout whose
 /// layers are zstd), `two` (an index of two platforms), `absent` (an index that lists a platform
-/// whose blobs are not there), and `root` with what `/` of all must hold.
+/// whose blobs are missing), and `root` with the expected content of `/` of all.
 pub(crate) fn small() -> PathBuf {
     kept("small", |dir| {
         let (root, layout) = (dir.join("root"), dir.join("layout"));
@@ -256,7 +258,7 @@ pub(crate) fn small() -> PathBuf {
 fn compress_zstd(from: &Path, to: &Path) {
     let (mut from, to) = (
         File::open(from).expect("open a fixture"),
-        File::create(to).expect("make a fixture"),
+        File::create(to).expect("create a fixture"),
     );
     zstd::stream::copy_encode(&mut from, to, 3).expect("compress a fixture");
 }
@@ -273,7 +275,7 @@ pub(crate) fn blob(layout: &Path, digest: &str) -> PathBuf {
         .join(digest.strip_prefix("sha256:").expect("a sha256 digest"))
 }
 
-/// Puts bytes into a layout as a blob: their descriptor.
+/// Adds bytes to a layout as a blob. Returns their descriptor.
 pub(crate) fn put_blob(layout: &Path, media_type: &str, bytes: &[u8]) -> Value {
     let digest = sha256(bytes);
     write(&blob(layout, &digest), bytes);
@@ -318,7 +320,7 @@ fn two_platforms(first: &Path, second: &Path, target: &Path) {
     set_top(target, descriptor);
 }
 
-/// Takes away all blobs that only this platform needs: what the containerd store exports.
+/// Removes all blobs that only this platform needs, as the export of the containerd store does.
 fn remove_platform(layout: &Path, architecture: &str) {
     let index = read_json(&blob(
         layout,
@@ -347,12 +349,12 @@ fn remove_platform(layout: &Path, architecture: &str) {
         .flat_map(digests)
         .filter(|d| !kept.contains(d))
     {
-        // Two layers of one content are one blob.
+        // Two layers with the same content are one blob.
         let _ = std::fs::remove_file(blob(layout, &digest));
     }
 }
 
-/// Unpacks one image of an OCI layout by umoci, and returns its root folder.
+/// Unpacks one image of an OCI layout with umoci, and returns its root folder.
 pub(crate) fn unpack(layout: &Path, tag: &str, bundle: &Path) -> PathBuf {
     let image = format!("{}:{tag}", text(layout));
     let mut args = vec!["unpack"];

@@ -1,4 +1,4 @@
-//! Label files of every format, written from one list of boxes, and the rows that must come out.
+//! Label files of every format, written from one list of boxes, and the expected rows.
 
 use std::path::Path;
 
@@ -8,7 +8,7 @@ use serde_json::{Map, Value, json};
 use super::data::{Photo, rng, write};
 use super::postgres::{Postgres, sqlite_rows};
 
-/// The classes of all label fixtures, with the ids that COCO gives them.
+/// The classes of all label fixtures, with their COCO ids.
 pub(crate) const CLASSES: [(i64, &str); 3] = [(3, "划伤"), (7, "particle"), (20, "mura")];
 
 /// One box.
@@ -21,7 +21,7 @@ pub(crate) struct Mark {
     pub(crate) y: f64,
     pub(crate) w: f64,
     pub(crate) h: f64,
-    /// Whether it has a polygon beside the box.
+    /// Whether it has a polygon in addition to the box.
     pub(crate) polygon: bool,
 }
 
@@ -98,7 +98,7 @@ pub(crate) fn write_json(path: &Path, document: &Value) {
     write(path, document.to_string().as_bytes());
 }
 
-/// A CSV with a header, one line a box.
+/// A CSV with a header, one line for each box.
 pub(crate) fn csv(marks: &[Mark]) -> String {
     let mut text = String::from("sample_path,class,x,y,w,h\n");
     for m in marks {
@@ -118,7 +118,7 @@ pub(crate) fn jsonl(marks: &[Mark]) -> String {
     marks.iter().map(line).collect()
 }
 
-/// A Label Studio export: percent of the image.
+/// A Label Studio export: coordinates are percent of the image.
 pub(crate) fn label_studio(photos: &[Photo], marks: &[Mark]) -> Value {
     let tasks = photos.iter().enumerate().map(|(i, photo)| {
         let (width, height) = (f64::from(photo.width), f64::from(photo.height));
@@ -142,7 +142,7 @@ pub(crate) fn label_studio(photos: &[Photo], marks: &[Mark]) -> Value {
     Value::Array(tasks.collect())
 }
 
-/// A Pascal VOC folder: one XML an image, corners, the first pixel is 1.
+/// A Pascal VOC folder: one XML for each image; corners; the first pixel is 1.
 pub(crate) fn voc(root: &Path, photos: &[Photo], marks: &[Mark]) {
     for photo in photos {
         let objects: String = marks
@@ -178,8 +178,7 @@ pub(crate) fn voc(root: &Path, photos: &[Photo], marks: &[Mark]) {
     }
 }
 
-/// A YOLO folder with its images: centre and size as parts of one, the class by its line in the
-/// names.
+/// A YOLO folder with its images: centre and size as fractions, the class by its line in the names.
 pub(crate) fn yolo(root: &Path, dataset: &Path, photos: &[Photo], marks: &[Mark], names: bool) {
     for photo in photos {
         let (width, height) = (f64::from(photo.width), f64::from(photo.height));
@@ -218,7 +217,7 @@ pub(crate) fn yolo(root: &Path, dataset: &Path, photos: &[Photo], marks: &[Mark]
     }
 }
 
-/// One row of the views, as tests compare it.
+/// One row of the views, in the form that tests compare.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Row {
     pub(crate) label_set: String,
@@ -228,14 +227,14 @@ pub(crate) struct Row {
     pub(crate) class: String,
     pub(crate) kind: String,
     pub(crate) bbox: [f64; 4],
-    /// The exact shape, as JSON; null where there is none.
+    /// The exact shape, as JSON; null: none.
     pub(crate) geom: Value,
-    /// Attributes, likewise.
+    /// Attributes, as JSON; null: none.
     pub(crate) attrs: Value,
     pub(crate) raw: Value,
 }
 
-/// What of a COCO annotation has a column of its own; the rest are attributes.
+/// The fields of a COCO annotation that have their own column; the other fields are attributes.
 const COCO_COLUMNS: [&str; 6] = [
     "id",
     "image_id",
@@ -262,7 +261,7 @@ fn coco_attrs(annotation: &Value) -> Value {
     }
 }
 
-/// The rows that a COCO document about a dataset must give as this version of a set
+/// The rows that a COCO document for a dataset must lead to as this version of a set
 /// (`set:version`), in the views' order of samples and boxes.
 pub(crate) fn coco_rows(
     document: &Value,
@@ -308,7 +307,7 @@ fn sort(rows: &mut [Row]) {
     });
 }
 
-/// Where a site's labels are read.
+/// The database of a site's labels.
 pub(crate) enum Reader<'a> {
     /// A database of a PostgreSQL.
     Postgres(&'a Postgres, &'a str),
@@ -317,7 +316,7 @@ pub(crate) enum Reader<'a> {
 }
 
 impl Reader<'_> {
-    /// What a query over `annotations` or `current_annotations` gives; `{}` in it stands for the
+    /// The result of a query over `annotations` or `current_annotations`; `{}` in it stands for the
     /// schema.
     #[track_caller]
     pub(crate) fn query(&self, sql: &str) -> Vec<Value> {
@@ -329,7 +328,7 @@ impl Reader<'_> {
         }
     }
 
-    /// The rows of one version by the view of all versions.
+    /// The rows of one version, from the view of all versions.
     #[track_caller]
     pub(crate) fn version(&self, set: &str, version: &str) -> Vec<Row> {
         self.rows(&format!(
@@ -357,7 +356,7 @@ impl Reader<'_> {
     }
 }
 
-/// JSON columns come as JSON from PostgreSQL and as text from SQLite.
+/// PostgreSQL returns JSON columns as JSON, SQLite as text.
 fn embedded(value: &Value) -> Value {
     match value {
         Value::String(text) => serde_json::from_str(text).unwrap_or_else(|_| value.clone()),
@@ -395,7 +394,8 @@ fn row(value: &Value) -> Row {
     }
 }
 
-/// Checks that rows are these boxes, to a tolerance in pixels (formats count pixels differently).
+/// Checks that rows equal these boxes, with a tolerance in pixels (formats count pixels
+/// differently).
 #[track_caller]
 pub(crate) fn assert_boxes(
     rows: &[Row],
@@ -420,7 +420,7 @@ pub(crate) fn assert_boxes(
         });
         let Some(found) = found else {
             let near: Vec<_> = left.iter().filter(|row| row.sample_path == path).collect();
-            panic!("no row for {mark:?}; of its sample there are {near:#?}");
+            panic!("no row for {mark:?}; its sample has {near:#?}");
         };
         left.remove(found);
     }

@@ -1,4 +1,4 @@
-//! The line between a site and the hub: forwards UDP and TCP on one port, counts, slows down and
+//! A proxy between a site and the hub: forwards UDP and TCP on one port, counts, throttles and
 //! cuts.
 
 use std::collections::HashMap;
@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use super::free_port;
 
-/// How long a socket of the line waits before it looks whether it is still wanted.
+/// How long a socket of the proxy waits before it checks whether it is still needed.
 const TICK: Duration = Duration::from_millis(100);
 
 #[derive(Default)]
@@ -19,32 +19,32 @@ struct State {
     closed: AtomicBool,
     cut: AtomicBool,
     no_udp: AtomicBool,
-    /// Bytes a second towards the site; 0 is as fast as it goes.
+    /// Bytes per second to the site; 0: unlimited.
     rate: AtomicU64,
-    /// The same towards the hub.
+    /// The same to the hub.
     rate_up: AtomicU64,
-    /// How many bytes in all go towards the site before the rest is held back; 0 is no limit.
+    /// The total bytes to the site before the proxy holds the rest back; 0: no limit.
     hold_at: AtomicU64,
-    /// The same towards the hub.
+    /// The same to the hub.
     hold_up_at: AtomicU64,
-    /// Bytes towards the site.
+    /// Bytes forwarded to the site.
     down: AtomicU64,
-    /// Bytes towards the hub.
+    /// Bytes forwarded to the hub.
     up: AtomicU64,
-    /// When the line towards the site is free again; what makes all flows share one rate.
+    /// When the next bytes may go to the site. All flows share this value, and so one rate.
     free_at: Mutex<Option<Instant>>,
     free_at_up: Mutex<Option<Instant>>,
     tcp: Mutex<Vec<TcpStream>>,
 }
 
 impl State {
-    /// Waits for the line's turn to carry so many bytes towards the site.
+    /// Waits until so many bytes may go to the site.
     fn pace(&self, bytes: usize) {
         self.hold(bytes, &self.hold_at, &self.down);
         Self::wait(bytes, &self.rate, &self.free_at);
     }
 
-    /// The same towards the hub.
+    /// The same to the hub.
     fn pace_up(&self, bytes: usize) {
         self.hold(bytes, &self.hold_up_at, &self.up);
         Self::wait(bytes, &self.rate_up, &self.free_at_up);
@@ -71,7 +71,7 @@ impl State {
             let begin = free_at.map_or(now, |t| t.max(now));
             *free_at.insert(begin + Duration::from_nanos(bytes as u64 * 1_000_000_000 / rate))
         };
-        // A short debt is left standing: the sleep would be longer than it.
+        // A short wait is skipped, because the sleep would last longer.
         if until > now + Duration::from_millis(2) {
             thread::sleep(until - now);
         }
@@ -90,19 +90,19 @@ impl State {
     }
 }
 
-/// A line to a hub. Sites dial its [`Line::address`].
+/// A proxy to a hub. Sites connect to its [`Line::address`].
 pub(crate) struct Line {
     address: SocketAddr,
     state: Arc<State>,
 }
 
 impl Line {
-    /// A line that ends at `hub`.
+    /// Starts a proxy to `hub`.
     pub(crate) fn to(hub: SocketAddr) -> Self {
         let address = SocketAddr::from((Ipv4Addr::LOCALHOST, free_port()));
         let state = Arc::new(State::default());
-        let udp = UdpSocket::bind(address).expect("bind the line's UDP port");
-        let tcp = TcpListener::bind(address).expect("bind the line's TCP port");
+        let udp = UdpSocket::bind(address).expect("bind the proxy's UDP port");
+        let tcp = TcpListener::bind(address).expect("bind the proxy's TCP port");
         thread::spawn({
             let state = Arc::clone(&state);
             move || carry_udp(&udp, hub, &state)
@@ -114,73 +114,73 @@ impl Line {
         Self { address, state }
     }
 
-    /// Where sites dial.
+    /// The address for sites.
     pub(crate) fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// Sets the bytes a second towards the site; 0 is as fast as it goes.
+    /// Sets the bytes per second to the site; 0: unlimited.
     pub(crate) fn throttle(&self, bytes_per_second: u64) {
         self.state.rate.store(bytes_per_second, Ordering::Relaxed);
     }
 
-    /// Sets the bytes a second towards the hub; 0 is as fast as it goes.
+    /// Sets the bytes per second to the hub; 0: unlimited.
     pub(crate) fn throttle_up(&self, bytes_per_second: u64) {
         self.state
             .rate_up
             .store(bytes_per_second, Ordering::Relaxed);
     }
 
-    /// Carries this many bytes towards the site, counted from the line's begin, and holds the rest
-    /// back until told another number; 0 holds nothing back. Where both ends find the line silent
-    /// for half a minute, they give it up.
+    /// Forwards this many bytes to the site, counted from the start of the proxy, and holds the
+    /// rest back until the number is changed; 0 holds nothing back. Both ends close a connection
+    /// that is silent for half a minute.
     pub(crate) fn hold_at(&self, bytes: u64) {
         self.state.hold_at.store(bytes, Ordering::Relaxed);
     }
 
-    /// The same towards the hub.
+    /// The same to the hub.
     pub(crate) fn hold_up_at(&self, bytes: u64) {
         self.state.hold_up_at.store(bytes, Ordering::Relaxed);
     }
 
-    /// Drops everything, both ways, without telling anybody: a cable pulled.
+    /// Drops all packets in both directions, like a pulled cable.
     pub(crate) fn cut(&self) {
         self.state.cut.store(true, Ordering::Relaxed);
     }
 
-    /// Drops UDP from now on and carries TCP, as many firewalls do; or carries both again.
+    /// Drops UDP from now on and forwards TCP, as many firewalls do; or forwards both again.
     pub(crate) fn block_udp(&self, blocked: bool) {
         self.state.no_udp.store(blocked, Ordering::Relaxed);
     }
 
-    /// Carries again.
+    /// Forwards again.
     pub(crate) fn mend(&self) {
         self.state.cut.store(false, Ordering::Relaxed);
     }
 
-    /// Bytes carried towards the site so far.
+    /// Bytes forwarded to the site so far.
     pub(crate) fn down(&self) -> u64 {
         self.state.down.load(Ordering::Relaxed)
     }
 
-    /// Bytes carried both ways so far.
+    /// Bytes forwarded in both directions so far.
     pub(crate) fn carried(&self) -> u64 {
         self.up() + self.down()
     }
 
-    /// Waits until a whole second carries less towards the site than a transfer would.
+    /// Waits until the bytes to the site within a second are fewer than those of a transfer.
     #[track_caller]
     pub(crate) fn wait_quiet(&self, limit: Duration) {
         wait_quiet(limit, || self.down());
     }
 
-    /// The same towards the hub.
+    /// The same to the hub.
     #[track_caller]
     pub(crate) fn wait_quiet_up(&self, limit: Duration) {
         wait_quiet(limit, || self.up());
     }
 
-    /// Bytes carried towards the hub so far.
+    /// Bytes forwarded to the hub so far.
     pub(crate) fn up(&self) -> u64 {
         self.state.up.load(Ordering::Relaxed)
     }
@@ -189,7 +189,7 @@ impl Line {
 #[track_caller]
 fn wait_quiet(limit: Duration, carried: impl Fn() -> u64) {
     let mut since = (Instant::now(), carried());
-    super::wait_for("the line is quiet for a second", limit, || {
+    super::wait_for("the connection is quiet for a second", limit, || {
         if carried() > since.1 + 50_000 {
             since = (Instant::now(), carried());
         }
@@ -210,7 +210,7 @@ fn carry_udp(socket: &UdpSocket, hub: SocketAddr, state: &Arc<State>) {
     socket
         .set_read_timeout(Some(TICK))
         .expect("set a read timeout");
-    // One socket towards the hub for each peer, so that the hub tells them apart.
+    // One socket to the hub for each peer, so that the hub can distinguish them.
     let mut peers: HashMap<SocketAddr, UdpSocket> = HashMap::new();
     let mut datagram = vec![0; 65_536];
     while !state.closed() {
@@ -222,7 +222,7 @@ fn carry_udp(socket: &UdpSocket, hub: SocketAddr, state: &Arc<State>) {
         }
         let upstream = peers.entry(peer).or_insert_with(|| {
             let upstream =
-                UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).expect("bind a socket towards the hub");
+                UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).expect("bind a socket to the hub");
             upstream.connect(hub).expect("connect it");
             upstream
                 .set_read_timeout(Some(TICK))
@@ -261,7 +261,7 @@ fn carry_tcp(listener: &TcpListener, hub: SocketAddr, state: &Arc<State>) {
             continue;
         };
         if state.cut() {
-            // Accepted by the kernel already; all that is left is never to answer.
+            // The kernel has already accepted the connection; the proxy can only leave it unanswered.
             state.tcp.lock().expect("no holder panics").push(site);
             continue;
         }
@@ -293,7 +293,7 @@ fn carry_tcp(listener: &TcpListener, hub: SocketAddr, state: &Arc<State>) {
 fn pump(mut from: TcpStream, mut to: TcpStream, towards_site: bool, state: &State) {
     let mut buffer = vec![0; 16_384];
     while let Ok(len) = from.read(&mut buffer) {
-        // A cut line holds the bytes back; TCP would send them again when it is mended.
+        // A cut proxy holds the bytes back; TCP would send them again after the cut.
         while state.cut() && !state.closed() {
             thread::sleep(TICK);
         }

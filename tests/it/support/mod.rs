@@ -1,4 +1,4 @@
-//! What the tests stand on: processes, servers, fixtures, and waiting with a deadline.
+//! Support for the tests: processes, servers, fixtures, and waiting with a deadline.
 
 pub(crate) mod command;
 pub(crate) mod daemon;
@@ -31,7 +31,7 @@ pub(crate) fn secs(n: u64) -> Duration {
     Duration::from_secs(n)
 }
 
-/// Looks every 50 ms until `look` finds something; panics with `what` once `limit` has passed.
+/// Calls `look` every 50 ms until it returns a value; panics with `what` after `limit`.
 pub(crate) fn wait_for<T>(what: &str, limit: Duration, mut look: impl FnMut() -> Option<T>) -> T {
     let deadline = Instant::now() + limit;
     loop {
@@ -46,13 +46,13 @@ pub(crate) fn wait_for<T>(what: &str, limit: Duration, mut look: impl FnMut() ->
     }
 }
 
-/// A test's hard time limit: dropped in time it does nothing, else it prints every log and ends the
-/// process.
+/// A test's hard time limit. If it is dropped in time it does nothing, otherwise it prints every
+/// log and ends the process.
 pub(crate) struct Limit {
     _done: SyncSender<()>,
 }
 
-/// Ends the process if the value returned still lives after `limit`. The first line of every test.
+/// Ends the process if the returned value still exists after `limit`. The first line of every test.
 pub(crate) fn limit(limit: Duration) -> Limit {
     let (done, watch) = sync_channel::<()>(0);
     let test = thread::current().name().unwrap_or("a test").to_owned();
@@ -66,11 +66,10 @@ pub(crate) fn limit(limit: Duration) -> Limit {
     Limit { _done: done }
 }
 
-/// The log files of all servers and daemons started in this process, for the moment something
-/// fails.
+/// The log files of all servers and daemons of this process, which are printed when a test fails.
 static LOGS: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
 
-/// Has this log printed when its test fails.
+/// Prints this log if its test fails.
 pub(crate) fn register_log(path: &Path) {
     let mut logs = LOGS.lock().unwrap_or_else(PoisonError::into_inner);
     if !logs.iter().any(|p| p == path) {
@@ -96,8 +95,8 @@ fn print_logs(wanted: impl Fn(&Path) -> bool) {
     }
 }
 
-/// A folder for one test, removed with everything in it. Declare it before the processes that work
-/// in it: when the test fails, it prints their logs first.
+/// A folder for one test, which is removed with its content. Declare it before the processes that
+/// work in it: if the test fails, it first prints their logs.
 pub(crate) struct Scratch {
     dir: tempfile::TempDir,
 }
@@ -108,7 +107,7 @@ impl Scratch {
         let dir = tempfile::Builder::new()
             .prefix("packhorse-it-")
             .tempdir()
-            .expect("make a folder for the test");
+            .expect("create a folder for the test");
         std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o755))
             .expect("open the folder to all");
         Self { dir }
@@ -127,7 +126,7 @@ impl Scratch {
     /// A new folder inside it.
     pub(crate) fn folder(&self, name: &str) -> PathBuf {
         let path = self.join(name);
-        std::fs::create_dir_all(&path).expect("make a folder");
+        std::fs::create_dir_all(&path).expect("create a folder");
         path
     }
 }
@@ -140,9 +139,10 @@ impl Drop for Scratch {
     }
 }
 
-/// A port on 127.0.0.1 that is free for TCP and UDP now, and that no outgoing connection will take.
+/// A port on 127.0.0.1 that is free for TCP and UDP now, and that the kernel does not use for
+/// outgoing connections.
 pub(crate) fn free_port() -> u16 {
-    // Linux takes the ports of outgoing connections from 32768 upwards.
+    // Linux uses ports from 32768 upwards for outgoing connections.
     for _ in 0..1000 {
         let port = rand::rng().random_range(12_000..32_000);
         if TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok()
@@ -154,12 +154,12 @@ pub(crate) fn free_port() -> u16 {
     panic!("no free port on 127.0.0.1");
 }
 
-/// Whether this runs as root, which mounts and other users need.
+/// Whether this runs as root, which is required for mounts and for other users.
 pub(crate) fn is_root() -> bool {
     rustix::process::geteuid().is_root()
 }
 
-/// Says that a test could not test anything here, and why. `scripts/test` collects it for its
+/// Reports that a test cannot run here, and why. `scripts/test` collects these reports for its
 /// totals.
 pub(crate) fn skipped(why: &str) {
     let test = thread::current().name().unwrap_or("a test").to_owned();
@@ -170,11 +170,11 @@ pub(crate) fn skipped(why: &str) {
             .append(true)
             .open(list)
             .expect("open the list of skipped tests");
-        writeln!(file, "{test}: {why}").expect("note a skipped test");
+        writeln!(file, "{test}: {why}").expect("record a skipped test");
     }
 }
 
-/// Bytes of all regular files under a folder.
+/// The total size of all regular files below a folder.
 pub(crate) fn disk_usage(dir: &Path) -> u64 {
     let Ok(entries) = std::fs::read_dir(dir) else {
         return 0;
@@ -189,7 +189,7 @@ pub(crate) fn disk_usage(dir: &Path) -> u64 {
         .sum()
 }
 
-/// Every path under a folder for which `wanted` says yes.
+/// Every path below a folder that `wanted` accepts.
 pub(crate) fn find(dir: &Path, wanted: &dyn Fn(&Path) -> bool) -> Vec<PathBuf> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {

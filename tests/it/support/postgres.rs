@@ -1,4 +1,4 @@
-//! A PostgreSQL of a test's own: a fresh cluster on a free port, with a database for labels.
+//! A PostgreSQL for one test: a new cluster on a free port, with a database for labels.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -14,7 +14,7 @@ use super::{Scratch, free_port, is_root, register_log, secs, tool_user, wait_for
 pub(crate) const ROLE: &str = "packhorse";
 const PASSWORD: &str = "läb els'\"9";
 
-/// What the sessions of [`Postgres::hold`] call themselves.
+/// The application name of the sessions of [`Postgres::hold`].
 pub(crate) const HOLDER: &str = "night job";
 
 /// A running (or stopped) server.
@@ -39,7 +39,7 @@ fn programs() -> PathBuf {
         .expect("a PostgreSQL with initdb (scripts/test installs it)")
 }
 
-/// A server program, run as the user that may: PostgreSQL refuses root.
+/// A server program, run as a user that may run it: PostgreSQL refuses root.
 fn server(program: &str) -> Command {
     let path = programs().join(program);
     if is_root() {
@@ -51,8 +51,8 @@ fn server(program: &str) -> Command {
 }
 
 impl Postgres {
-    /// A new cluster, started, with the database `labels` owned by [`ROLE`]. Another
-    /// is one [`Postgres::create_database`] away.
+    /// Starts a new cluster with the database `labels`, which [`ROLE`] owns.
+    /// [`Postgres::create_database`] adds another.
     pub(crate) fn start_new(scratch: &Scratch) -> Self {
         let dir = scratch.folder("postgres");
         if is_root() {
@@ -99,7 +99,7 @@ impl Postgres {
         self.query("postgres", &format!("CREATE DATABASE {name} OWNER {ROLE}"));
     }
 
-    /// Starts it and waits until it answers.
+    /// Starts it, and waits until it answers.
     pub(crate) fn start(&mut self) {
         let log = File::options()
             .create(true)
@@ -156,14 +156,14 @@ impl Postgres {
         )
     }
 
-    /// Runs a statement as the cluster's owner; its rows, unaligned.
+    /// Runs a statement as the cluster's owner. Returns its rows, unaligned.
     #[track_caller]
     pub(crate) fn query(&self, database: &str, sql: &str) -> String {
         self.psql(database, sql).expect(0).out
     }
 
-    /// A session that runs a statement in a transaction and leaves it open, as `night job`, until
-    /// [`Postgres::let_go`].
+    /// Starts a session that runs a statement in a transaction and leaves it open, as `night job`,
+    /// until [`Postgres::let_go`].
     pub(crate) fn hold(&self, database: &str, sql: &str) -> Child {
         let mut psql = bound("psql");
         psql.env("PGAPPNAME", HOLDER)
@@ -222,7 +222,7 @@ impl Postgres {
 impl Drop for Postgres {
     fn drop(&mut self) {
         if let Some(mut child) = self.child.take() {
-            // SIGQUIT ends the children as well; SIGKILL would leave them to notice.
+            // SIGQUIT also ends the children; SIGKILL would leave them running for a while.
             let _ = kill_process(Pid::from_child(&child), Signal::QUIT);
             if wait(&mut child, secs(10)).is_none() {
                 let _ = child.kill();
@@ -232,8 +232,8 @@ impl Drop for Postgres {
     }
 }
 
-/// The rows of a query on a SQLite file, each as a JSON object: by Python, so that it is not our
-/// own code that reads.
+/// The rows of a query on a SQLite file, each as a JSON object. Python reads them, so that the test
+/// does not depend on packhorse's own code.
 #[track_caller]
 pub(crate) fn sqlite_rows(file: &Path, sql: &str) -> Vec<Value> {
     const SCRIPT: &str = "

@@ -1,5 +1,5 @@
-//! Debian's docker-registry, with a password file (Basic) or with a token server (Bearer) as Harbor
-//! has it.
+//! Debian's docker-registry, with a password file (Basic) or with a token server (Bearer) like
+//! Harbor's.
 
 use std::fs::File;
 use std::net::SocketAddr;
@@ -40,7 +40,7 @@ pub(crate) struct Registry {
 }
 
 impl Registry {
-    /// A registry with a password file.
+    /// Starts a registry with a password file.
     pub(crate) fn basic(scratch: &Scratch, name: &str) -> Self {
         let htpasswd = scratch.join(&format!("{name}.htpasswd"));
         std::fs::write(&htpasswd, tool("htpasswd", &["-Bbn", USER, PASSWORD]))
@@ -52,7 +52,7 @@ impl Registry {
         Self::start_new(scratch, name, &auth, None)
     }
 
-    /// A registry that trusts a token server, which is started with it.
+    /// Starts a registry and the token server that it trusts.
     pub(crate) fn bearer(scratch: &Scratch, name: &str) -> Self {
         let signer = Arc::new(Signer::new());
         let bundle = scratch.join(&format!("{name}-tokens.pem"));
@@ -119,7 +119,7 @@ impl Registry {
     pub(crate) fn sink(&self, scratch: &Scratch) -> String {
         let file = scratch.join(&format!("{}-password", self.name));
         std::fs::write(&file, PASSWORD).expect("write the password");
-        // The token service has a port of its own.
+        // The token service has its own port.
         let tokens = self
             .tokens
             .as_ref()
@@ -161,15 +161,15 @@ impl Registry {
         )
     }
 
-    /// The `sha256:` digest of what a reference (`repo:tag`) holds, computed from the bytes that
-    /// the registry gives.
+    /// The `sha256:` digest of the manifest of a reference (`repo:tag`), computed from the
+    /// registry's answer.
     #[track_caller]
     pub(crate) fn digest(&self, reference: &str) -> String {
         let raw = self.skopeo("inspect", &["--raw", &format!("{{}}/{reference}")]);
         super::images::sha256(raw.as_bytes())
     }
 
-    /// Copies an image into the registry by skopeo, from any skopeo source.
+    /// Copies an image into the registry with skopeo, from any skopeo source.
     #[track_caller]
     pub(crate) fn push(&self, source: &str, reference: &str) {
         let credentials = format!("{USER}:{PASSWORD}");
@@ -198,7 +198,7 @@ impl Drop for Registry {
     }
 }
 
-/// What signs the tokens: a P-256 key and its self-signed certificate, which the registry has as
+/// The signer of the tokens: a P-256 key and its self-signed certificate, which the registry has as
 /// its root.
 struct Signer {
     key: EcdsaKeyPair,
@@ -209,7 +209,8 @@ struct Signer {
 
 impl Signer {
     fn new() -> Self {
-        let key = rcgen::KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256).expect("make a key");
+        let key =
+            rcgen::KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256).expect("create a key");
         let params = rcgen::CertificateParams::new(vec!["token.test".to_owned()])
             .expect("a certificate for a name");
         let certificate = params.self_signed(&key).expect("sign the certificate");
@@ -275,7 +276,7 @@ fn answer_token(signer: &Signer, query: Option<&str>, headers: &HeaderMap) -> Re
         .filter(|(name, _)| name == "scope")
         .flat_map(|(_, value)| value.split(' ').map(ToOwned::to_owned).collect::<Vec<_>>())
         .filter_map(|scope| {
-            // The name may hold colons of its own (host:port), so the ends are cut off first.
+            // The name may contain colons (host:port), so the ends are split off first.
             let (kind, rest) = scope.split_once(':')?;
             let (name, actions) = rest.rsplit_once(':')?;
             Some(json!({ "type": kind, "name": name, "actions": actions.split(',').collect::<Vec<_>>() }))

@@ -1,10 +1,10 @@
-//! Folders compared: names, kinds, permission bits, link targets, bytes.
+//! Compares folders: names, kinds, permission bits, link targets, bytes.
 
 use std::collections::BTreeMap;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
-/// What stands at a path.
+/// The entry at a path.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Node {
     /// A folder with its mode.
@@ -15,7 +15,7 @@ pub(crate) enum Node {
     File(u32, u64, blake3::Hash),
 }
 
-/// Everything under a folder, by relative path, without the folder itself.
+/// All entries below a folder, by relative path, without the folder itself.
 pub(crate) fn read(root: &Path) -> BTreeMap<PathBuf, Node> {
     let mut nodes = BTreeMap::new();
     walk(root, Path::new(""), &mut nodes);
@@ -29,7 +29,7 @@ fn walk(root: &Path, inside: &Path, nodes: &mut BTreeMap<PathBuf, Node>) {
     for entry in entries {
         let entry = entry.expect("read a folder");
         let path = inside.join(entry.file_name());
-        let meta = entry.metadata().expect("look at an entry");
+        let meta = entry.metadata().expect("read an entry's metadata");
         let mode = meta.permissions().mode() & 0o7777;
         let node = if meta.is_dir() {
             walk(root, &path, nodes);
@@ -46,7 +46,7 @@ fn walk(root: &Path, inside: &Path, nodes: &mut BTreeMap<PathBuf, Node>) {
     }
 }
 
-/// Checks that two folders hold the same; lists the differences when they do not.
+/// Checks that two folders have the same content; lists the differences otherwise.
 #[track_caller]
 pub(crate) fn assert_same(expected: &Path, found: &Path) {
     let (left, right) = (read(expected), read(found));
@@ -70,7 +70,7 @@ pub(crate) fn assert_same(expected: &Path, found: &Path) {
         right
             .keys()
             .filter(|p| !left.contains_key(*p))
-            .map(|p| format!("too much: {}", p.display())),
+            .map(|p| format!("additional: {}", p.display())),
     );
     differences.truncate(20);
     assert!(

@@ -1,5 +1,5 @@
-//! Artifacts that nobody checked: manifests written byte by byte, and frames whose fields need not
-//! fit.
+//! Artifacts without any checks: manifests that are written byte by byte, and frames with
+//! inconsistent fields.
 
 use std::collections::HashMap;
 
@@ -25,7 +25,7 @@ fn text(out: &mut Vec<u8>, bytes: &[u8]) {
     out.extend_from_slice(bytes);
 }
 
-/// A page of entries. Nothing is checked: paths may be absolute, out of order or no UTF-8.
+/// A page of entries, without checks: paths may be absolute, out of order or not UTF-8.
 pub(crate) struct EntryPage {
     bytes: Vec<u8>,
     chunks: Vec<Hash>,
@@ -91,7 +91,7 @@ impl EntryPage {
         self
     }
 
-    /// Any bytes at its end.
+    /// Appends any bytes.
     pub(crate) fn raw(mut self, bytes: &[u8]) -> Self {
         self.bytes.extend_from_slice(bytes);
         self
@@ -128,18 +128,18 @@ impl IndexPage {
     }
 }
 
-/// An artifact as a hostile origin gives it out.
+/// An artifact as a hostile origin sends it.
 #[derive(Clone)]
 pub(crate) struct Artifact {
     root: Value,
-    /// What each page or chunk is, by the name under which it is given out.
+    /// The frame of each page or chunk, by the hash under which it is sent.
     frames: HashMap<Hash, Vec<u8>>,
     children: HashMap<Hash, Vec<Hash>>,
     listed: Vec<Hash>,
 }
 
 impl Artifact {
-    /// One with no pages yet, and with totals of nothing.
+    /// An artifact without pages, whose totals are zero.
     pub(crate) fn new(kind: &str) -> Self {
         let root = json!({
             "format": 1, "kind": kind, "info": {"is": "files"},
@@ -155,7 +155,7 @@ impl Artifact {
         }
     }
 
-    /// An honest artifact of these files (paths in the manifest's order).
+    /// A valid artifact of these files (paths in the manifest's order).
     pub(crate) fn of_files(kind: &str, files: &[(&str, &[u8])]) -> Self {
         let (mut artifact, mut page) = (Self::new(kind), EntryPage::new());
         for (path, content) in files {
@@ -182,19 +182,19 @@ impl Artifact {
         self.root[field] = value;
     }
 
-    /// Has it give out these bytes under their own name.
+    /// Sends these bytes under their own hash.
     pub(crate) fn hold(&mut self, raw: &[u8]) -> Hash {
         let id = Hash::of(raw);
         self.frames.insert(id, frame(id, raw.len() as u32, 0, raw));
         id
     }
 
-    /// Has it give out any frame under this name.
+    /// Sends this frame under this hash.
     pub(crate) fn hold_frame(&mut self, id: Hash, frame: Vec<u8>) {
         self.frames.insert(id, frame);
     }
 
-    /// Has it give out nothing under this name: whoever asks waits.
+    /// Never answers a request for this hash: the peer waits.
     pub(crate) fn withhold(&mut self, id: Hash) {
         self.frames.remove(&id);
     }
@@ -227,7 +227,7 @@ impl Artifact {
         id
     }
 
-    /// Holds a page of entries that is listed elsewhere: its name and length.
+    /// Sends a page of entries that is listed elsewhere. Returns its hash and length.
     pub(crate) fn hold_page(&mut self, page: &EntryPage) -> (Hash, u64) {
         let id = self.hold(&page.bytes);
         self.children.insert(id, page.chunks.clone());
@@ -247,7 +247,7 @@ impl Artifact {
         serde_json::to_vec(&self.root).expect("JSON")
     }
 
-    /// What it is called.
+    /// Its digest.
     pub(crate) fn digest(&self) -> Digest {
         Hash::of(&self.root_bytes())
     }
@@ -292,8 +292,8 @@ impl Artifact {
     }
 }
 
-/// A frame with these fields and the right sum: `codec` 0 is raw, 1 zstd, 2 lanes, 254 a
-/// difference, 255 a fault.
+/// A frame with these fields and the right checksum: `codec` 0 is raw, 1 zstd, 2 byte-stream split,
+/// 254 a delta, 255 a fault.
 pub(crate) fn frame(id: Hash, raw_len: u32, codec: u8, stored: &[u8]) -> Vec<u8> {
     let mut out = id.0.to_vec();
     out.extend(raw_len.to_le_bytes());

@@ -1,4 +1,4 @@
-//! A hub that holds the real hub's keys, as after a break-in, and says what a test wants.
+//! A hostile hub with the real hub's keys, as after a break-in. It sends what the test requests.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,13 +13,13 @@ use super::super::daemon::Hub;
 use super::super::secs;
 use super::{Connection, RUNTIME, Stream, over, within};
 
-/// Listens where the real hub did.
+/// The listener at the real hub's address.
 pub(crate) struct FalseHub {
     listener: Listener,
 }
 
 impl FalseHub {
-    /// Kills the hub and takes its place.
+    /// Kills the hub and listens at its address.
     #[track_caller]
     pub(crate) fn take_over(hub: &mut Hub) -> Self {
         hub.kill();
@@ -29,11 +29,11 @@ impl FalseHub {
         let _within = RUNTIME.enter();
         let line = over(packhorse::config::Transport::Auto);
         let listener = Listener::bind(hub.quic, identity, &line, CONNECTION_SEND_BYTES_MAX)
-            .expect("bind where the hub did");
+            .expect("bind the hub's address");
         Self { listener }
     }
 
-    /// Waits for a site: its connection, and its control stream behind its hello.
+    /// Waits for a site. Returns its connection, and its control stream after its hello.
     #[track_caller]
     pub(crate) fn site(&self, limit: Duration) -> (Connection, Stream) {
         let link = within("a site connects", limit, async {
@@ -55,12 +55,12 @@ impl FalseHub {
     }
 }
 
-/// The message by which a hub says what a site must hold.
+/// The desired state that a hub sends to a site.
 pub(crate) fn desired(revision: u64, transfers: &[Value]) -> Value {
     json!({"desired": {"revision": revision, "transfers": transfers, "runs": [], "manifests": []}})
 }
 
-/// One transfer in it; a test changes what it wants to be wrong.
+/// One transfer of the desired state; a test makes parts of it invalid.
 pub(crate) fn wanted(id: &str, artifact: &str, digest: Digest, want: &str) -> Value {
     json!({
         "id": id, "delivery": "d-x", "artifact": artifact, "digest": digest.hex(), "want": want,

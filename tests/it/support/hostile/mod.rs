@@ -1,9 +1,9 @@
-//! Hostile peers: a site, a publisher and a hub that hold real certificates and say whatever a test
-//! wants.
+//! Hostile peers: a site, a publisher and a hub that have valid certificates and send what a test
+//! requests.
 //!
-//! They use the program's own transport (QUIC or TCP + TLS), and write the bytes of streams by
-//! hand: the first byte of a stream, lengths and messages are the test's. Everything is blocking
-//! and has a deadline, so that a test reads from top to bottom.
+//! They use the program's own transport (QUIC or TCP + TLS), and write the bytes of streams
+//! themselves: the test defines the first byte of a stream, the lengths and the messages. All calls
+//! block and have a deadline, so that a test reads from top to bottom.
 
 mod artifact;
 mod hub;
@@ -28,14 +28,14 @@ static RUNTIME: LazyLock<tokio::runtime::Runtime> = LazyLock::new(|| {
         .expect("start a runtime")
 });
 
-/// Runs a future to its end; panics when that takes longer than `limit`.
+/// Runs a future to its end; panics if that takes longer than `limit`.
 #[track_caller]
 fn within<T>(what: &str, limit: Duration, work: impl Future<Output = T>) -> T {
     let ended = RUNTIME.block_on(async { tokio::time::timeout(limit, work).await });
     ended.unwrap_or_else(|_| panic!("{what}: not ended after {limit:?}"))
 }
 
-/// The settings of a connection over this transport and no other.
+/// The settings of a connection over only this transport.
 pub(crate) fn over(transport: Transport) -> ConnectionSettings {
     ConnectionSettings {
         congestion: Congestion::Auto,
@@ -43,5 +43,5 @@ pub(crate) fn over(transport: Transport) -> ConnectionSettings {
     }
 }
 
-/// Both transports, for tests that must hold over each.
+/// Both transports, for tests that must pass over each.
 pub(crate) const TRANSPORTS: [Transport; 2] = [Transport::Quic, Transport::Tcp];

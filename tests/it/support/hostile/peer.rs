@@ -1,4 +1,4 @@
-//! A site or a publisher that was enrolled properly and then says what a test wants.
+//! A site or a publisher that was enrolled properly and then sends what a test requests.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -21,7 +21,7 @@ use super::{RUNTIME, within};
 /// The longest answer that a hostile peer reads.
 const ANSWER_BYTES_MAX: usize = 64 << 20;
 
-/// A certificate of the hub, and the key to it.
+/// A certificate from the hub, and its key.
 pub(crate) struct Identity {
     identity: SiteIdentity,
     hub: String,
@@ -64,7 +64,7 @@ impl Identity {
         }
     }
 
-    /// Connects, and fails with what the hub says.
+    /// Connects; fails with the hub's error.
     pub(crate) fn try_dial(&self) -> Result<Connection, String> {
         let dialled = within(
             "dial the hub",
@@ -84,7 +84,7 @@ impl Identity {
     /// Connects.
     #[track_caller]
     pub(crate) fn dial(&self) -> Connection {
-        self.try_dial().expect("the hub welcomes it")
+        self.try_dial().expect("the hub accepts it")
     }
 
     /// A receipt with any statement, signed by this peer's key.
@@ -111,7 +111,7 @@ impl Connection {
         self.try_open(first).expect("the connection is open")
     }
 
-    /// The same; `None` when the connection has ended.
+    /// The same; `None` if the connection has ended.
     pub(crate) fn try_open(&self, first: &[u8]) -> Option<Stream> {
         let (send, recv) = within("open a stream", secs(20), self.link.open(PRIORITY_BULK)).ok()?;
         let mut stream = Stream { send, recv };
@@ -119,7 +119,7 @@ impl Connection {
         Some(stream)
     }
 
-    /// Opens a control stream that begins as an honest site's.
+    /// Opens a control stream with the first message of an honest site.
     #[track_caller]
     pub(crate) fn control(&self) -> Stream {
         let mut stream = self.open(b"C");
@@ -127,13 +127,14 @@ impl Connection {
         stream
     }
 
-    /// Asks a question: the answer's `Ok`, or its `Err` as JSON text, or how the stream ended.
+    /// Asks a question. Returns the answer's `Ok`, or its `Err` as JSON text, or how the stream
+    /// ended.
     #[track_caller]
     pub(crate) fn ask(&self, question: &Value) -> Result<Value, String> {
         self.ask_bytes(&serde_json::to_vec(question).expect("JSON"))
     }
 
-    /// The same with the bytes of the question as they are.
+    /// The same with the unchanged bytes of the question.
     #[track_caller]
     pub(crate) fn ask_bytes(&self, question: &[u8]) -> Result<Value, String> {
         let mut stream = self.open(b"Q");
@@ -156,14 +157,14 @@ impl Connection {
         })
         .expect("postcard");
         let mut stream = self.open(b"F");
-        // A refusal may come before all of a request is written.
+        // A refusal may arrive before the whole request is written.
         let _ = stream.write(&framed(&request));
         stream.finish();
         stream
     }
 
-    /// Answers what the other end fetches out of these artifacts, and every question with no, in
-    /// the background. The counter counts the fetch requests.
+    /// Answers the peer's fetches from these artifacts, and refuses every question, in the
+    /// background. The counter counts the fetch requests.
     pub(crate) fn serve(&self, artifacts: Vec<Artifact>) -> Arc<AtomicUsize> {
         let asked = Arc::new(AtomicUsize::new(0));
         let (link, counter, artifacts) = (self.link.clone(), asked.clone(), Arc::new(artifacts));
@@ -175,7 +176,7 @@ impl Connection {
         asked
     }
 
-    /// The next stream that the other end opens, with its first byte.
+    /// The next stream that the peer opens, with its first byte.
     #[track_caller]
     pub(crate) fn accept(&self, limit: Duration) -> (u8, Stream) {
         let (send, recv) = within("the other end opens a stream", limit, self.link.accept())
@@ -221,7 +222,7 @@ async fn answer(
     send.finish().ok()
 }
 
-/// Bytes behind their length.
+/// Bytes after their length.
 pub(crate) fn framed(bytes: &[u8]) -> Vec<u8> {
     let mut out = u32::try_from(bytes.len())
         .expect("a length")
@@ -231,25 +232,25 @@ pub(crate) fn framed(bytes: &[u8]) -> Vec<u8> {
     out
 }
 
-/// A stream. Dropped unfinished it is reset.
+/// A stream. If it is dropped unfinished, it is reset.
 pub(crate) struct Stream {
     send: SendHalf,
     recv: RecvHalf,
 }
 
 impl Stream {
-    /// Writes bytes; fails when the other end stopped the stream or the connection.
+    /// Writes bytes; fails if the peer stopped the stream or the connection.
     pub(crate) fn write(&mut self, bytes: &[u8]) -> Result<(), String> {
         within("write to a stream", secs(60), self.send.write_all(bytes))
             .map_err(|fault| fault.to_string())
     }
 
-    /// Writes one message behind its length.
+    /// Writes one message after its length.
     pub(crate) fn message(&mut self, message: &Value) -> Result<(), String> {
         self.write(&framed(&serde_json::to_vec(message).expect("JSON")))
     }
 
-    /// Says that nothing more comes.
+    /// Ends the sending direction.
     pub(crate) fn finish(&mut self) {
         let _ = self.send.finish();
     }
@@ -266,7 +267,7 @@ impl Stream {
         Ok(bytes)
     }
 
-    /// Reads one message behind its length.
+    /// Reads one message after its length.
     pub(crate) fn receive(&mut self, limit: Duration) -> Result<Value, String> {
         let text = within(
             "read a message",
@@ -276,7 +277,7 @@ impl Stream {
         serde_json::from_slice(&text.map_err(|fault| fault.to_string())?).map_err(|e| e.to_string())
     }
 
-    /// Reads all that comes until the end of the stream.
+    /// Reads until the end of the stream.
     pub(crate) fn read_to_end(&mut self, limit: Duration) -> Result<Vec<u8>, String> {
         within(
             "read a stream to its end",
