@@ -45,7 +45,7 @@ pub enum Category {
     UnmatchedNames,
     /// Sample paths that differ from what the records say, by a rule for paths: a note.
     ChangedPaths,
-    /// How an input is read where nobody said it and several readings are possible: a note.
+    /// How an input was read, if its format was not stated and is ambiguous: a note.
     Inferred,
     /// Platforms that an image index lists without their content.
     Platforms,

@@ -244,7 +244,7 @@ impl Registry {
             };
             if answer.is_some_and(|a| a.is_proxy_limit()) {
                 if self.shrink_chunks(chunk, blob.size) {
-                    continue; // not a failure: the search for an accepted size goes on
+                    continue; // not a failure: the search for an accepted size continues
                 }
                 return Err(error.fault(doing()));
             }

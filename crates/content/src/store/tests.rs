@@ -445,7 +445,7 @@ fn all_who_put_learn_of_a_failed_sync() {
         .unwrap()
         .break_sync()
         .unwrap();
-    assert!(store.flush().is_err(), "somebody else's flush");
+    assert!(store.flush().is_err(), "the flush of another thread");
     store.flush().unwrap();
     assert_eq!(store.flush_since(before).unwrap_err().code, Code::Internal);
     assert!(!store.has(chunks[0].id).unwrap());
