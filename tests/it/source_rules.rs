@@ -8,13 +8,14 @@ use std::process::Command;
 use serde_json::Value;
 
 /// The crates, from the lowest layer to the highest. A crate uses only crates of lower layers.
-const LAYERS: [&[&str]; 6] = [
+const LAYERS: [&[&str]; 7] = [
     &["base"],
     &["content", "registry", "transport"],
     &["model", "sink", "source"],
     &["state"],
     &["exchange"],
     &["packhorse"],
+    &["fuzz-targets"],
 ];
 
 /// Crates that perform I/O: `model` uses none of them.

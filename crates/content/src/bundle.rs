@@ -146,9 +146,12 @@ pub fn import(from: &Path, store: &Store, progress: &JobProgress) -> Result<Vec<
     if head[..8] != MAGIC[..] || len > BUNDLE_LIST_BYTES_MAX {
         return Err(wrong("is not a bundle"));
     }
-    let mut list = vec![0; len];
-    file.read_exact(&mut list)
-        .map_err(|_| wrong("is truncated"))?;
+    // The stated length alone costs no memory: the list grows as it is read.
+    let mut list = Vec::new();
+    let read = file.by_ref().take(len as u64).read_to_end(&mut list);
+    if read.map_err(|e| Fault::io(&what, &e))? < len {
+        return Err(wrong("is truncated"));
+    }
     let members: Vec<Member> =
         serde_json::from_slice(&list).map_err(|_| wrong("has a damaged list"))?;
     let losses = store.losses();

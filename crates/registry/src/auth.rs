@@ -287,8 +287,9 @@ fn unquote(text: &str) -> (String, &str) {
     (out, "")
 }
 
+/// A token of a registry, ready to be sent.
 #[derive(Clone)]
-struct Token {
+pub(crate) struct Token {
     header: HeaderValue,
     expires: Instant,
 }
@@ -485,39 +486,46 @@ impl Auth {
             return Err(Answer { status, ..answer }.into());
         }
         let body = super::read_capped(response, limits::REGISTRY_BODY_BYTES_MAX).await?;
-        let reply: TokenReply = serde_json::from_slice(&body).map_err(|_| {
-            Fault::unreachable(
-                "the registry's token service returned an answer that is not a token",
-            )
-        })?;
-        let token = reply.token.or(reply.access_token).filter(|t| !t.is_empty());
-        let token = token.ok_or_else(|| {
-            Fault::unreachable("the registry's token service returned an answer without a token")
-        })?;
-        if !grants(&token, scope) {
-            let message = format!(
-                "the token service does not grant {} on {}",
-                scope.actions, scope.repository
-            );
-            return Err(Answer {
-                status: 401,
-                code: "DENIED".into(),
-                message,
-                ..Answer::default()
-            }
-            .into());
-        }
-        let lifetime = reply
-            .expires_in
-            .map_or(TOKEN_LIFE_DEFAULT, Duration::from_secs)
-            .min(Duration::from_secs(24 * 3600));
-        // The last tenth of the lifetime is not used, so that a token does not expire during a
-        // request.
-        Ok(Token {
-            header: sensitive(format!("Bearer {token}"))?,
-            expires: requested_at + lifetime.mul_f64(0.9),
-        })
+        read_token(&body, scope, requested_at)
     }
+}
+
+/// Parses the answer of a token service to a request that was sent at this time.
+pub(crate) fn read_token(
+    body: &[u8],
+    scope: &Scope,
+    requested_at: Instant,
+) -> Result<Token, Error> {
+    let reply: TokenReply = serde_json::from_slice(body).map_err(|_| {
+        Fault::unreachable("the registry's token service returned an answer that is not a token")
+    })?;
+    let token = reply.token.or(reply.access_token).filter(|t| !t.is_empty());
+    let token = token.ok_or_else(|| {
+        Fault::unreachable("the registry's token service returned an answer without a token")
+    })?;
+    if !grants(&token, scope) {
+        let message = format!(
+            "the token service does not grant {} on {}",
+            scope.actions, scope.repository
+        );
+        return Err(Answer {
+            status: 401,
+            code: "DENIED".into(),
+            message,
+            ..Answer::default()
+        }
+        .into());
+    }
+    let lifetime = reply
+        .expires_in
+        .map_or(TOKEN_LIFE_DEFAULT, Duration::from_secs)
+        .min(Duration::from_secs(24 * 3600));
+    // The last tenth of the lifetime is not used, so that a token does not expire during a
+    // request.
+    Ok(Token {
+        header: sensitive(format!("Bearer {token}"))?,
+        expires: requested_at + lifetime.mul_f64(0.9),
+    })
 }
 
 #[cfg(test)]

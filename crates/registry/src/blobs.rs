@@ -575,15 +575,13 @@ fn header<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
 
 /// The number of bytes that a session has, from `Range: 0-<last>`. `0-0` is ambiguous: it means
 /// none or one.
-fn session_bytes(headers: &HeaderMap) -> Option<u64> {
+pub(crate) fn session_bytes(headers: &HeaderMap) -> Option<u64> {
     let (_, last) = header(headers, RANGE.as_str())?
         .trim_start_matches("bytes=")
         .split_once('-')?;
-    last.trim()
-        .parse::<u64>()
-        .ok()
-        .filter(|last| *last > 0)
-        .map(|last| last + 1)
+    let last = last.trim().parse::<u64>().ok().filter(|last| *last > 0)?;
+    // The largest number is not a position in a file.
+    last.checked_add(1)
 }
 
 /// A part of a file as a request body. A separate thread reads it a few buffers ahead, because it
@@ -692,5 +690,6 @@ mod tests {
             (Some(10), Some(10), None, None)
         );
         assert_eq!(session_bytes(&HeaderMap::new()), None);
+        assert_eq!(of("0-18446744073709551615"), None, "not a position");
     }
 }

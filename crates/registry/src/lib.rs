@@ -130,7 +130,8 @@ impl Registry {
     }
 
     /// Sends blobs in chunks of this many bytes (0: complete).
-    pub fn with_chunk_bytes(self, bytes: u64) -> Self {
+    #[cfg(test)]
+    pub(crate) fn with_chunk_bytes(self, bytes: u64) -> Self {
         self.chunk_bytes.store(bytes, Ordering::Relaxed);
         self
     }

@@ -225,10 +225,7 @@ impl Registry {
                 .and_then(next_link)
                 .map(str::to_owned);
             let body = read_capped(response, limits::REGISTRY_BODY_BYTES_MAX).await?;
-            let page: Tags = serde_json::from_slice(&body).map_err(|_| {
-                Fault::unreachable("the registry returned a malformed list of tags")
-            })?;
-            out.extend(page.tags.unwrap_or_default());
+            out.extend(read_tags(&body)?);
             match next {
                 Some(next) => url = self.follow(&next)?,
                 None => return Ok(out),
@@ -236,6 +233,13 @@ impl Registry {
         }
         Err(Fault::conflict(format!("{repository} has more tags than can be listed")).into())
     }
+}
+
+/// The tags on a page of a list of tags.
+pub(crate) fn read_tags(body: &[u8]) -> Result<Vec<String>, Fault> {
+    let page: Tags = serde_json::from_slice(body)
+        .map_err(|_| Fault::unreachable("the registry returned a malformed list of tags"))?;
+    Ok(page.tags.unwrap_or_default())
 }
 
 /// The target of `<target>; rel="next"`.

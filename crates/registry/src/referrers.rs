@@ -41,10 +41,15 @@ struct Page {
 
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
-struct Listed {
+pub(crate) struct Listed {
     digest: String,
     #[serde(default)]
     artifact_type: Option<String>,
+}
+
+/// The referrers on a page of a list; `None` when it is not such a list.
+pub(crate) fn read_page(body: &[u8]) -> Option<Vec<Listed>> {
+    serde_json::from_slice::<Page>(body).ok()?.manifests
 }
 
 /// The found objects by digest, because one object may be found in several ways.
@@ -212,10 +217,7 @@ impl Registry {
                 .and_then(next_link)
                 .map(str::to_owned);
             let body = read_capped(response, REGISTRY_BODY_BYTES_MAX).await?;
-            let Ok(Page {
-                manifests: Some(manifests),
-            }) = serde_json::from_slice(&body)
-            else {
+            let Some(manifests) = read_page(&body) else {
                 return Ok(page > 0);
             };
             for listed in &manifests {

@@ -2,6 +2,8 @@
 
 #![expect(clippy::unwrap_used, reason = "tests only")]
 
+mod join;
+
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
@@ -12,6 +14,9 @@ use base::names::SiteName;
 
 use crate::identity::{CertificateRequest, HubIdentity, SiteIdentity};
 use crate::{Arrival, Congestion, ConnectionSettings, Link, Listener, Transport, dial};
+
+pub use crate::mux::drive as drive_mux;
+pub use join::parse_join;
 
 /// The number of bytes that a connection may buffer for sending.
 pub(crate) const MEMORY: u64 = 32 << 20;

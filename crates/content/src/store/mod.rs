@@ -306,14 +306,6 @@ impl Store {
         self.append(frame)
     }
 
-    /// Like [`Store::put`], for many frames.
-    pub fn put_all(&self, mut frames: Vec<Frame>) -> Result<u64, Fault> {
-        let ids: Vec<Hash> = frames.iter().map(Frame::id).collect();
-        let mut here = self.has_many(&ids)?.into_iter();
-        frames.retain(|_| !here.next().unwrap_or(false));
-        self.append_all(&frames)
-    }
-
     /// Like [`Store::put`], for many frames that are not created yet: calls `frame` only for
     /// missing chunks, with their positions in `ids`.
     pub fn put_lacking(

@@ -7,5 +7,6 @@
     reason = "tests only"
 )]
 
+pub mod answers;
 pub mod fixture;
 pub mod standin;

@@ -168,14 +168,15 @@ impl HubIdentity {
         PrivateKeyDer::Pkcs8(self.key_der.clone_key())
     }
 
-    /// Issues a site certificate for the key in the request, valid for a year. Only the key is
-    /// taken from the request, which must be signed with it. The caller provides the name, from a
-    /// redeemed token or from the certificate being renewed.
+    /// Like [`HubIdentity::issue_as`], for a site.
+    #[cfg(any(test, feature = "testing"))]
     pub fn issue_for(&self, site: &SiteName, csr_der: &[u8]) -> Result<Vec<u8>, Fault> {
         self.issue_as(&Peer::Site(site.clone()), csr_der)
     }
 
-    /// Like [`HubIdentity::issue_for`], for a site or a publisher.
+    /// Issues a certificate to a site or a publisher, for the key in the request, valid for a year.
+    /// Only the key is taken from the request, which must be signed with it. The caller provides
+    /// the name, from a redeemed token or from the certificate being renewed.
     pub fn issue_as(&self, holder: &Peer, csr_der: &[u8]) -> Result<Vec<u8>, Fault> {
         let request = read_csr(csr_der)?;
         Ok(issue(

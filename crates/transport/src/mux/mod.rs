@@ -9,6 +9,8 @@
 //! [`State`] is the core without I/O. `driver` moves bytes between it and the connection.
 //! [`SendStream`] and [`RecvStream`] are the two halves of a stream. Nothing survives a crash.
 
+#[cfg(any(test, feature = "testing"))]
+mod driven;
 mod driver;
 mod frame;
 mod state;
@@ -22,6 +24,8 @@ use parking_lot::Mutex;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::{Notify, Semaphore, watch};
 
+#[cfg(any(test, feature = "testing"))]
+pub use driven::drive;
 pub(crate) use state::End;
 use state::State;
 

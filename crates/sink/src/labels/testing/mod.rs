@@ -7,6 +7,7 @@
     reason = "tests only"
 )]
 
+mod count;
 pub mod server;
 pub mod set;
 
@@ -15,6 +16,7 @@ use std::sync::Arc;
 
 use sqlx::{AssertSqlSafe, Connection};
 
+pub use self::count::count_labels;
 use self::server::{PASSWORD, Server, server};
 use super::{LabelsSink, open};
 use crate::settings;
