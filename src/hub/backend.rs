@@ -1,4 +1,4 @@
-//! What the hub can be asked over its API.
+//! The hub's implementation of the API.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt::Write as _;
@@ -33,13 +33,13 @@ use state::{
 };
 use transport::identity::JoinToken;
 
-/// How long the sites together may take to work out a plan.
+/// How long all sites together may take to compute a plan.
 const PLAN_MAX: Duration = Duration::from_secs(30);
-/// Rows of a plan that are worked out at once.
+/// Rows of a plan that are computed at once.
 const PLANS_AT_ONCE: usize = 256;
-/// How long it may take to say whether it has something still.
+/// How long a site may take to answer whether it still has an artifact.
 const HOLDS_MAX: Duration = Duration::from_secs(5);
-/// Sites that are asked that together.
+/// Sites that are asked this at once.
 const HOLDS_AT_ONCE: usize = 32;
 
 fn no_artifact_named() -> Fault {
@@ -53,7 +53,7 @@ fn parse_refs(artifacts: &[String]) -> Result<Vec<ArtifactRef>, Fault> {
     artifacts.iter().map(|a| Ok(a.parse()?)).collect()
 }
 
-/// Refuses what is too much for one delivery, or for one plan.
+/// Refuses a request that is too large for one delivery or for one plan.
 fn check_size(artifacts: &[ArtifactRef], sites: usize, parts_max: usize) -> Result<(), Fault> {
     let next = "name fewer artifacts or fewer sites at once";
     if artifacts.len() > DELIVERY_ARTIFACTS_MAX {
@@ -75,7 +75,8 @@ fn check_size(artifacts: &[ArtifactRef], sites: usize, parts_max: usize) -> Resu
 }
 
 impl Hub {
-    /// A transfer as the API shows it: a site that is away is the reason for whatever is open.
+    /// A transfer as the API shows it. If its site is offline, that is the reason of an open
+    /// transfer.
     pub(super) fn view(&self, row: &TransferRow) -> Transfer {
         let mut view = row.view();
         if !row.state.is_final() && row.state != State::Paused && !self.is_online(&row.site) {
@@ -89,8 +90,8 @@ impl Hub {
         view
     }
 
-    /// A delivery as the API shows it, and as a site is told of it, with as many of its parts as
-    /// `max` bytes hold.
+    /// A delivery as the API shows it, and as a site receives it, with as many of its parts as fit
+    /// in `max` bytes.
     pub(super) async fn whole(&self, row: &DeliveryRow, max: usize) -> Result<Delivery, Fault> {
         let mut whole = Whole::new(max);
         self.inner
@@ -100,7 +101,7 @@ impl Hub {
         Ok(whole.end(row))
     }
 
-    /// A site as the API shows it: what the connection knows is added.
+    /// A site as the API shows it, with the state of its connection.
     fn site_view(&self, row: &SiteRow) -> Site {
         let mut site = row.view();
         if let Some(connected) = self.inner.links.read().get(&site.name) {
@@ -111,7 +112,7 @@ impl Hub {
         site
     }
 
-    /// Begins a delivery. `brought`: the actor offers or uploads the artifacts in this request.
+    /// Starts a delivery. `brought`: the actor offers or uploads the artifacts in this request.
     pub(super) async fn deliver_to(
         &self,
         actor: &Actor,
@@ -158,7 +159,8 @@ impl Hub {
         })
     }
 
-    /// Begins a delivery, and again what its sites have lost since it was done.
+    /// Starts a delivery, and repeats the transfers whose content the sites have lost since they
+    /// were done.
     pub(super) async fn begin_delivery(
         &self,
         id: &DeliveryId,
@@ -168,7 +170,7 @@ impl Hub {
         Ok(self.begin_noted(id, run, parts).await?.0)
     }
 
-    /// The same, and what was found at the sites that had something of it already.
+    /// The same, and returns the state at the sites that had received something of it before.
     async fn begin_noted(
         &self,
         id: &DeliveryId,
@@ -205,8 +207,8 @@ impl Hub {
         ))
     }
 
-    /// How a site says that an artifact is there which it was given; `None`: it is away, or slow,
-    /// and is taken at its old word. `retry` asks it to look closely.
+    /// The state of a delivered artifact at a site, as the site reports it. `None`: the site is
+    /// offline or slow; its last report stays valid. A `retry` makes the site verify the artifact.
     async fn standing(&self, row: &TransferRow) -> Option<Standing> {
         let (artifact, digest) = (row.artifact.clone(), row.digest);
         let question = AskSite::Stands {
@@ -219,7 +221,7 @@ impl Hub {
             Ok(Err(_)) => {}
             Err(_) => return None,
         }
-        // A site of the version before knows only whether it is there.
+        // A site of the previous version reports only whether it has the artifact.
         let question = AskSite::Holds { artifact, digest };
         let answer = tokio::time::timeout(HOLDS_MAX, self.ask_site::<bool>(&row.site, &question))
             .await
@@ -237,15 +239,16 @@ impl Hub {
         })
     }
 
-    /// Does what is asked of a transfer, or of all of a delivery. An actor that may not act on all
-    /// of them gets the answer for what does not exist.
+    /// Performs an action on a transfer, or on all transfers of a delivery. An actor that may not
+    /// act on all of them gets the answer for a transfer that does not exist.
     pub(super) async fn act_on(
         &self,
         actor: &Actor,
         id: &str,
         action: Action,
     ) -> Result<(), Fault> {
-        // Of several, those that failed are meant; where none did, all are looked at again.
+        // For several transfers, a retry repeats the failed ones; if none failed, each is verified
+        // again.
         let (mut ids, mut failed, mut may_act) = (Vec::new(), false, true);
         let query = TransferQuery {
             id: Some(id.to_owned()),
@@ -271,7 +274,7 @@ impl Hub {
             let fits = row.takes(action, failed);
             if !fits && single {
                 let state = if row.removed_ms.is_some() {
-                    "given back"
+                    "removed"
                 } else {
                     row.state.as_str()
                 };
@@ -294,19 +297,20 @@ impl Hub {
                 (_, refusal) => refused = refused.or(refusal),
             }
         }
-        // Of several, those that may go on do.
+        // For several transfers, the permitted ones continue.
         match refused {
             _ if acted => Ok(()),
             Some(refusal) => Err(refusal),
             None => Err(nothing_to(
                 action,
-                &format!("of {id}, every transfer has ended or stays as it is"),
+                &format!("the action does not apply to any transfer of {id}"),
             )),
         }
     }
 
-    /// Asks a site what a delivery to it would cost; `None`: it is away, or does not say. Meanwhile
-    /// it may read the manifest, and nothing else, of what it is not entitled to.
+    /// Asks a site for the cost of a delivery to it. `None`: the site is offline or does not
+    /// answer. Until the answer, the site may read the manifest of the artifact, and nothing else
+    /// of it.
     async fn ask_plan(
         &self,
         site: &SiteName,
@@ -325,8 +329,8 @@ impl Hub {
         .ok()
     }
 
-    /// Takes an artifact into the catalogue that was published at a site, or whose bytes are in the
-    /// hub's store now. `false`: it was there already.
+    /// Adds an artifact to the catalogue that was published at a site, or whose bytes are now in
+    /// the hub's store. `false`: the catalogue has it already.
     pub(super) async fn register(
         &self,
         origin: Option<&SiteName>,
@@ -336,8 +340,8 @@ impl Hub {
         let inner = &self.inner;
         let added = inner.catalogue.add_artifact(artifact, root, origin).await?;
         if !added && origin.is_none() {
-            // A site may have published the same before: the hub has all of it now, and asks the
-            // site no more.
+            // A site may have published the same content before: the hub now has all of it, and
+            // does not fetch from the site any more.
             inner.catalogue.take_over(artifact).await?;
             inner
                 .opened
@@ -347,20 +351,20 @@ impl Hub {
         Ok(added)
     }
 
-    /// What `doctor` says of what changed where it was published: one line each. Whether what is
-    /// there now was published anew only that site knows for sure: here a newer version from there
-    /// that is sound is taken for it.
+    /// The lines of `doctor` about published content that changed at its site. Only that site knows
+    /// for sure whether the changed content was published again. Here, a newer unchanged version
+    /// from the same site counts as that.
     async fn changed_lines(&self) -> Result<Vec<String>, Fault> {
         let published = self.inner.catalogue.published_at_sites().await?.into_iter();
         let lines = what_changed(published).into_iter().map(|Changed { artifact, place: site, how, newer }| match newer {
             Some(newer) => format!("ok {artifact} at {site}: {how}; {newer} was published there since"),
-            None => format!("fault {artifact} at {site}: {how}; there, put the old content back or publish a new version"),
+            None => format!("fault {artifact} at {site}: {how}; restore the original content there, or publish a new version"),
         });
         Ok(lines.collect())
     }
 }
 
-/// The fault of an action that fits no transfer that it names.
+/// The fault of an action that does not apply to any of the named transfers.
 fn nothing_to(action: Action, how: &str) -> Fault {
     let word = match action {
         Action::Pause => "pause",
@@ -427,8 +431,8 @@ impl Backend for Hub {
                     .map(|site| (artifact, digest, total, site, std::mem::take(&mut left_out))),
             );
         }
-        // All sites together have this long, however many there are; of one the questions come one
-        // after the other.
+        // The deadline is for all sites together. The questions to one site are sent one after the
+        // other.
         let deadline = Instant::now() + PLAN_MAX;
         let mut turns: HashMap<SiteName, Arc<tokio::sync::Mutex<()>>> = HashMap::new();
         let asked = rows
@@ -492,7 +496,8 @@ impl Backend for Hub {
             .await?
         {
             let shown = match self.whole(&row, room.bytes).await {
-                // One of its transfers cannot be read: it is left out, so the others can be listed.
+                // One of its transfers cannot be read: this delivery is omitted, so that the others
+                // can be listed.
                 Err(fault) if fault.code == Code::Internal => {
                     tracing::error!(delivery = %row.id, error = %fault, "a delivery cannot be read");
                     pager.skip(&*row.id);
@@ -578,13 +583,15 @@ impl Backend for Hub {
             }
             (None, Some(_)) => {
                 return Err(Fault::usage(
-                    "a publisher has no labels: nothing is delivered to it",
+                    "a publisher has no labels, because nothing is delivered to it",
                 ));
             }
             _ => return Err(Fault::usage("a token is for a site or for a publisher")),
         };
         if request.ttl_seconds == 0 {
-            return Err(Fault::usage("a token must be good for some time"));
+            return Err(Fault::usage(
+                "the validity of a token must be longer than 0",
+            ));
         }
         request
             .labels
@@ -608,8 +615,8 @@ impl Backend for Hub {
         let artifact: ArtifactRef = request.artifact.parse()?;
         self.inner.catalogue.artifact(&artifact).await?;
         if request.repair {
-            return Err(Fault::usage("the hub repairs nothing by itself")
-                .with_next("publish the artifact again: what is damaged is stored anew; at a site, run this there"));
+            return Err(Fault::usage("the hub cannot repair an artifact itself")
+                .with_next("publish the artifact again: the damaged content is then stored again; to repair a copy at a site, run the command there"));
         }
         let this = self.clone();
         self.inner.jobs.start(move |progress| async move {
@@ -621,10 +628,10 @@ impl Backend for Hub {
         let artifact: ArtifactRef = artifact.parse()?;
         let row = self.inner.catalogue.artifact(&artifact).await?;
         if row.origin.is_none() {
-            return Err(
-                Fault::usage(format!("{artifact} is the hub's own and stays anyway"))
-                    .with_next("pin what lives at a site"),
-            );
+            return Err(Fault::usage(format!(
+                "{artifact} is in the hub's store, which never evicts it"
+            ))
+            .with_next("pin only artifacts that were published at a site"));
         }
         self.inner.catalogue.set_pinned(&artifact, pinned).await?;
         Ok(self.inner.catalogue.artifact(&artifact).await?.view())
@@ -636,9 +643,9 @@ impl Backend for Hub {
             let row = self.inner.catalogue.artifact(&artifact).await?;
             if let Some(site) = &row.origin {
                 return Err(Fault::usage(format!(
-                    "{artifact} lives at site {site}, and this hub may hold only some of it"
+                    "{artifact} was published at site {site}, and this hub may have only a part of its content"
                 ))
-                .with_next("publish it at the hub, or deliver it over the line"));
+                .with_next("publish it at the hub, or deliver it over the network"));
             }
             members.push(Member::new(artifact, &row.root));
         }
@@ -647,7 +654,7 @@ impl Backend for Hub {
             progress.doing(format!("writing {out}"));
             blocking(move || {
                 let out = PathBuf::from(out);
-                // It writes a new file only; but not among the daemon's own.
+                // The export only creates a new file, but not in the daemon's own directories.
                 config.own().check_path(out.parent().unwrap_or(&out))?;
                 let written = bundle::export(&members, &store, &out, &progress)?;
                 bundle::sync_parent(&out)?;
@@ -688,9 +695,9 @@ impl Backend for Hub {
             out.push("fault store: the chunk index is damaged; stop the hub, then 'packhorse store rebuild-index'".into());
         }
         if !lost.is_empty() {
-            let next = "restore the hub's data_dir, or publish again what 'packhorse verify' finds damaged";
+            let next = "restore the hub's data_dir, or publish again the artifacts that 'packhorse verify' reports";
             out.push(format!(
-                "fault store: {} packs are gone from {}, the first is {:08}.pack; {next}",
+                "fault store: {} packs are missing in {}, the first is {:08}.pack; {next}",
                 lost.len(),
                 packs.display(),
                 lost[0]
@@ -701,7 +708,7 @@ impl Backend for Hub {
             self.inner.config.relay.budget,
         );
         out.push(format!(
-            "ok relay: {} MiB of {} MiB are kept of what passed from site to site",
+            "ok relay: the cache of content between sites has {} MiB of at most {} MiB",
             kept >> 20,
             budget >> 20
         ));
@@ -792,7 +799,7 @@ impl Backend for Hub {
     async fn metrics(&self) -> Result<String, Fault> {
         let mut counted = crate::metrics::Transfers::default();
         for row in self.inner.catalogue.counted_transfers().await? {
-            // As in the view of each: a site that is away is the reason for whatever is open.
+            // As in the view of each transfer: an offline site is the reason of an open transfer.
             let state = State::parse(&row.state);
             let is_open = state.is_some_and(|state| !state.is_final() && state != State::Paused);
             let is_away = is_open && row.site.parse().is_ok_and(|site| !self.is_online(&site));
@@ -820,13 +827,13 @@ impl Backend for Hub {
     }
 }
 
-/// What is done about an artifact that is done already.
+/// The handling of an artifact whose transfer is done already.
 struct RepeatedDelivery {
-    /// Whether its transfer begins again.
+    /// Whether its transfer starts again.
     again: bool,
-    /// For whoever asked.
+    /// A note for the client.
     note: Option<String>,
-    /// What the transfer says from now on, if it does not begin again.
+    /// The message of the transfer from now on, if it does not start again.
     message: Option<Message>,
 }
 
@@ -834,7 +841,7 @@ fn found(row: &TransferRow, standing: &Option<Standing>) -> RepeatedDelivery {
     let (artifact, site) = (&row.artifact, &row.site);
     let Some(standing) = standing else {
         let note = format!(
-            "{artifact} arrived at {site} before; the site does not answer, so whether it is there still was not checked"
+            "{artifact} arrived at {site} before; the site does not answer, so its copy was not checked"
         );
         return RepeatedDelivery {
             again: false,
@@ -855,14 +862,12 @@ fn found(row: &TransferRow, standing: &Option<Standing>) -> RepeatedDelivery {
     match (standing.state, &standing.active) {
         (Stands::Missing, _) => again("is delivered again, because it is missing"),
         (Stands::Damaged, _) => again("is delivered again, because it was changed or damaged"),
-        (Stands::Unavailable, _) => {
-            again("waits until the site can look whether it is there still")
-        }
+        (Stands::Unavailable, _) => again("waits until the site can check its copy"),
         (Stands::Sound, Some(active))
             if active.as_str() != artifact.version() && !active.is_empty() =>
         {
             let message = format!(
-                "it is held but not active: the active version is {active}. To make this content active, publish it under a new version"
+                "the site has it, but it is not active: the active version is {active}. To make this content active, publish it under a new version"
             );
             RepeatedDelivery {
                 again: false,
@@ -886,7 +891,7 @@ mod tests {
     use transport::identity::Claim;
 
     #[tokio::test]
-    async fn an_action_that_fits_no_transfer_of_a_delivery_is_refused_as_for_one_transfer() {
+    async fn an_action_that_applies_to_no_transfer_of_a_delivery_is_refused() {
         let bench = Bench::start().await;
         let token = bench.token(None, Some("office")).await;
         bench

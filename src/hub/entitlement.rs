@@ -1,8 +1,8 @@
-//! What an actor may have of the catalogue: loads the facts that the rules of [`model::policy`]
-//! need, and asks them.
+//! Access to the artifacts of the catalogue: loads the facts that the rules of [`model::policy`]
+//! need, and evaluates the rules.
 //!
-//! Sessions, deliveries, runs and the library of the hub call it. An answer for content is kept for
-//! a moment, in memory; nothing else is stored.
+//! The sessions, deliveries, runs and the library of the hub call it. A positive answer for content
+//! is cached in memory for a short time; nothing else is stored.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -20,10 +20,10 @@ use model::actor::Actor;
 use model::policy::{self, Object, Published, Refusal, ShareList, Sharing, Verb};
 use state::{ArtifactRow, Catalogue, SharingRow, TransferRow, no_artifact};
 
-/// How long a peer that may read content is not asked for again.
+/// How long a positive answer for content is cached.
 const READABLE_FOR: Duration = Duration::from_secs(2);
 
-/// What an actor may have of the catalogue. Cheap to clone.
+/// Decides which artifacts an actor may use. Cheap to clone.
 #[derive(Clone)]
 pub(super) struct Entitlement {
     inner: Arc<Inner>,
@@ -31,16 +31,16 @@ pub(super) struct Entitlement {
 
 struct Inner {
     catalogue: Catalogue,
-    /// `[share] allow` of the hub: what the daemon was started with; `None`: every site.
+    /// `[share] allow` of the hub, as at the start of the daemon; `None`: every site.
     share: Option<Vec<SiteSelector>>,
     /// Content that peers may read.
     readable: Mutex<ExpiringCache<(Peer, Digest), ()>>,
-    /// What sites are asked to plan at the moment.
+    /// The plan questions that sites are answering at this moment.
     planning: Planning,
 }
 
 impl Entitlement {
-    /// Decides over this catalogue. `share`: `[share] allow` of the hub.
+    /// Creates it for this catalogue. `share`: `[share] allow` of the hub.
     pub(super) fn new(catalogue: Catalogue, share: Option<Vec<SiteSelector>>) -> Self {
         Self {
             inner: Arc::new(Inner {
@@ -52,7 +52,7 @@ impl Entitlement {
         }
     }
 
-    /// Until what is returned is dropped, the site may read the manifest of this content.
+    /// Until the returned value is dropped, the site may read the manifest of this content.
     pub(super) fn plan(&self, site: &SiteName, digest: Digest) -> Plan {
         self.inner.planning.begin(site, digest)
     }
@@ -97,7 +97,7 @@ impl Entitlement {
         Ok(may(Verb::ReadContent))
     }
 
-    /// Loads what is known of an actor and this content. The function that is returned decides.
+    /// Loads the facts about an actor and this content. The returned function decides.
     async fn ask_content(
         &self,
         actor: Actor,
@@ -129,7 +129,8 @@ impl Entitlement {
         })
     }
 
-    /// Whose list excludes a site from what `origin` published; `None`: it may receive it.
+    /// The list that excludes a site from the artifacts of `origin`; `None`: the site may receive
+    /// them.
     pub(super) async fn excluded_by(
         &self,
         origin: &SiteName,
@@ -144,8 +145,9 @@ impl Entitlement {
         }
     }
 
-    /// The artifact, if `actor` may do `verb` with it. What it may not know of is not there.
-    /// `brought`: the actor offers or uploads it in this request.
+    /// The artifact, if `actor` may do `verb` with it. An artifact that the actor may not know gets
+    /// the answer for one that does not exist. `brought`: the actor offers or uploads the artifact
+    /// in this request.
     pub(super) async fn artifact_for(
         &self,
         actor: &Actor,
@@ -175,7 +177,7 @@ impl Entitlement {
         }
     }
 
-    /// Whether `actor` may read how a transfer is.
+    /// Whether `actor` may read the state of a transfer.
     pub(super) async fn may_read_progress(
         &self,
         actor: &Actor,
@@ -194,8 +196,8 @@ impl Entitlement {
         Ok(policy::may(actor, Verb::Read, &progress).is_ok())
     }
 
-    /// The fault of a publish under a name that is taken contains the digest of what has that name.
-    /// An actor that may not read it is told only that the name is taken.
+    /// The fault of a publish under a used name contains the digest of the existing artifact. An
+    /// actor that may not read this artifact learns only that the name is used.
     pub(super) async fn hide_taken<T>(
         &self,
         actor: &Actor,
@@ -311,7 +313,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn the_hubs_list_ends_open_transfers_of_what_sites_published_and_no_others() {
+    async fn the_hubs_list_ends_only_open_transfers_of_artifacts_of_sites() {
         let (_dir, catalogue, sites) = catalogue().await;
         let published = [
             ("model/of-a:1", root(1), Some(&sites[0])),

@@ -1,4 +1,5 @@
-//! A hub in this process, and peers that ask for more than they may, or begin and then say nothing.
+//! A hub in this process, and peers that request more than they may, or start a request and then
+//! send nothing.
 
 use std::time::{Duration, Instant};
 
@@ -25,7 +26,7 @@ async fn site(bench: &Bench, name: &str) -> Link {
     bench.dial(&identity).await
 }
 
-/// Sends a request as it is, and gives the whole answer.
+/// Sends an unchanged request, and returns the whole answer.
 async fn fetch(link: &Link, digest: Digest, wants: Vec<Wanted>) -> Vec<u8> {
     let request = postcard::to_stdvec(&FetchRequest {
         digest,
@@ -40,7 +41,7 @@ async fn fetch(link: &Link, digest: Digest, wants: Vec<Wanted>) -> Vec<u8> {
     recv.read_to_end(16 << 20).await.unwrap()
 }
 
-/// The frames of an answer; a fault stands for itself.
+/// The raw length of each frame of an answer, or the code of its fault.
 fn frames(answer: &[u8]) -> Vec<Result<u32, Code>> {
     let (mut rest, mut out) = (answer, Vec::new());
     while !rest.is_empty() {
@@ -74,7 +75,7 @@ async fn control(link: &Link) -> (transport::SendHalf, RecvHalf) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_request_for_many_roots_is_refused_before_any_is_made() {
+async fn a_request_for_many_roots_is_refused_before_any_is_built() {
     let bench = Bench::start().await;
     let link = site(&bench, "east").await;
     let source = bench.source("a", 1 << 20, 1);
@@ -102,13 +103,13 @@ async fn a_request_for_many_roots_is_refused_before_any_is_made() {
             frames(&fetch(&link, digest, vec![Wanted::Root]).await)[..],
             [Ok(_)]
         ),
-        "one is given"
+        "one root is sent"
     );
     let answer = frames(&fetch(&link, digest, vec![Wanted::Root; 60_000]).await);
-    assert_eq!(answer, [Err(Code::Integrity)], "and nothing of many");
+    assert_eq!(answer, [Err(Code::Integrity)], "and none of many");
     let answer = frames(&fetch(&link, digest, vec![Wanted::Root, Wanted::Root]).await);
     assert_eq!(answer, [Err(Code::Integrity)]);
-    assert!(!link.is_closed(), "the line stands");
+    assert!(!link.is_closed(), "the connection is open");
     assert!(matches!(
         frames(&fetch(&link, digest, vec![Wanted::RootAndPages(u64::MAX)]).await)[..],
         [Ok(_), Ok(_)]
@@ -128,16 +129,16 @@ async fn a_second_control_stream_ends_the_first() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_question_has_a_size_and_a_time_to_arrive() {
+async fn a_question_has_a_maximum_size_and_a_deadline() {
     let bench = Bench::start().await;
     let link = site(&bench, "east").await;
-    // Ended at once, though nothing of its text was sent.
+    // Refused at once, although none of its text was sent.
     let (mut send, mut recv) = link.open(0).await.unwrap();
     let mut head = vec![QUESTION];
     head.extend_from_slice(&(QUESTION_BYTES_MAX as u32 + 1).to_le_bytes());
     send.write_all(&head).await.unwrap();
     recv.read_to_end(1).await.unwrap_err();
-    // An honest peer finds out before it sends anything.
+    // An honest peer detects this before it sends anything.
     let long = AskHub::Deliver {
         artifacts: vec!["model/a:v1".parse().unwrap(); 6_000],
         to: "all".parse().unwrap(),
@@ -149,7 +150,8 @@ async fn a_question_has_a_size_and_a_time_to_arrive() {
             .code,
         Code::Usage
     );
-    // Many that never end take no more than the peer's share, and another peer is answered at once.
+    // Many unfinished questions take no more than the peer's share, and another peer is answered at
+    // once.
     let other = site(&bench, "west").await;
     let mut held = Vec::new();
     for _ in 0..100 {
@@ -180,11 +182,11 @@ async fn a_question_has_a_size_and_a_time_to_arrive() {
     assert_eq!(
         answer.unwrap_err().code,
         Code::NotFound,
-        "what was given up holds nothing"
+        "an abandoned question holds no memory"
     );
 }
 
-/// The end of a job.
+/// Waits for the end of a job.
 async fn ended(bench: &Bench, job: Job) -> Job {
     let end = async {
         loop {
@@ -211,7 +213,7 @@ fn publish(source: &std::path::Path, reference: &str) -> PublishRequest {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn nobody_waits_for_a_site_that_offers_and_says_nothing() {
+async fn a_site_that_offers_an_artifact_and_then_sends_nothing_delays_no_other() {
     let bench = Bench::start().await;
     let link = site(&bench, "mal").await;
     let offer = AskHub::Publish {
@@ -226,7 +228,7 @@ async fn nobody_waits_for_a_site_that_offers_and_says_nothing() {
         tokio::spawn(
             async move { wire::ask_to_move::<_, serde_json::Value>(&asked, &offer).await },
         );
-    // The hub asks for the root manifest, and is told nothing.
+    // The hub requests the root manifest, and receives no answer.
     let _held = link.accept().await.unwrap();
     let source = bench.source("a", 1 << 20, 1);
     for reference in ["model/a:v1", "model/a:v2"] {
@@ -263,7 +265,7 @@ async fn an_import_of_a_pipe_fails_at_once() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_publish_that_is_cancelled_leaves_nothing_but_chunks_for_a_collection() {
+async fn a_cancelled_publish_leaves_only_chunks_for_the_garbage_collection() {
     let bench = Bench::start().await;
     let source = bench.source("a", 64 << 20, 1);
     let job = bench
@@ -289,7 +291,7 @@ async fn a_publish_that_is_cancelled_leaves_nothing_but_chunks_for_a_collection(
     );
     let gc = bench.hub.gc().await.unwrap();
     assert_eq!(ended(&bench, gc).await.state, "done");
-    // The same again is a new job, and whole.
+    // A repeated publish is a new job, and complete.
     let job = bench
         .hub
         .publish(publish(&source, "model/a:v1"))

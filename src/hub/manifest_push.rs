@@ -1,8 +1,8 @@
-//! What a site is pushed without asking: the manifest of what is new to it, a round trip less on a
-//! long line.
+//! Pushes small manifests of new artifacts to a site without a request, which saves a round trip on
+//! a long connection.
 //!
-//! All of it is a hint. The list of what the site should hold never waits for it, and whatever is
-//! wrong with a manifest shows when the site asks.
+//! A pushed manifest is only a hint. The desired state never waits for it. A fault of a manifest is
+//! reported when the site requests it.
 
 use std::collections::HashSet;
 
@@ -24,18 +24,19 @@ use exchange::wire::PRIORITY_MANIFEST;
 use model::protocol::{Desired, PushedManifest};
 use state::Want;
 
-/// No manifest is small enough of an artifact larger than this: 36 bytes for each 256 KiB at least.
+/// The manifest of a larger artifact is never small enough: it has at least 36 bytes for each 256
+/// KiB.
 const TOTAL_MAX: u64 = (TOLD_BYTES_MAX as u64 / 36) * (256 << 10);
 
-/// What was pushed over one line.
+/// The manifests that were pushed over one connection.
 pub(super) struct ManifestPush {
-    /// What was asked for before the line stood, the site asks for by itself.
+    /// The start of the connection. The site itself requests the manifests of older transfers.
     since_ms: i64,
     known: HashSet<TransferId>,
 }
 
 impl ManifestPush {
-    /// Nothing yet.
+    /// Starts with no pushed manifests.
     pub(super) fn begin() -> Self {
         Self {
             since_ms: clock::now_unix_ms() as i64,
@@ -45,8 +46,8 @@ impl ManifestPush {
 }
 
 impl Hub {
-    /// The manifests of transfers that were asked for since the line stands and that it was not
-    /// pushed of yet, as far as they are small, with the share of the budget that they hold.
+    /// The small manifests of transfers that were created since the connection started and whose
+    /// manifest was not pushed yet, and the share of the budget that they hold.
     pub(super) async fn push_new(
         &self,
         site: &SiteName,
@@ -65,7 +66,7 @@ impl Hub {
             return (Vec::new(), None);
         }
         let peer = Peer::Site(site.clone());
-        // Now or not at all.
+        // A push never waits for a share of the budget.
         let Some(Ok(share)) = self
             .share(&peer, TOLD_BYTES_MAX as u64, PRIORITY_MANIFEST)
             .now_or_never()
@@ -87,14 +88,14 @@ impl Hub {
                 }
                 Ok(None) => {}
                 Err(fault) => {
-                    tracing::debug!(%site, artifact = %wanted.artifact, error = %fault, "a manifest is not pushed");
+                    tracing::debug!(%site, artifact = %wanted.artifact, error = %fault, "a manifest was not pushed");
                 }
             }
         }
         (pushed, Some(share))
     }
 
-    /// The manifest of a transfer that has not begun, if it has no more than so many bytes.
+    /// The manifest of a transfer that has not started, if it has no more than `room` bytes.
     async fn manifest_for(
         &self,
         site: &SiteName,
@@ -103,7 +104,7 @@ impl Hub {
         room: usize,
     ) -> Result<Option<Vec<u8>>, Fault> {
         let catalogue = &self.inner.catalogue;
-        // Who has another version asks for what differs from that.
+        // A site that has another version requests only the difference.
         if catalogue.transfer(&wanted.id).await?.state != State::Queued
             || catalogue.has_kin_at(site, &wanted.artifact).await?
         {

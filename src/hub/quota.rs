@@ -1,17 +1,17 @@
-//! What one site and one publisher may take of the hub: quotas on what they publish, and a pace for
-//! what they change.
+//! Quotas on the content that a site or a publisher publishes, and a rate limit on the changes that
+//! a peer requests.
 //!
-//! A quota is checked when the root manifest is known, before any of the content is asked for. What
-//! is being published at the moment is *reserved*, so that many publishes at once take no more than
-//! one after the other. Every byte that such a publish stores is counted by the meter of its lease:
-//! more than its manifest announced, as pages for example, takes more of the quota, and is refused
-//! when the quota is used up. What a publish stored that did not finish stays counted as
-//! *unfinished* until the same artifact is published or a collection (`gc`) removed it. So the hub
-//! never holds more of a peer than its quota and [`UNCOUNTED_BYTES`] for each publish that runs.
+//! A quota is checked when the root manifest is known, before any of the content is fetched. The
+//! size of a running publish is *reserved*, so that concurrent publishes take no more than
+//! consecutive ones. The meter of the publish's lease counts every stored byte. If a publish stores
+//! more than its manifest announced, for example pages, it takes more of the quota, and is refused
+//! when the quota is used up. The stored content of an incomplete publish counts as *unfinished*
+//! until the same artifact is published or a garbage collection (`gc`) removes it. So the hub never
+//! stores more of a peer than its quota and [`UNCOUNTED_BYTES`] for each running publish.
 //!
-//! The pace delays and never refuses: a peer that floods the hub with reports or requests slows
-//! down itself, and the catalogue grows no faster. Nothing here survives a restart but what the
-//! catalogue says of what was published.
+//! The rate limit delays requests and never refuses them: a peer that sends too many reports or
+//! requests slows down only itself, and the catalogue grows no faster. Nothing here survives a
+//! restart except the published artifacts in the catalogue.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -29,24 +29,24 @@ use base::peer::Peer;
 use content::manifest::{Digest, Root};
 use content::store::Meter;
 
-/// Peers whose pace is remembered; those that have been quiet are forgotten first.
+/// Peers whose rate is remembered; the entry of the longest idle peer is removed first.
 const PACED_MAX: usize = 4096;
-/// Stored bytes of a publish that need not be covered by its totals, for its manifest and the
-/// headers of its chunks, beside a sixteenth of the totals.
+/// Stored bytes of a publish that may exceed its announced totals, in addition to a sixteenth of
+/// the totals: for its manifest and the headers of its chunks.
 const UNCOUNTED_BYTES: u64 = 1 << 20;
 
-/// What each site and publisher has taken of its quota beside what is in the catalogue.
+/// The part of each peer's quota that is used in addition to the catalogue.
 pub(super) type Reserved = Arc<Mutex<HashMap<Peer, Taken>>>;
 
-/// What one of them has taken.
+/// The used part of one peer's quota.
 #[derive(Default)]
 pub(super) struct Taken {
-    /// Publishes that run…
+    /// Running publishes…
     artifacts: u64,
     /// …and the bytes that are reserved for them.
     bytes: u64,
-    /// Bytes stored of publishes that did not finish. Each counts as an artifact, so the quota
-    /// bounds this list.
+    /// Stored bytes of unfinished publishes. Each counts as an artifact, so the quota bounds this
+    /// list.
     unfinished: HashMap<Digest, u64>,
 }
 
@@ -63,19 +63,19 @@ impl Taken {
     }
 }
 
-/// A part of a quota, taken until the artifact is in the catalogue or given up. It is the meter of
-/// the publish's lease, and ends with the last handle of it.
+/// A reserved part of a quota, until the artifact is in the catalogue or the publish ends without
+/// it. It is the meter of the publish's lease, and ends with the lease's last handle.
 pub(super) struct Reservation {
     reserved: Reserved,
     who: Peer,
     artifact: ArtifactRef,
     digest: Digest,
     quota: Quota,
-    /// In the catalogue already: then nothing is counted.
+    /// The artifact is in the catalogue already, so nothing is counted.
     known: bool,
-    /// What is in the catalogue of this peer, bytes.
+    /// The size of this peer's artifacts in the catalogue, in bytes.
     published: u64,
-    /// What the manifest announced, bytes.
+    /// The size in the manifest, in bytes.
     announced: u64,
     /// Only used while `reserved` is locked.
     counted: Mutex<Counted>,
@@ -83,14 +83,14 @@ pub(super) struct Reservation {
 }
 
 struct Counted {
-    /// Bytes stored, by earlier tries too.
+    /// Stored bytes, including those of earlier attempts.
     stored: u64,
-    /// Bytes taken of the quota: those announced, or more.
+    /// Bytes of the quota that are used: the announced ones, or more.
     charged: u64,
 }
 
 impl Reservation {
-    /// The artifact is in the catalogue.
+    /// Marks the publish as complete: the artifact is in the catalogue.
     pub(super) fn finish(&self) {
         self.finished.store(true, Ordering::Relaxed);
     }
@@ -112,7 +112,7 @@ impl Meter for Reservation {
         if more > 0 && used.saturating_add(more) > self.quota.bytes {
             let all = self.quota.bytes;
             let what = format!(
-                "its manifest takes more than the {all} bytes that are allowed for all artifacts"
+                "its manifest needs more than the {all} bytes that are allowed for all artifacts"
             );
             return Err(exceeds(&self.artifact, &self.who, &what, "bytes", 0));
         }
@@ -122,7 +122,7 @@ impl Meter for Reservation {
     }
 
     fn give_back(&self, bytes: u64) {
-        // What was charged stays so until the end.
+        // The used part of the quota does not decrease until the end.
         let mut counted = self.counted.lock();
         counted.stored = counted.stored.saturating_sub(bytes);
     }
@@ -152,9 +152,9 @@ impl Drop for Reservation {
 }
 
 impl Hub {
-    /// Takes a part of the quota of whoever publishes this artifact, or says why it does not fit.
-    /// What is in the catalogue already costs nothing again, and what an earlier try stored of it
-    /// is counted once.
+    /// Reserves a part of the quota of the peer that publishes this artifact, or fails with the
+    /// exceeded limit. Content that is in the catalogue already costs nothing again, and content
+    /// that an earlier attempt stored is counted once.
     pub(super) async fn reserve(
         &self,
         who: &Peer,
@@ -211,7 +211,7 @@ impl Hub {
         }))
     }
 
-    /// What counts as unfinished, to be read before a collection begins.
+    /// The unfinished publishes. To be read before a garbage collection starts.
     pub(super) fn unfinished(&self) -> Vec<(Peer, Digest, u64)> {
         let reserved = self.inner.reserved.lock();
         let of = |(who, taken): (&Peer, &Taken)| {
@@ -224,7 +224,8 @@ impl Hub {
         reserved.iter().flat_map(of).collect()
     }
 
-    /// A collection removed what was unfinished when it began.
+    /// Removes the entries of publishes that were unfinished at the start of a completed garbage
+    /// collection.
     pub(super) fn forget_collected(&self, collected: Vec<(Peer, Digest, u64)>) {
         let mut reserved = self.inner.reserved.lock();
         for (who, digest, bytes) in collected {
@@ -251,17 +252,21 @@ fn exceeds(artifact: &ArtifactRef, who: &Peer, what: &str, key: &str, unfinished
         "quota.site"
     };
     let mut message = format!("{artifact} exceeds the quota of {who}: {what}");
-    let mut next = format!("publish less, or ask the operator of the hub to raise [{table}] {key}");
+    let mut next =
+        format!("publish less, or ask the operator of the hub to increase [{table}] {key}");
     if unfinished > 0 {
         message.push_str(&format!(
-            "; {unfinished} publishes that did not finish are counted"
+            "; this includes {unfinished} publishes that did not finish"
         ));
-        next.push_str(", or to run 'packhorse gc', which removes what unfinished publishes stored");
+        next.push_str(
+            ", or to run 'packhorse gc', which removes the content of unfinished publishes",
+        );
     }
     Fault::not_allowed(message).with_next(next)
 }
 
-/// Whether an artifact fits beside what was published before: `(artifacts, bytes)`.
+/// Whether an artifact fits in the quota, in addition to the earlier publishes: `(artifacts,
+/// bytes)`.
 fn fits(
     quota: &Quota,
     who: &Peer,
@@ -310,12 +315,12 @@ fn fits(
     Ok(())
 }
 
-/// How fast each peer may go on: so many steps a second, and as many as a burst at once. Cheap to
-/// ask.
+/// A rate limit for each peer: so many steps per second, and as many at once as a burst. Cheap to
+/// call.
 pub(super) struct RateLimiter {
     per_second: f64,
     burst: f64,
-    /// Since when each peer has this many steps in hand; below 0 it waits.
+    /// For each peer, the number of available steps at a point in time; below 0 the peer waits.
     peers: Mutex<HashMap<Peer, (Instant, f64)>>,
 }
 
@@ -328,7 +333,7 @@ impl RateLimiter {
         }
     }
 
-    /// Takes so many steps; waits until the peer has earned them.
+    /// Takes so many steps; waits until they are available.
     pub(super) async fn go(&self, peer: &Peer, steps: usize) {
         let wait = self.take(peer, steps, Instant::now());
         if !wait.is_zero() {
@@ -336,7 +341,7 @@ impl RateLimiter {
         }
     }
 
-    /// Takes so many steps, and says how long the peer waits for them.
+    /// Takes so many steps, and returns how long the peer must wait for them.
     fn take(&self, peer: &Peer, steps: usize, now: Instant) -> Duration {
         let mut peers = self.peers.lock();
         let earned = |since: Instant, left: f64| {
@@ -362,26 +367,30 @@ mod tests {
     use transport::identity::Claim;
 
     #[test]
-    fn a_peer_that_floods_slows_down_itself_only() {
+    fn a_peer_with_too_many_requests_slows_down_only_itself() {
         let pace = RateLimiter::new(10, 20);
         let [loud, calm] = ["loud", "calm"].map(|name| Peer::Site(name.parse().unwrap()));
         let now = Instant::now();
-        assert_eq!(pace.take(&loud, 20, now), Duration::ZERO, "a burst is free");
+        assert_eq!(
+            pace.take(&loud, 20, now),
+            Duration::ZERO,
+            "a burst is not delayed"
+        );
         assert_eq!(pace.take(&loud, 30, now), Duration::from_secs(3));
         assert_eq!(
             pace.take(&calm, 20, now),
             Duration::ZERO,
-            "another peer has its own"
+            "another peer has its own limit"
         );
         assert_eq!(
             pace.take(&loud, 10, now + Duration::from_secs(4)),
             Duration::ZERO,
-            "it earned ten in the second after"
+            "ten steps are available after a second"
         );
         assert_eq!(
             pace.take(&loud, 20, now + Duration::from_secs(3600)),
             Duration::ZERO,
-            "and no more than a burst in an hour"
+            "after an hour no more than a burst is available"
         );
         assert_eq!(
             pace.take(&loud, 10, now + Duration::from_secs(3600)),
@@ -390,7 +399,7 @@ mod tests {
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-    async fn a_publisher_that_has_its_quota_brings_no_more() {
+    async fn a_publisher_with_a_used_quota_is_refused() {
         let bench = Bench::start_with(
             "[quota.publisher]\nartifacts = 2\nbytes = \"3MiB\"\nentries_per_artifact = 10\n",
         )
@@ -411,10 +420,10 @@ mod tests {
             "{fault}: {}",
             fault.next
         );
-        assert_eq!(stored(), before, "nothing of it was stored");
+        assert_eq!(stored(), before, "none of its content was stored");
         assert!(bench.hub.inner.reserved.lock().is_empty());
-        // What is there already costs nothing again; one small artifact more fits, and then there
-        // are two.
+        // Content that the hub has costs nothing again. One more small artifact fits, and then
+        // there are two.
         assert!(
             bench
                 .publish(&first, "model/a:v1", None)
@@ -448,8 +457,8 @@ mod tests {
         );
     }
 
-    /// A publisher with a line of its own that serves what another hub holds, and stops after so
-    /// many fetches.
+    /// A publisher with its own connection, which serves the content of another hub, and stops
+    /// after so many fetches.
     async fn upload_in_part(
         bench: &Bench,
         there: &Bench,
@@ -479,7 +488,7 @@ mod tests {
                 let west = Peer::Site("west".parse().unwrap());
                 exchange::fetch::serve(send, recv, &west, &there.hub).await;
             }
-            // The next is answered with something that is no frame.
+            // The next request is answered with bytes that are not a frame.
             while let Some((mut send, _recv)) = link.accept().await {
                 let _ = send.finish();
             }
@@ -488,7 +497,7 @@ mod tests {
             answer = wire::ask::<_, serde_json::Value>(link, &question) => answer.map(|_| ()),
             () = serve => unreachable!("the line ended"),
         };
-        // What was on the way when it ended is kept, and counted, a moment later.
+        // Content that was in flight at the end is stored and counted a moment later.
         while bench
             .hub
             .inner
@@ -503,7 +512,7 @@ mod tests {
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-    async fn what_unfinished_uploads_stored_is_counted_until_it_is_collected() {
+    async fn content_of_unfinished_uploads_is_counted_until_it_is_collected() {
         let bench = Bench::start_with("[quota.publisher]\nbytes = \"20MiB\"\n").await;
         let there = Bench::start().await;
         let token = there.token(None, Some("office")).await;
@@ -554,9 +563,9 @@ mod tests {
                 fault.next
             );
         }
-        assert_eq!(stored(), kept, "nothing of another was stored");
-        // What was kept is not counted twice when the same goes on, and it still counts when that
-        // stops again.
+        assert_eq!(stored(), kept, "no content of another artifact was stored");
+        // The stored content is not counted twice when the same publish continues, and still counts
+        // when that one stops too.
         upload_in_part(&bench, &there, &link, "model/a:v1", 8)
             .await
             .unwrap_err();
@@ -568,12 +577,12 @@ mod tests {
             .unwrap();
         assert!(
             bench.hub.inner.reserved.lock().is_empty(),
-            "what is in the catalogue is counted there"
+            "artifacts in the catalogue are counted there"
         );
     }
 
     #[tokio::test]
-    async fn the_pages_of_a_manifest_take_of_the_quota() {
+    async fn the_pages_of_a_manifest_use_the_quota() {
         let bench = Bench::start_with("[quota.site]\nbytes = \"4MiB\"\n").await;
         let token = bench.token(None, Some("office")).await;
         bench
@@ -597,7 +606,7 @@ mod tests {
                 .reserve(&who, &"model/b:v1".parse().unwrap(), &root)
                 .await
             else {
-                assert!(offer > 0, "one offer alone has room");
+                assert!(offer > 0, "only one offer fits");
                 continue;
             };
             let store = bench.hub.inner.store.leased_with(reservation);
@@ -615,10 +624,10 @@ mod tests {
                 }
             }
         }
-        // 4 MiB, and one more that needs no cover in the first.
+        // 4 MiB, and one more that the first offer may exceed its totals by.
         assert!(
             (32..=40).contains(&kept),
-            "{kept} pages of 128 KiB were kept"
+            "{kept} pages of 128 KiB were stored"
         );
     }
 }

@@ -1,7 +1,9 @@
-//! Training runs at the hub: does what the state machine of `run::hub` says, and looks for it.
+//! Training runs at the hub: executes the effects of the state machine `run::hub`, and passes it
+//! the observed events.
 //!
-//! One look at a time, and each change is written before it is acted on; whatever a crash leaves
-//! out is done at the next look, because effects that are due are given again.
+//! Runs are checked one at a time, and each change is written before it is executed. Effects that a
+//! crash prevented are executed at the next check, because the state machine returns an effect
+//! until it is done.
 
 use std::time::Duration;
 
@@ -24,13 +26,13 @@ use model::run::{
 };
 use state::{Part, TransferRow, new_delivery_id, new_run_id};
 
-/// A run may take several steps at one look; more than this many are a defect.
+/// A run may take several steps in one check; more steps than this are a defect.
 const STEPS_MAX: usize = 16;
-/// Between two looks at least, however fast things change.
+/// The shortest pause between two checks, whatever changes.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
-/// Open runs that are looked at.
+/// The most open runs that are checked.
 const OPEN_MAX: u32 = 10_000;
-/// What the runs that a site is told take of one message on the line, about.
+/// The approximate part of one message that the runs of a site may use.
 const TOLD_BYTES_MAX: usize = 1 << 20;
 
 fn now_ms() -> i64 {
@@ -38,7 +40,7 @@ fn now_ms() -> i64 {
 }
 
 impl Hub {
-    /// Looks at the open runs whenever something changed, until the daemon stops.
+    /// Checks the open runs after each change, until the daemon stops.
     pub(super) async fn keep_runs(&self) {
         loop {
             let changed = self.inner.catalogue.changed();
@@ -47,7 +49,7 @@ impl Hub {
                     for run in open {
                         let name = &run.spec.name;
                         if let Err(fault) = self.look_at(name).await {
-                            tracing::warn!(run = %name, error = %fault, "a run could not go on; tried again");
+                            tracing::warn!(run = %name, error = %fault, "a run could not continue; retrying");
                         }
                     }
                 }
@@ -68,14 +70,13 @@ impl Hub {
             .ok_or_else(|| unknown(name))
     }
 
-    /// Takes an event; what changed is durable when this returns. The effects are left to the
-    /// caller.
+    /// Applies an event; the change is durable when this returns. The caller executes the effects.
     async fn take(&self, name: &RunName, event: Event) -> Result<(Run, Vec<Effect>, bool), Fault> {
         let _turn = self.inner.runs.lock().await;
         self.take_in_turn(name, event).await
     }
 
-    /// The same for one who holds `runs`.
+    /// The same for a caller that holds `runs`.
     async fn take_in_turn(
         &self,
         name: &RunName,
@@ -86,7 +87,7 @@ impl Hub {
         let changed = after != before;
         if changed {
             if after.state != before.state {
-                tracing::info!(run = %name, state = after.state.as_str(), why = after.message.as_deref().unwrap_or_default(), "a run");
+                tracing::info!(run = %name, state = after.state.as_str(), why = after.message.as_deref().unwrap_or_default(), "the state of a run changed");
             }
             self.inner
                 .catalogue
@@ -96,7 +97,7 @@ impl Hub {
         Ok((after, effects, changed))
     }
 
-    /// Looks at a run until it stands still.
+    /// Checks a run until nothing changes.
     async fn look_at(&self, name: &RunName) -> Result<(), Fault> {
         for _ in 0..STEPS_MAX {
             let run = self.load(name.as_str()).await?;
@@ -105,7 +106,7 @@ impl Hub {
                 .catalogue
                 .delivery_parts(&run.spec.delivery)
                 .await?;
-            // Once it is over it has to do with nothing but what is its own.
+            // After its end, a run concerns only the transfers that no other run or delivery needs.
             let own = match run.state.is_final() {
                 true => {
                     self.inner
@@ -138,7 +139,7 @@ impl Hub {
                 return Ok(());
             }
         }
-        Err(Fault::internal("it does not come to rest"))
+        Err(Fault::internal("the run does not reach a stable state"))
     }
 
     fn seen(&self, row: &TransferRow) -> ObservedTransfer {
@@ -157,7 +158,7 @@ impl Hub {
             .transfers_of_artifact(&model.artifact)
             .await?;
         let own = |row: &TransferRow| row.site == run.spec.from && row.removed_ms.is_none();
-        // The one that stands, else the one that was cancelled last.
+        // The transfer that was not cancelled, else the one that was cancelled last.
         let standing = rows
             .iter()
             .rev()
@@ -174,8 +175,8 @@ impl Hub {
                 let mut parts = Vec::new();
                 for input in &run.spec.inputs {
                     let row = catalogue.artifact(&input.artifact).await?;
-                    // What was published there lies there; rows and images were delivered there,
-                    // else the run had been refused.
+                    // An artifact that was published at that site needs no transfer. Its rows and
+                    // images were delivered there, otherwise the run was refused.
                     if row.origin.as_ref() != Some(&run.spec.on) {
                         parts.push(Part::new(&row, std::slice::from_ref(&run.spec.on)));
                     }
@@ -215,8 +216,8 @@ impl Hub {
         }
     }
 
-    /// The runs that a site has to do with, as it is told them: the oldest, as many as a message
-    /// holds. The others wait.
+    /// The runs of a site's desired state: the oldest, as many as fit in a message. The others
+    /// wait.
     pub(super) async fn desired_runs(&self, site: &SiteName) -> Result<Vec<DesiredRun>, Fault> {
         let mut out = Vec::new();
         let mut told = 0;
@@ -224,8 +225,8 @@ impl Hub {
             if run.spec.on != *site {
                 continue;
             }
-            // By what never changes, since the site ends a run that was listed and is no more. What
-            // is borrowed names the inputs once more.
+            // The estimate uses only values that never change, because the site ends a run that is
+            // no longer listed. The list of borrowed inputs repeats the inputs.
             let spec = serde_json::to_vec(&run.spec)
                 .map_err(|e| Fault::internal(format!("a run as JSON: {e}")))?;
             told += 3 * spec.len();
@@ -255,7 +256,7 @@ impl Hub {
         Ok(out)
     }
 
-    /// A site says how its runs stand.
+    /// Handles a site's report of a run.
     pub(super) async fn take_run_report(
         &self,
         site: &SiteName,
@@ -265,7 +266,7 @@ impl Hub {
         let actor = Actor::Site(site.clone());
         let Spec { from, on, .. } = &run.spec;
         policy::may(&actor, Verb::Report, &Object::Run { from, on })
-            .map_err(|_| Fault::not_allowed(format!("site {site} reports a run of {on}")))?;
+            .map_err(|_| Fault::not_allowed(format!("site {site} reported a run of site {on}")))?;
         if run.spec.id != report.id {
             return Ok(());
         }
@@ -295,8 +296,9 @@ impl Hub {
             if borrowed.iter().any(|row| row.id == *id) {
                 self.inner.catalogue.set_removed(id, now_ms()).await?;
             } else {
-                // Somebody else has asked for it since, which the site heard too late.
-                tracing::info!(transfer = %id, artifact = %row.artifact, %site, "what was given back is wanted again, and brought again");
+                // Another run or delivery has requested the artifact since, and the site learned it
+                // too late.
+                tracing::info!(transfer = %id, artifact = %row.artifact, %site, "a removed artifact is requested again, and delivered again");
                 self.inner.catalogue.act(id, types::Action::Retry).await?;
             }
         }
@@ -306,7 +308,7 @@ impl Hub {
             .map(|_| ())
     }
 
-    /// Refuses a model before anything is kept of it, when its run would refuse it.
+    /// Refuses a model that its run would refuse, before any of it is stored.
     pub(super) async fn check_run_model(
         &self,
         actor: &Actor,
@@ -314,7 +316,7 @@ impl Hub {
         artifact: &ArtifactRef,
     ) -> Result<(), Fault> {
         let row = self.run_for(actor, Verb::Publish, run.as_str()).await?;
-        // The digest is not known yet; that of a model which is there already is.
+        // The digest of a new model is not known yet; a known model has one.
         let digest = match &row.model {
             Some(model) => model.digest,
             None => Hash([0; 32]),
@@ -330,8 +332,9 @@ impl Hub {
         .map(|_| ())
     }
 
-    /// Takes a model of a run into the catalogue. A run that ended while the manifest was fetched
-    /// takes none: the model would use its version up for nothing. `false`: it stood there already.
+    /// Adds the model of a run to the catalogue. If the run ended while the manifest was fetched,
+    /// the model is refused, because it would use up its version in vain. `false`: the catalogue
+    /// has it already.
     pub(super) async fn add_run_model(
         &self,
         actor: &Actor,
@@ -355,7 +358,7 @@ impl Hub {
         Ok(added)
     }
 
-    /// Begins a run, or finds the one that was begun.
+    /// Starts a run, or returns the one that was started before.
     pub(super) async fn start_run(
         &self,
         actor: &Actor,
@@ -371,8 +374,10 @@ impl Hub {
             ttl_seconds,
         } = order.clone();
         if from == on {
-            return Err(Fault::usage(format!("site {from} cannot borrow itself"))
-                .with_next("start the trainer there by hand"));
+            return Err(
+                Fault::usage(format!("site {from} cannot train for itself in a run"))
+                    .with_next("start the trainer there manually"),
+            );
         }
         if wanted.is_empty() || wanted.len() > RUN_INPUTS_MAX {
             return Err(Fault::usage(format!(
@@ -396,7 +401,7 @@ impl Hub {
                 ShareList::Origin => (format!("site {on}"), on.to_string()),
             };
             return Err(Fault::not_allowed(format!(
-                "{who} does not share what is made at {on} with {from}"
+                "{who} does not share artifacts of {on} with {from}"
             ))
             .with_next(format!(
                 "add {from} to [share] allow in the configuration of {place}"
@@ -419,7 +424,7 @@ impl Hub {
             let row = entitlement
                 .artifact_for(actor, Verb::Train, &artifact, false)
                 .await?;
-            // The site that trains needs all of it.
+            // The training site needs all inputs.
             let there = SiteSelector::Names(vec![on.clone()]);
             let (origin, only) = (row.origin.as_ref(), std::slice::from_ref(&on));
             entitlement
@@ -449,7 +454,7 @@ impl Hub {
                 true => Ok(view(&run)),
                 false => Err(Fault::conflict(match same {
                     true => format!("run {name} is {} already", run.state.as_str()),
-                    false => format!("there is a run {name} already, and it is another"),
+                    false => format!("the run {name} exists already, with other parameters"),
                 })
                 .with_next("start it under another name")),
             };
@@ -458,27 +463,26 @@ impl Hub {
         match catalogue.artifact(&model).await {
             Ok(_) => {
                 return Err(Fault::conflict(format!(
-                    "there is a {model} already, and run {name} would publish its model as that"
+                    "{model} exists already, and run {name} would publish its model under that name"
                 ))
                 .with_next("expect another version, or start the run under another name"));
             }
             Err(fault) if fault.code != Code::NotFound => return Err(fault),
             Err(_) => {}
         }
-        // They are read where they were published: the model would be said to be made of what it
-        // was not made of.
+        // The trainer would read the changed files, and the lineage of the model would be wrong.
         if let Some(first) = changed.first() {
             let why = format!(
                 "{}: changed at {on} since it was published there",
                 changed.join(", ")
             );
             return Err(Fault::conflict(why).with_next(format!(
-                "'packhorse show {first}' says what; at {on}, put the old content back, or publish what is there now as a new version"
+                "'packhorse show {first}' lists the changes; at {on}, restore the original content, or publish the current content as a new version"
             )));
         }
-        // A trainer finds rows and images by their names. Publishing in place gives them none, and
-        // the run does not do it either: what it delivers it takes away again, and this is the
-        // site's own.
+        // A trainer finds rows and images by their names. Publishing in place does not create these
+        // names. The run does not create them either, because it removes what it delivers, and this
+        // is the site's own artifact.
         let named = catalogue.done_already(&own).await?;
         own.retain(|part| named.iter().all(|row| row.artifact != part.artifact));
         if !own.is_empty() {
@@ -513,7 +517,7 @@ impl Hub {
         catalogue
             .save_run(run.spec.name.as_str(), run.state.as_str(), true, &run)
             .await?;
-        tracing::info!(run = %run.spec.name, from = %run.spec.from, on = %run.spec.on, "a run begins");
+        tracing::info!(run = %run.spec.name, from = %run.spec.from, on = %run.spec.on, "a run starts");
         Ok(view(&run))
     }
 
@@ -536,7 +540,8 @@ impl Hub {
         Ok(view(&run))
     }
 
-    /// The run, if `actor` may do `verb` with it. What it may not know of is not there.
+    /// The run, if `actor` may do `verb` with it. A run that the actor may not know gets the answer
+    /// for one that does not exist.
     async fn run_for(&self, actor: &Actor, verb: Verb, name: &str) -> Result<Run, Fault> {
         let run = self.load(name).await?;
         let Spec { from, on, .. } = &run.spec;

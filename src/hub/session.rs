@@ -1,5 +1,5 @@
-//! One site's line at the hub: the desired state goes out, reports come in, fetches and questions
-//! are answered.
+//! The connection of one site at the hub: sends the desired state, handles reports, and answers
+//! fetches and questions.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -40,11 +40,11 @@ use state::{Subject, TransferRow, no_delivery};
 use transport::identity::verify_signature;
 use transport::{Link, RecvHalf, SendHalf};
 
-/// What a site told and the catalogue could not take, because its disk is full for example: stored,
-/// or asked for, again on this connection.
+/// Messages of a site that the catalogue could not store, for example because its disk is full.
+/// They are stored, or requested, again on this connection.
 #[derive(Default)]
 struct Unstored {
-    /// Whether a report of a transfer is among it.
+    /// Whether a report of a transfer is missing.
     reports: bool,
     runs: Vec<RunReport>,
     changed: Option<Vec<(ArtifactRef, Message)>>,
@@ -54,7 +54,7 @@ struct Unstored {
 /// `share` and `train` of a site's first message.
 type Hello = (Option<Vec<String>>, Option<Vec<String>>);
 
-/// Whether the hub failed to store what a site told, in contrast to what it refuses.
+/// Whether the hub failed to store a message, in contrast to a refusal of the message.
 fn is_not_stored(fault: &Fault) -> bool {
     matches!(
         fault.code,
@@ -62,7 +62,7 @@ fn is_not_stored(fault: &Fault) -> bool {
     )
 }
 
-/// What one line of a site has open at the hub.
+/// The limits and the control stream of one site's connection.
 struct Streams {
     fetches: Semaphore,
     questions: Semaphore,
@@ -70,13 +70,13 @@ struct Streams {
     control: Mutex<CancellationToken>,
 }
 
-/// What an answer has around its list.
+/// The bytes of an answer besides its list.
 const ANSWER_FRAME_BYTES: usize = 1 << 10;
-/// What the lineages that a site is told take of one message on the line.
+/// The largest part of one message that lineages may use.
 const LINEAGE_BYTES_MAX: usize = 1 << 20;
 
 impl Hub {
-    /// Serves a site until its line ends.
+    /// Serves a site until its connection ends.
     pub(super) async fn welcome(&self, name: SiteName, link: Link, cert_der: Vec<u8>) {
         let known = self
             .inner
@@ -86,7 +86,7 @@ impl Hub {
             .is_ok_and(|site| site.is_some());
         let actor = Actor::Site(name.clone());
         if policy::may(&actor, Verb::Connect, &Object::Membership { known }).is_err() {
-            link.close("the hub does not know this site: join again");
+            link.close("the site is not registered at the hub: join again");
             return;
         }
         let connected = Connected {
@@ -102,9 +102,9 @@ impl Hub {
             if !old.link.is_closed() && old.link.remote_address().ip() != link.remote_address().ip()
             {
                 let (old, new) = (old.link.remote_address(), link.remote_address());
-                tracing::warn!(site = %name, %old, %new, "a site came from another address while its line stood: do two machines use its name?");
+                tracing::warn!(site = %name, %old, %new, "a site connected from another address while its connection was open: do two machines use its name?");
             }
-            old.link.close("the site has a newer line");
+            old.link.close("the site has a newer connection");
         }
         tracing::info!(site = %name, line = link.transport(), "a site is online");
         self.note_seen(&name, None).await;
@@ -129,7 +129,7 @@ impl Hub {
         link.close("the hub stops");
         {
             let mut links = self.inner.links.write();
-            // A newer line of the same site stays.
+            // A newer connection of the same site is kept.
             if links
                 .get(&name)
                 .is_some_and(|c| Arc::ptr_eq(&c.cert_der, &connected.cert_der))
@@ -141,7 +141,7 @@ impl Hub {
         self.note_seen(&name, None).await;
     }
 
-    /// What a peer that is connected keeps of each budget.
+    /// Reserves the part of each budget for a connected peer.
     pub(super) fn seats(&self) -> [Seat; 3] {
         [
             self.inner.budget.seat(),
@@ -173,7 +173,7 @@ impl Hub {
         }
         let result = match kind[0] {
             FETCH => {
-                // Known to be one by now: control and questions never wait behind fetches.
+                // The stream is a fetch: control messages and questions never wait for fetches.
                 let Ok(_turn) = streams.fetches.acquire().await else {
                     return;
                 };
@@ -201,7 +201,7 @@ impl Hub {
         }
     }
 
-    /// The control stream: whatever changes, the whole desired state is sent again.
+    /// The control stream: after each change, the whole desired state is sent again.
     async fn control(
         &self,
         mut send: SendHalf,
@@ -224,8 +224,8 @@ impl Hub {
                         train,
                         congestion,
                     } => {
-                        // The site knows its line; what it leaves open is as the hub's own
-                        // configuration says.
+                        // The site knows its connection; `auto` keeps the setting of the hub's own
+                        // configuration.
                         if congestion != Congestion::Auto {
                             link.set_congestion(congestion);
                         }
@@ -235,7 +235,7 @@ impl Hub {
                             .take_hello(site, share.as_deref(), train.as_deref())
                             .await
                         {
-                            tracing::error!(%site, error = %fault, "what a site says of itself could not be stored; tried again");
+                            tracing::error!(%site, error = %fault, "the settings that a site reported could not be stored; retrying");
                             unstored.lock().hello = Some((share, train));
                         }
                         self.note_seen(site, Some(&version)).await;
@@ -243,12 +243,12 @@ impl Hub {
                     FromSite::Report(reports) => {
                         self.inner.reports.go(&peer, reports.len()).await;
                         for report in reports {
-                            // One bad report must not end the line for all the others.
+                            // An invalid report must not end the connection for all other reports.
                             let id = report.id.clone();
                             match self.take_report(site, report).await {
                                 Err(fault) if is_not_stored(&fault) => {
                                     if !std::mem::replace(&mut unstored.lock().reports, true) {
-                                        tracing::error!(%site, transfer = %id, error = %fault, "a report could not be stored; it is asked for again");
+                                        tracing::error!(%site, transfer = %id, error = %fault, "a report could not be stored; it is requested again");
                                     }
                                 }
                                 Err(fault) => {
@@ -260,7 +260,7 @@ impl Hub {
                     }
                     FromSite::Runs(reports) => {
                         self.inner.reports.go(&peer, reports.len()).await;
-                        // The reports of all runs may come in several messages.
+                        // The reports of all runs may arrive in several messages.
                         let names: Vec<RunName> =
                             reports.iter().map(|report| report.name.clone()).collect();
                         let failed = self.take_run_reports(site, reports).await;
@@ -272,18 +272,18 @@ impl Hub {
                     FromSite::Changed(all) => {
                         match self.inner.catalogue.set_changed_at(site, &all).await {
                             Ok(true) => {
-                                tracing::info!(%site, artifacts = all.len(), "a site tells what changed of what is published there");
+                                tracing::info!(%site, artifacts = all.len(), "a site reported changed files of artifacts that it published");
                             }
                             Ok(false) => {}
                             Err(fault) => {
-                                tracing::error!(%site, error = %fault, "what changed at a site could not be noted; tried again");
+                                tracing::error!(%site, error = %fault, "the changes that a site reported could not be stored; retrying");
                                 unstored.lock().changed = Some(all);
                             }
                         }
                     }
                 }
             }
-            #[expect(unreachable_code, reason = "says the type of an endless loop's error")]
+            #[expect(unreachable_code, reason = "states the error type of an endless loop")]
             Ok::<(), Fault>(())
         };
         let write = async {
@@ -296,7 +296,7 @@ impl Hub {
                 if tried.elapsed() >= STATE_RETRY_EVERY {
                     tried = Instant::now();
                     if self.store_again(site, &unstored).await {
-                        // The site answers each list with how all that is in it stands.
+                        // The site answers each list with the state of all its transfers.
                         last = None;
                     }
                 }
@@ -322,7 +322,7 @@ impl Hub {
                 }
                 work.changed().await;
             }
-            #[expect(unreachable_code, reason = "says the type of an endless loop's error")]
+            #[expect(unreachable_code, reason = "states the error type of an endless loop")]
             Ok::<(), Fault>(())
         };
         tokio::select! {
@@ -342,13 +342,13 @@ impl Hub {
         self.inner.catalogue.set_train_allow(site, train).await
     }
 
-    /// Takes what a site says of its runs. Returns the reports that could not be stored.
+    /// Handles a site's reports of its runs. Returns the reports that could not be stored.
     async fn take_run_reports(&self, site: &SiteName, reports: Vec<RunReport>) -> Vec<RunReport> {
         let mut unstored = Vec::new();
         for report in reports {
             match self.take_run_report(site, report.clone()).await {
                 Err(fault) if is_not_stored(&fault) => {
-                    tracing::error!(%site, run = %report.name, error = %fault, "a report of a run could not be stored; tried again");
+                    tracing::error!(%site, run = %report.name, error = %fault, "a report of a run could not be stored; retrying");
                     unstored.push(report);
                 }
                 Err(fault) => {
@@ -360,8 +360,8 @@ impl Hub {
         unstored
     }
 
-    /// Stores once more what could not be stored, once there is room. Returns whether the site is
-    /// to be asked for its reports.
+    /// Stores the messages that could not be stored before, when there is space. Returns whether
+    /// the site must send its reports again.
     async fn store_again(&self, site: &SiteName, unstored: &Mutex<Unstored>) -> bool {
         let is_some = {
             let held = unstored.lock();
@@ -390,7 +390,7 @@ impl Hub {
         }
         let failed = self.take_run_reports(site, held.runs).await;
         let mut now = unstored.lock();
-        // What the site said meanwhile is newer.
+        // A report that arrived in the meantime is newer.
         for report in failed {
             if now.runs.len() < RUNS_OPEN_MAX
                 && now.runs.iter().all(|newer| newer.name != report.name)
@@ -409,10 +409,13 @@ impl Hub {
         let actor = Actor::Site(site.clone());
         let transfer = Object::Transfer { to: &row.site };
         policy::may(&actor, Verb::Report, &transfer).map_err(|_| {
-            Fault::not_allowed(format!("site {site} reports a transfer of {}", row.site))
+            Fault::not_allowed(format!(
+                "site {site} reported a transfer of site {}",
+                row.site
+            ))
         })?;
-        // What was never asked for, what is late, and what lacks a receipt is for the state machine
-        // to refuse.
+        // The state machine refuses reports that were never requested, that are late, or that have
+        // no receipt.
         if let (State::Done, Some(receipt)) = (report.state, &report.body.receipt) {
             receipt.check(
                 &row,
@@ -421,7 +424,7 @@ impl Hub {
             )?;
         }
         if report.generation == row.generation && row.state != State::Cancelled {
-            // Before the failure is shown: whoever sees it may publish again at once.
+            // Before the failure becomes visible: a user who sees it may publish again at once.
             self.recheck_refused(site, &report).await;
         }
         self.inner
@@ -475,7 +478,7 @@ impl Hub {
             (Ok(()), question) => {
                 let answer = timeout(ANSWER_MAX, self.answer(site, &actor, question)).await;
                 answer.unwrap_or_else(|_| {
-                    Err(Fault::unreachable("the hub found no answer in time")
+                    Err(Fault::unreachable("the hub did not answer in time")
                         .with_next("ask again later"))
                 })
             }
@@ -484,7 +487,8 @@ impl Hub {
         self.send_answer(&mut send, &peer, answer).await
     }
 
-    /// Sends the answer to a question. What of it the peer has not taken yet is counted as its own.
+    /// Sends the answer to a question. The unsent part of the answer counts against the peer's
+    /// budget.
     pub(super) async fn send_answer(
         &self,
         send: &mut SendHalf,
@@ -540,12 +544,12 @@ impl Hub {
                 as_json(self.list_runs(actor, None, from, room).await?.rows)
             }
             AskHub::Publish { .. } | AskHub::Upload { .. } => {
-                Err(Fault::internal("an offer or upload is no plain question"))
+                Err(Fault::internal("an offer or upload is handled elsewhere"))
             }
         }
     }
 
-    /// A delivery as a whole, for an actor that may read all of it.
+    /// A delivery with all parts, for an actor that may read all of them.
     async fn delivery_for(&self, actor: &Actor, id: &str) -> Result<serde_json::Value, Fault> {
         let row = self.inner.catalogue.delivery(id).await?;
         if !self.may_read_all(actor, &all_of(id)).await? {
@@ -554,11 +558,11 @@ impl Hub {
         as_json(self.whole(&row, ANSWER_BYTES_MAX).await?)
     }
 
-    /// Whether an actor may read how each of these transfers is.
+    /// Whether an actor may read the state of each of these transfers.
     async fn may_read_all(&self, actor: &Actor, query: &TransferQuery) -> Result<bool, Fault> {
         let mut of_others: HashMap<(ArtifactRef, SiteName), TransferRow> = HashMap::new();
         let see = |row: TransferRow| {
-            // Most transfers are the actor's own; of the others more has to be known.
+            // Most transfers are the actor's own. The others need more facts.
             let own = Object::Progress {
                 to: &row.site,
                 origin: None,
@@ -579,7 +583,7 @@ impl Hub {
         Ok(true)
     }
 
-    /// How transfers stand of what a site holds, wherever they go.
+    /// The state of the transfers of a site's artifacts to any site.
     async fn transfers_for(
         &self,
         actor: &Actor,
@@ -587,8 +591,8 @@ impl Hub {
         since: Option<u64>,
         wait: u64,
     ) -> Result<serde_json::Value, Fault> {
-        // All of them, changed or not: what a site may not see looks the same to it as what is not
-        // there.
+        // All transfers are checked, changed or not: a site gets the same answer for transfers that
+        // it may not read and for those that do not exist.
         let ids = id.to_string();
         if !self.may_read_all(actor, &all_of(&ids)).await? {
             return Err(no_transfers(&ids));
@@ -604,8 +608,8 @@ impl Hub {
         }
     }
 
-    /// As many of the transfers of ids as one answer holds, and the cursor to go on from: if some
-    /// are left, those that changed first are given, and the rest follow behind the last of them.
+    /// As many of the transfers of ids as one answer can have, and the next cursor. If some are
+    /// left, the transfers that changed first are returned, and the rest follows after the cursor.
     async fn answer_page(
         &self,
         id: &str,
@@ -615,7 +619,7 @@ impl Hub {
             since: Some(since.unwrap_or(0)),
             ..all_of(id)
         };
-        // Room for the list, the cursor and what is around them.
+        // Space for the list, the cursor and the enclosing JSON.
         let room = Room {
             rows: u32::MAX,
             bytes: ANSWER_BYTES_MAX - ANSWER_FRAME_BYTES,
@@ -626,13 +630,13 @@ impl Hub {
             .transfer_page(&query, None, room, |row| self.view(row))
             .await?;
         if page.next.is_none() && since.is_none() {
-            // All of them: in the order in which they were begun.
+            // The list is complete: in the order of creation.
             page.rows.sort_by(|one, other| one.id.cmp(&other.id));
         }
         Ok((page.rows, cursor))
     }
 
-    /// What a site has to do, each transfer with those that go first.
+    /// The transfers of a site's desired state, each with the transfers that must complete first.
     async fn desired_transfers(&self, site: &SiteName) -> Result<Vec<Desired>, Fault> {
         let catalogue = &self.inner.catalogue;
         let waits = catalogue.waits(site).await?;
@@ -649,8 +653,8 @@ impl Hub {
             } else {
                 None
             };
-            // A transfer must be listed, or the site gives it up; what its model was made of is
-            // told once there is room.
+            // A transfer must be listed, otherwise the site cancels it. The lineage of its model is
+            // included only if there is space.
             let lineage = lineage.filter(|lineage| {
                 let bytes = serde_json::to_vec(lineage).map_or(0, |text| text.len());
                 let fits = told + bytes <= LINEAGE_BYTES_MAX;
@@ -666,8 +670,8 @@ impl Hub {
         Ok(out)
     }
 
-    /// Takes an artifact that was published at a site into the catalogue; its bytes stay there
-    /// until somebody asks.
+    /// Adds an artifact that was published at a site to the catalogue. Its content stays at the
+    /// site until it is requested.
     async fn take_offer(
         &self,
         site: &SiteName,
@@ -679,7 +683,7 @@ impl Hub {
     ) -> Result<serde_json::Value, Fault> {
         let inner = &self.inner;
         let actor = Actor::Site(site.clone());
-        // What can be refused is refused before the artifact exists.
+        // All checks that can refuse the offer come before the artifact exists.
         if let Some(to) = to {
             let sites = inner.catalogue.select_sites(to).await?;
             inner
@@ -692,17 +696,17 @@ impl Hub {
         }
         let link = self
             .link_of(site)
-            .ok_or_else(|| Fault::unreachable(format!("the line to site {site} ended")))?;
+            .ok_or_else(|| Fault::unreachable(format!("the connection to site {site} ended")))?;
         let fetcher = Fetcher::new(link, digest, Arc::default()).with_idle_max(MANIFEST_IDLE_MAX);
         let root = fetcher.root().await?;
         let reserved = self
             .reserve(&Peer::Site(site.clone()), &artifact, &root)
             .await?;
-        // Until the artifact is in the catalogue no collection takes its pages.
+        // Until the artifact is in the catalogue, no garbage collection removes its pages.
         let store = inner.store.leased_with(reserved.clone());
         fetcher.pages(&root, None, &store).await?;
         self.check_manifest(&artifact, &root).await?;
-        // What was opened by its digest before it was known here must be looked at anew.
+        // If this digest was opened before the artifact was known here, it must be opened again.
         inner.opened.lock().retain(|opened| opened.digest != digest);
         let added = match run {
             Some(run) => self.add_run_model(&actor, run, &artifact, &root).await,
@@ -758,7 +762,7 @@ impl Hub {
         )))
     }
 
-    /// Asks a site that is online.
+    /// Sends a question to a site that is online.
     pub(super) async fn ask_site<T: serde::de::DeserializeOwned + Send + 'static>(
         &self,
         site: &SiteName,
@@ -786,7 +790,7 @@ fn desired(row: TransferRow) -> Desired {
     }
 }
 
-/// The transfers of ids, each of a transfer or of a delivery.
+/// A query for these ids, each of a transfer or a delivery.
 fn all_of(id: &str) -> TransferQuery {
     TransferQuery {
         id: Some(id.to_owned()),
@@ -794,13 +798,13 @@ fn all_of(id: &str) -> TransferQuery {
     }
 }
 
-/// The answer for transfers that do not exist, and for transfers that an actor may not know of.
+/// The answer for transfers that do not exist, or that an actor may not know.
 pub(super) fn no_transfers(ids: &str) -> Fault {
     Fault::not_found(format!("there is no transfer or delivery {ids}"))
         .with_next("'packhorse status' lists them")
 }
 
-/// What a question asks for, before its object is known.
+/// The verb of a question, before its object is known.
 pub(super) fn verb_of(question: &AskHub) -> Verb {
     match question {
         AskHub::Publish { .. } => Verb::Offer,
@@ -815,7 +819,7 @@ pub(super) fn verb_of(question: &AskHub) -> Verb {
     }
 }
 
-/// What an action on a training run asks for.
+/// The verb of an action on a training run.
 pub(super) fn verb_of_run(action: RunVerb) -> Verb {
     match action {
         RunVerb::Finish => Verb::Finish,
@@ -823,14 +827,14 @@ pub(super) fn verb_of_run(action: RunVerb) -> Verb {
     }
 }
 
-/// An answer that its receiver would refuse becomes one that says so.
+/// Replaces an answer that its receiver would refuse as too large with a fault.
 fn fits(answer: serde_json::Value) -> Result<serde_json::Value, Fault> {
     let bytes = paging::json_bytes(&answer);
     if bytes <= ANSWER_BYTES_MAX {
         return Ok(answer);
     }
     Err(Fault::usage(format!(
-        "it was done, but the answer has {bytes} bytes, and {ANSWER_BYTES_MAX} are allowed"
+        "the request was executed, but its answer has {bytes} bytes; at most {ANSWER_BYTES_MAX} are allowed"
     ))
     .with_next("see 'packhorse status'; name fewer artifacts and sites at once"))
 }

@@ -1,6 +1,6 @@
-//! To which of the named sites an artifact goes, and what is reported about the others. The
-//! `[share]` lists exclude sites ([`model::policy`]). The administrator of the hub and the site
-//! that published learn who is excluded; for any other site the artifact does not exist.
+//! Decides to which of the named sites an artifact is delivered, and reports the others. The
+//! `[share]` lists exclude sites ([`model::policy`]). The administrator of the hub and the
+//! publishing site learn which sites are excluded. For any other site, the artifact does not exist.
 
 use super::entitlement::Entitlement;
 use crate::api::types::LeftOut;
@@ -21,7 +21,7 @@ pub(super) struct Targets {
     pub(super) left_out: Vec<LeftOut>,
 }
 
-/// A site that a list excludes from what `origin` published.
+/// A site that a list excludes from the artifacts that `origin` published.
 fn left_out(
     artifact: &ArtifactRef,
     origin: &SiteName,
@@ -43,7 +43,7 @@ fn left_out(
     }
 }
 
-/// The fault for an actor that may know why an artifact cannot go to the named sites.
+/// The fault for an actor that may know why an artifact cannot be delivered to the named sites.
 fn not_shared(artifact: &ArtifactRef, origin: &SiteName, left_out: &[LeftOut]) -> Fault {
     if left_out.is_empty() {
         return Fault::not_found(format!(
@@ -57,7 +57,7 @@ fn not_shared(artifact: &ArtifactRef, origin: &SiteName, left_out: &[LeftOut]) -
         .with_next("to share it, add the site to that list and restart the daemon that has the list in its configuration")
 }
 
-/// Whether `actor` may know whom the lists exclude from what `origin` published.
+/// Whether `actor` may know which sites the lists exclude from the artifacts of `origin`.
 fn may_know(actor: &Actor, origin: &SiteName) -> bool {
     let artifact = Object::Artifact {
         origin: Some(origin),
@@ -68,8 +68,8 @@ fn may_know(actor: &Actor, origin: &SiteName) -> bool {
 }
 
 impl Entitlement {
-    /// Of these sites, which `to` means, those that may receive an artifact. Refused if none is
-    /// left, or if a site that is named outright may not.
+    /// Of these sites, which `to` selects, those that may receive an artifact. Refused if none is
+    /// left, or if a site that is selected by name may not.
     pub(super) async fn targets(
         &self,
         actor: &Actor,
@@ -89,7 +89,7 @@ impl Entitlement {
                 Some(list) => targets
                     .left_out
                     .push(left_out(artifact, origin, site, list)),
-                // "All" means all others.
+                // `all` means all sites except the origin.
                 None if named || site != origin => targets.sites.push(site.clone()),
                 None => {}
             }
@@ -106,8 +106,8 @@ impl Entitlement {
         }
     }
 
-    /// Why a transfer must not begin again: its site may not receive the artifact any more. It
-    /// would fail, and the record that it was done, here and at the site, would be lost.
+    /// The reason why a transfer must not start again: its site may not receive the artifact any
+    /// more. It would fail, and the hub and the site would lose the record that it was done.
     pub(super) async fn no_longer_shared(
         &self,
         actor: &Actor,
@@ -128,19 +128,19 @@ impl Entitlement {
             let left_out = left_out(&row.artifact, origin, &row.site, list);
             return Ok(Some(not_shared(&row.artifact, origin, &[left_out])));
         }
-        let next = "what is at the site stays as it is; ask the administrator of the hub";
+        let next = "the content at the site is kept; ask the administrator of the hub";
         Ok(Some(nothing_such().with_next(next)))
     }
 }
 
-/// What `doctor` reports of the hub's own list: a name in it that no site has. A site that it was
-/// meant for would be excluded without a word.
+/// The line of `doctor` about the hub's own list: a name that no site has. The intended site would
+/// be excluded silently.
 pub(super) fn share_fault(allow: Option<&[String]>, sites: &[SiteName]) -> Option<String> {
     let names = unknown(allow?, sites).join(", ");
     (!names.is_empty()).then(|| format!("fault [share] allow: no site is called {names}; correct the name, or let that site join"))
 }
 
-/// What `doctor` reports of the lists that the sites reported: names in `[share] allow` and
+/// The lines of `doctor` about the lists that the sites reported: names in `[share] allow` and
 /// `[train] allow` that no site has.
 pub(super) async fn site_list_faults(
     catalogue: &Catalogue,
@@ -167,7 +167,7 @@ fn unknown(allow: &[String], sites: &[SiteName]) -> Vec<String> {
         .iter()
         .filter_map(|text| match text.parse::<SiteSelector>() {
             Ok(SiteSelector::Names(names)) => Some(names),
-            // Labels are no names, and what is no selector the daemon does not start with.
+            // Labels are not names. A daemon does not start with an invalid selector.
             _ => None,
         });
     names
@@ -182,7 +182,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_name_in_the_list_that_no_site_bears_is_found() {
+    fn a_name_in_the_list_that_no_site_has_is_found() {
         let sites: Vec<SiteName> = ["a", "b"]
             .iter()
             .map(|name| name.parse().unwrap())
@@ -197,7 +197,7 @@ mod tests {
     }
 
     #[test]
-    fn the_administrator_is_told_who_is_left_out_by_whose_list_and_what_to_do() {
+    fn the_administrator_learns_the_excluded_sites_the_list_and_the_next_step() {
         let (artifact, origin): (ArtifactRef, SiteName) =
             ("model/m:1".parse().unwrap(), "a".parse().unwrap());
         let site = |name: &str, list| left_out(&artifact, &origin, &name.parse().unwrap(), list);
@@ -220,7 +220,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_name_in_the_list_of_a_site_that_no_site_bears_is_reported() {
+    async fn a_name_in_the_list_of_a_site_that_no_site_has_is_reported() {
         use crate::api::Backend as _;
         let bench = crate::hub::upload::tests::Bench::start().await;
         let west: SiteName = "west".parse().unwrap();

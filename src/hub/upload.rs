@@ -1,13 +1,14 @@
-//! Publishing from another machine: a publisher's line at the hub, and the pull of what the hub
-//! lacks over it.
+//! Publishing from another machine: the publisher's connection at the hub, over which the hub
+//! fetches the content that it lacks.
 //!
-//! A publisher reads its source where it lies and says what it has ([`AskHub::Upload`]). The hub
-//! fetches over that line, the other way round than a site does: the root, the pages, and of the
-//! chunks only those that its store lacks, each verified before it is kept. The store is flushed
-//! with every group commit, so that whichever end is killed, the next try sends nothing again that
-//! was kept. Only when all is durable does the artifact enter the catalogue.
+//! A publisher reads its source in place and sends the digest of the artifact ([`AskHub::Upload`]).
+//! The hub then fetches over the same connection: the root, the pages, and of the chunks only those
+//! that its store lacks. Each chunk is verified before it is stored. The store is flushed with
+//! every group commit. So after a kill of either side, the next attempt does not send stored
+//! content again. The artifact enters the catalogue only when all its content is durable.
 //!
-//! A publisher may do nothing else: it reads nothing, delivers nothing of others, and is no site.
+//! A publisher may do nothing else: it cannot read artifacts, cannot deliver artifacts of others,
+//! and is not a site.
 
 use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
@@ -41,20 +42,20 @@ use model::policy::{self, Object, Refusal, Verb};
 use model::protocol::{AskHub, CONTROL, FETCH, QUESTION, Wanted};
 use transport::{Link, PRIORITY_BULK, RecvHalf, SendHalf};
 
-/// Streams of one publisher's line that are answered at once.
+/// Streams of one publisher's connection that are answered at once.
 const STREAMS_MAX: usize = 8;
-/// Batches that are planned ahead of those on the way.
+/// Batches that are planned in advance of the running requests.
 const BATCHES_AHEAD_MAX: usize = 8;
-/// Chunks that are looked up together.
+/// Chunks that are looked up in one call.
 const LOOKED_UP_TOGETHER: usize = 1024;
-/// Chunks asked for that are remembered, so that one that comes twice is asked for once: as many as
-/// can be on the way.
+/// Remembered requested chunks, so that a chunk that occurs twice is requested once: as many as can
+/// be in flight or planned.
 const ASKED_KEPT: usize = FETCH_BATCH_CHUNKS_MAX * (FETCH_IN_FLIGHT_MAX + BATCHES_AHEAD_MAX + 2);
 
-/// How long it is remembered what an artifact has no room for, though nobody asked again.
+/// How long the hub remembers, without another attempt, how much space an artifact lacked.
 const SHORT_FOR: Duration = Duration::from_secs(600);
 
-/// What one request brings.
+/// The content of one request.
 #[derive(Default)]
 struct Batch {
     wants: Vec<(Hash, Ranges)>,
@@ -63,7 +64,7 @@ struct Batch {
 }
 
 impl Hub {
-    /// Hears a publisher until its line ends.
+    /// Serves a publisher until its connection ends.
     pub(super) async fn welcome_publisher(&self, name: PublisherName, link: Link) {
         let _seats = self.seats();
         let streams = Arc::new(Semaphore::new(STREAMS_MAX));
@@ -98,7 +99,7 @@ impl Hub {
         let actor = Actor::from(&peer);
         let mut kind = [0];
         let read = timeout(SILENCE_MAX, recv.read_exact(&mut kind)).await;
-        read.map_err(|_| Fault::unreachable("a stream stayed empty"))??;
+        read.map_err(|_| Fault::unreachable("the peer opened a stream and sent nothing"))??;
         match kind[0] {
             QUESTION => {}
             FETCH => {
@@ -113,13 +114,13 @@ impl Hub {
         self.inner.changes.go(&peer, 1).await;
         let (question, share) =
             wire::receive_question(&mut recv, &self.inner.questions, &peer).await?;
-        // A publisher that was removed may still hold its certificate.
+        // A publisher that was removed may still have its certificate.
         let known = self.inner.catalogue.publisher_seen(name).await?;
         let may = policy::may(&actor, Verb::Connect, &Object::Membership { known })
             .and_then(|()| policy::may(&actor, verb_of(&question), &Object::Daemon));
         let answer = match (may, question) {
             (Err(Refusal::Unknown), _) => {
-                Err(Fault::not_allowed(format!("the hub does not know the publisher {name} (any more)"))
+                Err(Fault::not_allowed(format!("the publisher {name} is not registered at the hub"))
                     .with_next("at the hub: packhorse token create --publisher NAME; then publish again with --join-token TOKEN"))
             }
             (Err(refusal), _) => Err(refusal.into()),
@@ -127,13 +128,13 @@ impl Hub {
                 let key = (name.clone(), artifact.clone());
                 let before = self.inner.uploads.lock().insert(key.clone(), link.clone());
                 if let Some(before) = before.filter(|before| before != link) {
-                    // Of a publisher that was killed: what it holds of the budget would keep this
-                    // one waiting.
-                    before.close("the publisher began anew");
+                    // The connection of a killed process of this publisher: its share of the budget
+                    // would delay this one.
+                    before.close("the publisher started a new upload");
                 }
                 let answer = tokio::select! {
                     answer = self.take_upload(name, link, artifact, digest, to.as_ref(), &omitted) => answer.map_err(of_the_hub),
-                    _ = link.closed() => Err(Fault::unreachable("the publisher's line ended")),
+                    _ = link.closed() => Err(Fault::unreachable("the publisher's connection ended")),
                     () = self.inner.stop.cancelled() => Err(Fault::unreachable("the hub stops")),
                 };
                 let mut uploads = self.inner.uploads.lock();
@@ -152,7 +153,7 @@ impl Hub {
         self.send_answer(&mut send, &peer, answer).await
     }
 
-    /// Whatever came of it, what was brought stays.
+    /// Flushes the store, so that the received content is kept even if the upload failed.
     async fn flush_uploaded(&self) -> Result<(), Fault> {
         let store = self.inner.store.clone();
         blocking(move || store.flush()).await
@@ -170,7 +171,7 @@ impl Hub {
         let inner = &self.inner;
         let peer = Peer::Publisher(publisher.clone());
         let actor = Actor::from(&peer);
-        // Whatever can be refused is refused before a byte is moved.
+        // All checks that can refuse the upload come before the first byte is fetched.
         if let Some(to) = to {
             inner.catalogue.select_sites(to).await?;
         }
@@ -186,7 +187,7 @@ impl Hub {
         if let Ok(row) = inner.catalogue.artifact(&artifact).await
             && row.digest != digest
         {
-            // Says the conflict in its own words.
+            // Returns the conflict with its usual text.
             let taken = inner.catalogue.add_artifact(&artifact, &root, None).await;
             inner
                 .entitlement
@@ -194,8 +195,8 @@ impl Hub {
                 .await?;
         }
         let reserved = self.reserve(&peer, &artifact, &root).await?;
-        // Until the artifact is in the catalogue no collection takes what was found here or
-        // brought.
+        // Until the artifact is in the catalogue, no garbage collection removes content that the
+        // upload found or stored.
         let store = inner.store.leased_with(reserved.clone());
         let losses = store.losses();
         manifest.pages(&root, None, &store).await?;
@@ -238,7 +239,8 @@ impl Hub {
         serde_json::to_value(published).map_err(|e| Fault::internal(e.to_string()))
     }
 
-    /// Brings every chunk that the store, a leased one, lacks. Returns the bytes that were stored.
+    /// Fetches every chunk that the store, which holds a lease, lacks. Returns the number of stored
+    /// bytes.
     async fn pull(
         &self,
         publisher: &Peer,
@@ -247,15 +249,15 @@ impl Hub {
         store: &Store,
     ) -> Result<u64, Fault> {
         let (send, batches) = mpsc::channel(BATCHES_AHEAD_MAX);
-        // A publisher asks again and again until there is room; what came meanwhile would be kept
-        // for nothing.
+        // A publisher repeats its request until there is space. Content that is fetched before
+        // would use space without need.
         let short_of = self.inner.short_of.lock().get(&root.digest()).copied();
         short_of.map_or(Ok(()), |bytes| self.inner.store.check_room_for(bytes))?;
         self.inner.short_of.lock().forget(&root.digest());
         let lacking = self.lacking_where_room_is_short(root).await?;
         let (planned, packs) = (root.clone(), store.clone());
         let planning = tokio::task::spawn_blocking(move || {
-            // What comes after that would have been sent for nothing.
+            // Without space, any further content would be sent in vain.
             plan(&planned, &packs, |batch| {
                 packs
                     .check_room()
@@ -275,8 +277,8 @@ impl Hub {
             brought += raw;
             stored += bytes;
             unflushed += bytes;
-            // How well the content is squeezed is seen from an eighth of it on; before half of it
-            // came it is told.
+            // From an eighth of the content on, its compression ratio is known. The result is
+            // reported before half of the content has arrived.
             if let Some(lacking) =
                 lacking.filter(|lacking| (lacking / 8..lacking / 2).contains(&brought))
             {
@@ -289,7 +291,7 @@ impl Hub {
                         .put(root.digest(), rest, SHORT_FOR);
                 })?;
             }
-            // Beside the fetching: the line does not wait for the disk's sync.
+            // Concurrently with the fetches: the connection does not wait for the disk's sync.
             if (unflushed >= COMMIT_BYTES || flushed.elapsed() >= COMMIT_EVERY)
                 && flushing.as_ref().is_none_or(|f| f.is_finished())
             {
@@ -313,7 +315,8 @@ impl Hub {
         Ok(stored)
     }
 
-    /// The bytes that the store lacks of an artifact, where all of it might not fit on its disk.
+    /// The bytes of an artifact that the store lacks. `None`: the whole artifact would fit on its
+    /// disk, so they were not counted.
     async fn lacking_where_room_is_short(&self, root: &Root) -> Result<Option<u64>, Fault> {
         let (store, root) = (self.inner.store.clone(), root.clone());
         if store.check_room_for(root.totals.bytes).is_ok() {
@@ -335,7 +338,7 @@ impl Hub {
         count.await
     }
 
-    /// Brings one batch into the store. Returns its bytes, and those that were stored.
+    /// Fetches one batch into the store. Returns its size, and the number of stored bytes.
     async fn bring(
         &self,
         publisher: &Peer,
@@ -343,7 +346,7 @@ impl Hub {
         batch: Batch,
         store: Store,
     ) -> Result<(u64, u64), Fault> {
-        // What is on the way holds a share of the daemon's budget, out of the publisher's own.
+        // Bytes in flight hold a share of the daemon's budget, from the publisher's part.
         let _share = self.share(publisher, batch.bytes, PRIORITY_BULK).await?;
         let wants = batch
             .wants
@@ -357,10 +360,11 @@ impl Hub {
         let mut brought = Vec::with_capacity(batch.chunks.len());
         for chunk in batch.chunks {
             let frame = frames.next().await?;
-            // At once: all of the batch waits here, and the share is what the manifest says of it.
+            // Checked immediately: the whole batch is held in memory, and the share covers only the
+            // sizes in the manifest.
             if frame.raw_len() != chunk.len || frame.len() > HEADER_BYTES + chunk.len as usize {
                 return Err(Fault::integrity(format!(
-                    "{publisher} sent chunk {} in another size than its manifest says",
+                    "the size of chunk {} from {publisher} differs from its manifest",
                     chunk.id
                 ))
                 .with_next("publish again with the same version of packhorse as the hub"));
@@ -368,8 +372,8 @@ impl Hub {
             brought.push((chunk, frame));
         }
         let _place = self.work_place(publisher).await;
-        // What was begun here ends even if the publisher's line does not last; the lease is held as
-        // long.
+        // The work started here is completed even if the connection ends; the lease is held until
+        // then.
         blocking(move || {
             let mut stored = 0;
             for (chunk, frame) in brought {
@@ -382,18 +386,18 @@ impl Hub {
     }
 }
 
-/// To the publisher a full disk is the hub's, and the upload ends with it.
+/// Tells the publisher that a full disk is the hub's. The upload ends with this fault.
 fn of_the_hub(fault: Fault) -> Fault {
     if fault.code != Code::NoSpace {
         return fault;
     }
     fault
         .context("the hub has no room")
-        .with_next("make room at the hub, then publish again: what was kept is not sent again")
+        .with_next("free space at the hub, then publish again: stored content is not sent again")
 }
 
-/// Walks the manifest and hands out batches of the chunks that the store lacks, until `take` says
-/// `false`. Blocks.
+/// Walks the manifest and passes batches of the chunks that the store lacks to `take`, until it
+/// returns `false`. Blocks.
 fn plan(
     root: &Root,
     store: &Store,
@@ -424,13 +428,13 @@ struct Planner<'a, F> {
     store: &'a Store,
     take: F,
     batch: Batch,
-    /// Chunks that may still be on the way, and the order in which they were asked for.
+    /// Chunks that may still be in flight, and the order of their requests.
     asked: HashSet<Hash>,
     order: VecDeque<Hash>,
 }
 
 impl<F: FnMut(Batch) -> Result<bool, Fault>> Planner<'_, F> {
-    /// Asks for those that are not here. `false`: nobody takes batches any more.
+    /// Requests the chunks that the store lacks. `false`: the receiver takes no more batches.
     fn look(&mut self, chunks: &mut Vec<(ChunkRef, Hash, u32)>) -> Result<bool, Fault> {
         let ids: Vec<Hash> = chunks.iter().map(|(chunk, ..)| chunk.id).collect();
         for ((chunk, page, index), here) in chunks.drain(..).zip(self.store.has_many(&ids)?) {

@@ -156,7 +156,7 @@ fn a_delivery_to_the_publishing_site_fails_with_the_path_of_a_missing_file() {
         failed
             .next
             .as_deref()
-            .is_some_and(|next| next.contains("put the old content back")),
+            .is_some_and(|next| next.contains("restore the original content")),
         "{failed:#?}"
     );
     wait_changed([&a, &hub], &file);

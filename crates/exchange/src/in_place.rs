@@ -50,7 +50,7 @@ pub use keep::InPlace;
 pub use watch::{Look, Mark, RESTS};
 
 /// The next step for a file that changed after it was published.
-pub const CHANGED_NEXT: &str = "put the old content back and retry the transfer, or publish what is there now as a new version";
+pub const CHANGED_NEXT: &str = "restore the original content and retry the transfer, or publish the current content as a new version";
 
 /// Artifacts kept open.
 const OPENED_MAX: usize = 16;

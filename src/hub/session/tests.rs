@@ -1,4 +1,4 @@
-//! What a hub takes from a site's reports, and what it refuses.
+//! Tests which reports of a site the hub accepts, and which it refuses.
 
 use tokio_util::sync::CancellationToken;
 
@@ -139,7 +139,7 @@ impl Bench {
 }
 
 #[tokio::test]
-async fn a_receipt_counts_for_its_own_transfer_only() {
+async fn a_receipt_is_valid_only_for_its_own_transfer() {
     let bench = Bench::start().await;
     let row = bench.deliver("model/m:1").await;
     let other = TransferRow {
@@ -185,7 +185,7 @@ async fn a_receipt_counts_for_its_own_transfer_only() {
 }
 
 #[tokio::test]
-async fn a_generation_that_was_never_asked_for_is_refused_and_sizes_cannot_overflow() {
+async fn an_unknown_generation_is_refused_and_sizes_cannot_overflow() {
     let bench = Bench::start().await;
     let row = bench.deliver("model/m:1").await;
     for generation in [1 << 62, 1, -1] {
@@ -240,7 +240,7 @@ async fn a_generation_that_was_never_asked_for_is_refused_and_sizes_cannot_overf
 }
 
 #[tokio::test]
-async fn a_commit_that_a_cancel_came_too_late_for_is_done_at_the_hub_as_well() {
+async fn a_commit_before_a_late_cancellation_is_done_at_the_hub_too() {
     let bench = Bench::start().await;
     let row = bench.deliver("model/m:1").await;
     bench
@@ -261,7 +261,7 @@ async fn a_commit_that_a_cancel_came_too_late_for_is_done_at_the_hub_as_well() {
             .report(&row, State::Done, Body::default())
             .await
             .is_err(),
-        "without a receipt it is not"
+        "without a receipt it is not done"
     );
     assert_eq!(
         bench
@@ -281,11 +281,11 @@ async fn a_commit_that_a_cancel_came_too_late_for_is_done_at_the_hub_as_well() {
             .await
             .unwrap()
             .is_empty(),
-        "nothing is left to do for it"
+        "the site has no further work for it"
     );
 
-    // One that failed there before the site learned of the cancel is told of it until it has given
-    // up.
+    // A transfer that failed before the site received the cancellation: the cancellation is sent
+    // until the site has confirmed it.
     let row = bench.deliver("model/n:1").await;
     catalogue.act(&row.id, Action::Cancel).await.unwrap();
     for (said, want) in [(State::Failed, Want::Cancel), (State::Cancelled, Want::Run)] {
@@ -296,7 +296,8 @@ async fn a_commit_that_a_cancel_came_too_late_for_is_done_at_the_hub_as_well() {
         assert_eq!(bench.row(&row.id).await.want, want);
     }
 
-    // One that was begun again since is not done by what its first try says.
+    // A transfer that started again in the meantime is not completed by a report of its first
+    // attempt.
     let row = bench.deliver("model/o:1").await;
     catalogue.act(&row.id, Action::Cancel).await.unwrap();
     catalogue.act(&row.id, Action::Retry).await.unwrap();
@@ -310,7 +311,7 @@ async fn a_commit_that_a_cancel_came_too_late_for_is_done_at_the_hub_as_well() {
 }
 
 #[tokio::test]
-async fn the_texts_of_a_report_are_cut_and_cleaned_where_they_enter() {
+async fn the_texts_of_a_report_are_truncated_and_cleaned_on_receipt() {
     let bench = Bench::start().await;
     let row = bench.deliver("model/m:1").await;
     let hostile = "\u{1b}[2J\u{1b}]0;pwned\u{7} \u{202e}evil";
@@ -318,7 +319,7 @@ async fn the_texts_of_a_report_are_cut_and_cleaned_where_they_enter() {
     let report = serde_json::json!({ "report": [{ "id": row.id, "generation": 0, "state": "failed",
         "body": { "message": format!("{hostile}{long}"), "next": hostile, "location": format!("/x\n{hostile}"), "receipt": [0, 0, [0]] } }] });
     let FromSite::Report(reports) = serde_json::from_value(report).unwrap() else {
-        unreachable!("it is a report")
+        unreachable!("the message is a report")
     };
     for report in reports {
         bench.hub.take_report(&Bench::site(), report).await.unwrap();
@@ -334,10 +335,10 @@ async fn the_texts_of_a_report_are_cut_and_cleaned_where_they_enter() {
 }
 
 #[tokio::test]
-async fn whoever_asks_on_by_the_cursor_gets_all_of_a_long_answer() {
+async fn a_client_that_follows_the_cursor_receives_all_of_a_long_answer() {
     let bench = Bench::start().await;
     let row = bench.deliver("model/m:1").await;
-    // As many to other sites as have no room in one answer.
+    // More transfers to other sites than fit in one answer.
     let catalogue = &bench.hub.inner.catalogue;
     let sites: Vec<SiteName> = (0..600)
         .map(|n| format!("site-{n}").parse().unwrap())
@@ -352,7 +353,7 @@ async fn whoever_asks_on_by_the_cursor_gets_all_of_a_long_answer() {
         ..Body::default()
     };
     for id in &ids {
-        // Of one that is open the hub would say that its site is away.
+        // An open transfer would have the reason that its site is offline.
         catalogue
             .update_transfer(id, 0, State::Failed, &body)
             .await
@@ -389,7 +390,7 @@ async fn whoever_asks_on_by_the_cursor_gets_all_of_a_long_answer() {
 }
 
 #[test]
-fn the_longest_list_of_what_a_site_has_to_do_is_one_message() {
+fn the_longest_desired_state_fits_in_one_message() {
     let name = |c: &str| c.repeat(128);
     let id = "t".repeat(64);
     let wanted = Desired {
@@ -403,19 +404,18 @@ fn the_longest_list_of_what_a_site_has_to_do_is_one_message() {
         generation: base::limits::GENERATION_MAX,
         total: base::limits::COUNTED_BYTES_MAX,
         created_ms: i64::MAX,
-        // One transfer of an artifact to a site is open at a time.
+        // Only one transfer of an artifact to a site can be open.
         after: vec![id.parse().unwrap()],
         lineage: None,
     };
     let transfers = vec![wanted; 1000];
-    // Lineages, runs and pushed manifests have limits of their own; of the runs one may be beyond
-    // it.
+    // Lineages, runs and pushed manifests have their own limits; one run may exceed its limit.
     let others = LINEAGE_BYTES_MAX + (1 << 20) + (256 << 10) + base::limits::TOLD_BYTES_MAX / 3 * 4;
     assert!(paging::json_bytes(&transfers) + others < base::limits::CONTROL_FRAME_BYTES_MAX);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_change_for_one_site_is_read_for_that_site_only() {
+async fn a_change_for_one_site_is_read_only_for_that_site() {
     const SITES: usize = 8;
     const CHANGES: u64 = 20;
     let bench = crate::hub::upload::tests::Bench::start().await;
@@ -478,6 +478,7 @@ async fn a_change_for_one_site_is_read_for_that_site_only() {
         listed(Want::Run).await;
     }
     let each = (catalogue.reads() - before) / CHANGES;
-    // Three for the site, and a few for the hub's own work; were each site's read, 24 and those.
+    // Three reads for the site, and a few for the hub's own work. If each site's state were read,
+    // there would be 24 more.
     assert!((3..16).contains(&each), "{each} reads for a change");
 }

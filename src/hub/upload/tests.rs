@@ -1,4 +1,4 @@
-//! A hub in this process, and a publisher that tries what it may and what it may not.
+//! A hub in this process, and a publisher that tries permitted and forbidden requests.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -20,7 +20,7 @@ use model::protocol::{AskHub, CONTROL, FromHub, FromSite, Wanted, renewal};
 use transport::identity::{CertificateRequest, Claim, JoinToken, SiteIdentity};
 use transport::{self, Link};
 
-/// What a line costs that carries nothing: handshake, questions, and the search for the largest
+/// The bytes of a connection without payload: handshake, questions, and the search for the largest
 /// packet.
 const QUIET: u64 = 192 << 10;
 
@@ -35,7 +35,7 @@ impl Bench {
         Self::start_with("").await
     }
 
-    /// A hub with more configuration.
+    /// Starts a hub with additional configuration.
     pub(in crate::hub) async fn start_with(more: &str) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let data = dir.path().join("hub");
@@ -129,7 +129,7 @@ impl Bench {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn only_what_lacks_is_sent() {
+async fn only_missing_content_is_sent() {
     let bench = Bench::start().await;
     let token = bench.token(None, Some("office")).await;
     let source = bench.source("a", 4 << 20, 1);
@@ -144,7 +144,7 @@ async fn only_what_lacks_is_sent() {
         again.published.unchanged && again.published.stored == 0 && again.wire < QUIET,
         "{again:?}"
     );
-    // The same bytes under another name; then a little more of them.
+    // The same content under another name; then with a small addition.
     let other = bench.publish(&source, "model/b:v1", None).await.unwrap();
     assert!(
         !other.published.unchanged && other.published.stored == 0 && other.wire < QUIET,
@@ -171,9 +171,9 @@ async fn only_what_lacks_is_sent() {
         .unwrap_err();
     assert!(
         fault.code == Code::Conflict && fault.message.contains(&there),
-        "its own publisher is told what stands there: {fault}"
+        "its own publisher learns the existing digest: {fault}"
     );
-    // What somebody else has published it does not learn.
+    // It does not learn the content of another publisher's artifact.
     let foreign = "model/c:v1".parse().unwrap();
     let root = bench
         .hub
@@ -198,7 +198,7 @@ async fn only_what_lacks_is_sent() {
         fault.code == Code::Conflict && !fault.message.contains(&there),
         "{fault}"
     );
-    // It is the hub's own, and whole.
+    // The artifact is in the hub's store, and complete.
     let row = bench
         .hub
         .inner
@@ -220,7 +220,7 @@ async fn only_what_lacks_is_sent() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn two_at_once_share_a_token_and_a_certificate() {
+async fn two_simultaneous_publishes_share_a_token_and_a_certificate() {
     let bench = Bench::start().await;
     let token = bench.token(None, Some("office")).await;
     let (a, b) = (bench.source("a", 3 << 20, 1), bench.source("b", 3 << 20, 2));
@@ -253,7 +253,7 @@ async fn a_publisher_may_do_nothing_else() {
     assert_eq!(
         (fault.code, fault.reason),
         (Code::NotFound, Reason::SourceGone),
-        "as for what is not there: {fault}"
+        "the same answer as for a missing artifact: {fault}"
     );
     let artifact: base::names::ArtifactRef = "model/a:v1".parse().unwrap();
     for question in [
@@ -293,7 +293,7 @@ async fn a_publisher_may_do_nothing_else() {
     .await;
     assert!(wire::receive::<FromHub>(&mut recv).await.is_err());
     assert!(bench.hub.inner.catalogue.sites().await.unwrap().is_empty());
-    // It can renew, and stays a publisher.
+    // It can renew its certificate, and is still a publisher.
     let request = identity.make_renewal_request().unwrap();
     let answer: String = wire::ask(
         &link,
@@ -321,7 +321,7 @@ async fn a_publisher_may_do_nothing_else() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_site_uploads_nothing_and_a_lie_is_refused() {
+async fn a_site_cannot_upload_and_false_content_is_refused() {
     let bench = Bench::start().await;
     let site = bench
         .join(
@@ -342,7 +342,7 @@ async fn a_site_uploads_nothing_and_a_lie_is_refused() {
         .unwrap_err();
     assert_eq!(fault.code, Code::NotAllowed, "{fault}");
 
-    // A publisher that says one thing and gives another: the bytes do not hash to the digest.
+    // A publisher that sends other content than announced: the bytes do not match the digest.
     let publisher = bench
         .join(&bench.token(None, Some("lab")).await, &Claim::Publisher)
         .await;
@@ -374,7 +374,7 @@ async fn a_site_uploads_nothing_and_a_lie_is_refused() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_site_is_told_the_manifest_of_what_is_new_to_it_once() {
+async fn the_manifest_of_a_new_artifact_is_pushed_to_a_site_once() {
     let bench = Bench::start().await;
     let token = bench.token(None, Some("office")).await;
     bench
@@ -387,7 +387,7 @@ async fn a_site_is_told_the_manifest_of_what_is_new_to_it_once() {
             &Claim::Site("west".parse().unwrap()),
         )
         .await;
-    // The first list is what was asked for before the line stood.
+    // The first list has the transfers that were requested before the connection.
     let open = async |link: &Link| {
         let (mut send, mut recv) = link.open(wire::PRIORITY_CONTROL).await.unwrap();
         send.write_all(&[CONTROL]).await.unwrap();
@@ -439,9 +439,9 @@ async fn a_site_is_told_the_manifest_of_what_is_new_to_it_once() {
         .filter(|step| matches!(step, content::manifest::Step::Chunk(..)));
     assert!(
         chunks.count() > 50,
-        "the whole manifest is there, and nothing was asked for"
+        "the whole manifest arrived without a request"
     );
-    // A part of it, another's, and one with a flipped bit are refused.
+    // A part of it, the manifest of another artifact, and one with a flipped bit are refused.
     for (frames, digest) in [
         (frames[..frames.len() - 1].to_vec(), first.digest),
         (frames.clone(), content::chunk::Hash::of(b"x")),
@@ -457,8 +457,8 @@ async fn a_site_is_told_the_manifest_of_what_is_new_to_it_once() {
         exchange::fetch::take_manifest(frames.into(), digest, &pages).unwrap_err();
     }
 
-    // What was told is not told again with the next list, nor over the next line; one that is
-    // damaged holds nothing up.
+    // A pushed manifest is not pushed again, neither with the next list nor over the next
+    // connection. A damaged manifest delays nothing.
     bench
         .publish(&bench.source("b", 3 << 20, 3), "model/b:v1", Some(&token))
         .await
@@ -500,7 +500,7 @@ async fn a_site_is_told_the_manifest_of_what_is_new_to_it_once() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_site_that_has_another_version_is_not_told_the_manifest() {
+async fn no_manifest_is_pushed_to_a_site_that_has_another_version() {
     let bench = Bench::start().await;
     let token = bench.token(None, Some("office")).await;
     for (reference, seed) in [("model/a:v1", 1), ("model/a:v2", 2), ("model/b:v1", 3)] {
@@ -569,11 +569,11 @@ async fn a_site_that_has_another_version_is_not_told_the_manifest() {
     assert_eq!(
         (transfers.len(), told),
         (2, vec![digest("model/b:v1")]),
-        "of the other it asks for what differs"
+        "the site requests only the difference of the other version"
     );
 }
 
-/// What the hub says instead of the first frame.
+/// The fault that the hub sends instead of the first frame.
 async fn refusal(link: &Link, digest: Digest, wanted: Wanted) -> base::fault::Fault {
     let mut frames = Fetcher::new(link.clone(), digest, Arc::default())
         .ask(vec![wanted], 0)
@@ -583,7 +583,7 @@ async fn refusal(link: &Link, digest: Digest, wanted: Wanted) -> base::fault::Fa
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_a_site_may_not_have_gets_the_answer_for_what_is_not_there() {
+async fn a_forbidden_artifact_gets_the_same_answer_as_a_missing_one() {
     let bench = Bench::start().await;
     let token = bench.token(None, Some("office")).await;
     for (reference, name, seed) in [("model/a:v1", "a", 1), ("model/b:v1", "b", 2)] {
@@ -628,7 +628,7 @@ async fn what_a_site_may_not_have_gets_the_answer_for_what_is_not_there() {
         .await;
     let link = bench.dial(&site).await;
 
-    // Nothing is on its way to it. PushedManifest apart by nothing at all: class, words, advice.
+    // No transfer to this site exists. The answers must be identical: code, message and next step.
     let nothing = refusal(&link, absent, Wanted::Root).await;
     assert_eq!(
         (nothing.code, nothing.reason),
@@ -647,7 +647,7 @@ async fn what_a_site_may_not_have_gets_the_answer_for_what_is_not_there() {
         );
     }
 
-    // While it plans a delivery it may read the manifest, and no content.
+    // While the site plans a delivery, it may read the manifest, and no content.
     {
         let _planning = bench
             .hub
@@ -667,7 +667,8 @@ async fn what_a_site_may_not_have_gets_the_answer_for_what_is_not_there() {
     }
     assert_eq!(refusal(&link, a.digest, Wanted::Root).await, nothing);
 
-    // Of one artifact it may read all, and by its name nothing of the other.
+    // The site may read all content of the first artifact. With the name of the first artifact it
+    // may read no content of the second.
     bench
         .hub
         .deliver_to(
@@ -703,7 +704,7 @@ async fn what_a_site_may_not_have_gets_the_answer_for_what_is_not_there() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_hub_sends_as_a_site_says_of_its_line() {
+async fn the_hub_uses_the_congestion_control_that_a_site_requests() {
     use crate::config::Congestion;
     let bench = Bench::start().await;
     let west: base::names::SiteName = "west".parse().unwrap();
@@ -728,10 +729,10 @@ async fn the_hub_sends_as_a_site_says_of_its_line() {
     for (congestion, then) in [
         (Congestion::Cubic, Congestion::Cubic),
         (Congestion::Bbr, Congestion::Bbr),
-        // Left open: what was set stays.
+        // `auto` keeps the earlier setting.
         (Congestion::Auto, Congestion::Bbr),
     ] {
-        // As the version of what it has last heard the hub shows that it was heard.
+        // The hub shows the version of the last message that it has received.
         let version = format!("{congestion:?}");
         wire::send(
             &mut send,
@@ -752,7 +753,7 @@ async fn the_hub_sends_as_a_site_says_of_its_line() {
         {
             assert!(
                 std::time::Instant::now() < until,
-                "the hub heard nothing of {version}"
+                "the hub did not receive {version}"
             );
             tokio::time::sleep(std::time::Duration::from_millis(10)).await;
         }
