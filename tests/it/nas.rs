@@ -825,7 +825,7 @@ fn deliver_reports_the_state_of_the_artifact_at_the_site() {
     lab.hub.wait_done(&second, secs(30));
     let held = deliver("dataset/x:v1").expect(0);
     assert!(
-        (held.out.clone() + &held.err).contains("held but not active: the active version is v2"),
+        (held.out.clone() + &held.err).contains("not active: the active version is v2"),
         "{} {}",
         held.out,
         held.err

@@ -45,7 +45,7 @@ fn an_artifact_that_may_not_be_delivered_again_keeps_its_record() {
         "1 found",
         "model.safetensors",
         "the hub has no such artifact for this site",
-        "stays as it is",
+        "the content at the site is kept",
     ]);
     assert!(!refused.err.contains("share"), "{}", refused.err);
     hub.cli(&["retry", &id])
