@@ -41,7 +41,9 @@ pub use malformed::MalformedRow;
 pub use relay::{Relay, RelayedArtifact, ShareTerms, SharingRow};
 pub use runs::{RunRow, Runs};
 pub use sites::{AllowLists, SiteRow, Sites};
-pub use transfers::{Adopted, Body, Counted, Part, TransferChanges, TransferRow, Transfers, Want};
+pub use transfers::{
+    Adopted, Body, Counted, Difference, Part, TransferChanges, TransferRow, Transfers, Want,
+};
 pub use transfers::{new_delivery_id, new_id, new_run_id};
 pub use wake::{Subject, Watch};
 
@@ -96,7 +98,12 @@ impl Catalogue {
 
     /// Wakes those that wait for any change: something changed that is not in the catalogue.
     pub fn notify(&self) {
-        self.common.wakes.wake(&[Subject::Other]);
+        self.notify_of(Subject::Other);
+    }
+
+    /// Wakes those that wait for this subject: something of it changed that is not in the catalogue.
+    pub fn notify_of(&self, subject: Subject) {
+        self.common.wakes.wake(&[subject]);
     }
 
     /// The rows that could not be read since the catalogue was opened.

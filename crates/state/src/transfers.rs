@@ -198,12 +198,20 @@ pub trait TransferChanges: Send {
     async fn insert(&mut self, row: &TransferRow, needs: Option<&ArtifactRef>)
     -> Result<(), Fault>;
 
-    /// Stores a transfer as it is after a step. `shows`: whether users see a difference, which is
-    /// an event.
-    async fn store(&mut self, row: &TransferRow, shows: bool) -> Result<(), Fault>;
+    /// Stores a transfer as it is after a step.
+    async fn store(&mut self, row: &TransferRow, difference: Difference) -> Result<(), Fault>;
 
     /// Makes the changes durable.
     async fn commit(self: Box<Self>) -> Result<(), Fault>;
+}
+
+/// What a step changed of a transfer.
+#[derive(Debug, Clone, Copy)]
+pub struct Difference {
+    /// Something that users see, which is an event.
+    pub shows: bool,
+    /// The work of its site, and not only its progress.
+    pub work: bool,
 }
 
 /// The refusal of a second open transfer of an artifact to a site.

@@ -110,8 +110,13 @@ impl Watch {
     /// began), or after [`POLL_EVERY`]. So a caller that looks, then calls this, misses nothing.
     /// Many changes in a short time are one. May be dropped at any time.
     pub async fn changed(&mut self) {
+        self.changed_within(POLL_EVERY).await;
+    }
+
+    /// The same with another interval of polling.
+    pub async fn changed_within(&mut self, poll: Duration) {
         if !self.is_woken {
-            let _ = timeout(POLL_EVERY, &mut self.next).await;
+            let _ = timeout(poll, &mut self.next).await;
             self.is_woken = true;
         }
         if let Some(returned) = self.returned {
@@ -180,6 +185,8 @@ mod tests {
         wakes.wake(&[site("b"), Subject::Artifacts, Subject::Other]);
         watch.changed().await;
         assert_eq!(begun.elapsed(), COALESCE + POLL_EVERY);
+        watch.changed_within(2 * POLL_EVERY).await;
+        assert_eq!(begun.elapsed(), COALESCE + 3 * POLL_EVERY);
         assert!(wakes.subjects.lock().len() <= 1);
     }
 

@@ -3,7 +3,7 @@
 use futures::poll;
 
 use super::{join, part, root, signed};
-use crate::{Catalogue, Offer, Subject, Watch};
+use crate::{Body, Catalogue, Offer, Subject, Watch};
 use base::names::{ArtifactRef, SiteName};
 use model::transfer::{Action, State};
 
@@ -119,6 +119,20 @@ pub(crate) async fn a_change_wakes_only_those_that_wait_for_its_subject(catalogu
     );
     check!(a, "a user pauses", catalogue.act(&ids[0], Action::Pause));
     check!(a, "a user resumes", catalogue.act(&ids[0], Action::Resume));
+    check!(
+        a,
+        "a site begins",
+        catalogue.update_transfer(&ids[0], 0, State::Transferring, &Body::default())
+    );
+    let further = Body {
+        rate: 7,
+        ..Body::default()
+    };
+    check!(
+        none,
+        "its progress",
+        catalogue.update_transfer(&ids[0], 0, State::Transferring, &further)
+    );
     check!(
         a,
         "a site reports",

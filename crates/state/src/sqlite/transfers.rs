@@ -13,7 +13,7 @@ use sqlx::sqlite::SqliteRow;
 use super::{Sqlite, Write, digest_of, fault, json, malformed};
 use crate::engine::{Listed, See};
 use crate::transfers::{
-    Counted, TransferChanges, Transfers, no_transfer, no_work, second_transfer,
+    Counted, Difference, TransferChanges, Transfers, no_transfer, no_work, second_transfer,
 };
 use crate::wake::Subject;
 use crate::{TransferRow, Want};
@@ -415,12 +415,14 @@ impl TransferChanges for Write {
         .map_err(fault)
     }
 
-    async fn store(&mut self, row: &TransferRow, shows: bool) -> Result<(), Fault> {
-        let subject = Subject::Site(row.site.clone());
-        let cursor = if shows {
-            self.note("transfer", &row.id, subject.clone()).await?
-        } else {
-            row.cursor
+    async fn store(&mut self, row: &TransferRow, difference: Difference) -> Result<(), Fault> {
+        let subject = match difference.work {
+            true => Subject::Site(row.site.clone()),
+            false => Subject::Other,
+        };
+        let cursor = match difference.shows {
+            true => self.note("transfer", &row.id, subject.clone()).await?,
+            false => row.cursor,
         };
         self.changes(subject);
         let stored = sqlx::query(

@@ -7,7 +7,8 @@ use base::names::{DeliveryId, SiteName, TransferId};
 use model::transfer::{Action, Bytes, Event, State, step};
 
 use super::{
-    Adopted, Body, Part, TransferChanges, TransferRow, Want, new_transfer_id, no_transfer,
+    Adopted, Body, Difference, Part, TransferChanges, TransferRow, Want, new_transfer_id,
+    no_transfer,
 };
 use crate::Catalogue;
 
@@ -27,9 +28,16 @@ async fn change(
     let Some(next) = step(&row, event, now_ms())?.row else {
         return Ok(row);
     };
-    let shows =
-        (next.state, next.generation) != (row.state, row.generation) || next.body != row.body;
-    changes.store(&next, shows).await?;
+    let work = |row: &TransferRow| {
+        let after = row.after.clone();
+        (row.state, row.want, row.generation, after, row.removed_ms)
+    };
+    let moved = (next.state, next.generation) != (row.state, row.generation);
+    let difference = Difference {
+        shows: moved || next.body != row.body,
+        work: work(&next) != work(&row),
+    };
+    changes.store(&next, difference).await?;
     Ok(next)
 }
 
