@@ -276,7 +276,7 @@ impl FromStr for PublisherName {
     fn from_str(s: &str) -> Result<Self, NameError> {
         check_word("publisher name", s)?;
         if s == "all" {
-            return refuse("publisher name", s, "it is the word for every site");
+            return refuse("publisher name", s, "this word selects all sites");
         }
         Ok(Self(s.into()))
     }

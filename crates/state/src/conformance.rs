@@ -7,7 +7,7 @@ pub(crate) mod lists;
 pub(crate) mod sites;
 pub(crate) mod transfers;
 
-use base::names::{SiteName, SiteSelector};
+use base::names::SiteName;
 use base::peer::Peer;
 use content::manifest::{KindInfo, Root, Totals};
 use model::transfer::State;
