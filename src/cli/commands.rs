@@ -405,7 +405,7 @@ pub(super) async fn verify(
             let next = if repair {
                 "no action is needed: the missing content is being delivered; run verify again when the transfer is done"
             } else if was_published_there(global, &artifact).await {
-                "it was published at this site: restore the original content, or publish the present content as a new version"
+                "it was published at this site: restore the original content, or publish the current content as a new version"
             } else {
                 "at a site: run the command again with --repair; at the hub: publish the same content again, then retry the failed transfers"
             };

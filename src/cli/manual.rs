@@ -1,5 +1,5 @@
-//! What is made from the definitions of the command line: completion scripts for shells, and man
-//! pages.
+//! Generates the completion scripts for shells and the man pages from the definitions of the
+//! command line.
 
 use std::path::Path;
 

@@ -135,7 +135,7 @@ fn every_command_of_the_manual_parses() {
 }
 
 #[tokio::test]
-async fn the_daemon_is_found_or_the_fault_says_how() {
+async fn the_daemon_is_found_or_the_fault_has_a_next_step() {
     let d = daemon().await;
     d.run("sites").await.unwrap();
     let run = |line: String| async move {
@@ -185,7 +185,7 @@ async fn the_daemon_is_found_or_the_fault_says_how() {
 }
 
 #[tokio::test]
-async fn publish_sends_what_was_typed_and_follows_to_the_end() {
+async fn publish_sends_its_options_and_waits_for_the_end() {
     let d = daemon().await;
     let published = json!({"artifact": "labels/x:1", "digest": "ab", "transfers": ["t1"], "bytes": 10, "stored": 5, "unchanged": false});
     d.fake.put_job(job("publish", Ok(published)));
@@ -212,7 +212,7 @@ async fn publish_sends_what_was_typed_and_follows_to_the_end() {
 }
 
 #[tokio::test]
-async fn waiting_ends_by_the_table_of_codes() {
+async fn a_wait_ends_with_the_documented_exit_codes() {
     let d = daemon().await;
     assert_eq!(d.code("status t9").await, Code::NotFound);
     assert_eq!(d.code("pause t9").await, Code::NotFound);
@@ -274,7 +274,7 @@ trait NowOrPending: Future + Sized {
 impl<F: Future> NowOrPending for F {}
 
 #[tokio::test]
-async fn what_must_come_after_a_part_that_failed_is_not_waited_for() {
+async fn a_transfer_whose_dependency_failed_is_not_waited_for() {
     let d = daemon().await;
     let over = || {
         let transfers = d.fake.world.lock().transfers.clone();
@@ -317,7 +317,7 @@ async fn what_must_come_after_a_part_that_failed_is_not_waited_for() {
 }
 
 #[tokio::test]
-async fn what_failed_before_and_is_not_waited_for_ends_the_wait_as_well() {
+async fn an_earlier_failure_of_a_dependency_ends_the_wait_too() {
     let d = daemon().await;
     let published = json!({"artifact": "labels/x:1", "digest": "ab", "transfers": ["t1"], "bytes": 10, "stored": 5, "unchanged": false});
     d.fake.put_job(job("publish", Ok(published)));
@@ -375,7 +375,7 @@ async fn what_failed_before_and_is_not_waited_for_ends_the_wait_as_well() {
 }
 
 #[tokio::test]
-async fn a_wait_outlives_a_restart_of_the_daemon() {
+async fn a_wait_continues_after_a_restart_of_the_daemon() {
     let d = daemon().await;
     let Daemon {
         fake,
@@ -552,7 +552,7 @@ fn the_detail_of_a_transfer() {
 }
 
 #[tokio::test]
-async fn what_changed_where_it_lies_is_told_beside_it() {
+async fn changed_content_is_shown_with_its_artifact() {
     let mut all = vec![crate::api::fake::artifact("dataset/line3:v1")];
     all[0].published_here = true;
     assert!(
@@ -631,7 +631,7 @@ fn sites_and_plans() {
 }
 
 #[test]
-fn errors_say_what_and_what_next() {
+fn errors_have_a_message_and_a_next_step() {
     let fault = Fault::conflict("dataset/x:1 holds other content");
     insta::assert_snapshot!(render_error(&fault, Output::Json), @r#"
     error: dataset/x:1 holds other content
@@ -642,7 +642,7 @@ fn errors_say_what_and_what_next() {
 }
 
 #[test]
-fn a_reason_is_told_once_however_often_it_is_tried_again() {
+fn a_reason_is_reported_once_for_repeated_attempts() {
     let mut tracker = Tracker::new(&["t1".into()]);
     let at = |cursor, t: Transfer| Transfer { cursor, ..t };
     let waits = |free: u64| Transfer {
@@ -681,7 +681,7 @@ fn a_reason_is_told_once_however_often_it_is_tried_again() {
 }
 
 #[test]
-fn a_tracker_tells_each_thing_once_and_never_goes_back() {
+fn a_tracker_reports_each_change_once_and_ignores_older_answers() {
     let mut tracker = Tracker::new(&["t1".into(), "t2".into()]);
     assert_eq!(tracker.unseen(), Some("t1"));
     let at = |cursor, t: Transfer| Transfer { cursor, ..t };

@@ -14,7 +14,7 @@ pub(crate) struct Tracker {
     transfers: BTreeMap<String, Option<Transfer>>,
     /// Other transfers on which these depend, in their last known state.
     firsts: Vec<Transfer>,
-    /// Of each transfer the state and reason that a line was said for last.
+    /// For each transfer, the state and reason of its last printed line.
     said: BTreeMap<String, (bool, Option<Reason>)>,
 }
 

@@ -495,7 +495,7 @@ mod tests {
         };
         let answer = tokio::select! {
             answer = wire::ask::<_, serde_json::Value>(link, &question) => answer.map(|_| ()),
-            () = serve => unreachable!("the line ended"),
+            () = serve => unreachable!("the connection ended"),
         };
         // Content that was in flight at the end is stored and counted a moment later.
         while bench

@@ -359,7 +359,7 @@ async fn a_site_cannot_upload_and_false_content_is_refused() {
         }
     };
     let asked = wire::ask::<_, serde_json::Value>(&link, &upload);
-    let fault = tokio::select! { answer = asked => answer.unwrap_err(), () = liar => unreachable!("the line ended") };
+    let fault = tokio::select! { answer = asked => answer.unwrap_err(), () = liar => unreachable!("the connection ended") };
     assert_eq!(fault.code, Code::Integrity, "{fault}");
     assert!(
         bench
