@@ -176,7 +176,7 @@ impl Call<'_> {
                 match result {
                     Ok(reached) => return Ok(reached),
                     Err(failure) if matches!(best_failure, Failure::NoAnswer(_)) => {
-                        best_failure = failure
+                        best_failure = failure;
                     }
                     Err(_) => {}
                 }
