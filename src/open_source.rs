@@ -364,6 +364,7 @@ pub fn open(
                 allow_missing: options.allow_missing,
                 columns: options.columns.clone(),
                 voc_base: options.voc_base.clone(),
+                on_bad: options.on_bad.clone(),
                 encoding: options.encoding.clone(),
             };
             Ok(Box::new(LabelsSource::open_for(

@@ -367,6 +367,11 @@ pub(super) struct Publish {
     /// 1-exclusive. Inferred and reported if absent.
     #[arg(long, value_name = "BASE")]
     pub(super) voc_base: Option<String>,
+    /// Labels: refuse an input with bad records (exit code 8); skip them and report how many of each
+    /// kind; or clip shapes at the edges of their image and skip all other bad records [default:
+    /// refuse].
+    #[arg(long, value_name = "ACTION", value_parser = ["refuse", "skip", "clip"])]
+    pub(super) on_bad: Option<String>,
     /// Labels: the encoding of the text, such as gbk or utf-16le. Inferred and reported if absent.
     #[arg(long, value_name = "ENCODING")]
     pub(super) encoding: Option<String>,

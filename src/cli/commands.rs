@@ -92,6 +92,7 @@ pub(super) async fn publish(global: &Global, publish: Publish) -> Result<(), Fau
         for_dataset: publish.for_dataset.clone(),
         allow_missing: publish.allow_missing,
         voc_base: publish.voc_base.clone(),
+        on_bad: publish.on_bad.clone(),
         encoding: publish.encoding.clone(),
         columns: publish.columns.iter().cloned().collect(),
         strict: publish.strict,

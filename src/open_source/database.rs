@@ -123,6 +123,7 @@ fn query(
         allow_missing: options.allow_missing,
         columns: options.columns.clone(),
         voc_base: options.voc_base.clone(),
+        on_bad: options.on_bad.clone(),
         encoding: options.encoding.clone(),
     };
     let mut all = false;

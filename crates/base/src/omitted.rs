@@ -39,6 +39,10 @@ pub enum Category {
     UnreadMembers,
     /// Files of a label directory that the format does not read.
     UnreadFiles,
+    /// Records of labels that are wrong, where `--on-bad skip` leaves them out.
+    BadRecords,
+    /// Shapes of labels that reached out of their image, where `--on-bad clip` cuts them: a note.
+    ClippedShapes,
     /// Images that have the name of another one but for the extension, and so no labels of their own.
     SameName,
     /// Names in a list of images that no image has.
@@ -72,7 +76,7 @@ pub enum Category {
 
 impl Category {
     /// Every category that a reader counts, in display order.
-    pub const ALL: [Self; 21] = [
+    pub const ALL: [Self; 23] = [
         Self::UnknownColumns,
         Self::UnreadBoxes,
         Self::NoAnnotations,
@@ -81,6 +85,8 @@ impl Category {
         Self::Predictions,
         Self::UnreadMembers,
         Self::UnreadFiles,
+        Self::BadRecords,
+        Self::ClippedShapes,
         Self::SameName,
         Self::UnmatchedNames,
         Self::ChangedPaths,
@@ -107,6 +113,8 @@ impl Category {
             Category::Predictions => "predictions",
             Category::UnreadMembers => "unread_members",
             Category::UnreadFiles => "unread_files",
+            Category::BadRecords => "bad_records",
+            Category::ClippedShapes => "clipped_shapes",
             Category::SameName => "same_name",
             Category::UnmatchedNames => "unmatched_names",
             Category::ChangedPaths => "changed_paths",
@@ -127,7 +135,10 @@ impl Category {
     /// Whether it tells how the input was read, and nothing is left out: `--strict` does not refuse
     /// it.
     pub fn is_note(self) -> bool {
-        matches!(self, Category::ChangedPaths | Category::Inferred)
+        matches!(
+            self,
+            Category::ClippedShapes | Category::ChangedPaths | Category::Inferred
+        )
     }
 
     /// The description for people; a count precedes it.
@@ -143,6 +154,8 @@ impl Category {
             Category::Predictions => "task whose predictions are not included",
             Category::UnreadMembers => "member of the label file that is not read",
             Category::UnreadFiles => "file that this label format does not read",
+            Category::BadRecords => "bad record of the labels",
+            Category::ClippedShapes => "shape that reached out of its image and was cut",
             Category::SameName => {
                 "image that has the name of another image but for its extension; the labels belong to the other"
             }

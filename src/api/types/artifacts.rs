@@ -108,6 +108,9 @@ pub struct SourceOptions {
     /// if absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub voc_base: Option<String>,
+    /// Labels: `refuse`, `skip` or `clip` bad records; refused if absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub on_bad: Option<String>,
     /// Labels: the encoding of the text, such as `gbk`; inferred if absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub encoding: Option<String>,

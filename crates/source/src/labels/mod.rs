@@ -116,6 +116,8 @@ pub struct LabelOptions {
     pub columns: BTreeMap<String, String>,
     /// Pascal VOC: `0`, `1`, `0-inclusive` or `1-exclusive`; inferred when absent.
     pub voc_base: Option<String>,
+    /// `refuse`, `skip` or `clip`: what is done with bad records; they are refused when absent.
+    pub on_bad: Option<String>,
     /// The encoding of the text; inferred when absent.
     pub encoding: Option<String>,
 }

@@ -8,7 +8,8 @@ use std::collections::BTreeMap;
 use std::fmt::Display;
 
 use base::fault::Fault;
-use base::limits::OFFENDERS_LISTED_MAX;
+use base::limits::{OFFENDERS_LISTED_MAX, OMITTED_EXAMPLES_MAX};
+use base::omitted::{Category, Omitted};
 
 /// Why a record was refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -129,9 +130,38 @@ impl Why {
     }
 }
 
+/// What is done with records that are wrong.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) enum OnBad {
+    /// The whole input is refused.
+    #[default]
+    Refuse,
+    /// They are left out, counted and reported.
+    Skip,
+    /// Shapes that reach out of their image are cut at its edges; other bad records are left out.
+    Clip,
+}
+
+impl std::str::FromStr for OnBad {
+    type Err = Fault;
+    fn from_str(word: &str) -> Result<Self, Fault> {
+        match word {
+            "refuse" => Ok(OnBad::Refuse),
+            "skip" => Ok(OnBad::Skip),
+            "clip" => Ok(OnBad::Clip),
+            other => Err(Fault::usage(format!(
+                "--on-bad is refuse, skip or clip, not {other:?}"
+            ))),
+        }
+    }
+}
+
 /// The offenders so far.
 #[derive(Default)]
 pub(super) struct Refusals {
+    pub(super) on_bad: OnBad,
+    /// The first offenders of each reason, where they are left out.
+    skipped: BTreeMap<Why, Vec<String>>,
     totals: BTreeMap<Why, u64>,
     listed: Vec<String>,
 }
@@ -140,6 +170,12 @@ impl Refusals {
     /// Notes one offender: where it stands (file and record) and what exactly is wrong with it.
     pub(super) fn add(&mut self, why: Why, place: impl Display, detail: impl Display) {
         *self.totals.entry(why).or_default() += 1;
+        if self.on_bad != OnBad::Refuse {
+            let first = self.skipped.entry(why).or_default();
+            if first.len() < OMITTED_EXAMPLES_MAX {
+                first.push(format!("{place}: {detail}").chars().take(400).collect());
+            }
+        }
         if self.listed.len() < OFFENDERS_LISTED_MAX {
             // A hostile record may put megabytes into a name; a message may not.
             let line: String = format!("{place}: {detail}").chars().take(400).collect();
@@ -150,7 +186,7 @@ impl Refusals {
     /// Ends with a fault when there is an offender.
     pub(super) fn check(&self) -> Result<(), Fault> {
         let total: u64 = self.totals.values().sum();
-        if total == 0 {
+        if total == 0 || self.on_bad != OnBad::Refuse {
             return Ok(());
         }
         let mut reasons: Vec<(Why, u64)> = self.totals.iter().map(|(why, n)| (*why, *n)).collect();
@@ -175,6 +211,22 @@ impl Refusals {
             message.push_str(&format!("; and {unlisted} more"));
         }
         Err(Fault::integrity(message).with_next(advice.join("; ")))
+    }
+
+    /// Reports what was left out: how many of each reason, and the first of each.
+    pub(super) fn report(&self, omitted: &mut Omitted) {
+        if self.on_bad == OnBad::Refuse {
+            return;
+        }
+        for (why, count) in &self.totals {
+            let first = self.skipped.get(why).and_then(|first| first.first());
+            let example = format!(
+                "{count} × {}, the first at {}",
+                why.words().0,
+                first.map_or("an unknown place", String::as_str)
+            );
+            omitted.add_many(Category::BadRecords, *count, [example]);
+        }
     }
 
     #[cfg(test)]

@@ -7,6 +7,7 @@ use super::collect::Collector;
 use super::encoding::TextEncoding;
 use super::guess::Format;
 use super::path_rules::{PathFrom, PathRules};
+use super::refuse::OnBad;
 use super::table;
 use super::table_boxes::BoxForm;
 use super::table_fields::field_names;
@@ -37,6 +38,7 @@ pub(super) struct Settings {
     pub(super) table: table::TableSettings,
     pub(super) voc_base: Option<VocBase>,
     pub(super) yolo_task: Option<Task>,
+    pub(super) on_bad: OnBad,
 }
 
 impl Settings {
@@ -99,6 +101,12 @@ impl Settings {
                 normalised: switch("normalised")?,
             },
             voc_base: options.voc_base.as_deref().map(str::parse).transpose()?,
+            on_bad: options
+                .on_bad
+                .as_deref()
+                .map(str::parse)
+                .transpose()?
+                .unwrap_or_default(),
             yolo_task: yolo_task(get("yolo_task"), get("kpt_shape"))?,
         })
     }
@@ -107,6 +115,7 @@ impl Settings {
     pub(super) fn collector(&self, scratch: &std::path::Path) -> Collector {
         let mut collector = Collector::new(scratch, self.path.clone());
         collector.encoding = self.encoding;
+        collector.refusals.on_bad = self.on_bad;
         collector
     }
 }

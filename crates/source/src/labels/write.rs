@@ -5,6 +5,7 @@
 //! the same order), brings together what several records say of one sample, and holds annotations
 //! against the image's size and the list of classes.
 
+use std::collections::HashSet;
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
@@ -15,14 +16,15 @@ use base::fault::{Fault, IoContext};
 use base::names::RelPath;
 use base::omitted::{Category, Omitted};
 use content::chunk::Hash;
-use content::label_rows::{ANNOTATIONS, CLASSES, ClassRow, SAMPLES, SampleRow};
+use content::label_rows::{ANNOTATIONS, AnnotationRow, CLASSES, ClassRow, SAMPLES, SampleRow};
 use content::manifest::{DatasetBinding, FileInfo};
 
 use super::collect::{
     AnnotationRecord, ClassRef, ClassTable, Collector, Sample, SplitFrom, TAG_ANNOTATION, decode,
-    key_path, split_key,
+    key_path, number_list, split_key,
 };
-use super::refuse::{Refusals, Why};
+use super::json;
+use super::refuse::{OnBad, Refusals, Why};
 use super::sort::Sorter;
 use super::{BoundDataset, DatasetFiles};
 
@@ -53,7 +55,7 @@ pub(super) fn write(
         ids,
         ..
     } = collector;
-    find_duplicate_ids(ids, &mut refusals)?;
+    let twice = find_duplicate_ids(ids, &mut refusals)?;
     let classes = classes.resolve(&mut refusals);
     let (files, binding) = match dataset {
         Some(BoundDataset { binding, files }) => (Some(files), Some(binding)),
@@ -71,6 +73,7 @@ pub(super) fn write(
             .map(|b| b.artifact.to_string())
             .unwrap_or_default(),
         allow_missing,
+        twice,
         open: None,
     };
     let mut rows = rows.finish()?;
@@ -101,29 +104,39 @@ pub(super) fn write(
         classes: write_classes(&classes, &scratch)?,
     };
     refusals.check()?;
+    refusals.report(&mut omitted);
     Ok((counts, binding, omitted))
 }
 
-fn find_duplicate_ids(ids: Sorter, refusals: &mut Refusals) -> Result<(), Fault> {
+/// Annotations left out because another has their id, at most.
+const TWICE_MAX: usize = 100_000;
+
+/// Refuses annotations whose id came before; gives their places where they are left out.
+fn find_duplicate_ids(ids: Sorter, refusals: &mut Refusals) -> Result<HashSet<String>, Fault> {
     let mut ids = ids.finish()?;
     let (mut last, mut first_place) = (Vec::new(), Vec::new());
+    let mut twice = HashSet::new();
     while let Some((id, place)) = ids.next()? {
         if last == id {
-            let detail = format!(
-                "its id is that of {} already",
-                String::from_utf8_lossy(&first_place)
-            );
-            refusals.add(
-                Why::DuplicateAnnotation,
-                String::from_utf8_lossy(place),
-                detail,
-            );
+            let place = String::from_utf8_lossy(place);
+            let first = String::from_utf8_lossy(&first_place);
+            let detail = format!("its id is that of {first} already");
+            refusals.add(Why::DuplicateAnnotation, &place, detail);
+            if refusals.on_bad != OnBad::Refuse {
+                twice.insert(place.into_owned());
+                if twice.len() > TWICE_MAX {
+                    return Err(Fault::integrity(format!(
+                        "more than {TWICE_MAX} annotations have the id of another"
+                    ))
+                    .with_next(Why::DuplicateAnnotation.advice()));
+                }
+            }
             continue;
         }
         last = id.to_vec();
         first_place = place.to_vec();
     }
-    Ok(())
+    Ok(twice)
 }
 
 fn write_classes(classes: &ClassTable, scratch: &Path) -> Result<u64, Fault> {
@@ -148,6 +161,8 @@ struct Pass<'a> {
     dataset: Option<Join>,
     dataset_name: String,
     allow_missing: bool,
+    /// Places of annotations that are left out for their ids.
+    twice: HashSet<String>,
     open: Option<Open>,
 }
 
@@ -157,6 +172,8 @@ struct Open {
     /// The path as JSON, for each annotation's line.
     json: String,
     hash: Option<Hash>,
+    /// The sample is left out, and all that is said of it.
+    is_dropped: bool,
     declared: bool,
     width: Option<i64>,
     height: Option<i64>,
@@ -167,10 +184,11 @@ struct Open {
 impl Pass<'_> {
     fn open(&mut self, key: &[u8]) -> Result<(), Fault> {
         let path = key_path(key)?;
-        let mut hash = None;
+        let (mut hash, mut is_dropped) = (None, false);
         if let Some(dataset) = &mut self.dataset {
             hash = dataset.find(&path)?;
             if hash.is_none() && !self.allow_missing {
+                is_dropped = self.refusals.on_bad != OnBad::Refuse;
                 self.refusals.add(
                     Why::MissingSample,
                     &path,
@@ -183,6 +201,7 @@ impl Pass<'_> {
             path,
             json,
             hash,
+            is_dropped,
             declared: false,
             width: None,
             height: None,
@@ -271,6 +290,9 @@ impl Pass<'_> {
         let Some(open) = &self.open else {
             return Ok(());
         };
+        if open.is_dropped || self.twice.contains(annotation.place) {
+            return Ok(());
+        }
         let class = match annotation.class {
             None => "null".to_owned(),
             Some(class) => match self.classes.id(class) {
@@ -290,6 +312,7 @@ impl Pass<'_> {
                 }
             },
         };
+        let mut cut: Option<String> = None;
         if let Some([x, y, w, h]) = annotation.extent {
             let beyond = |start: f64, length: f64, size: Option<i64>| {
                 start < -OUTSIDE_TOLERANCE_PX
@@ -304,6 +327,9 @@ impl Pass<'_> {
                 false => beyond(x, w, open.width) || beyond(y, h, open.height),
             };
             if is_outside {
+                cut = clipped(annotation, open, self.refusals.on_bad);
+            }
+            if is_outside && cut.is_none() {
                 let size = |n: Option<i64>| n.map_or("?".to_owned(), |n| n.to_string());
                 let detail = format!(
                     "{w} × {h} at {x}, {y} reaches out of {:?} ({} × {})",
@@ -316,12 +342,18 @@ impl Pass<'_> {
                 return Ok(());
             }
         }
-        if let Some([left, top, right, bottom]) = annotation.reach {
+        if let Some([left, top, right, bottom]) = annotation.reach
+            && cut.is_none()
+        {
             let over = |start: f64, end: f64, size: Option<i64>| {
                 start < -OUTSIDE_TOLERANCE_PX
                     || size.is_some_and(|size| end > size as f64 + OUTSIDE_TOLERANCE_PX)
             };
-            if over(left, right, open.width) || over(top, bottom, open.height) {
+            let is_outside = over(left, right, open.width) || over(top, bottom, open.height);
+            if is_outside {
+                cut = clipped(annotation, open, self.refusals.on_bad);
+            }
+            if is_outside && cut.is_none() {
                 let detail = format!(
                     "its points lie within {left}, {top} and {right}, {bottom}, which reaches out of {:?}",
                     open.path.as_str()
@@ -342,13 +374,16 @@ impl Pass<'_> {
             self.refusals.add(Why::Conflict, annotation.place, detail);
             return Ok(());
         }
+        if cut.is_some() {
+            self.omitted.add(Category::ClippedShapes, annotation.place);
+        }
         self.annotations.parts(&[
             "{\"sample\":",
             &open.json,
             ",\"class\":",
             &class,
             ",",
-            annotation.tail,
+            cut.as_deref().unwrap_or(annotation.tail),
         ])
     }
 
@@ -356,6 +391,9 @@ impl Pass<'_> {
         let Some(open) = self.open.take() else {
             return Ok(());
         };
+        if open.is_dropped {
+            return Ok(());
+        }
         self.samples.row(&SampleRow {
             path: open.path.into(),
             hash: open.hash,
@@ -365,6 +403,66 @@ impl Pass<'_> {
             meta: raw(open.meta.as_deref())?,
         })
     }
+}
+
+/// The row of a shape that reaches out of its image, cut at the edges, where that is asked for and
+/// something is left.
+fn clipped(annotation: &AnnotationRecord<'_>, open: &Open, on_bad: OnBad) -> Option<String> {
+    const HEAD: &str = "{\"sample\":\"\",\"class\":null,";
+    if on_bad != OnBad::Clip {
+        return None;
+    }
+    let (width, height) = (open.width? as f64, open.height? as f64);
+    let row = format!("{HEAD}{}", annotation.tail);
+    let mut row: AnnotationRow = serde_json::from_str(&row).ok()?;
+    let cut = |start: f64, end: f64, size: f64| (start.clamp(0.0, size), end.clamp(0.0, size));
+    if let (Some(x), Some(y)) = (row.x, row.y) {
+        let (left, right) = cut(x, x + row.w.unwrap_or(0.0), width);
+        let (top, bottom) = cut(y, y + row.h.unwrap_or(0.0), height);
+        if row.w.is_some() && (right <= left || bottom <= top) {
+            return None;
+        }
+        (row.x, row.y) = (Some(left), Some(top));
+        (row.w, row.h) = (row.w.map(|_| right - left), row.h.map(|_| bottom - top));
+    }
+    if let Some(geom) = &row.geom {
+        let geom = match row.kind.as_str() {
+            "polygon" => clipped_rings(geom.get(), width, height)?,
+            "keypoints" => clipped_points(geom.get(), width, height)?,
+            _ => return None,
+        };
+        row.geom = Some(RawValue::from_string(geom).ok()?);
+    }
+    let text = serde_json::to_string(&row).ok()?;
+    Some(text.strip_prefix(HEAD)?.to_owned())
+}
+
+/// Rings whose points are moved to the nearest place in the image.
+fn clipped_rings(json: &str, width: f64, height: f64) -> Option<String> {
+    let inner = json.strip_prefix("[[")?.strip_suffix("]]")?;
+    let rings = inner.split("],[").map(|ring| {
+        let numbers = ring.split(',').map(json::as_number).enumerate();
+        let sides = [width, height];
+        let moved: Option<Vec<f64>> = numbers
+            .map(|(at, n)| Some(n?.clamp(0.0, sides[at % 2])))
+            .collect();
+        Some(number_list(&moved?))
+    });
+    Some(format!(
+        "[{}]",
+        rings.collect::<Option<Vec<_>>>()?.join(",")
+    ))
+}
+
+/// Keypoints, those outside of the image as not marked.
+fn clipped_points(json: &str, width: f64, height: f64) -> Option<String> {
+    let mut numbers = json::as_numbers(json)?;
+    for point in numbers.chunks_exact_mut(3) {
+        if !(0.0..=width).contains(&point[0]) || !(0.0..=height).contains(&point[1]) {
+            point.fill(0.0);
+        }
+    }
+    Some(number_list(&numbers))
 }
 
 /// JSON text that was checked when it was read, as a value to be written as it is.

@@ -875,3 +875,66 @@ fn coco_as_roboflow_and_others_lay_it_out() {
             .contains("the name \"dent\" belongs to class 0 already")
     );
 }
+
+#[test]
+fn bad_records_are_left_out_or_cut_where_that_is_asked_for() {
+    let text = r#"{"images":[{"id":1,"file_name":"a.png","width":100,"height":80},{"id":2,"file_name":"b.png"}],
+        "categories":[{"id":1,"name":"a"}],"annotations":[
+        {"id":1,"image_id":1,"category_id":1,"bbox":[1,1,5,5]},
+        {"id":918,"image_id":1,"category_id":1,"bbox":[1,1,1.03,0]},
+        {"id":2,"image_id":1,"category_id":1,"bbox":[90,-5,20,10]},
+        {"id":3,"image_id":1,"category_id":1,"bbox":[200,1,5,5]},
+        {"id":4,"image_id":1,"category_id":1,"bbox":[1,1,5,5],"segmentation":[[1,1,150,1,5,5]]},
+        {"id":5,"image_id":1,"category_id":1,"bbox":[1,1,5,5],"keypoints":[1,1,2,150,1,2]},
+        {"id":1,"image_id":1,"category_id":1,"bbox":[2,2,2,2]},
+        {"id":6,"image_id":7,"category_id":1,"bbox":[2,2,2,2]},
+        {"id":7,"image_id":2,"category_id":9,"bbox":[2,2,2,2]},
+        {"id":8,"image_id":2,"category_id":1,"bbox":[2,2,2,2]}]}"#;
+    let mut input = Input::file("a.json", text);
+    assert!(
+        input
+            .read()
+            .unwrap_err()
+            .message
+            .contains("8 records refused")
+    );
+    input.options.on_bad = Some("skip".into());
+    let output = input.read().unwrap();
+    assert_eq!(
+        output.rows(),
+        ["a.png 1 bbox 1,1,5,5", "b.png 1 bbox 2,2,2,2"]
+    );
+    let bad = notes(&input, Category::BadRecords);
+    assert_eq!(bad.len(), 5, "{bad:?}");
+    assert!(
+        bad[0].starts_with("1 × zero or negative box, the first at annotations[1] (id 918)"),
+        "{bad:?}"
+    );
+    assert!(bad[1].starts_with("4 × box outside its image"), "{bad:?}");
+    input.options.on_bad = Some("clip".into());
+    let output = input.read().unwrap();
+    assert_eq!(
+        output.rows(),
+        [
+            "a.png 1 bbox 1,1,5,5",
+            "a.png 1 bbox 90,0,10,5",
+            "a.png 1 polygon 1,1,5,5",
+            "a.png 1 keypoints 1,1,5,5",
+            "b.png 1 bbox 2,2,2,2"
+        ]
+    );
+    assert_eq!(
+        output.geoms()[2..4],
+        ["[[1.0,1.0,100.0,1.0,5.0,5.0]]", "[1.0,1.0,2.0,0.0,0.0,0.0]"]
+    );
+    assert_eq!(notes(&input, Category::ClippedShapes).len(), 3);
+    // A sample that the dataset lacks is left out with all that is said of it.
+    input.options.on_bad = Some("skip".into());
+    let output = input.read_for(Some(&["b.png"])).unwrap();
+    assert_eq!(
+        (output.sample_rows(), output.rows().len()),
+        (vec!["b.png - - -".to_owned()], 1)
+    );
+    input.options.on_bad = Some("ignore".into());
+    assert_eq!(input.read().unwrap_err().code, base::fault::Code::Usage);
+}
