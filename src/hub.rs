@@ -40,12 +40,14 @@ use base::durable;
 use base::expiring_cache::ExpiringCache;
 use base::fault::Fault;
 use base::limits::{
-    CHANGES_AT_ONCE_MAX, CHANGES_PER_SECOND_MAX, CONTROL_FRAME_BYTES_MAX, PEER_WORK_MAX,
-    QUESTIONS_BYTES_MAX, REPORTS_AT_ONCE_MAX, REPORTS_PER_SECOND_MAX, REST_EVERY,
+    CHANGE_WAIT_MAX, CHANGES_AT_ONCE_MAX, CHANGES_PER_SECOND_MAX, CONTROL_FRAME_BYTES_MAX,
+    EVENT_TRIM_EVERY, PEER_WORK_MAX, QUESTIONS_BYTES_MAX, REPORTS_AT_ONCE_MAX,
+    REPORTS_PER_SECOND_MAX, REST_EVERY,
 };
 use base::names::{ArtifactRef, PublisherName, SiteName, SiteSelector};
 use base::peer::Peer;
 use base::tally::Tally;
+use base::workers::{Pace, Worker, Workers};
 use content::chunk::{Hash, ShortHash};
 use content::manifest::{ChunkRef, Digest, Pages};
 use content::store::Store;
@@ -63,8 +65,6 @@ pub(crate) use runs::lineage_view;
 const OPENED_MAX: usize = 64;
 /// What one site may have of the budget, bytes: enough answers to keep a fast line full.
 const SITE_SHARE_MAX: u64 = 12 << 20;
-/// How often old events are forgotten.
-const TRIM_EVERY: Duration = Duration::from_secs(600);
 
 /// The hub. Cheap to clone.
 #[derive(Clone)]
@@ -113,6 +113,7 @@ struct Inner {
     collecting: Arc<tokio::sync::Mutex<()>>,
     /// Events of training runs are taken one after the other.
     runs: tokio::sync::Mutex<()>,
+    workers: Workers,
     tasks: TaskTracker,
     stop: CancellationToken,
 }
@@ -170,11 +171,13 @@ impl Hub {
         let identity = Arc::new(HubIdentity::open_or_create(&config.data_dir, &config.name)?);
         let dir = config.data_dir.join("store");
         let store = blocking(move || Store::open(&dir)).await?;
+        let workers = Workers::new(stop.clone());
         let listener = Listener::bind(
             config.listen.quic,
             identity.clone(),
             &config.line,
             config.limits.memory / 2,
+            &workers,
         )?;
         tracing::info!(name = %config.name, line = %listener.local_addr(), api = %config.listen.api, data = %config.data_dir.display(), "the hub is ready");
         let jobs = Jobs::new(catalogue.clone());
@@ -193,7 +196,8 @@ impl Hub {
             upstream.clone(),
             config.relay.budget,
         );
-        let relay = blocking(move || Relay::open(&data, main, sites, room)).await?;
+        let kept_by = workers.clone();
+        let relay = blocking(move || Relay::open(&data, main, sites, room, &kept_by)).await?;
         let (relay_memory, opened, uploads, short_of, collecting, runs, checked_manifests) =
             Default::default();
         let tasks = TaskTracker::new();
@@ -230,41 +234,58 @@ impl Hub {
                 short_of,
                 collecting,
                 runs,
+                workers,
                 tasks,
                 stop,
             }),
         })
     }
 
-    /// Takes sites in until the daemon stops.
+    /// Starts the hub's background work, and returns when the daemon stops.
     pub async fn run(&self) -> Result<(), Fault> {
-        let this = self.clone();
-        self.inner
-            .tasks
-            .spawn(async move { this.keep_relay().await });
-        let this = self.clone();
-        self.inner
-            .tasks
-            .spawn(async move { this.keep_runs().await });
+        let workers = &self.inner.workers;
+        workers.start(
+            "connections",
+            Pace::Continuous,
+            self,
+            |this, worker| async move { this.accept_connections(&worker).await },
+        );
+        workers.start(
+            "runs",
+            Pace::every(CHANGE_WAIT_MAX),
+            self,
+            |this, worker| async move { this.keep_runs(&worker).await },
+        );
+        self.start_relay_workers(workers);
+        workers.repeat("event-trim", EVENT_TRIM_EVERY, self, |this| async move {
+            let trimmed = this.inner.catalogue.trim_events().await;
+            trimmed.map_err(|fault| fault.context("remove old events"))
+        });
+        workers.repeat("idle-release", REST_EVERY, self, |this| async move {
+            this.inner.store.rest();
+            this.inner.relay.rest();
+            Ok(())
+        });
+        self.inner.stop.cancelled().await;
+        Ok(())
+    }
+
+    /// The hub's background work.
+    pub fn workers(&self) -> &Workers {
+        &self.inner.workers
+    }
+
+    /// Accepts sites, publishers and requests to join until the daemon stops.
+    async fn accept_connections(&self, worker: &Worker) -> Result<(), Fault> {
         let refused_joins = Tally::new("a join was refused");
-        let mut trim = tokio::time::interval(TRIM_EVERY);
-        let mut rest = tokio::time::interval(REST_EVERY);
         loop {
             let arrival = tokio::select! {
                 arrival = self.inner.listener.accept() => arrival,
-                _ = trim.tick() => {
-                    if let Err(fault) = self.inner.catalogue.trim_events().await {
-                        tracing::warn!(error = %fault, "old events could not be forgotten");
-                    }
-                    continue;
-                }
-                _ = rest.tick() => {
-                    self.inner.store.rest();
-                    self.inner.relay.rest();
-                    continue;
-                }
                 () = self.inner.stop.cancelled() => None,
             };
+            if arrival.is_some() {
+                worker.count();
+            }
             match arrival {
                 None => return Ok(()),
                 Some(Arrival::Join(request)) => {
@@ -310,6 +331,7 @@ impl Hub {
         links.iter().for_each(|link| link.close("the hub stops"));
         self.inner.tasks.close();
         self.inner.tasks.wait().await;
+        self.flush_relay_at_end().await;
         self.inner.listener.wait_idle().await;
     }
 

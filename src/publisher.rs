@@ -616,6 +616,7 @@ mod tests {
             hub.clone(),
             &ConnectionSettings::default(),
             64 << 20,
+            &base::workers::Workers::default(),
         )
         .unwrap();
         let address = listener.local_addr().to_string();

@@ -18,6 +18,7 @@ use crate::site::Site;
 use base::blocking::blocking;
 use base::fault::{Code, Fault, IoContext};
 use base::limits::{DRAIN_MAX, STATE_RETRY_EVERY};
+use base::workers::{Pace, Workers};
 use base::{durable, open_files, private};
 use content::store::{Rebuilt, rebuild_index as rebuild_index_of};
 use transport::identity::{CertificateRequest, Claim, JoinToken, SiteIdentity};
@@ -84,7 +85,15 @@ pub async fn run_until(config: Config, stop: CancellationToken) -> Result<(), Fa
             private::tighten(&data_dir);
             let work = hub.clone();
             let work = Box::pin(async move { work.run().await });
-            drive(api, Arc::new(hub.clone()), work, stop, hub.stopped()).await
+            drive(
+                api,
+                Arc::new(hub.clone()),
+                hub.workers(),
+                work,
+                stop,
+                hub.stopped(),
+            )
+            .await
         }
         Role::Site => {
             let Some(site) = api
@@ -96,7 +105,15 @@ pub async fn run_until(config: Config, stop: CancellationToken) -> Result<(), Fa
             private::tighten(&data_dir);
             let work = site.clone();
             let work = Box::pin(async move { work.run().await });
-            drive(api, Arc::new(site.clone()), work, stop, site.stopped()).await
+            drive(
+                api,
+                Arc::new(site.clone()),
+                site.workers(),
+                work,
+                stop,
+                site.stopped(),
+            )
+            .await
         }
     }
 }
@@ -158,34 +175,36 @@ impl Api {
 async fn drive(
     api: Api,
     backend: Arc<dyn Backend>,
+    workers: &Workers,
     work: impl Future<Output = Result<(), Fault>> + Send + 'static,
     stop: CancellationToken,
     stopped: impl Future<Output = ()>,
 ) -> Result<(), Fault> {
-    let shutdown = stop.clone();
-    let api = tokio::spawn(api::serve(
-        api.listener,
-        api.local,
-        backend,
-        api.token,
-        async move { shutdown.cancelled().await },
-    ));
+    let of = (Arc::new(api), backend);
+    workers.start(
+        "api",
+        Pace::Continuous,
+        &of,
+        |(api, backend), worker| async move {
+            let stop = worker.stop().clone();
+            let stopping = async move { stop.cancelled().await };
+            let local = api.local.as_ref();
+            api::serve(&api.listener, local, backend, api.token.clone(), stopping).await
+        },
+    );
+    drop(of);
     let result = work.await;
     stop.cancel();
     // One deadline for all of it.
-    let deadline = tokio::time::Instant::now() + DRAIN_MAX;
-    if tokio::time::timeout_at(deadline, stopped).await.is_err() {
+    let stopping = futures::future::join(stopped, workers.stopped());
+    if tokio::time::timeout(DRAIN_MAX, stopping).await.is_err() {
         tracing::warn!(
             seconds = DRAIN_MAX.as_secs(),
+            workers = ?workers.unfinished(),
             "not everything stopped in time; the rest resumes at the next start"
         );
     }
-    let served = tokio::time::timeout_at(deadline, api).await;
-    result?;
-    match served {
-        Ok(Ok(result)) => result,
-        _ => Ok(()),
-    }
+    result
 }
 
 /// Enrols a site: verifies the hub with the token, and stores the certificate. Returns its path.

@@ -1,7 +1,13 @@
-//! A site: dials the hub, keeps a line to it, and runs the transfers that the hub wants.
+//! A site: connects to the hub, and runs the transfers that the hub wants.
+//!
+//! [`Site`] puts the components together and starts their workers: `hub_link` (the connection as the others use it), `connection` (keeps it,
+//! does what the hub wants), `publish` (publishing in place), `watch` (checks what was published), `runs` (training runs), `index` (the
+//! chunk index). `backend` answers the API. `serve` calls it. Each component says what of it survives a crash.
 
 mod backend;
 mod connection;
+mod hub_link;
+mod index;
 mod lost;
 mod publish;
 mod runs;
@@ -9,7 +15,7 @@ mod watch;
 
 use std::sync::Arc;
 
-use tokio::sync::{self, mpsc};
+use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -18,17 +24,23 @@ use crate::jobs::Jobs;
 use crate::open_source::AtSite;
 use base::blocking::blocking;
 use base::fault::Fault;
-use base::limits::{PLACES_SWEEP_EVERY, PLACES_SWEEP_PAUSE, PLACES_SWEEP_ROWS, REST_EVERY};
+use base::limits::{CHANGE_WAIT_MAX, EVENT_TRIM_EVERY, REST_EVERY};
 use base::peer::Peer;
+use base::workers::{Pace, Workers};
+use connection::Connection;
 use content::store::Store;
-use exchange::chunk_index::{ChunkIndex, LocationInfo};
+use exchange::chunk_index::ChunkIndex;
 use exchange::in_place::InPlaceReader;
 use exchange::transfer::{self, AssemblyContext, LOOKS_ASKED_MAX, Runner, Sinks};
+use hub_link::HubLink;
+use index::IndexKeeper;
+use publish::Publications;
+use runs::RunKeeper;
 use sink::files::FilesSink;
-use sink::{StorageLocation, images, labels};
+use sink::{images, labels};
 use state::Catalogue;
-use transport::Link;
 use transport::identity::SiteIdentity;
+use watch::Watch;
 
 /// The site. Cheap to clone.
 #[derive(Clone)]
@@ -37,25 +49,27 @@ pub struct Site {
 }
 
 struct Inner {
-    config: Config,
-    memory: Memory,
+    opened: Opened,
+    hub: Arc<HubLink>,
+    jobs: Jobs,
+    publications: Publications,
+    watch: Watch,
+    runs: RunKeeper,
+    index: IndexKeeper,
+    connection: Connection,
+    workers: Workers,
+}
+
+/// What a site has opened, for its components. Cheap to clone.
+#[derive(Clone)]
+struct Opened {
+    config: Arc<Config>,
     catalogue: Catalogue,
     shared: AssemblyContext,
     sinks: Sinks,
     runner: Runner,
-    identity: sync::watch::Sender<Arc<SiteIdentity>>,
-    link: sync::watch::Sender<Option<Link>>,
-    /// Why there is no line, as the last try said.
-    line_fault: parking_lot::Mutex<Option<Fault>>,
-    jobs: Jobs,
-    runs: runs::RunsState,
-    /// What can be published here beside paths.
-    sources: AtSite,
-    /// Gives the hub what was published here, or landed.
-    origin: InPlaceReader,
-    /// HeldArtifact while the hub is told of what was published here.
-    offering: sync::Mutex<()>,
-    watch: watch::WatchState,
+    /// Gives the hub what was published here, or was delivered.
+    reader: InPlaceReader,
     tasks: TaskTracker,
     stop: CancellationToken,
 }
@@ -135,21 +149,20 @@ impl Site {
             memory: Arc::new(transfer::Memory::new(memory.to_fetch)),
             images: sinks.images.clone(),
         };
-        let (identity, identity_watch) = sync::watch::channel(Arc::new(identity));
-        let (link, link_watch) = sync::watch::channel(None);
+        let hub = Arc::new(HubLink::new(identity, config.data_dir.clone()));
         let (looks, asked) = mpsc::channel(LOOKS_ASKED_MAX);
         let runner = Runner::new(
             catalogue.clone(),
             shared.clone(),
             sinks.clone(),
-            identity_watch,
-            link_watch,
+            hub.watch_identity(),
+            hub.watch_link(),
             looks,
             stop.clone(),
         );
         tracing::info!(name = %config.name, api = %config.listen.api, data = %config.data_dir.display(), "the site is ready");
         let jobs = Jobs::new(catalogue.clone());
-        let origin = InPlaceReader::new(
+        let reader = InPlaceReader::new(
             shared.store.clone(),
             shared.chunk_index.clone(),
             config.data_dir.join("published"),
@@ -157,228 +170,104 @@ impl Site {
             Some(sinks.images.clone()),
             memory.to_read,
         );
-        let (line_fault, offering, runs, tasks) = Default::default();
+        let opened = Opened {
+            config: Arc::new(config),
+            catalogue,
+            shared,
+            sinks,
+            runner,
+            reader,
+            tasks: TaskTracker::new(),
+            stop,
+        };
+        let publications = Publications::new(&opened, sources, hub.clone());
+        let watch = Watch::new(&opened, asked);
+        let runs = RunKeeper::new(&opened, watch.clone(), publications.clone());
+        let connection = Connection::new(
+            &opened,
+            hub.clone(),
+            publications.clone(),
+            runs.clone(),
+            memory.to_send,
+        );
         Ok(Self {
             inner: Arc::new(Inner {
-                config,
-                memory,
-                catalogue,
-                shared,
-                sinks,
-                runner,
-                identity,
-                link,
-                line_fault,
+                hub,
                 jobs,
-                sources,
-                origin,
-                offering,
-                watch: watch::WatchState::new(asked),
+                publications,
+                watch,
                 runs,
-                tasks,
-                stop,
+                index: IndexKeeper::new(&opened),
+                connection,
+                workers: Workers::new(opened.stop.clone()),
+                opened,
             }),
         })
     }
 
-    /// Keeps the line and works until the daemon stops.
+    /// Starts the site's background work, and returns when the daemon stops.
     pub async fn run(&self) -> Result<(), Fault> {
-        self.clean_published().await?;
-        if let Err(fault) = self.follow_roots().await {
+        let (inner, opened) = (&self.inner, &self.inner.opened);
+        let Some(hub) = &opened.config.hub else {
+            return Err(Fault::config("a site needs [hub] address"));
+        };
+        inner.publications.clean().await?;
+        if let Err(fault) = inner.index.follow_roots().await {
             tracing::error!(error = %fault, "the new root of a sink could not be noted; the next start of the daemon tries again");
         }
-        self.inner.runner.start().await?;
-        let this = self.clone();
-        self.inner
-            .tasks
-            .spawn(async move { this.keep_runs().await });
-        let this = self.clone();
-        self.inner
-            .tasks
-            .spawn(async move { this.keep_watch().await });
-        let runner = self.inner.runner.clone();
-        self.inner
-            .tasks
-            .spawn(async move { runner.keep_clean().await });
-        let this = self.clone();
-        self.inner
-            .tasks
-            .spawn(async move { this.keep_resting().await });
-        let this = self.clone();
-        self.inner
-            .tasks
-            .spawn(async move { this.rebuild_places().await });
-        let this = self.clone();
-        self.inner
-            .tasks
-            .spawn(async move { this.keep_places_swept().await });
-        self.keep_line().await
-    }
-
-    /// Removes the rows of places that are gone from the chunk index, a part at a time.
-    async fn keep_places_swept(&self) {
-        let stop = &self.inner.stop;
-        while stop
-            .run_until_cancelled(tokio::time::sleep(PLACES_SWEEP_EVERY))
-            .await
-            .is_some()
-        {
-            if let Err(fault) = self.sweep_places().await {
-                tracing::warn!(error = %fault, "the chunk index could not be swept; tried again");
-            }
-        }
-    }
-
-    async fn sweep_places(&self) -> Result<(), Fault> {
-        let (inner, places) = (&self.inner, &self.inner.shared.chunk_index);
-        let looked = places.clone();
-        let stale = blocking(move || looked.stale()).await?;
-        let mut behind = None;
-        while stale > 0 && !inner.stop.is_cancelled() {
-            let (places, from) = (places.clone(), behind);
-            behind = blocking(move || places.sweep(from, PLACES_SWEEP_ROWS)).await?;
-            if behind.is_none() {
-                let places = self.inner.shared.chunk_index.clone();
-                return blocking(move || places.swept(stale)).await;
-            }
-            tokio::time::sleep(PLACES_SWEEP_PAUSE).await;
-        }
+        opened.runner.start().await?;
+        let workers = &inner.workers;
+        let address = hub.address.clone();
+        workers.start(
+            "connection",
+            Pace::Continuous,
+            &inner.connection,
+            move |connection, worker| {
+                let address = address.clone();
+                async move { connection.keep(&address, &worker).await }
+            },
+        );
+        workers.start(
+            "runs",
+            Pace::every(CHANGE_WAIT_MAX),
+            &inner.runs,
+            |runs, worker| async move { runs.keep(&worker).await },
+        );
+        inner.watch.start_workers(workers);
+        opened.runner.start_cleanup_workers(workers);
+        self.inner.index.start_workers(workers);
+        workers.repeat(
+            "event-trim",
+            EVENT_TRIM_EVERY,
+            opened,
+            |opened| async move {
+                let trimmed = opened.catalogue.trim_events().await;
+                trimmed.map_err(|fault| fault.context("remove old events"))
+            },
+        );
+        workers.repeat("idle-release", REST_EVERY, opened, |opened| async move {
+            opened.shared.store.rest();
+            opened.reader.rest();
+            Ok(())
+        });
+        opened.stop.cancelled().await;
         Ok(())
     }
 
-    /// Notes each artifact where its sink has it now, if that is elsewhere than before: a root may
-    /// have been moved, or be mounted at another path. What is not there is found out when it is
-    /// looked at.
-    async fn follow_roots(&self) -> Result<(), Fault> {
-        let inner = &self.inner;
-        for name in inner.catalogue.artifact_names().await? {
-            // One that was removed meanwhile is nowhere.
-            let Ok(row) = inner.catalogue.artifact(&name).await else {
-                continue;
-            };
-            let (artifact, digest) = (row.artifact, row.digest);
-            let Some(now) = inner.sinks.of(artifact.kind).place_of(&artifact) else {
-                continue;
-            };
-            let Some(before) = row.place.filter(|before| !row.published && *before != now) else {
-                continue;
-            };
-            let (places, place) = (inner.shared.chunk_index.clone(), now.clone());
-            blocking(move || match places.landed(digest, &before) {
-                Some(number) => places
-                    .put(
-                        Some(number),
-                        LocationInfo {
-                            place,
-                            digest,
-                            transfer: None,
-                            foreign: false,
-                            adopting: false,
-                        },
-                    )
-                    .map(drop),
-                None => Ok(()),
-            })
-            .await?;
-            let location = if let StorageLocation::Folder { path } = &now {
-                Some(path.display().to_string())
-            } else {
-                None
-            };
-            inner
-                .catalogue
-                .set_place(&artifact, Some(&now), location.as_deref())
-                .await?;
-            tracing::info!(%artifact, "its sink has another root than before");
-        }
-        Ok(())
-    }
-
-    /// After a loss of the chunk index: notes again where the chunks of each artifact are that is
-    /// here.
-    async fn rebuild_places(&self) {
-        let inner = &self.inner;
-        if inner
-            .shared
-            .chunk_index
-            .loss()
-            .is_none_or(|loss| loss.artifacts.is_some())
-        {
-            return;
-        }
-        match self.note_all_places().await {
-            Ok(artifacts) => tracing::info!(artifacts, "the chunk index was made again"),
-            Err(fault) => {
-                tracing::error!(error = %fault, "the chunk index could not be made again; the next start of the daemon tries again");
-            }
-        }
-    }
-
-    async fn note_all_places(&self) -> Result<u64, Fault> {
-        let inner = &self.inner;
-        let mut noted = 0;
-        for name in inner.catalogue.artifact_names().await? {
-            // One that was removed meanwhile lies nowhere.
-            let Ok(row) = inner.catalogue.artifact(&name).await else {
-                continue;
-            };
-            let Some(place) = row.place else { continue };
-            if inner.stop.is_cancelled() {
-                return Err(Fault::internal("the daemon stops"));
-            }
-            let (places, origin, artifact) = (
-                inner.shared.chunk_index.clone(),
-                inner.origin.clone(),
-                row.artifact.clone(),
-            );
-            let work = move || {
-                if places.landed(row.digest, &place).is_none() {
-                    let info = LocationInfo {
-                        place: place.clone(),
-                        digest: row.digest,
-                        transfer: None,
-                        foreign: row.published,
-                        adopting: false,
-                    };
-                    places.put(None, info)?;
-                }
-                origin.index(row.digest, &row.root, &[place], false)
-            };
-            match blocking(work).await {
-                Ok(()) => noted += 1,
-                // One artifact whose manifest is damaged must not keep the others from being noted.
-                Err(fault) => {
-                    tracing::error!(%artifact, error = %fault, "where an artifact is could not be noted again");
-                }
-            }
-        }
-        let places = inner.shared.chunk_index.clone();
-        blocking(move || places.rebuilt(noted)).await?;
-        Ok(noted)
-    }
-
-    /// Gives back what an idle daemon does not need.
-    async fn keep_resting(&self) {
-        let mut rest = tokio::time::interval(REST_EVERY);
-        loop {
-            tokio::select! {
-                _ = rest.tick() => {
-                    self.inner.shared.store.rest();
-                    self.inner.origin.rest();
-                }
-                () = self.inner.stop.cancelled() => return,
-            }
-        }
+    /// The site's background work.
+    pub fn workers(&self) -> &Workers {
+        &self.inner.workers
     }
 
     /// Waits for what runs; each transfer writes down where it is.
     pub async fn stopped(&self) {
-        self.inner.runner.drained().await;
-        if let Some(link) = self.inner.link.send_replace(None) {
+        let opened = &self.inner.opened;
+        opened.runner.drained().await;
+        if let Some(link) = self.inner.hub.disconnected() {
             // Else the hub would take it for online until it had been silent for long.
             link.close_and_flush("the site stops").await;
         }
-        self.inner.tasks.close();
-        self.inner.tasks.wait().await;
+        opened.tasks.close();
+        opened.tasks.wait().await;
     }
 }

@@ -10,6 +10,7 @@ use tokio::sync::Notify;
 use super::types::*;
 use super::{ApiToken, Backend};
 use base::fault::{Fault, Reason};
+use base::workers::Workers;
 use model::paging::{Page, Pager, Room};
 
 /// The token of every fake daemon.
@@ -33,6 +34,7 @@ pub(crate) struct World {
 pub(crate) struct Fake {
     pub(crate) world: Mutex<World>,
     pub(crate) artifacts: Mutex<Vec<Artifact>>,
+    pub(crate) workers: Workers,
     changed: Arc<Notify>,
 }
 
@@ -130,6 +132,7 @@ impl Default for Fake {
         Self {
             world: Mutex::default(),
             artifacts: Mutex::new(vec![artifact("dataset/line3:v1")]),
+            workers: Workers::default(),
             changed: Arc::default(),
         }
     }
@@ -239,13 +242,10 @@ impl Fake {
         let shutdown = async move {
             let _ = stopped.await;
         };
-        let task = tokio::spawn(super::serve(
-            listener,
-            None,
-            backend,
-            ApiToken::parse(TOKEN).unwrap(),
-            shutdown,
-        ));
+        let task = tokio::spawn(async move {
+            let token = ApiToken::parse(TOKEN).unwrap();
+            super::serve(&listener, None, backend, token, shutdown).await
+        });
         (base, stop, task)
     }
 }
@@ -476,6 +476,9 @@ impl Backend for Fake {
         Ok(page(self.world.lock().jobs.clone(), behind, room, |job| {
             job.id.clone()
         }))
+    }
+    async fn workers(&self, behind: Option<&str>, room: Room) -> Result<Page<Worker>, Fault> {
+        Ok(super::worker_page(&self.workers, behind, room))
     }
     async fn cancel_job(&self, id: &str) -> Result<Job, Fault> {
         let mut job = self.job(id).await?;

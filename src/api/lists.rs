@@ -359,3 +359,15 @@ pub(super) async fn jobs(State(app): State<App>) -> Result<Response, ApiError> {
     });
     List::new(app, u32::MAX, read).into_response().await
 }
+
+/// The background workers of this daemon, in the order in which they were started.
+#[utoipa::path(get, path = "/v1/workers", tag = "daemon", responses(
+    (status = 200, description = "the workers", body = Vec<Worker>),
+    (status = "default", description = "an error", body = ErrorBody),
+))]
+pub(super) async fn workers(State(app): State<App>) -> Result<Response, ApiError> {
+    let read: Read<Worker> = Box::new(|app, behind, room| {
+        Box::pin(async move { app.backend.workers(behind.as_deref(), room).await })
+    });
+    List::new(app, u32::MAX, read).into_response().await
+}

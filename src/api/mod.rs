@@ -49,7 +49,8 @@ use base::fault::Fault;
 use base::limits::{API_LISTS_AT_ONCE_MAX, DRAIN_MAX};
 use base::names::RunName;
 use base::tally::Tally;
-use model::paging::{Page, Room};
+use base::workers::Workers;
+use model::paging::{Page, Pager, Room};
 use types::*;
 
 /// The header of every reply with the daemon's version.
@@ -139,6 +140,8 @@ pub trait Backend: Send + Sync {
     async fn jobs(&self, behind: Option<&str>, room: Room) -> Result<Page<Job>, Fault>;
     /// Cancels a job.
     async fn cancel_job(&self, id: &str) -> Result<Job, Fault>;
+    /// The background workers, in the order in which they were started.
+    async fn workers(&self, behind: Option<&str>, room: Room) -> Result<Page<Worker>, Fault>;
     /// Events after `since`, at most `limit`, in order; `since` 0 means from the oldest stored one.
     /// Does not wait.
     async fn events(&self, since: u64, limit: u32) -> Result<Vec<Event>, Fault>;
@@ -153,8 +156,8 @@ pub trait Backend: Send + Sync {
 /// then no new connection is accepted, waiting requests are answered, event streams end, and
 /// everything left after the drain time is closed.
 pub async fn serve(
-    listener: TcpListener,
-    local: Option<LocalSocket>,
+    listener: &TcpListener,
+    local: Option<&LocalSocket>,
     backend: Arc<dyn Backend>,
     token: ApiToken,
     shutdown: impl Future<Output = ()> + Send + 'static,
@@ -173,10 +176,23 @@ pub async fn serve(
     let server = server::Server::new(router, stop.clone());
     tokio::select! {
         () = shutdown => {}
-        () = server.accept_tcp(&listener) => {}
-        () = server.accept_local(local.as_ref()) => {}
+        () = server.accept_tcp(listener) => {}
+        () = server.accept_local(local) => {}
     }
     stop.cancel();
     let _ = tokio::time::timeout(DRAIN_MAX, server.drained()).await;
     Ok(())
+}
+
+/// A page of the workers behind the one of this name.
+pub(crate) fn worker_page(workers: &Workers, behind: Option<&str>, room: Room) -> Page<Worker> {
+    let all = workers.list();
+    let from = behind.and_then(|behind| all.iter().position(|worker| worker.name == behind));
+    let mut pager = Pager::new(room);
+    for worker in &all[from.map_or(0, |at| at + 1)..] {
+        if !pager.put(worker.view(), worker.name) {
+            break;
+        }
+    }
+    pager.page()
 }

@@ -96,6 +96,7 @@ pub(super) fn router(app: App) -> Router {
         .route("/v1/doctor", get(doctor))
         .route("/v1/jobs", get(job).delete(cancel_job))
         .route("/v1/jobs/list", get(lists::jobs))
+        .route("/v1/workers", get(lists::workers))
         .route("/v1/events", get(events::events))
         .route("/metrics", get(metrics))
         .route_layer(middleware::from_fn_with_state(app.clone(), authenticate));

@@ -8,10 +8,11 @@ use reqwest::{Client, Method, Response, StatusCode};
 use serde_json::{Value, json};
 
 use super::fake::{Fake, TOKEN, job, transfer};
-use super::types::{State, Transfer, TransferQuery};
+use super::types::{State, Transfer, TransferQuery, Worker};
 use base::fault::{Fault, Retry};
 use base::limits::{API_BODY_BYTES_MAX, API_CONNECTIONS_MAX, API_HEAD_MAX, API_PAGE_BYTES};
 use base::tally::Log;
+use base::workers::Pace;
 
 struct Daemon {
     fake: Arc<Fake>,
@@ -180,6 +181,7 @@ async fn a_token_is_wanted_everywhere_but_for_probes() {
         "/v1/transfers",
         "/v1/sites",
         "/v1/doctor",
+        "/v1/workers",
         "/v1/jobs?id=x",
         "/v1/events",
     ];
@@ -659,13 +661,13 @@ async fn the_local_socket_serves_the_same() {
     let local = super::LocalSocket::listen(dir.path()).unwrap();
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
     let token = super::ApiToken::parse(TOKEN).unwrap();
-    let served = tokio::spawn(super::serve(
-        listener,
-        Some(local),
-        fake,
-        token.clone(),
-        async { stopped.await.unwrap() },
-    ));
+    let served = tokio::spawn({
+        let token = token.clone();
+        async move {
+            let stopped = async { stopped.await.unwrap() };
+            super::serve(&listener, Some(&local), fake, token, stopped).await
+        }
+    });
     let socket = super::SocketPath::of_running(dir.path()).unwrap();
     let _ = rustls::crypto::ring::default_provider().install_default();
     let client = Client::builder()
@@ -823,6 +825,45 @@ async fn every_list_is_whole_and_is_read_within_pages() {
         (whole.parts_total, whole.note.as_deref(), whole.sites.len()),
         (None, None, 1)
     );
+}
+
+#[tokio::test]
+async fn the_workers_are_listed_with_their_last_error() {
+    let d = daemon().await;
+    let worker = d.fake.workers.register("flush", Pace::on_request());
+    d.fake.workers.register("serve", Pace::Continuous);
+    let full = || Err::<(), _>(Fault::no_space("/data: the disk is full"));
+    worker.iterate_blocking(full).unwrap_err();
+    let listed = async || -> Vec<Worker> { d.get("/v1/workers").await.json().await.unwrap() };
+    let all = listed().await;
+    assert_eq!(all.len(), 2);
+    let Worker {
+        name,
+        state,
+        iterations,
+        errors,
+        restarts,
+        last_iteration,
+        last_error,
+        problem,
+    } = &all[0];
+    assert_eq!((name.as_str(), state.as_str()), ("flush", "failed"));
+    assert_eq!((*iterations, *errors, *restarts), (1, 1, 0));
+    let error = last_error.as_ref().unwrap();
+    assert_eq!(error.message, "/data: the disk is full");
+    assert!(error.next.starts_with("make room"), "{error:?}");
+    for time in [&error.at, last_iteration.as_ref().unwrap()] {
+        assert!(time.parse::<jiff::Timestamp>().is_ok(), "{time}");
+    }
+    assert!(problem.as_ref().unwrap().contains("the disk is full"));
+    assert_eq!(
+        (all[1].state.as_str(), &all[1].last_error),
+        ("running", &None)
+    );
+    worker.iterate_blocking(|| Ok(())).unwrap();
+    let again = &listed().await[0];
+    assert_eq!((again.state.as_str(), again.iterations), ("idle", 2));
+    assert!(again.last_error.is_some() && again.problem.is_none());
 }
 
 #[tokio::test]

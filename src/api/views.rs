@@ -1,10 +1,11 @@
-//! Converts the catalogue's rows to the form of the API.
+//! Converts the catalogue's rows, and the reports of the daemon's workers, to the form of the API.
 
 use base::clock::rfc3339_ms;
+use base::workers;
 use content::manifest::KindInfo;
 use state::{ArtifactRow, Catalogue, EventRow, MalformedRow, SiteRow, TransferRow};
 
-use super::types::{Artifact, Event, Site, State, Transfer};
+use super::types::{Artifact, Event, Site, State, Transfer, Worker, WorkerError};
 
 /// What `doctor` says of the rows that could not be read since the daemon started.
 pub fn malformed_lines(catalogue: &Catalogue) -> Vec<String> {
@@ -112,6 +113,27 @@ impl View for EventRow {
             at: rfc3339_ms(self.at_ms),
             what: self.what.clone(),
             body: serde_json::Value::Null,
+        }
+    }
+}
+
+impl View for workers::Report {
+    type As = Worker;
+
+    fn view(&self) -> Worker {
+        Worker {
+            name: self.name.into(),
+            state: self.state.as_str().into(),
+            last_iteration: self.last_iteration_ms.map(rfc3339_ms),
+            iterations: self.iterations,
+            errors: self.errors,
+            restarts: self.restarts,
+            last_error: self.last_error.as_ref().map(|last| WorkerError {
+                at: rfc3339_ms(last.at_ms),
+                message: last.fault.message.clone(),
+                next: last.fault.next.clone(),
+            }),
+            problem: self.problem.clone(),
         }
     }
 }

@@ -14,7 +14,7 @@ use super::Hub;
 use super::session::no_transfers;
 use super::sharing::{self, Targets};
 use crate::api::types::*;
-use crate::api::{Backend, View};
+use crate::api::{Backend, View, worker_page};
 use crate::delivery::Whole;
 use base::blocking::blocking;
 use base::fault::{Code, Fault, Reason};
@@ -736,6 +736,7 @@ impl Backend for Hub {
         out.extend(self.changed_lines().await?);
         out.extend(crate::api::malformed_lines(&self.inner.catalogue));
         out.extend(self.manifest_lines().await?);
+        out.extend(self.inner.workers.doctor());
         Ok(out)
     }
 
@@ -745,6 +746,10 @@ impl Backend for Hub {
 
     async fn jobs(&self, behind: Option<&str>, room: Room) -> Result<Page<Job>, Fault> {
         Ok(self.inner.jobs.list(behind, room))
+    }
+
+    async fn workers(&self, behind: Option<&str>, room: Room) -> Result<Page<Worker>, Fault> {
+        Ok(worker_page(&self.inner.workers, behind, room))
     }
 
     async fn cancel_job(&self, id: &str) -> Result<Job, Fault> {

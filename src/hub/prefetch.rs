@@ -1,5 +1,5 @@
 //! Fetching ahead: what is on its way to sites that are away is brought to the hub meanwhile, for
-//! its source may be away when they are back. [`Hub::keep_relay`] runs it; what comes is kept like
+//! its source may be away when they are back. The worker `prefetch` runs it; what comes is kept like
 //! all that is relayed.
 
 use std::collections::{HashMap, HashSet};
@@ -12,6 +12,7 @@ use super::Hub;
 use base::fault::{Code, Fault, Retry};
 use base::limits::{FETCH_BATCH_BYTES, FETCH_BATCH_CHUNKS_MAX};
 use base::peer::Peer;
+use base::workers::Worker;
 use content::chunk::Hash;
 use content::manifest::{Digest, Root, Step, Walk};
 use content::store::Store;
@@ -32,33 +33,36 @@ const AHEAD_AGAIN_SOON: Duration = Duration::from_secs(10);
 
 impl Hub {
     /// Fetches what is on its way to sites that are away from sites that are there.
-    pub(super) async fn keep_prefetching(&self) {
+    pub(super) async fn keep_prefetching(&self, worker: &Worker) -> Result<(), Fault> {
+        let all = self.inner.stop.child_token();
+        // The fetches end with this: a restarted worker does not begin a second one of the same.
+        let _ends_with_this = all.clone().drop_guard();
         let mut running: HashMap<Digest, (CancellationToken, tokio::task::JoinHandle<()>)> =
             HashMap::new();
         let mut watch = self.inner.catalogue.watch_all();
         loop {
             running.retain(|_, (_, task)| !task.is_finished());
-            match self.wanted_ahead().await {
-                Ok(wanted) => {
-                    for (digest, (stop, _)) in &running {
-                        if !wanted.contains(digest) {
-                            stop.cancel();
-                        }
-                    }
-                    for digest in wanted {
-                        if running.len() < AHEAD_ARTIFACTS_MAX && !running.contains_key(&digest) {
-                            let (this, stop) = (self.clone(), self.inner.stop.child_token());
-                            let token = stop.clone();
-                            let task = self
-                                .inner
-                                .tasks
-                                .spawn(async move { this.fetch_ahead(digest, &token).await });
-                            running.insert(digest, (stop, task));
-                        }
+            let wanted = worker.iterate(async {
+                let wanted = self.wanted_ahead().await;
+                wanted.map_err(|fault| fault.context("find out what to prefetch"))
+            });
+            // The worker reports a fault, and tries again.
+            if let Ok(wanted) = wanted.await {
+                for (digest, (stop, _)) in &running {
+                    if !wanted.contains(digest) {
+                        stop.cancel();
                     }
                 }
-                Err(fault) => {
-                    tracing::error!(error = %fault, "it could not be worked out what to fetch ahead");
+                for digest in wanted {
+                    if running.len() < AHEAD_ARTIFACTS_MAX && !running.contains_key(&digest) {
+                        let (this, stop) = (self.clone(), all.child_token());
+                        let token = stop.clone();
+                        let task = self
+                            .inner
+                            .tasks
+                            .spawn(async move { this.fetch_ahead(digest, &token).await });
+                        running.insert(digest, (stop, task));
+                    }
                 }
             }
             // It ends after a while too: what failed gets its next try however quiet the catalogue

@@ -17,7 +17,9 @@ use base::buffers::Buffers;
 use base::clock;
 use base::expiring_cache::ExpiringCache;
 use base::fault::Fault;
+use base::limits::CHANGE_WAIT_MAX;
 use base::names::SiteName;
+use base::workers::{Pace, Worker, Workers};
 use content::chunk::ShortHash;
 use content::manifest::Digest;
 use exchange::fetch::Fetcher;
@@ -134,37 +136,40 @@ impl Hub {
         }
     }
 
-    /// Keeps what was relayed durable and within its budget, and fetches ahead, until the daemon
-    /// stops.
-    pub(super) async fn keep_relay(&self) {
-        tokio::select! {
-            () = self.keep_flushing() => {}
-            () = self.keep_evicting() => {}
-            () = self.keep_prefetching() => {}
-            () = self.inner.stop.cancelled() => {}
-        }
-        let relay = self.inner.relay.clone();
-        if let Err(fault) = blocking(move || relay.flush()).await {
-            tracing::warn!(error = %fault, "relayed bytes could not be made durable");
-        }
-    }
-
-    async fn keep_flushing(&self) {
-        let mut ticks = tokio::time::interval(FLUSH_EVERY);
-        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        loop {
-            ticks.tick().await;
-            let relay = self.inner.relay.clone();
-            if let Err(fault) = blocking(move || relay.flush()).await {
-                tracing::error!(error = %fault, "relayed bytes could not be made durable");
-            }
-        }
-    }
-
-    async fn keep_evicting(&self) {
-        let every = EVICT_EVERY
+    /// Starts the workers that keep relayed content durable and within its budget, and that
+    /// prefetch.
+    pub(super) fn start_relay_workers(&self, workers: &Workers) {
+        workers.repeat("relay-flush", FLUSH_EVERY, self, |this| async move {
+            let relay = this.inner.relay.clone();
+            let flushed = blocking(move || relay.flush()).await;
+            flushed.map_err(|fault| fault.context("make relayed content durable"))
+        });
+        let evict_every = EVICT_EVERY
             .min(self.inner.config.relay.keep)
             .max(EVICT_EVERY_WHEN_FULL);
+        workers.start(
+            "relay-evict",
+            Pace::every(evict_every).long(),
+            self,
+            move |this, worker| async move { this.keep_evicting(evict_every, &worker).await },
+        );
+        workers.start(
+            "prefetch",
+            Pace::every(CHANGE_WAIT_MAX),
+            self,
+            |this, worker| async move { this.keep_prefetching(&worker).await },
+        );
+    }
+
+    /// Makes relayed content durable when the daemon stops.
+    pub(super) async fn flush_relay_at_end(&self) {
+        let relay = self.inner.relay.clone();
+        if let Err(fault) = blocking(move || relay.flush()).await {
+            tracing::warn!(error = %fault, "relayed content could not be made durable");
+        }
+    }
+
+    async fn keep_evicting(&self, every: Duration, worker: &Worker) -> Result<(), Fault> {
         let mut last = Instant::now();
         loop {
             tokio::time::sleep(EVICT_EVERY_WHEN_FULL).await;
@@ -172,9 +177,8 @@ impl Hub {
                 continue;
             }
             last = Instant::now();
-            if let Err(fault) = self.evict().await {
-                tracing::error!(error = %fault, "relayed bytes could not be evicted");
-            }
+            // The worker reports a fault, and tries again.
+            let _ = worker.iterate(self.evict()).await;
         }
     }
 

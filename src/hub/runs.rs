@@ -14,6 +14,7 @@ use base::clock;
 use base::fault::{Code, Fault};
 use base::limits::{RUN_INPUTS_MAX, RUN_TTL_MAX, RUNS_OPEN_MAX};
 use base::names::{ArtifactRef, Kind, RunName, SiteName, SiteSelector};
+use base::workers::Worker;
 use content::chunk::Hash;
 use content::manifest::Root;
 use model::actor::Actor;
@@ -41,24 +42,25 @@ fn now_ms() -> i64 {
 
 impl Hub {
     /// Checks the open runs after each change, until the daemon stops.
-    pub(super) async fn keep_runs(&self) {
+    pub(super) async fn keep_runs(&self, worker: &Worker) -> Result<(), Fault> {
         loop {
             let changed = self.inner.catalogue.changed();
-            match self.inner.catalogue.open_runs::<Run>(OPEN_MAX).await {
-                Ok(open) => {
-                    for run in open {
+            // The worker reports a fault, and tries again.
+            let _ = worker
+                .iterate(async {
+                    let open = self.inner.catalogue.open_runs::<Run>(OPEN_MAX).await;
+                    for run in open.map_err(|fault| fault.context("read the open runs"))? {
                         let name = &run.spec.name;
-                        if let Err(fault) = self.look_at(name).await {
+                        if let Err(fault) = Box::pin(self.look_at(name)).await {
+                            worker.count_error(&fault.clone().context(name));
                             tracing::warn!(run = %name, error = %fault, "a run could not continue; retrying");
                         }
                     }
-                }
-                Err(fault) => tracing::error!(error = %fault, "the runs cannot be read"),
-            }
-            tokio::select! {
-                () = async { changed.await; tokio::time::sleep(LOOK_EVERY).await } => {}
-                () = self.inner.stop.cancelled() => return,
-            }
+                    Ok(())
+                })
+                .await;
+            changed.await;
+            tokio::time::sleep(LOOK_EVERY).await;
         }
     }
 

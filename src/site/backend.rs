@@ -8,7 +8,7 @@ use async_trait::async_trait;
 
 use super::Site;
 use crate::api::types::{Site as SiteView, *};
-use crate::api::{Backend, RunToken, View};
+use crate::api::{Backend, RunToken, View, worker_page};
 use crate::delivery::Whole;
 use crate::serve::wrong_role;
 use crate::trainer;
@@ -49,7 +49,7 @@ impl Site {
                     "it was published here, of which there is no quick check: its content was read",
                 );
             }
-            let origin = self.inner.origin.clone();
+            let origin = self.inner.opened.reader.clone();
             return blocking(move || {
                 let read = |bytes| {
                     progress.bytes.fetch_add(bytes, Ordering::Relaxed);
@@ -59,7 +59,7 @@ impl Site {
             })
             .await;
         }
-        let sink = self.inner.sinks.of(row.artifact.kind).clone();
+        let sink = self.inner.opened.sinks.of(row.artifact.kind).clone();
         let incoming = Incoming {
             artifact: row.artifact,
             digest: row.digest,
@@ -71,7 +71,7 @@ impl Site {
         let look = Look::new(quick, move |bytes| {
             counted.bytes.fetch_add(bytes, Ordering::Relaxed);
         });
-        let store = &self.inner.shared.store;
+        let store = &self.inner.opened.shared.store;
         let VerifyReport {
             faults,
             notes,
@@ -106,7 +106,12 @@ impl Site {
 
     /// Asks the hub to bring an artifact again, of which something is gone or damaged here.
     async fn ask_again(&self, artifact: &ArtifactRef) -> Result<String, Fault> {
-        let rows = self.inner.catalogue.transfers_of_artifact(artifact).await?;
+        let rows = self
+            .inner
+            .opened
+            .catalogue
+            .transfers_of_artifact(artifact)
+            .await?;
         let Some(brought) = rows
             .iter()
             .rev()
@@ -118,7 +123,9 @@ impl Site {
             .with_next("see 'packhorse status'; at the hub: packhorse deliver"));
         };
         let _: Vec<Transfer> = self
-            .ask_hub(&AskHub::Act {
+            .inner
+            .hub
+            .ask(&AskHub::Act {
                 id: (&brought.id).into(),
                 action: Action::Retry,
             })
@@ -141,7 +148,7 @@ impl Site {
             ..query.clone()
         };
         // Where the catalogue cannot be written, what is shown says so.
-        let unwritten = self.inner.runner.unwritten();
+        let unwritten = self.inner.opened.runner.unwritten();
         let show = |row: &TransferRow| match unwritten
             .iter()
             .find(|newer| newer.id == row.id && newer.generation >= row.generation)
@@ -155,6 +162,7 @@ impl Site {
             None => row.view(),
         };
         self.inner
+            .opened
             .catalogue
             .transfer_page(&own, behind, room, show)
             .await
@@ -174,6 +182,7 @@ impl Site {
     async fn own_delivery(&self, row: &DeliveryRow, max: usize) -> Result<Delivery, Fault> {
         let mut whole = Whole::new(max);
         self.inner
+            .opened
             .catalogue
             .each_part(&row.id, |part| whole.add(part.view()))
             .await?;
@@ -198,7 +207,7 @@ impl Site {
             since,
             wait: since.and(query.wait).unwrap_or(0),
         };
-        let (mut rows, mut cursor): (Vec<Transfer>, u64) = self.ask_hub(&asked).await?;
+        let (mut rows, mut cursor): (Vec<Transfer>, u64) = self.inner.hub.ask(&asked).await?;
         // Whoever asks for what changed since goes on by himself.
         let mut full = since.is_none() && is_full(&rows);
         while full {
@@ -207,7 +216,7 @@ impl Site {
                 since: Some(cursor),
                 wait: 0,
             };
-            let (more, next): (Vec<Transfer>, u64) = self.ask_hub(&asked).await?;
+            let (more, next): (Vec<Transfer>, u64) = self.inner.hub.ask(&asked).await?;
             // One that changed meanwhile comes a second time.
             rows.retain(|row| more.iter().all(|new| new.id != row.id));
             full = is_full(&more) && next > cursor && rows.len() < API_ROWS_MAX as usize;
@@ -225,11 +234,11 @@ impl Backend for Site {
     }
 
     fn name(&self) -> String {
-        self.inner.config.name.to_string()
+        self.inner.opened.config.name.to_string()
     }
 
     async fn ready(&self) -> Result<(), Fault> {
-        self.inner.catalogue.cursor().await.map(|_| ())
+        self.inner.opened.catalogue.cursor().await.map(|_| ())
     }
 
     async fn publish(&self, request: PublishRequest) -> Result<Job, Fault> {
@@ -237,7 +246,10 @@ impl Backend for Site {
         let this = self.clone();
         tracing::info!(%artifact, source = %request.source, "publishing in place");
         self.inner.jobs.start(move |progress| async move {
-            this.publish_now(request, progress, ROOM_AWAITED_MAX).await
+            this.inner
+                .publications
+                .publish(request, progress, ROOM_AWAITED_MAX)
+                .await
         })
     }
 
@@ -247,11 +259,13 @@ impl Backend for Site {
             .iter()
             .map(|artifact| artifact.parse())
             .collect::<Result<_, _>>()?;
-        self.ask_hub(&AskHub::Deliver {
-            artifacts,
-            to: request.to.parse()?,
-        })
-        .await
+        self.inner
+            .hub
+            .ask(&AskHub::Deliver {
+                artifacts,
+                to: request.to.parse()?,
+            })
+            .await
     }
 
     async fn plan(&self, _request: DeliverRequest) -> Result<Vec<PlanRow>, Fault> {
@@ -291,7 +305,9 @@ impl Backend for Site {
     async fn act(&self, id: &str, action: Action, _room: Room) -> Result<Page<Transfer>, Fault> {
         let id: WorkId = id.parse().map_err(|_| no_such_work(id))?;
         let rows: Vec<Transfer> = self
-            .ask_hub(&AskHub::Act {
+            .inner
+            .hub
+            .ask(&AskHub::Act {
                 id: id.clone(),
                 action,
             })
@@ -310,6 +326,7 @@ impl Backend for Site {
         let mut pager = Pager::new(room);
         for row in self
             .inner
+            .opened
             .catalogue
             .deliveries(behind, room.rows_asked(), true)
             .await?
@@ -333,11 +350,16 @@ impl Backend for Site {
     async fn delivery(&self, id: &str, max: usize) -> Result<Delivery, Fault> {
         let asked: DeliveryId = id.parse().map_err(|_| no_such_work(id))?;
         // Of one that has no room for all its parts the API asks for those.
-        let fault = match self.ask_hub::<Delivery>(&AskHub::Delivery(asked)).await {
+        let fault = match self
+            .inner
+            .hub
+            .ask::<Delivery>(&AskHub::Delivery(asked))
+            .await
+        {
             Err(fault) => fault,
             whole => return whole,
         };
-        let Ok(row) = self.inner.catalogue.delivery(id).await else {
+        let Ok(row) = self.inner.opened.catalogue.delivery(id).await else {
             return Err(fault);
         };
         let own = self.own_delivery(&row, max).await?;
@@ -358,7 +380,11 @@ impl Backend for Site {
             None => (0, None),
         };
         let limit = room.rows.saturating_add(from).saturating_add(1);
-        let runs: Vec<Run> = self.ask_hub(&AskHub::ListRuns { limit, from }).await?;
+        let runs: Vec<Run> = self
+            .inner
+            .hub
+            .ask(&AskHub::ListRuns { limit, from })
+            .await?;
         let begins_anew = runs
             .first()
             .is_some_and(|run| Some(run.name.as_str()) == first);
@@ -388,23 +414,33 @@ impl Backend for Site {
     }
 
     async fn run(&self, name: &str) -> Result<Run, Fault> {
-        self.ask_hub(&AskHub::ShowRun(run::known(name)?)).await
+        self.inner
+            .hub
+            .ask(&AskHub::ShowRun(run::known(name)?))
+            .await
     }
 
     async fn run_token(&self, run: &RunName) -> Option<RunToken> {
-        self.token_of_run(run).await
+        self.inner.runs.token_of(run).await
     }
 
     async fn train(&self, request: RunRequest) -> Result<Run, Fault> {
-        self.ask_hub(&AskHub::StartRun(request.try_into()?)).await
+        self.inner
+            .hub
+            .ask(&AskHub::StartRun(request.try_into()?))
+            .await
     }
 
     async fn act_on_run(&self, request: RunActionRequest) -> Result<Run, Fault> {
-        self.ask_hub(&AskHub::ActOnRun(request.try_into()?)).await
+        self.inner
+            .hub
+            .ask(&AskHub::ActOnRun(request.try_into()?))
+            .await
     }
 
     async fn artifacts(&self, behind: Option<&str>, room: Room) -> Result<Page<Artifact>, Fault> {
         self.inner
+            .opened
             .catalogue
             .artifact_page(behind, room, View::view)
             .await
@@ -412,9 +448,10 @@ impl Backend for Site {
 
     async fn show(&self, artifact: &str) -> Result<ArtifactDetail, Fault> {
         let artifact: ArtifactRef = artifact.parse()?;
-        let row = self.inner.catalogue.artifact(&artifact).await?;
+        let row = self.inner.opened.catalogue.artifact(&artifact).await?;
         let lineage = self
             .inner
+            .opened
             .catalogue
             .lineage(&artifact)
             .await?
@@ -433,29 +470,31 @@ impl Backend for Site {
         room: Room,
     ) -> Result<Page<Transfer>, Fault> {
         self.inner
+            .opened
             .catalogue
             .artifact_transfer_page(&artifact.parse()?, behind, room, |row| row.view())
             .await
     }
 
     async fn sites(&self, _behind: Option<&str>, _room: Room) -> Result<Page<SiteView>, Fault> {
-        let link = self.inner.link.borrow().clone();
+        let link = self.inner.hub.link();
         let open = self
             .inner
+            .opened
             .catalogue
-            .open_transfers(&self.inner.config.name)
+            .open_transfers(&self.inner.opened.config.name)
             .await?
             .len();
         Ok(Page::whole(vec![SiteView {
-            name: self.inner.config.name.clone(),
+            name: self.inner.opened.config.name.clone(),
             labels: Default::default(),
             online: link.is_some(),
             line: link.as_ref().map(|l| l.transport().into()),
             rtt_ms: link.as_ref().map(|l| l.rtt().as_secs_f64() * 1000.0),
             joined_at: self
                 .inner
-                .identity
-                .borrow()
+                .hub
+                .identity()
                 .validity()
                 .map(|v| base::clock::rfc3339(v.from))
                 .unwrap_or_default(),
@@ -476,7 +515,7 @@ impl Backend for Site {
             quick,
         } = request;
         let artifact: ArtifactRef = artifact.parse()?;
-        let row = self.inner.catalogue.artifact(&artifact).await?;
+        let row = self.inner.opened.catalogue.artifact(&artifact).await?;
         if repair && row.published {
             return Err(Fault::usage(format!(
                 "{artifact} was published here: nobody else has what lacks"
@@ -520,8 +559,8 @@ impl Backend for Site {
     async fn doctor(&self) -> Result<Vec<String>, Fault> {
         let inner = &self.inner;
         let mut out = Vec::new();
-        let link = inner.link.borrow().clone();
-        out.push(match (&link, inner.line_fault.lock().clone()) {
+        let link = inner.hub.link();
+        out.push(match (&link, inner.hub.fault()) {
             (Some(link), _) => {
                 format!(
                     "ok line: {} to {}, round trip {} ms",
@@ -538,7 +577,7 @@ impl Backend for Site {
                 .and_then(transport::clock_difference)
                 .map(|text| format!("fault clock: {text}")),
         );
-        let probes = inner.sinks.all().map(|sink| async move {
+        let probes = inner.opened.sinks.all().map(|sink| async move {
             let silent = |_| {
                 let text = format!(
                     "{} has not answered for {} s",
@@ -558,6 +597,7 @@ impl Backend for Site {
             });
         }
         if let Some(program) = inner
+            .opened
             .config
             .train
             .as_ref()
@@ -568,17 +608,19 @@ impl Backend for Site {
                 Err(fault) => format!("fault {}; {}", fault.message, fault.next),
             });
         }
-        out.push(sink::stage::room_report(&inner.config.data_dir)?);
-        out.extend(crate::site::lost::report(&inner.config.data_dir));
+        out.push(sink::stage::room_report(&inner.opened.config.data_dir)?);
+        out.extend(crate::site::lost::report(&inner.opened.config.data_dir));
         out.extend(
             inner
+                .opened
                 .shared
                 .chunk_index
                 .loss()
-                .map(|loss| loss.report(&inner.config.data_dir)),
+                .map(|loss| loss.report(&inner.opened.config.data_dir)),
         );
-        out.extend(self.changed_lines().await?);
-        out.extend(crate::api::malformed_lines(&inner.catalogue));
+        out.extend(inner.watch.changed_lines().await?);
+        out.extend(crate::api::malformed_lines(&inner.opened.catalogue));
+        out.extend(inner.workers.doctor());
         Ok(out)
     }
 
@@ -590,17 +632,22 @@ impl Backend for Site {
         Ok(self.inner.jobs.list(behind, room))
     }
 
+    async fn workers(&self, behind: Option<&str>, room: Room) -> Result<Page<Worker>, Fault> {
+        Ok(worker_page(&self.inner.workers, behind, room))
+    }
+
     async fn cancel_job(&self, id: &str) -> Result<Job, Fault> {
         self.inner.jobs.cancel(id)
     }
 
     async fn events(&self, since: u64, limit: u32) -> Result<Vec<Event>, Fault> {
         let (mut out, mut room) = (Vec::new(), Budget::new(API_PAGE_BYTES));
-        for row in self.inner.catalogue.events(since, limit).await? {
+        for row in self.inner.opened.catalogue.events(since, limit).await? {
             let (mut event, name) = (row.view(), row.name);
             let body = match event.what.as_str() {
                 "transfer" => self
                     .inner
+                    .opened
                     .catalogue
                     .transfer(&name)
                     .await
@@ -609,6 +656,7 @@ impl Backend for Site {
                 _ => match name.parse() {
                     Ok(artifact) => self
                         .inner
+                        .opened
                         .catalogue
                         .artifact(&artifact)
                         .await
@@ -627,19 +675,20 @@ impl Backend for Site {
     }
 
     fn changed(&self) -> futures::future::BoxFuture<'static, ()> {
-        Box::pin(self.inner.catalogue.changed())
+        Box::pin(self.inner.opened.catalogue.changed())
     }
 
     async fn metrics(&self) -> Result<String, Fault> {
         let mut counted = crate::metrics::Transfers::default();
         self.inner
+            .opened
             .catalogue
             .counted_transfers()
             .await?
             .iter()
             .for_each(|some| counted.add(some, None));
         let mut out = counted.to_text();
-        let connected = u8::from(self.inner.link.borrow().is_some());
+        let connected = u8::from(self.inner.hub.link().is_some());
         let _ = writeln!(
             out,
             "# TYPE packhorse_hub_connected gauge\npackhorse_hub_connected {connected}"

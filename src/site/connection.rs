@@ -7,11 +7,14 @@ use std::time::{Duration, Instant};
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::time::timeout;
 
-use super::Site;
+use super::Opened;
+use super::hub_link::HubLink;
+use super::publish::Publications;
+use super::runs::RunKeeper;
 use crate::api::VERSION;
 use crate::config::Transport;
 use base::budget::Budget;
-use base::fault::{Fault, Reason, Retry};
+use base::fault::{Fault, Reason};
 use base::limits::{
     ANSWER_BYTES_MAX, ANSWER_MAX, BACKOFF_MAX, FETCH_STREAMS_MAX, QUESTIONS_AT_ONCE_MAX,
     QUESTIONS_BYTES_MAX, REPORT_BYTES_MAX, SILENCE_MAX, SINK_ANSWER_MAX, STATE_RETRY_EVERY,
@@ -19,6 +22,7 @@ use base::limits::{
 use base::names::{ArtifactRef, TransferId};
 use base::peer::Peer;
 use base::text::Message;
+use base::workers::Worker;
 use content::manifest::Digest;
 use exchange::fetch::{self, Fetcher};
 use exchange::transfer::{Assembly, free_room};
@@ -27,8 +31,7 @@ use model::actor::Actor;
 use model::paging;
 use model::policy::{self, Object, Verb};
 use model::protocol::{
-    AllowList, AskHub, AskSite, CONTROL, Desired, FETCH, FromHub, FromSite, Planned, QUESTION,
-    Report, renewal,
+    AllowList, AskSite, CONTROL, Desired, FETCH, FromHub, FromSite, Planned, QUESTION, Report,
 };
 use model::run::{DesiredRun, RunReport};
 use state::TransferRow;
@@ -47,44 +50,68 @@ struct List {
     runs: Vec<DesiredRun>,
 }
 
-impl Site {
+/// Connects to the hub, does what it wants, reports, and answers its questions.
+#[derive(Clone)]
+pub(super) struct Connection {
+    opened: Opened,
+    hub: Arc<HubLink>,
+    publications: Publications,
+    runs: RunKeeper,
+    /// The bytes that a connection may buffer for sending.
+    send_bytes: u64,
+}
+
+impl Connection {
+    /// Not connected yet.
+    pub(super) fn new(
+        opened: &Opened,
+        hub: Arc<HubLink>,
+        publications: Publications,
+        runs: RunKeeper,
+        send_bytes: u64,
+    ) -> Self {
+        let opened = opened.clone();
+        Self {
+            opened,
+            hub,
+            publications,
+            runs,
+            send_bytes,
+        }
+    }
+
     /// Dials until the daemon stops; a line that ends is followed by another.
-    pub(super) async fn keep_line(&self) -> Result<(), Fault> {
-        let inner = &self.inner;
-        let address = match &inner.config.hub {
-            Some(hub) => hub.address.clone(),
-            None => return Err(Fault::config("a site needs [hub] address")),
-        };
+    pub(super) async fn keep(&self, address: &str, worker: &Worker) -> Result<(), Fault> {
+        let opened = &self.opened;
+        // What an earlier run of this worker left.
+        if let Some(link) = self.hub.disconnected() {
+            link.close("the site connects again");
+        }
         let mut redial = Redial::default();
-        while !inner.stop.is_cancelled() {
-            let identity = inner.identity.borrow().clone();
+        while !opened.stop.is_cancelled() {
+            let identity = self.hub.identity();
             let dialled = tokio::select! {
-                dialled = transport::dial(&address, &identity, &inner.config.line, inner.memory.to_send) => dialled,
-                () = inner.stop.cancelled() => return Ok(()),
+                dialled = transport::dial(address, &identity, &opened.config.line, self.send_bytes) => dialled,
+                () = opened.stop.cancelled() => return Ok(()),
             };
             match dialled {
                 Ok(link) => {
-                    *inner.line_fault.lock() = None;
+                    worker.count();
                     let began = Instant::now();
-                    self.use_line(link, &address).await;
+                    self.use_line(link, address).await;
                     redial.stood(began.elapsed());
                 }
                 Err(fault) => {
-                    let again = inner
-                        .line_fault
-                        .lock()
-                        .as_ref()
-                        .is_some_and(|old| says_the_same(&old.message, &fault.message));
-                    if !again {
+                    worker.count_error(&fault);
+                    if self.hub.failed(&fault) {
                         tracing::warn!(hub = %address, error = %fault, next = %fault.next, "no line to the hub");
                     }
-                    *inner.line_fault.lock() = Some(fault);
-                    inner.catalogue.notify();
+                    opened.catalogue.notify();
                 }
             }
             tokio::select! {
                 () = tokio::time::sleep(redial.pause()) => {}
-                () = inner.stop.cancelled() => {}
+                () = opened.stop.cancelled() => {}
             }
         }
         Ok(())
@@ -92,10 +119,10 @@ impl Site {
 
     /// Works over a line until it ends. A better one that comes up meanwhile takes its place.
     async fn use_line(&self, mut link: Link, address: &str) {
-        let inner = &self.inner;
+        let opened = &self.opened;
         loop {
-            inner.link.send_replace(Some(link.clone()));
-            inner.catalogue.notify();
+            self.hub.connected(link.clone());
+            opened.catalogue.notify();
             let better = tokio::select! {
                 ended = self.talk(&link) => {
                     if let Err(fault) = ended {
@@ -105,7 +132,7 @@ impl Site {
                 }
                 () = self.answer(&link) => None,
                 better = self.wait_for_quic(&link, address) => Some(better),
-                () = inner.stop.cancelled() => None,
+                () = opened.stop.cancelled() => None,
             };
             if let Some(better) = better {
                 // What is being fetched over the old line ends there; new requests take the new
@@ -114,30 +141,30 @@ impl Site {
                 link = better;
                 continue;
             }
-            if inner.stop.is_cancelled() {
+            if opened.stop.is_cancelled() {
                 // Transfers still write down where they are; the line is closed after them.
                 return;
             }
-            inner.link.send_replace(None);
+            self.hub.disconnected();
             link.close("the line is given up");
             tracing::info!("the line to the hub ended");
-            inner.catalogue.notify();
+            opened.catalogue.notify();
             return;
         }
     }
 
     async fn wait_for_quic(&self, link: &Link, address: &str) -> Link {
-        if link.transport() != "tcp" || self.inner.config.line.transport != Transport::Auto {
+        if link.transport() != "tcp" || self.opened.config.line.transport != Transport::Auto {
             return std::future::pending().await;
         }
         loop {
             tokio::time::sleep(QUIC_PROBE_EVERY).await;
-            let identity = self.inner.identity.borrow().clone();
+            let identity = self.hub.identity();
             if let Ok(better) = transport::probe_quic(
                 address,
                 &identity,
-                &self.inner.config.line,
-                self.inner.memory.to_send,
+                &self.opened.config.line,
+                self.send_bytes,
             )
             .await
             {
@@ -148,15 +175,15 @@ impl Site {
 
     /// The control stream: says hello, does what is desired, reports whatever changes.
     async fn talk(&self, link: &Link) -> Result<(), Fault> {
-        let inner = &self.inner;
+        let opened = &self.opened;
         let (mut send, mut recv) = link.open(wire::PRIORITY_CONTROL).await?;
         send.write_all(&[CONTROL]).await?;
-        let congestion = inner.config.line.congestion;
-        let share = inner.config.share.allow.as_deref().map(AllowList::of);
+        let congestion = opened.config.line.congestion;
+        let share = opened.config.share.allow.as_deref().map(AllowList::of);
         // Always told: a hub takes `None` for a site of an earlier version, which decides by
         // itself.
         let train = Some(AllowList::of(
-            inner
+            opened
                 .config
                 .train
                 .as_ref()
@@ -188,42 +215,42 @@ impl Site {
                     runs = runs.len(),
                     "desired"
                 );
-                inner.runner.accept_pushed(manifests).await;
+                opened.runner.accept_pushed(manifests).await;
                 newest.send_replace(Some(Arc::new(List { transfers, runs })));
             }
         };
         let write = async {
-            let mut cursor = inner.catalogue.cursor().await?;
+            let mut cursor = opened.catalogue.cursor().await?;
             let mut said: Vec<RunReport> = Vec::new();
             let mut said_unwritten: Vec<TransferRow> = Vec::new();
             // PushedManifest even when it is nothing: the hub may know of what was put back since.
             let mut said_changed: Option<Vec<(ArtifactRef, Message)>> = None;
             let mut renew = tokio::time::interval(RENEW_CHECK_EVERY);
             loop {
-                let changed = inner.catalogue.changed();
+                let changed = opened.catalogue.changed();
                 let query = crate::api::types::TransferQuery {
                     since: Some(cursor),
                     ..Default::default()
                 };
-                let (rows, next) = inner.catalogue.transfers(&query).await?;
+                let (rows, next) = opened.catalogue.transfers(&query).await?;
                 cursor = next;
                 if !rows.is_empty() {
                     send_reports(&mut send, rows.into_iter().map(report).collect()).await?;
                 }
-                let unwritten = inner.runner.unwritten();
+                let unwritten = opened.runner.unwritten();
                 if unwritten != said_unwritten {
                     send_reports(&mut send, unwritten.iter().cloned().map(report).collect())
                         .await?;
                     said_unwritten = unwritten;
                 }
-                let runs = self.run_reports().await?;
+                let runs = self.runs.reports().await?;
                 if runs != said {
                     for some in paging::pages(runs.clone(), REPORT_BYTES_MAX) {
                         wire::send(&mut send, &FromSite::Runs(some)).await?;
                     }
                     said = runs;
                 }
-                let mut changed_here = inner.catalogue.changed_here().await?;
+                let mut changed_here = opened.catalogue.changed_here().await?;
                 // The list is sent whole; what has no room in it is sent once others are as they
                 // were.
                 changed_here.truncate(paging::fitting(&changed_here, ANSWER_BYTES_MAX));
@@ -238,7 +265,7 @@ impl Site {
                         for id in ids {
                             // As it stands when it is told: an older word must not come behind a
                             // newer one.
-                            match inner.catalogue.transfer(&id).await {
+                            match opened.catalogue.transfer(&id).await {
                                 Ok(row) => reports.push(report(row)),
                                 // What could not be taken over is told with what is unwritten.
                                 Err(fault) => tracing::debug!(transfer = %id, error = %fault, "a transfer is not told of"),
@@ -246,12 +273,7 @@ impl Site {
                         }
                         send_reports(&mut send, reports).await?;
                     }
-                    _ = renew.tick() => {
-                        self.renew(link).await;
-                        if let Err(fault) = inner.catalogue.trim_events().await {
-                            tracing::warn!(error = %fault, "old events could not be forgotten");
-                        }
-                    }
+                    _ = renew.tick() => self.hub.renew(link).await,
                 }
             }
         };
@@ -259,7 +281,7 @@ impl Site {
             result = read => result,
             result = self.apply_lists(lists, listed) => result,
             result = write => result,
-            result = self.keep_offering() => result,
+            result = self.publications.keep_offering() => result,
         }
     }
 
@@ -279,7 +301,7 @@ impl Site {
             let (mut left, mut pause) = (None, STATE_RETRY_EVERY);
             loop {
                 let unapplied = self
-                    .inner
+                    .opened
                     .runner
                     .apply(
                         &list.transfers,
@@ -288,7 +310,7 @@ impl Site {
                     )
                     .await;
                 // After the transfers: a run that is over removes what they brought.
-                let runs = self.apply_runs(&list.runs, &unapplied.transfers).await;
+                let runs = self.runs.apply(&list.runs, &unapplied.transfers).await;
                 let fault = unapplied.fault.or(runs.err());
                 if left.is_none() || fault.is_none() {
                     let ids = list
@@ -330,36 +352,6 @@ impl Site {
         Ok(())
     }
 
-    /// Gets a new certificate when the old one is old.
-    async fn renew(&self, link: &Link) {
-        let identity = self.inner.identity.borrow().clone();
-        if !identity.needs_renewal() {
-            return;
-        }
-        let work = async {
-            let request = identity.make_renewal_request()?;
-            let answer: String = wire::ask(
-                link,
-                &AskHub::Renew {
-                    request: renewal(request.csr_der())?,
-                },
-            )
-            .await?;
-            let cert = hex::decode(answer)
-                .map_err(|_| Fault::integrity("the hub sent a malformed certificate"))?;
-            let renewed = request.complete(&cert, identity.ca_der())?;
-            renewed.save(&self.inner.config.data_dir)?;
-            self.inner.identity.send_replace(Arc::new(renewed));
-            Ok::<(), Fault>(())
-        };
-        match work.await {
-            Ok(()) => tracing::info!("the certificate was renewed"),
-            Err(fault) => {
-                tracing::warn!(error = %fault, "the certificate could not be renewed; tried again in an hour");
-            }
-        }
-    }
-
     /// Answers what the hub opens.
     async fn answer(&self, link: &Link) {
         let fetches = Arc::new(Semaphore::new(FETCH_STREAMS_MAX));
@@ -373,7 +365,7 @@ impl Site {
             let (this, link, hub, fetches) =
                 (self.clone(), link.clone(), hub.clone(), fetches.clone());
             let (questions, budget) = (questions.clone(), budget.clone());
-            self.inner.tasks.spawn(async move {
+            self.opened.tasks.spawn(async move {
                 let mut kind = [0];
                 if !matches!(
                     timeout(SILENCE_MAX, recv.read_exact(&mut kind)).await,
@@ -393,7 +385,7 @@ impl Site {
                         let Ok(_turn) = fetches.acquire().await else {
                             return;
                         };
-                        fetch::serve(send, recv, &hub, &this.inner.origin).await;
+                        fetch::serve(send, recv, &hub, &this.opened.reader).await;
                         Ok(())
                     }
                     other => Err(Fault::integrity(format!("a stream of kind {other}"))),
@@ -428,12 +420,16 @@ impl Site {
                 AskSite::Stands { artifact, digest } => {
                     wire::send(
                         &mut send,
-                        &self.inner.runner.standing(&artifact, digest).await,
+                        &self.opened.runner.standing(&artifact, digest).await,
                     )
                     .await
                 }
                 AskSite::Holds { artifact, digest } => {
-                    wire::send(&mut send, &self.inner.runner.holds(&artifact, digest).await).await
+                    wire::send(
+                        &mut send,
+                        &self.opened.runner.holds(&artifact, digest).await,
+                    )
+                    .await
                 }
             }
         };
@@ -449,14 +445,14 @@ impl Site {
         artifact: ArtifactRef,
         digest: Digest,
     ) -> Result<Planned, Fault> {
-        let inner = &self.inner;
+        let opened = &self.opened;
         let fetcher = Fetcher::new(link.clone(), digest, Default::default());
         let root = fetcher.root().await?;
-        let base = inner.catalogue.kin(&artifact).await?.map(|kin| kin.root);
+        let base = opened.catalogue.kin(&artifact).await?.map(|kin| kin.root);
         fetcher
-            .pages(&root, base.as_ref(), &inner.shared.store)
+            .pages(&root, base.as_ref(), &opened.shared.store)
             .await?;
-        let sink = inner.sinks.of(artifact.kind).clone();
+        let sink = opened.sinks.of(artifact.kind).clone();
         let looked = sink.clone();
         let free = sink
             .threads()
@@ -464,7 +460,7 @@ impl Site {
             .await?;
         let threads = sink.threads().clone();
         let assembly = Assembly {
-            shared: inner.shared.clone(),
+            shared: opened.shared.clone(),
             sink,
             incoming: sink::Incoming {
                 artifact,
@@ -476,7 +472,7 @@ impl Site {
             fetcher,
             priority: 0,
             counters: Default::default(),
-            stop: inner.stop.clone(),
+            stop: opened.stop.clone(),
             staging: None,
         };
         let estimate = threads.run(move || assembly.estimate(None)).await?;
@@ -484,41 +480,9 @@ impl Site {
             missing: estimate.missing,
             needs: estimate.needs,
             free,
-            rate: inner.runner.last_rate(),
+            rate: opened.runner.last_rate(),
         })
     }
-
-    /// Asks the hub.
-    pub(super) async fn ask_hub<T: serde::de::DeserializeOwned + Send + 'static>(
-        &self,
-        question: &AskHub,
-    ) -> Result<T, Fault> {
-        let link = self.inner.link.borrow().clone();
-        match link {
-            Some(link) if matches!(question, AskHub::Publish { .. }) => {
-                wire::ask_to_move(&link, question).await
-            }
-            Some(link) => wire::ask(&link, question).await,
-            None => {
-                let why = self.inner.line_fault.lock().clone();
-                let fault = Fault::unreachable("there is no connection to the hub")
-                    .with_retry(Retry::Never);
-                Err(match why {
-                    Some(why) => fault.with_next(why.next).context(why.message),
-                    None => fault,
-                })
-            }
-        }
-    }
-}
-
-/// Whether two messages differ in their numbers only: in a time, or in how often something was
-/// tried.
-fn says_the_same(a: &str, b: &str) -> bool {
-    fn words(text: &str) -> impl Iterator<Item = char> {
-        text.chars().filter(|c| !c.is_ascii_digit())
-    }
-    words(a).eq(words(b))
 }
 
 /// Sends reports in as many messages as they need.

@@ -6,10 +6,14 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::Site;
+use tokio::sync::Mutex;
+
+use super::Opened;
+use super::hub_link::HubLink;
 use crate::api::types::{PublishRequest, Published};
+use crate::config::Config;
 use crate::jobs::until_room;
-use crate::open_source::{self, Access};
+use crate::open_source::{self, Access, AtSite};
 use base::blocking::blocking;
 use base::clock;
 use base::durable;
@@ -18,37 +22,59 @@ use base::job_progress::JobProgress;
 use base::names::ArtifactRef;
 use content::ingest;
 use content::manifest::{DatasetBinding, Digest, Root};
-use exchange::in_place::InPlace;
+use content::store::Store;
+use exchange::in_place::{InPlace, InPlaceReader};
 use model::protocol::AskHub;
 use model::run;
 use sink::StorageLocation;
-use state::{ArtifactRow, Offer, Subject};
+use state::{ArtifactRow, Catalogue, Offer, Subject};
 
 /// The pause before the hub is told again of what it did not take.
 const OFFER_AGAIN: Duration = Duration::from_secs(5);
 
-impl Site {
-    /// Publishes at this site, without copying what lies in a folder, and tells the hub. Where the
-    /// hub is away the artifact stands here and the hub is told later; `note` says so.
-    pub async fn publish_here(&self, request: PublishRequest) -> Result<Published, Fault> {
-        self.publish_now(request, Arc::default(), Duration::ZERO)
-            .await
+/// Publishes at this site, and tells the hub of it.
+#[derive(Clone)]
+pub(super) struct Publications {
+    config: Arc<Config>,
+    catalogue: Catalogue,
+    store: Store,
+    reader: InPlaceReader,
+    /// What can be published here beside paths.
+    sources: AtSite,
+    hub: Arc<HubLink>,
+    /// Held while the hub is told of what was published here.
+    offering: Arc<Mutex<()>>,
+}
+
+impl Publications {
+    /// What is published goes to the catalogue and store of the site.
+    pub(super) fn new(opened: &Opened, sources: AtSite, hub: Arc<HubLink>) -> Self {
+        Self {
+            config: opened.config.clone(),
+            catalogue: opened.catalogue.clone(),
+            store: opened.shared.store.clone(),
+            reader: opened.reader.clone(),
+            sources,
+            hub,
+            offering: Arc::default(),
+        }
     }
 
-    /// The same, where a full disk is borne for so long.
-    pub(super) async fn publish_now(
+    /// Publishes at this site, without copying the files of a folder, and informs the hub. If the
+    /// hub does not answer, it is informed later, and `note` says so. `patience` is how long a full
+    /// disk is waited for.
+    pub(super) async fn publish(
         &self,
         request: PublishRequest,
         progress: Arc<JobProgress>,
         patience: Duration,
     ) -> Result<Published, Fault> {
-        let inner = &self.inner;
         let since_ms = clock::now_unix_ms() as i64;
         let artifact: ArtifactRef = request.as_ref.parse()?;
         let to = request.to.as_deref().map(str::parse).transpose()?;
         let run = request.run.as_deref().map(run::known).transpose()?;
         let dataset = open_source::dataset_of(
-            &inner.catalogue,
+            &self.catalogue,
             &artifact,
             request.options.for_dataset.as_deref(),
         )
@@ -61,35 +87,34 @@ impl Site {
             }
         })?;
         let read = || self.read_in_place(&artifact, &request, dataset.clone(), &progress);
-        let published = until_room(&inner.shared.store, &progress, patience, read).await?;
+        let published = until_room(&self.store, &progress, patience, read).await?;
         let (root, omitted) = (published.ingested.root, published.ingested.omitted);
         progress.check()?;
 
-        let _turn = inner.offering.lock().await;
-        let added = inner.catalogue.add_artifact(&artifact, &root, None).await?;
-        let before = inner.catalogue.artifact(&artifact).await?;
+        let _turn = self.offering.lock().await;
+        let added = self.catalogue.add_artifact(&artifact, &root, None).await?;
+        let before = self.catalogue.artifact(&artifact).await?;
         let held = !added && before.place.is_some();
         // What the hub has never heard of may go again if it refuses; else it names this site as
         // the one that has it.
         let new = added || before.offer.is_some_and(|offer| offer.new);
         let location = match &published.place {
             // What was written here on purpose is nothing that people should look for.
-            StorageLocation::Folder { path } if path.starts_with(&inner.config.data_dir) => {
+            StorageLocation::Folder { path } if path.starts_with(&self.config.data_dir) => {
                 request.source.clone()
             }
             StorageLocation::Folder { path } => path.display().to_string(),
             StorageLocation::Registry { repository } => repository.clone(),
         };
-        inner.catalogue.set_omitted(&artifact, &omitted).await?;
+        self.catalogue.set_omitted(&artifact, &omitted).await?;
         let offer = Offer { to, run, new };
-        inner
-            .catalogue
+        self.catalogue
             .set_published(&artifact, &published.place, &location, since_ms, &offer)
             .await?;
         // All of it was just read.
-        inner.catalogue.set_changed(&artifact, None).await?;
+        self.catalogue.set_changed(&artifact, None).await?;
         progress.doing(format!("telling the hub of {artifact}"));
-        let row = inner.catalogue.artifact(&artifact).await?;
+        let row = self.catalogue.artifact(&artifact).await?;
         match self.offer(&row).await {
             Ok(answer) => {
                 tracing::info!(%artifact, digest = %row.digest, bytes = answer.bytes, "published in place");
@@ -138,27 +163,20 @@ impl Site {
             request.source.clone(),
             progress.clone(),
         );
-        let published = open_source::with_scratch(
-            &self.inner.config.data_dir,
-            progress,
-            move |scratch, runtime| {
-                let dataset = dataset.map(|(binding, root)| {
-                    open_source::bind(binding, root, this.inner.shared.store.clone())
-                });
-                let access =
-                    Access::of_daemon(&this.inner.config, Some(this.inner.sources.clone()));
+        let published =
+            open_source::with_scratch(&self.config.data_dir, progress, move |scratch, runtime| {
+                let dataset = dataset
+                    .map(|(binding, root)| open_source::bind(binding, root, this.store.clone()));
+                let access = Access::of_daemon(&this.config, Some(this.sources.clone()));
                 let mut source =
                     open_source::open(kind, &text, &options, dataset, &access, scratch, runtime)?;
                 let base = open_source::base_of(kind, &text, access.site.as_ref())?;
                 open_source::read(source.as_mut(), &options, |source| {
                     ingest::reported(&watched, |counted| {
-                        this.inner
-                            .origin
-                            .publish(kind, source, base.as_ref(), counted)
+                        this.reader.publish(kind, source, base.as_ref(), counted)
                     })
                 })
-            },
-        );
+            });
         published
             .await
             .map_err(|fault| fault.of_publish().context(format!("publish {artifact}")))
@@ -174,15 +192,15 @@ impl Site {
             run,
             omitted: row.omitted.clone(),
         };
-        let answer: Published = self.ask_hub(&question).await?;
-        self.inner.catalogue.offered(&row.artifact).await?;
+        let answer: Published = self.hub.ask(&question).await?;
+        self.catalogue.offered(&row.artifact).await?;
         Ok(answer)
     }
 
     /// The hub does not take it: as if it had not been published, where the hub has never heard of
     /// it.
     async fn withdraw(&self, artifact: &ArtifactRef, new: bool) -> Result<(), Fault> {
-        let catalogue = &self.inner.catalogue;
+        let catalogue = &self.catalogue;
         match new {
             true => catalogue.remove_artifact(artifact).await?,
             false => catalogue.offered(artifact).await?,
@@ -195,13 +213,13 @@ impl Site {
     /// Tells the hub, while there is a line, of everything that it has not heard of. Ends with the
     /// line only.
     pub(super) async fn keep_offering(&self) -> Result<(), Fault> {
-        let mut watch = self.inner.catalogue.watch(Subject::Artifacts);
+        let mut watch = self.catalogue.watch(Subject::Artifacts);
         loop {
             let mut all_heard = true;
-            for (artifact, _) in self.inner.catalogue.offers().await? {
-                let _turn = self.inner.offering.lock().await;
+            for (artifact, _) in self.catalogue.offers().await? {
+                let _turn = self.offering.lock().await;
                 // While this waited for its turn a publish may have told the hub.
-                let Ok(row) = self.inner.catalogue.artifact(&artifact).await else {
+                let Ok(row) = self.catalogue.artifact(&artifact).await else {
                     continue;
                 };
                 let Some(new) = row.offer.as_ref().map(|offer| offer.new) else {
@@ -233,12 +251,9 @@ impl Site {
     }
 
     /// Takes away what a crash left of a publish.
-    pub(super) async fn clean_published(&self) -> Result<(), Fault> {
-        let live: Vec<Digest> = self.inner.catalogue.digests().await?;
-        let (origin, scratch) = (
-            self.inner.origin.clone(),
-            self.inner.config.data_dir.join("scratch"),
-        );
+    pub(super) async fn clean(&self) -> Result<(), Fault> {
+        let live: Vec<Digest> = self.catalogue.digests().await?;
+        let (origin, scratch) = (self.reader.clone(), self.config.data_dir.join("scratch"));
         blocking(move || {
             durable::remove_all(&scratch)?;
             origin.clean(&live)

@@ -9,13 +9,15 @@ mod cleanup;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use serde_json::{Value, json};
 
-use super::Site;
-use super::watch::WatchResult;
+use super::Opened;
+use super::publish::Publications;
+use super::watch::{Watch, WatchResult};
 use crate::api::RunToken;
 use crate::api::types::{PublishRequest, SourceOptions, State};
 use crate::trainer::Folder;
@@ -24,6 +26,7 @@ use base::clock;
 use base::fault::{Code, Fault, Retry};
 use base::limits::{BACKOFF_FIRST, BACKOFF_MAX, TRAINER_CALL_MAX, TRAINER_LOOK_EVERY};
 use base::names::{ArtifactRef, Kind, RunName, SiteName, TransferId};
+use base::workers::Worker;
 use model::actor::Actor;
 use model::policy::{self, Object, Verb};
 use model::run::site::{Effect, Event, Observation, Phase, Process, Run, Trainer, step};
@@ -44,9 +47,9 @@ enum Try {
     CallOff,
 }
 
-/// What the runs' keeper knows only while the daemon lives.
+/// What the keeper of the runs knows only while the daemon lives.
 #[derive(Default)]
-pub(super) struct RunsState {
+struct RunsState {
     /// Events are taken one after the other.
     turn: tokio::sync::Mutex<()>,
     /// Runs for which something is being done.
@@ -63,23 +66,51 @@ fn may_borrow(from: &SiteName, allow: &[String]) -> bool {
     policy::may(&Actor::Site(from.clone()), Verb::Borrow, &trainer).is_ok()
 }
 
+/// A run for which something is being done, until this is dropped.
+struct Busy<'a>(&'a RunsState, &'a RunName);
+
+impl Drop for Busy<'_> {
+    fn drop(&mut self) {
+        self.0.busy.lock().remove(self.1);
+    }
+}
+
 fn now_ms() -> i64 {
     clock::now_unix_ms() as i64
 }
 
-impl Site {
+/// Does what is due for the training runs that this site trains.
+#[derive(Clone)]
+pub(super) struct RunKeeper {
+    opened: Opened,
+    watch: Watch,
+    publications: Publications,
+    state: Arc<RunsState>,
+}
+
+impl RunKeeper {
+    /// Inputs are checked by `watch`, and models published by `publications`.
+    pub(super) fn new(opened: &Opened, watch: Watch, publications: Publications) -> Self {
+        Self {
+            opened: opened.clone(),
+            watch,
+            publications,
+            state: Arc::default(),
+        }
+    }
+
     /// Takes what the hub wants of its runs: the whole list. One that cannot be written down keeps
     /// the others from nothing; the first fault is returned. A run that borrowed by one of
     /// `unadopted` waits: what it would remove may be asked for again.
-    pub(super) async fn apply_runs(
+    pub(super) async fn apply(
         &self,
         desired: &[DesiredRun],
         unadopted: &HashSet<TransferId>,
     ) -> Result<(), Fault> {
-        let catalogue = &self.inner.catalogue;
+        let catalogue = &self.opened.catalogue;
         let mut first = Ok(());
         {
-            let _turn = self.inner.runs.turn.lock().await;
+            let _turn = self.state.turn.lock().await;
             for wanted in desired {
                 if !wanted
                     .borrowed
@@ -100,7 +131,7 @@ impl Site {
                     }
                 }
             }
-            *self.inner.runs.listed.lock() = desired
+            *self.state.listed.lock() = desired
                 .iter()
                 .map(|wanted| wanted.spec.name.clone())
                 .collect();
@@ -120,7 +151,7 @@ impl Site {
     async fn apply_run(&self, wanted: &DesiredRun) -> Result<(), Fault> {
         let name = wanted.spec.name.as_str();
         let here = self
-            .inner
+            .opened
             .catalogue
             .run::<Run>(name)
             .await?
@@ -137,18 +168,18 @@ impl Site {
     }
 
     /// How the runs stand that the hub has to hear of.
-    pub(super) async fn run_reports(&self) -> Result<Vec<RunReport>, Fault> {
+    pub(super) async fn reports(&self) -> Result<Vec<RunReport>, Fault> {
         let mut out: Vec<RunReport> = Vec::new();
-        let listed = self.inner.runs.listed.lock().clone();
+        let listed = self.state.listed.lock().clone();
         for name in listed {
-            let Some(run) = self.inner.catalogue.run::<Run>(name.as_str()).await? else {
+            let Some(run) = self.opened.catalogue.run::<Run>(name.as_str()).await? else {
                 continue;
             };
             let mut report = run.report();
             report.by_command = matches!(self.trainer(&run), Trainer::Command);
             for id in std::mem::take(&mut report.removed) {
                 // What was brought again since is there.
-                let gone = match self.inner.catalogue.transfer(&id).await {
+                let gone = match self.opened.catalogue.transfer(&id).await {
                     Ok(row) => {
                         row.state == State::Cancelled
                             || row.state == State::Done && row.removed_ms.is_some()
@@ -170,7 +201,7 @@ impl Site {
             .ok()
             .and_then(|v| v.as_str().map(str::to_owned))
             .unwrap_or_default();
-        self.inner
+        self.opened
             .catalogue
             .save_run(run.spec.name.as_str(), &phase, run.is_open(), run)
             .await
@@ -178,43 +209,47 @@ impl Site {
 
     /// Looks at the open runs whenever something changed, and at running trainers often, until the
     /// daemon stops.
-    pub(super) async fn keep_runs(&self) {
+    pub(super) async fn keep(&self, worker: &Worker) -> Result<(), Fault> {
         loop {
-            let changed = self.inner.catalogue.changed();
-            let mut often = false;
-            match self.inner.catalogue.open_runs::<Run>(OPEN_MAX).await {
-                Ok(open) => {
-                    for run in open {
-                        often |= run.phase == Phase::Training && !run.by_platform;
-                        self.look_soon(run.spec.name);
-                    }
+            let changed = self.opened.catalogue.changed();
+            let looked = worker.iterate(async {
+                let open = self.opened.catalogue.open_runs::<Run>(OPEN_MAX).await;
+                let mut often = false;
+                for run in open.map_err(|fault| fault.context("read the open runs"))? {
+                    often |= run.phase == Phase::Training && !run.by_platform;
+                    self.look_soon(run.spec.name, worker);
                 }
-                Err(fault) => tracing::error!(error = %fault, "the runs cannot be read"),
-            }
+                Ok(often)
+            });
+            // The worker reports a fault, and tries again.
+            let often = looked.await.unwrap_or_default();
             tokio::select! {
                 () = async { changed.await; tokio::time::sleep(LOOK_EVERY).await } => {}
                 () = tokio::time::sleep(TRAINER_LOOK_EVERY), if often => {}
-                () = self.inner.stop.cancelled() => return,
             }
         }
     }
 
     /// Looks at a run in a task of its own, unless one does already.
-    fn look_soon(&self, name: RunName) {
-        if !self.inner.runs.busy.lock().insert(name.clone()) {
+    fn look_soon(&self, name: RunName, worker: &Worker) {
+        if !self.state.busy.lock().insert(name.clone()) {
             return;
         }
-        let this = self.clone();
-        self.inner.tasks.spawn(async move {
+        let (this, worker) = (self.clone(), worker.clone());
+        self.opened.tasks.spawn(async move {
+            // Removed at the end of the task, even if it panics: else nobody would look at the run
+            // again.
+            let busy = Busy(&this.state, &name);
             tokio::select! {
                 result = this.look_at(&name) => {
                     if let Err(fault) = result {
+                        worker.count_error(&fault.clone().context(&name));
                         tracing::warn!(run = %name, error = %fault, "a run could not go on; tried again");
                     }
                 }
-                () = this.inner.stop.cancelled() => {}
+                () = this.opened.stop.cancelled() => {}
             }
-            this.inner.runs.busy.lock().remove(&name);
+            drop(busy);
         });
     }
 
@@ -243,8 +278,8 @@ impl Site {
         name: &RunName,
         checked: bool,
     ) -> Result<Option<(Run, Vec<Effect>)>, Fault> {
-        let _turn = self.inner.runs.turn.lock().await;
-        let Some(before) = self.inner.catalogue.run::<Run>(name.as_str()).await? else {
+        let _turn = self.state.turn.lock().await;
+        let Some(before) = self.opened.catalogue.run::<Run>(name.as_str()).await? else {
             return Ok(None);
         };
         let seen = self.see(&before, checked).await?;
@@ -253,8 +288,8 @@ impl Site {
 
     /// Takes an event; what changed is durable when this returns.
     async fn take(&self, name: &RunName, event: Event) -> Result<(), Fault> {
-        let _turn = self.inner.runs.turn.lock().await;
-        let Some(before) = self.inner.catalogue.run::<Run>(name.as_str()).await? else {
+        let _turn = self.state.turn.lock().await;
+        let Some(before) = self.opened.catalogue.run::<Run>(name.as_str()).await? else {
             return Ok(());
         };
         self.go_on(&before, event).await.map(|_| ())
@@ -267,11 +302,7 @@ impl Site {
             let name = &after.spec.name;
             if after.phase != before.phase {
                 // What failed was another thing.
-                self.inner
-                    .runs
-                    .again
-                    .lock()
-                    .remove(&(name.clone(), Try::GoOn));
+                self.state.again.lock().remove(&(name.clone(), Try::GoOn));
                 tracing::info!(run = %name, phase = ?after.phase, why = after.message.as_deref().unwrap_or_default(), "a run");
             }
             self.save_run(&after).await?;
@@ -283,13 +314,13 @@ impl Site {
         Folder::new(
             run.spec
                 .name
-                .in_dir(&self.inner.config.data_dir.join("runs")),
+                .in_dir(&self.opened.config.data_dir.join("runs")),
         )
     }
 
     /// Who trains here for the site that started the run.
     fn trainer(&self, run: &Run) -> Trainer {
-        match &self.inner.config.train {
+        match &self.opened.config.train {
             None => Trainer::None,
             // Whatever the hub says: only this site's own configuration decides.
             Some(train) if !may_borrow(&run.spec.from, &train.allow) => Trainer::Refused,
@@ -299,7 +330,7 @@ impl Site {
     }
 
     async fn see(&self, run: &Run, checked: bool) -> Result<Observation, Fault> {
-        let catalogue = &self.inner.catalogue;
+        let catalogue = &self.opened.catalogue;
         let mut missing = None;
         if run.phase == Phase::Waiting {
             for input in &run.spec.inputs {
@@ -315,7 +346,7 @@ impl Site {
             .filter(|other| is_at_work(other) && other.spec.name != run.spec.name)
             .count();
         let at_once = self
-            .inner
+            .opened
             .config
             .train
             .as_ref()
@@ -361,7 +392,7 @@ impl Site {
     /// Whether an input is here as far as the catalogue knows. One that is being brought anew is
     /// not, until it has landed.
     async fn is_listed(&self, input: &Input) -> Result<bool, Fault> {
-        let catalogue = &self.inner.catalogue;
+        let catalogue = &self.opened.catalogue;
         match catalogue.artifact(&input.artifact).await {
             Ok(row) if row.place.is_some() && row.digest == input.digest => {}
             Err(fault) if fault.code != Code::NotFound => return Err(fault),
@@ -401,12 +432,12 @@ impl Site {
             artifact, digest, ..
         } in &run.spec.inputs
         {
-            let in_place = match self.inner.catalogue.artifact(artifact).await {
+            let in_place = match self.opened.catalogue.artifact(artifact).await {
                 Ok(there) => artifact.kind.is_files() && there.published,
                 Err(fault) => return Err(not_now(artifact, fault)),
             };
             if in_place {
-                match self.look_over(artifact, true).await {
+                match self.watch.look_over(artifact, true).await {
                     Ok(WatchResult::Sound) => {}
                     Ok(WatchResult::Changed(how)) => {
                         return Err(Fault::integrity(format!(
@@ -419,7 +450,7 @@ impl Site {
                     Err(fault) => return Err(not_now(artifact, fault)),
                 }
             }
-            match self.inner.runner.holds(artifact, *digest).await {
+            match self.opened.runner.holds(artifact, *digest).await {
                 Ok(true) => {}
                 Ok(false) => {
                     return Err(Fault::not_found(format!("{artifact} is not here any more")));
@@ -488,8 +519,7 @@ impl Site {
     }
 
     fn is_too_soon(&self, name: &RunName, what: Try) -> bool {
-        self.inner
-            .runs
+        self.state
             .again
             .lock()
             .get(&(name.clone(), what))
@@ -497,7 +527,7 @@ impl Site {
     }
 
     fn put_off(&self, name: &RunName, what: Try) {
-        let mut again = self.inner.runs.again.lock();
+        let mut again = self.state.again.lock();
         again.retain(|_, (_, at)| at.elapsed() < BACKOFF_MAX);
         let (tries, at) = again
             .entry((name.clone(), what))
@@ -510,7 +540,7 @@ impl Site {
     }
 
     async fn start_command(&self, run: &Run) -> Result<(), Fault> {
-        let Some(train) = &self.inner.config.train else {
+        let Some(train) = &self.opened.config.train else {
             return Err(Fault::config("there is no [train]"));
         };
         let descriptor = self.descriptor(run).await?;
@@ -522,7 +552,7 @@ impl Site {
             ("PACKHORSE_RUN".to_owned(), path),
             (
                 "PACKHORSE_API".to_owned(),
-                format!("http://{}", from_here(self.inner.config.listen.api)),
+                format!("http://{}", from_here(self.opened.config.listen.api)),
             ),
             // Never the admin token: this one publishes and finishes this run only, while it
             // trains.
@@ -570,7 +600,7 @@ impl Site {
 
     async fn post(&self, descriptor: &Value) -> Result<(), Fault> {
         let url = self
-            .inner
+            .opened
             .config
             .train
             .as_ref()
@@ -606,7 +636,7 @@ impl Site {
         let spec = &run.spec;
         let mut inputs = Vec::new();
         for input in &spec.inputs {
-            let row = self.inner.catalogue.artifact(&input.artifact).await?;
+            let row = self.opened.catalogue.artifact(&input.artifact).await?;
             let artifact = &input.artifact;
             let mut about = json!({
                 "artifact": artifact, "kind": artifact.kind, "name": artifact.name(), "version": artifact.version(),
@@ -616,7 +646,7 @@ impl Site {
                 Kind::Dataset | Kind::Operator | Kind::Model => json!({ "path": row.location }),
                 Kind::Image => json!({ "image": row.location }),
                 Kind::Labels => {
-                    let sink = self.inner.config.labels_sink();
+                    let sink = self.opened.config.labels_sink();
                     let schema = if sink.url.starts_with("sqlite:") {
                         ""
                     } else {
@@ -648,9 +678,9 @@ impl Site {
     }
 
     /// The token of a run, while its trainer works here.
-    pub(super) async fn token_of_run(&self, name: &RunName) -> Option<RunToken> {
+    pub(super) async fn token_of(&self, name: &RunName) -> Option<RunToken> {
         let run = self
-            .inner
+            .opened
             .catalogue
             .run::<Run>(name.as_str())
             .await
@@ -674,7 +704,10 @@ impl Site {
             options: SourceOptions::default(),
             run: Some(run.spec.name.to_string()),
         };
-        let published = self.publish_here(request).await?;
+        let published = self
+            .publications
+            .publish(request, Arc::default(), Duration::ZERO)
+            .await?;
         // It stands here, and the hub may still refuse it.
         if let Some(note) = published.note {
             return Err(Fault::unreachable(note));

@@ -5,36 +5,34 @@
 //! look, see `origin`.
 
 use std::collections::{HashMap, HashSet};
-use std::time::Instant;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
 
-use super::Site;
+use super::Opened;
 use base::blocking::blocking;
 use base::fault::Fault;
 use base::names::ArtifactRef;
+use base::workers::{Pace, Worker, Workers};
 use content::manifest::Digest;
-use exchange::in_place::{Mark, RESTS};
+use exchange::in_place::{InPlaceReader, Mark, RESTS};
 use exchange::transfer::AskLook;
 use sink::StorageLocation;
-use state::{ArtifactRow, Changed, what_changed};
+use state::{ArtifactRow, Catalogue, Changed, what_changed};
 
-/// What the watch knows only while the daemon lives.
-pub(super) struct WatchState {
-    looked: Mutex<HashMap<ArtifactRef, Looked>>,
+/// Checks what was published in place at this site. What it knows of the last looks lives as long as the daemon.
+#[derive(Clone)]
+pub(super) struct Watch {
+    catalogue: Catalogue,
+    reader: InPlaceReader,
+    check_every: Duration,
+    looked: Arc<Mutex<HashMap<ArtifactRef, Looked>>>,
     /// What transfers ask.
-    asked: tokio::sync::Mutex<mpsc::Receiver<AskLook>>,
-}
-
-impl WatchState {
-    /// Nothing was looked at yet; transfers ask here.
-    pub(super) fn new(asked: mpsc::Receiver<AskLook>) -> Self {
-        Self {
-            looked: Mutex::default(),
-            asked: tokio::sync::Mutex::new(asked),
-        }
-    }
+    asked: Arc<tokio::sync::Mutex<mpsc::Receiver<AskLook>>>,
+    stop: CancellationToken,
 }
 
 /// The last look at an artifact; good as long as it lies where it lay.
@@ -64,63 +62,81 @@ impl WatchResult {
     }
 }
 
-impl Site {
-    /// Watches until the daemon stops.
-    pub(super) async fn keep_watch(&self) {
-        tokio::select! {
-            () = self.keep_looking() => {}
-            () = self.keep_answering() => {}
-            () = self.inner.stop.cancelled() => {}
+impl Watch {
+    /// Nothing was looked at yet; transfers ask here.
+    pub(super) fn new(opened: &Opened, asked: mpsc::Receiver<AskLook>) -> Self {
+        Self {
+            catalogue: opened.catalogue.clone(),
+            reader: opened.reader.clone(),
+            check_every: opened.config.share.check_every,
+            looked: Arc::default(),
+            asked: Arc::new(tokio::sync::Mutex::new(asked)),
+            stop: opened.stop.clone(),
         }
     }
 
-    async fn keep_looking(&self) {
+    /// Starts the workers that check what was published here: all of it from time to time, and what
+    /// a transfer waits for at once.
+    pub(super) fn start_workers(&self, workers: &Workers) {
+        workers.start(
+            "watch",
+            Pace::every(self.check_every).long(),
+            self,
+            |this, worker| async move { this.keep_looking(&worker).await },
+        );
+        workers.start(
+            "watch-requests",
+            Pace::on_request().long(),
+            self,
+            |this, worker| async move { this.keep_answering(&worker).await },
+        );
+    }
+
+    async fn keep_looking(&self, worker: &Worker) -> Result<(), Fault> {
         loop {
-            match self.inner.catalogue.published().await {
-                Ok(all) => {
-                    {
-                        let there: HashSet<&ArtifactRef> = all.iter().collect();
-                        self.inner
-                            .watch
-                            .looked
-                            .lock()
-                            .retain(|artifact, _| there.contains(artifact));
-                    }
-                    for artifact in &all {
-                        if let Err(fault) = self.look_over(artifact, false).await {
-                            tracing::warn!(%artifact, error = %fault, "what was published in place could not be looked at");
-                        }
-                    }
-                }
-                Err(fault) => {
-                    tracing::error!(error = %fault, "what was published in place cannot be listed");
-                }
-            }
-            tokio::time::sleep(self.inner.config.share.check_every).await;
+            // The worker reports a fault, and tries again.
+            let _ = worker.iterate(self.look_at_published(worker)).await;
+            tokio::time::sleep(self.check_every).await;
         }
+    }
+
+    /// Looks at all that was published here. What cannot be looked at keeps the rest from nothing.
+    async fn look_at_published(&self, worker: &Worker) -> Result<(), Fault> {
+        let all = self.catalogue.published().await;
+        let all = all.map_err(|fault| fault.context("list what was published in place"))?;
+        {
+            let there: HashSet<&ArtifactRef> = all.iter().collect();
+            self.looked
+                .lock()
+                .retain(|artifact, _| there.contains(artifact));
+        }
+        for artifact in &all {
+            if let Err(fault) = self.look_over(artifact, false).await {
+                worker.count_error(&fault.clone().context(artifact));
+                tracing::warn!(%artifact, error = %fault, "what was published in place could not be looked at");
+            }
+        }
+        Ok(())
     }
 
     /// Tells transfers what changed of what they wait for.
-    async fn keep_answering(&self) {
-        let mut asked = self.inner.watch.asked.lock().await;
+    async fn keep_answering(&self, worker: &Worker) -> Result<(), Fault> {
+        let mut asked = self.asked.lock().await;
         while let Some(AskLook { digest, answer }) = asked.recv().await {
-            let changed = match self.look_at_all(digest).await {
-                Ok(changed) => changed,
-                Err(fault) => {
-                    tracing::warn!(%digest, error = %fault, "what a transfer waits for could not be looked at");
-                    None
-                }
-            };
-            // Whoever asked may be gone.
-            let _ = answer.send(changed);
+            let looked = worker.iterate(async {
+                let looked = self.look_at_all(digest).await;
+                looked.map_err(|fault| fault.context(format_args!("look at the content {digest}")))
+            });
+            // Whoever asked may be gone. A fault is reported by the worker.
+            let _ = answer.send(looked.await.unwrap_or_default());
         }
+        Ok(())
     }
 
     /// What changed of a content wherever it was published here; whole under one name is whole.
     async fn look_at_all(&self, digest: Digest) -> Result<Option<String>, Fault> {
         let mut first = None;
         for row in self
-            .inner
             .catalogue
             .all_by_digest(digest)
             .await?
@@ -141,22 +157,15 @@ impl Site {
         artifact: &ArtifactRef,
         hurry: bool,
     ) -> Result<WatchResult, Fault> {
-        let inner = &self.inner;
         // It may have been withdrawn since it was listed.
-        let Ok(row) = inner.catalogue.artifact(artifact).await else {
+        let Ok(row) = self.catalogue.artifact(artifact).await else {
             return Ok(WatchResult::Unknown);
         };
         let Some(place) = row.place.clone() else {
             return Ok(WatchResult::Unknown);
         };
         let same = |last: &&Looked| last.place == place && last.published_ms == row.published_ms;
-        let last = inner
-            .watch
-            .looked
-            .lock()
-            .get(artifact)
-            .filter(same)
-            .cloned();
+        let last = self.looked.lock().get(artifact).filter(same).cloned();
         if hurry
             && last
                 .as_ref()
@@ -167,8 +176,8 @@ impl Site {
         let mut mark = last.map_or_else(|| Mark::new(row.published_ms), |last| last.mark);
         let began = Instant::now();
         let (origin, stop, root, at) = (
-            inner.origin.clone(),
-            inner.stop.clone(),
+            self.reader.clone(),
+            self.stop.clone(),
             row.root.clone(),
             place.clone(),
         );
@@ -191,9 +200,9 @@ impl Site {
             mark,
             rests_until,
         };
-        inner.watch.looked.lock().insert(artifact.clone(), looked);
+        self.looked.lock().insert(artifact.clone(), looked);
         // What was noted while this looked is newer: a look without haste takes long.
-        match inner.catalogue.artifact(artifact).await {
+        match self.catalogue.artifact(artifact).await {
             Ok(now)
                 if now.place.as_ref() == Some(&place)
                     && now.published_ms == row.published_ms
@@ -213,12 +222,7 @@ impl Site {
         changed: Option<&str>,
         asked: bool,
     ) -> Result<(), Fault> {
-        if self
-            .inner
-            .catalogue
-            .set_changed(&row.artifact, changed)
-            .await?
-        {
+        if self.catalogue.set_changed(&row.artifact, changed).await? {
             match changed {
                 Some(how) => {
                     tracing::warn!(artifact = %row.artifact, how, "what was published in place changed");
@@ -230,7 +234,7 @@ impl Site {
         }
         if changed.is_none() && (asked || row.changed.is_some()) {
             // Who read it meanwhile forgot where that lay which was not there.
-            let origin = self.inner.origin.clone();
+            let origin = self.reader.clone();
             blocking(move || origin.index(row.digest, &row.root, &[place], true)).await?;
         }
         Ok(())
@@ -238,7 +242,7 @@ impl Site {
 
     /// What `doctor` says of what changed: one line each.
     pub(super) async fn changed_lines(&self) -> Result<Vec<String>, Fault> {
-        let published = self.inner.catalogue.published_here().await?.into_iter();
+        let published = self.catalogue.published_here().await?.into_iter();
         let lines = what_changed(published).into_iter().map(|Changed { artifact, how, newer, .. }| match newer {
             Some(newer) => format!("ok {artifact}: {how}; what is there now was published as {newer}"),
             None => format!("fault {artifact}: {how}; put the old content back, or publish what is there now as a new version"),

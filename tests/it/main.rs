@@ -52,3 +52,4 @@ mod support;
 mod training;
 mod watch;
 mod wire_bytes;
+mod workers;

@@ -25,3 +25,4 @@ pub mod sha256;
 pub mod space;
 pub mod tally;
 pub mod text;
+pub mod workers;

@@ -101,6 +101,20 @@ pub const PUBLISHES_AT_ONCE_MAX: usize = 16;
 pub const BACKOFF_FIRST: Duration = Duration::from_millis(250);
 /// The longest pause between two attempts.
 pub const BACKOFF_MAX: Duration = Duration::from_secs(60);
+/// The first pause before a background worker is restarted; the longest one is [`BACKOFF_MAX`].
+pub const WORKER_RESTART_FIRST: Duration = Duration::from_secs(1);
+/// How long a background worker may be late before `doctor` reports it.
+pub const WORKER_LATE_AFTER: Duration = Duration::from_secs(60);
+/// The longest iteration of a background worker whose work does not depend on the amount of content.
+pub const WORKER_BUSY_MAX: Duration = Duration::from_secs(600);
+/// How long the iteration in progress of a background worker may take to end when the daemon stops.
+pub const WORKER_STOP_MAX: Duration = Duration::from_secs(2);
+/// The longest wait of a background worker for a change of the catalogue: then it looks without one.
+pub const CHANGE_WAIT_MAX: Duration = Duration::from_secs(60);
+/// How often a daemon removes the oldest events beyond [`EVENTS_KEPT`].
+pub const EVENT_TRIM_EVERY: Duration = Duration::from_secs(600);
+/// The longest error text that is kept for a background worker.
+pub const WORKER_ERROR_BYTES_MAX: usize = 1 << 10;
 /// The longest pause before the hub is asked again for content of a site that is offline.
 pub const SOURCE_PAUSE_MAX: Duration = Duration::from_secs(5);
 /// The threads of one sink at once: for its transfers and for other calls.

@@ -29,6 +29,7 @@ use base::buffers::Buffers;
 use base::fault::{Code, Fault, Reason, Retry};
 use base::names::SiteName;
 use base::peer::Peer;
+use base::workers::Workers;
 use content::chunk::{Hash, ShortHash};
 use content::frame::{Frame, Verified};
 use content::manifest::{ChunkRef, Digest};
@@ -153,10 +154,11 @@ impl Relay {
         main: Store,
         upstream: Arc<dyn Upstream>,
         budget: u64,
+        workers: &Workers,
     ) -> Result<Self, Fault> {
         let kept = Arc::new(RelayCache::open(&data_dir.join("relay"), budget)?);
         let flights = Arc::<InflightFetches>::default();
-        let keeper = Keeper::start(kept.clone())?;
+        let keeper = Keeper::start(kept.clone(), workers)?;
         let buffers = fetch::buffers();
         Ok(Self {
             inner: Arc::new(Inner {

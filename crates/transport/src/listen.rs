@@ -32,6 +32,7 @@ use base::limits::{
 use base::names::{PublisherName, SiteName};
 use base::peer::Peer;
 use base::tally::Tally;
+use base::workers::{Pace, Workers};
 use base::{clock, open_files};
 
 /// How long a joining client may take to close after it was answered.
@@ -162,15 +163,17 @@ impl Drop for Listener {
 
 impl Listener {
     /// Listens on UDP (QUIC) and TCP (TLS) with the same port number. All connections together
-    /// buffer about `memory` bytes for sending. Must be called in a tokio runtime.
+    /// buffer about `memory` bytes for sending. Must be called in a tokio runtime. Two of the
+    /// daemon's `workers` accept the connections.
     pub fn bind(
         addr: SocketAddr,
         identity: Arc<HubIdentity>,
         settings: &ConnectionSettings,
         memory: u64,
+        workers: &Workers,
     ) -> Result<Self, Fault> {
         let (tcp, udp) = bind_pair(addr)?;
-        Self::start(Some(udp), tcp, identity, settings, memory)
+        Self::start(Some(udp), tcp, identity, settings, memory, workers)
     }
 
     /// Simulates a firewall that drops UDP: returns the UDP socket, which never answers.
@@ -182,7 +185,14 @@ impl Listener {
     ) -> Result<(Self, UdpSocket), Fault> {
         let (tcp, udp) = bind_pair(addr)?;
         Ok((
-            Self::start(None, tcp, identity, settings, CONNECTION_SEND_BYTES_MAX)?,
+            Self::start(
+                None,
+                tcp,
+                identity,
+                settings,
+                CONNECTION_SEND_BYTES_MAX,
+                &Workers::default(),
+            )?,
             udp,
         ))
     }
@@ -193,6 +203,7 @@ impl Listener {
         identity: Arc<HubIdentity>,
         settings: &ConnectionSettings,
         memory: u64,
+        workers: &Workers,
     ) -> Result<Self, Fault> {
         let local = tcp.local_addr().at("listen")?;
         let tls = tls::server(&identity)?;
@@ -225,18 +236,31 @@ impl Listener {
         tcp.set_nonblocking(true).at("listen")?;
         let tcp = TcpListener::from_std(tcp).at("listen")?;
         let endpoint = quic.as_ref().map(|(endpoint, _)| endpoint.clone());
+        let accepts = Pace::Continuous;
         if let Some((endpoint, config)) = quic {
-            tokio::spawn(stop.clone().run_until_cancelled_owned(accept_quic(
-                endpoint,
-                config,
-                admission.clone(),
-            )));
+            let of = (endpoint, Arc::new(config), admission.clone(), stop.clone());
+            workers.start_until_done(
+                "accept-quic",
+                accepts,
+                &of,
+                |(endpoint, config, admission, stop)| async move {
+                    let accepting = accept_quic(endpoint, config, admission);
+                    stop.run_until_cancelled(accepting).await;
+                    Ok(())
+                },
+            );
         }
-        tokio::spawn(stop.clone().run_until_cancelled_owned(accept_tcp(
-            tcp,
-            Arc::new(tls),
-            admission,
-        )));
+        let of = (Arc::new(tcp), Arc::new(tls), admission, stop.clone());
+        workers.start_until_done(
+            "accept-tcp",
+            accepts,
+            &of,
+            |(listener, tls, admission, stop)| async move {
+                let accepting = accept_tcp(&listener, tls, admission);
+                stop.run_until_cancelled(accepting).await;
+                Ok(())
+            },
+        );
         Ok(Self {
             arrivals: tokio::sync::Mutex::new(receive),
             endpoint,
@@ -605,8 +629,11 @@ async fn in_time<T>(handshake: impl Future<Output = T>) -> Result<T, Fault> {
         .map_err(|_| too_slow())
 }
 
-async fn accept_quic(endpoint: Endpoint, config: quinn::ServerConfig, admission: Arc<Admission>) {
-    let config = Arc::new(config);
+async fn accept_quic(
+    endpoint: Endpoint,
+    config: Arc<quinn::ServerConfig>,
+    admission: Arc<Admission>,
+) {
     while let Some(incoming) = endpoint.accept().await {
         let remote = incoming.remote_address();
         if !incoming.remote_address_validated()
@@ -640,7 +667,7 @@ async fn accept_quic(endpoint: Endpoint, config: quinn::ServerConfig, admission:
 }
 
 async fn accept_tcp(
-    listener: TcpListener,
+    listener: &TcpListener,
     tls: Arc<rustls::ServerConfig>,
     admission: Arc<Admission>,
 ) {

@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use base::fault::Fault;
 use base::names::SiteName;
+use base::workers::Workers;
 
 use crate::identity::{CertificateRequest, HubIdentity, SiteIdentity};
 use crate::{Arrival, Congestion, ConnectionSettings, Link, Listener, Transport, dial};
@@ -57,7 +58,13 @@ pub struct Hub {
 impl Hub {
     pub fn start() -> Self {
         Self::start_with(|identity| {
-            Listener::bind(loopback(), identity, &settings(Transport::Auto), 128 << 20)
+            Listener::bind(
+                loopback(),
+                identity,
+                &settings(Transport::Auto),
+                128 << 20,
+                &Workers::default(),
+            )
         })
     }
 

@@ -938,6 +938,7 @@ async fn one_port_number_serves_both_and_only_once() {
         hub.identity.clone(),
         &settings(Transport::Auto),
         128 << 20,
+        &base::workers::Workers::default(),
     );
     let fault = taken.err().unwrap();
     assert_eq!(fault.code, Code::Config);

@@ -8,6 +8,7 @@ mod deliveries;
 mod runs;
 mod sites;
 mod transfers;
+mod workers;
 
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
@@ -22,6 +23,7 @@ pub use model::transfer::{Action, Bytes, State, TransferQuery};
 pub use runs::{ModelLineage, Run, RunModel, RunQuery, RunTrainer};
 pub use sites::{Site, TokenReply, TokenRequest};
 pub use transfers::{ActionRequest, Transfer};
+pub use workers::{Worker, WorkerError};
 
 use base::fault::Fault;
 

@@ -9,6 +9,7 @@ use tokio_util::sync::CancellationToken;
 use super::*;
 use crate::api::types::{State, TransferQuery};
 use crate::config;
+use crate::site::Site;
 use base::durable;
 use transport::identity::{CertificateRequest, HubIdentity};
 use transport::{Arrival, Listener};
@@ -30,6 +31,7 @@ impl Bench {
             hub.clone(),
             &config::ConnectionSettings::default(),
             64 << 20,
+            &base::workers::Workers::default(),
         )
         .unwrap();
         let data = dir.path().join("site");
@@ -82,6 +84,7 @@ impl Bench {
         let (rows, _) = self
             .site
             .inner
+            .opened
             .catalogue
             .transfers(&TransferQuery::default())
             .await
@@ -168,6 +171,7 @@ async fn a_message_with_one_bad_id_is_refused_whole() {
             bench
                 .site
                 .inner
+                .opened
                 .catalogue
                 .open_runs::<Value>(9)
                 .await
@@ -191,7 +195,7 @@ async fn a_message_with_one_bad_id_is_refused_whole() {
         }
     };
     timeout(Duration::from_secs(30), cancelled).await.unwrap();
-    bench.site.inner.stop.cancel();
+    bench.site.inner.opened.stop.cancel();
     bench.site.stopped().await;
 }
 
@@ -269,29 +273,12 @@ async fn a_transfer_that_cannot_be_taken_over_holds_up_nothing_else() {
         bench
             .site
             .inner
+            .opened
             .runner
             .unwritten()
             .iter()
             .any(|row| row.id.as_str() == "t-bad" && row.body.message.is_some())
     );
-    bench.site.inner.stop.cancel();
+    bench.site.inner.opened.stop.cancel();
     bench.site.stopped().await;
-}
-
-#[test]
-fn a_refusal_that_names_the_time_is_logged_once() {
-    let refusal = |time: &str, why: &str| {
-        format!(
-            "the hub refused this site: the certificate {why}, and the clock of the hub says {time}"
-        )
-    };
-    let first = refusal("2028-01-04T08:28:21.142Z", "has expired");
-    assert!(says_the_same(
-        &first,
-        &refusal("2028-01-04T08:28:36.09Z", "has expired")
-    ));
-    assert!(!says_the_same(
-        &first,
-        &refusal("2028-01-04T08:28:36.09Z", "is another site's")
-    ));
 }

@@ -3,9 +3,8 @@
 //!
 //! Each borrowed input goes by itself, and what could not be removed is due again at the next look.
 
-use super::{OPEN_MAX, Try, now_ms};
+use super::{OPEN_MAX, RunKeeper, Try, now_ms};
 use crate::api::types::State;
-use crate::site::Site;
 use base::blocking::blocking;
 use base::fault::{Code, Fault};
 use base::names::{RunName, TransferId};
@@ -25,7 +24,7 @@ enum Back {
     Stays(String),
 }
 
-impl Site {
+impl RunKeeper {
     /// Removes what a run borrowed, each by itself, and notes what came of it.
     pub(super) async fn give_all_back(
         &self,
@@ -77,8 +76,8 @@ impl Site {
 
     /// Removes a borrowed input.
     async fn give_back(&self, run: &RunName, borrowed: &Borrowed) -> Result<Back, Fault> {
-        let (inner, artifact) = (&self.inner, &borrowed.artifact);
-        let row = match inner.catalogue.transfer(&borrowed.transfer).await {
+        let (opened, artifact) = (&self.opened, &borrowed.artifact);
+        let row = match opened.catalogue.transfer(&borrowed.transfer).await {
             Ok(row) => row,
             Err(fault) if fault.code == Code::NotFound => return Ok(Back::Gone),
             Err(fault) => return Err(fault),
@@ -90,8 +89,8 @@ impl Site {
         }
         // It may be begun again at any moment; then it lands after this, or this finds that it has
         // landed anew.
-        let _alone = inner.runner.alone_with(artifact).await;
-        let row = inner.catalogue.transfer(&row.id).await?;
+        let _alone = opened.runner.alone_with(artifact).await;
+        let row = opened.catalogue.transfer(&row.id).await?;
         if !stands_still(&row)
             || borrowed
                 .generation
@@ -103,7 +102,7 @@ impl Site {
         if row.removed_ms.is_some() {
             return Ok(Back::Gone);
         }
-        let there = match inner.catalogue.artifact(artifact).await {
+        let there = match opened.catalogue.artifact(artifact).await {
             Ok(there) => Some(there),
             Err(fault) if fault.code == Code::NotFound => None,
             Err(fault) => return Err(fault),
@@ -111,7 +110,7 @@ impl Site {
         // What was published here since, or brought by another transfer, is not this one's. Nor is
         // what a cancelled one found here, unless it had landed itself before it was begun again:
         // so had the others, though somebody gave them up since.
-        let others = inner.catalogue.transfers_of_artifact(artifact).await?;
+        let others = opened.catalogue.transfers_of_artifact(artifact).await?;
         let stands = |other: &TransferRow| {
             other.removed_ms.is_none()
                 && (other.has_landed() || !matches!(other.state, State::Failed | State::Cancelled))
@@ -128,19 +127,19 @@ impl Site {
             {
                 // Who looks for it from here on misses it, and who has found it stands in the
                 // catalogue.
-                let _turn = inner.runs.turn.lock().await;
+                let _turn = self.state.turn.lock().await;
                 if !may_go(
-                    &inner.catalogue.all_open_runs::<Run>(OPEN_MAX).await?,
+                    &opened.catalogue.all_open_runs::<Run>(OPEN_MAX).await?,
                     run,
                     borrowed,
                 ) {
                     return Ok(Back::NotNow);
                 }
-                if there.is_some() && !inner.catalogue.leave(artifact).await? {
+                if there.is_some() && !opened.catalogue.leave(artifact).await? {
                     return Ok(Back::NotNow);
                 }
             }
-            let sink = inner.sinks.of(artifact.kind);
+            let sink = opened.sinks.of(artifact.kind);
             stays = match there
                 .as_ref()
                 .map(|there| strangers(self, sink.as_ref(), there))
@@ -151,18 +150,18 @@ impl Site {
             if stays.is_none() {
                 stays = sink.remove(artifact).await?;
             }
-            let (places, digest) = (inner.shared.chunk_index.clone(), row.digest);
+            let (places, digest) = (opened.shared.chunk_index.clone(), row.digest);
             blocking(move || places.remove_digest(digest)).await?;
             // It may be published here at this moment.
-            inner.catalogue.remove_left(artifact).await?;
+            opened.catalogue.remove_left(artifact).await?;
             tracing::info!(%artifact, transfer = %row.id, stays = stays.as_deref().unwrap_or_default(), "a borrowed artifact was removed");
         }
         // Begun again meanwhile, it waits to bring everything anew: that is not to be noted as
         // taken away.
-        if !stands_still(&inner.catalogue.transfer(&row.id).await?) {
+        if !stands_still(&opened.catalogue.transfer(&row.id).await?) {
             return Ok(Back::NotNow);
         }
-        inner.catalogue.set_removed(&row.id, now_ms()).await?;
+        opened.catalogue.set_removed(&row.id, now_ms()).await?;
         Ok(stays.map_or(Back::Gone, Back::Stays))
     }
 }
@@ -174,7 +173,7 @@ fn stands_still(row: &TransferRow) -> bool {
 
 /// What users have put into the folder of an artifact, which is why it is not removed.
 async fn strangers(
-    site: &Site,
+    keeper: &RunKeeper,
     sink: &dyn Sink,
     there: &ArtifactRow,
 ) -> Result<Option<String>, Fault> {
@@ -190,7 +189,7 @@ async fn strangers(
     };
     beside(
         sink,
-        site.inner.shared.store.clone(),
+        keeper.opened.shared.store.clone(),
         &incoming,
         place,
         false,

@@ -12,6 +12,7 @@ use std::thread::JoinHandle;
 use tokio::sync::{RwLock, mpsc};
 
 use base::fault::{Fault, IoContext};
+use base::workers::{Pace, Worker, Workers};
 use content::frame::Frame;
 use content::store::Store;
 
@@ -52,18 +53,21 @@ impl RelayCache {
         self.bytes.load(Ordering::Relaxed) >= self.budget
     }
 
-    /// Keeps verified frames that the store lacks, if there is room.
-    fn put(&self, frames: &[Frame]) {
-        let kept = (!self.is_full()).then(|| self.store.append_all(frames));
+    /// Keeps frames that were verified and that the store lacks, if there is room. The worker
+    /// reports a fault; frames that cannot be kept are passed on all the same.
+    fn put(&self, frames: &[Frame], worker: &Worker) {
+        let append = || {
+            let appended = self.store.append_all(frames);
+            appended
+                .map_err(|fault| fault.context("relayed chunks are passed on without being kept"))
+        };
+        let kept = (!self.is_full()).then(|| worker.iterate_blocking(append));
         match kept {
             Some(Ok(bytes)) => {
                 self.bytes.fetch_add(bytes, Ordering::Relaxed);
                 self.unflushed.store(true, Ordering::Relaxed);
             }
-            failed => {
-                if let Some(Err(fault)) = failed {
-                    tracing::warn!(error = %fault, "relayed chunks are passed on without being kept");
-                }
+            Some(Err(_)) | None => {
                 let len: usize = frames.iter().map(Frame::len).sum();
                 self.unkept.fetch_add(len as u64, Ordering::Relaxed);
             }
@@ -97,20 +101,22 @@ impl Drop for Group {
     }
 }
 
-/// The thread; it ends, and is waited for, when this is dropped.
+/// The thread, the worker `relay-cache`; it ends, and is waited for, when this is dropped.
 pub(super) struct Keeper {
     queue: Option<mpsc::Sender<Group>>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Keeper {
-    pub(super) fn start(kept: Arc<RelayCache>) -> Result<Self, Fault> {
+    pub(super) fn start(kept: Arc<RelayCache>, workers: &Workers) -> Result<Self, Fault> {
+        let worker = workers.register("relay-cache", Pace::on_request());
         let (queue, mut groups) = mpsc::channel::<Group>(QUEUED_MAX);
         let work = move || {
             while let Some(group) = groups.blocking_recv() {
                 let _gate = kept.gate.blocking_read();
-                kept.put(&group.frames);
+                kept.put(&group.frames, &worker);
             }
+            worker.end();
         };
         let thread = std::thread::Builder::new()
             .name("relay-keeper".into())

@@ -123,7 +123,14 @@ fn fixture(site: Site, budget: u64) -> Fixture {
     let dir = tempfile::tempdir().unwrap();
     let site = Arc::new(site);
     let main = Store::open(&dir.path().join("store")).unwrap();
-    let relay = Relay::open(dir.path(), main.clone(), site.clone(), budget).unwrap();
+    let relay = Relay::open(
+        dir.path(),
+        main.clone(),
+        site.clone(),
+        budget,
+        &Workers::default(),
+    )
+    .unwrap();
     Fixture {
         dir,
         site,
@@ -229,7 +236,14 @@ async fn what_was_flushed_survives_and_the_own_store_is_used() {
     f.keeps_up().await;
     f.relay.flush().unwrap();
     drop(f.relay);
-    f.relay = Relay::open(f.dir.path(), f.main.clone(), f.site.clone(), 1 << 30).unwrap();
+    f.relay = Relay::open(
+        f.dir.path(),
+        f.main.clone(),
+        f.site.clone(),
+        1 << 30,
+        &Workers::default(),
+    )
+    .unwrap();
     f.ask("c", 0..10).await.unwrap();
     assert_eq!(f.asked().len(), 7);
 }

@@ -10,11 +10,12 @@ use std::time::Duration;
 
 use tokio::sync::OwnedMutexGuard;
 
-use super::{Runner, Running, SINKS};
+use super::{Runner, Running, Sinks};
 use base::durable;
 use base::fault::{Code, Fault, IoContext};
 use base::limits::{LEFTOVERS_AGAIN_AFTER, ROOT_USE_SAID_EVERY, SINK_STOP_MAX};
 use base::names::TransferId;
+use base::workers::{Pace, Worker, Workers};
 use model::transfer::State;
 use sink::Sink;
 use state::{TransferRow, Want};
@@ -184,41 +185,49 @@ impl Runner {
         Ok(())
     }
 
-    /// Removes unused content of the staging folders, now and after each cancellation, until the
-    /// daemon stops. Each sink has its own task.
-    pub async fn keep_clean(&self) {
-        let all: [_; SINKS] = self
-            .inner
-            .sinks
-            .all()
-            .map(|sink| self.keep_sink_clean(sink.clone()));
-        futures::future::join_all(all).await;
+    /// Starts the workers that remove unused content of the staging folders, now and after each
+    /// cancellation. Each sink has its own worker: a sink that hangs does not delay another one.
+    pub fn start_cleanup_workers(&self, workers: &Workers) {
+        let Sinks {
+            files,
+            labels,
+            images,
+        } = &self.inner.sinks;
+        for (name, sink) in [
+            ("cleanup-files", files),
+            ("cleanup-labels", labels),
+            ("cleanup-images", images),
+        ] {
+            workers.start(
+                name,
+                Pace::every(ROOT_USE_SAID_EVERY).long(),
+                &(self.clone(), sink.clone()),
+                |(this, sink), worker| async move { this.keep_sink_clean(sink, &worker).await },
+            );
+        }
     }
 
-    async fn keep_sink_clean(&self, sink: Arc<dyn Sink>) {
-        let mut said = None;
+    async fn keep_sink_clean(&self, sink: Arc<dyn Sink>, worker: &Worker) -> Result<(), Fault> {
         loop {
             let asked = self.inner.leftovers.notified();
-            let left = tokio::select! {
-                left = self.clean(&sink) => left,
-                () = self.inner.stop.cancelled() => return,
+            let cleaned = worker.iterate(async {
+                let cleaned = self.clean(&sink).await;
+                let renewed = sink.clone();
+                // An unavailable root is reported by the next transfer.
+                let _ = sink.threads().run(move || renewed.renew()).await;
+                let folder = sink.staging_root().display();
+                cleaned.map_err(|fault| {
+                    fault.context(format_args!(
+                        "unused staged content could not be removed from {folder}"
+                    ))
+                })
+            });
+            // The worker reports a fault, and tries again.
+            let pause = match cleaned.await {
+                Ok(()) => ROOT_USE_SAID_EVERY,
+                Err(_) => LEFTOVERS_AGAIN_AFTER,
             };
-            let again = left.is_err();
-            let renewed = sink.clone();
-            // An unavailable root is reported by the next transfer.
-            let _ = sink.threads().run(move || renewed.renew()).await;
-            if let Err(fault) = left
-                && said.as_ref() != Some(&fault.message)
-            {
-                tracing::warn!(folder = %sink.staging_root().display(), error = %fault, "unused staged content could not be removed; it is tried again");
-                said = Some(fault.message);
-            }
-            tokio::select! {
-                () = asked => {}
-                () = tokio::time::sleep(LEFTOVERS_AGAIN_AFTER), if again => {}
-                () = tokio::time::sleep(ROOT_USE_SAID_EVERY) => {}
-                () = self.inner.stop.cancelled() => return,
-            }
+            let _ = tokio::time::timeout(pause, asked).await;
         }
     }
 

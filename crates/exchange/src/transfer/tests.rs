@@ -10,6 +10,7 @@ use super::*;
 use crate::chunk_index::ChunkIndex;
 use base::fault::Reason;
 use base::names::RelPath;
+use base::workers::Workers;
 use content::chunk::DEFAULT_CHUNKING;
 use content::manifest::{FileInfo, KindInfo, Totals};
 use content::store::Store;
@@ -453,8 +454,8 @@ async fn a_commit_that_is_resumed_waits_for_its_turn_as_well() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_transfer_that_the_hub_does_not_know_any_more_leaves_nothing() {
     let bench = Bench::new().await;
-    let clean = bench.runner.clone();
-    tokio::spawn(async move { clean.keep_clean().await });
+    let workers = Workers::default();
+    bench.runner.start_cleanup_workers(&workers);
     bench.apply(&[desired("t-1", 0, Want::Run)]).await;
     bench
         .wait("t-1", "planning", |row| {

@@ -28,8 +28,14 @@ impl FalseHub {
             Arc::new(HubIdentity::open_or_create(&hub.data_dir, &name).expect("the hub's keys"));
         let _within = RUNTIME.enter();
         let line = over(packhorse::config::Transport::Auto);
-        let listener = Listener::bind(hub.quic, identity, &line, CONNECTION_SEND_BYTES_MAX)
-            .expect("bind the hub's address");
+        let listener = Listener::bind(
+            hub.quic,
+            identity,
+            &line,
+            CONNECTION_SEND_BYTES_MAX,
+            &base::workers::Workers::default(),
+        )
+        .expect("bind the hub's address");
         Self { listener }
     }
 

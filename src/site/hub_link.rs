@@ -1,0 +1,190 @@
+//! The connection to the hub, as the other components of a site use it.
+//!
+//! Owns the current connection, the reason why there is none, and the certificate of this site. `connection` sets them; whatever
+//! asks the hub a question asks it here. Only the certificate survives a crash.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use tokio::sync::watch;
+
+use base::fault::{Fault, Retry};
+use exchange::wire;
+use model::protocol::{AskHub, renewal};
+use transport::Link;
+use transport::identity::SiteIdentity;
+
+/// The connection to the hub.
+pub(super) struct HubLink {
+    identity: watch::Sender<Arc<SiteIdentity>>,
+    link: watch::Sender<Option<Link>>,
+    /// Why there is no connection: the fault of the last attempt.
+    fault: Mutex<Option<Fault>>,
+    data_dir: PathBuf,
+}
+
+impl HubLink {
+    /// No connection yet.
+    pub(super) fn new(identity: SiteIdentity, data_dir: PathBuf) -> Self {
+        Self {
+            identity: watch::Sender::new(Arc::new(identity)),
+            link: watch::Sender::new(None),
+            fault: Mutex::default(),
+            data_dir,
+        }
+    }
+
+    /// The certificate of this site.
+    pub(super) fn identity(&self) -> Arc<SiteIdentity> {
+        self.identity.borrow().clone()
+    }
+
+    /// The same, and each later one.
+    pub(super) fn watch_identity(&self) -> watch::Receiver<Arc<SiteIdentity>> {
+        self.identity.subscribe()
+    }
+
+    /// The current connection.
+    pub(super) fn link(&self) -> Option<Link> {
+        self.link.borrow().clone()
+    }
+
+    /// The same, and each later one.
+    pub(super) fn watch_link(&self) -> watch::Receiver<Option<Link>> {
+        self.link.subscribe()
+    }
+
+    /// Why there is no connection, if an attempt failed.
+    pub(super) fn fault(&self) -> Option<Fault> {
+        self.fault.lock().clone()
+    }
+
+    /// There is a connection; it replaces an earlier one.
+    pub(super) fn connected(&self, link: Link) {
+        *self.fault.lock() = None;
+        self.link.send_replace(Some(link));
+    }
+
+    /// There is no connection any more. Returns the last one, which the caller closes.
+    pub(super) fn disconnected(&self) -> Option<Link> {
+        self.link.send_replace(None)
+    }
+
+    /// An attempt to connect failed. Returns whether the reason is another than before.
+    pub(super) fn failed(&self, fault: &Fault) -> bool {
+        let before = self.fault.lock().replace(fault.clone());
+        !before.is_some_and(|before| says_the_same(&before.message, &fault.message))
+    }
+
+    /// Asks the hub.
+    pub(super) async fn ask<T: serde::de::DeserializeOwned + Send + 'static>(
+        &self,
+        question: &AskHub,
+    ) -> Result<T, Fault> {
+        match self.link() {
+            Some(link) if matches!(question, AskHub::Publish { .. }) => {
+                wire::ask_to_move(&link, question).await
+            }
+            Some(link) => wire::ask(&link, question).await,
+            None => {
+                let fault = Fault::unreachable("there is no connection to the hub")
+                    .with_retry(Retry::Never);
+                Err(match self.fault() {
+                    Some(why) => fault.with_next(why.next).context(why.message),
+                    None => fault,
+                })
+            }
+        }
+    }
+
+    /// Requests a new certificate over `link` when the current one is old.
+    pub(super) async fn renew(&self, link: &Link) {
+        let identity = self.identity();
+        if !identity.needs_renewal() {
+            return;
+        }
+        match self.request_renewal(&identity, link).await {
+            Ok(()) => tracing::info!("the certificate was renewed"),
+            Err(fault) => {
+                tracing::warn!(error = %fault, "the certificate could not be renewed; tried again in an hour");
+            }
+        }
+    }
+
+    async fn request_renewal(&self, identity: &SiteIdentity, link: &Link) -> Result<(), Fault> {
+        let request = identity.make_renewal_request()?;
+        let question = AskHub::Renew {
+            request: renewal(request.csr_der())?,
+        };
+        let answer: String = wire::ask(link, &question).await?;
+        let malformed = |_| Fault::integrity("the hub sent a malformed certificate");
+        let cert = hex::decode(answer).map_err(malformed)?;
+        let renewed = request.complete(&cert, identity.ca_der())?;
+        renewed.save(&self.data_dir)?;
+        self.identity.send_replace(Arc::new(renewed));
+        Ok(())
+    }
+}
+
+/// Whether two messages differ in their numbers only: in a time, or in how often something was tried.
+fn says_the_same(a: &str, b: &str) -> bool {
+    fn words(text: &str) -> impl Iterator<Item = char> {
+        text.chars().filter(|c| !c.is_ascii_digit())
+    }
+    words(a).eq(words(b))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use base::fault::Code;
+    use transport::identity::{CertificateRequest, HubIdentity};
+
+    fn hub_link(dir: &std::path::Path) -> HubLink {
+        let hub = HubIdentity::open_or_create(&dir.join("hub"), &"hub".parse().unwrap()).unwrap();
+        let request = CertificateRequest::new().unwrap();
+        let cert = hub
+            .issue_for(&"east".parse().unwrap(), request.csr_der())
+            .unwrap();
+        HubLink::new(
+            request.complete(&cert, hub.ca_der()).unwrap(),
+            dir.to_owned(),
+        )
+    }
+
+    #[test]
+    fn a_refusal_that_names_the_time_is_new_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let hub = hub_link(dir.path());
+        let refusal = |time: &str, why: &str| {
+            Fault::unreachable(format!(
+                "the hub refused this site: the certificate {why}, and the clock of the hub says {time}"
+            ))
+        };
+        assert!(hub.failed(&refusal("2028-01-04T08:28:21.142Z", "has expired")));
+        assert!(!hub.failed(&refusal("2028-01-04T08:28:36.09Z", "has expired")));
+        assert!(hub.failed(&refusal("2028-01-04T08:28:36.09Z", "is another site's")));
+    }
+
+    #[tokio::test]
+    async fn without_a_connection_a_question_fails_at_once_with_the_reason() {
+        let dir = tempfile::tempdir().unwrap();
+        let hub = hub_link(dir.path());
+        let ask = async || {
+            hub.ask::<()>(&AskHub::ShowRun("r".parse().unwrap()))
+                .await
+                .unwrap_err()
+        };
+        assert_eq!(ask().await.message, "there is no connection to the hub");
+        hub.failed(&Fault::unreachable("hub:7443 does not answer").with_next("start the hub"));
+        let fault = ask().await;
+        assert_eq!((fault.code, fault.retry), (Code::Unreachable, Retry::Never));
+        assert_eq!(
+            fault.message,
+            "hub:7443 does not answer: there is no connection to the hub"
+        );
+        assert_eq!(fault.next, "start the hub");
+        assert!(hub.link().is_none() && hub.disconnected().is_none());
+    }
+}
