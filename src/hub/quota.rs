@@ -624,7 +624,7 @@ mod tests {
                 }
             }
         }
-        // 4 MiB, and one more that the first offer may exceed its totals by.
+        // 4 MiB, and 1 MiB by which the first offer may exceed its totals.
         assert!(
             (32..=40).contains(&kept),
             "{kept} pages of 128 KiB were stored"

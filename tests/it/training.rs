@@ -24,7 +24,7 @@ const SIDE: usize = 12;
 const CLASSES: [&str; 2] = ["clean", "scratched"];
 
 /// The trainer. It reads its rows from SQLite if the site uses SQLite, otherwise from the JSON
-/// Lines besides the database, because Python has no PostgreSQL client of its own.
+/// Lines files, because Python's standard library has no PostgreSQL client.
 pub(crate) const TRAINER: &str = r#"
 import json, math, os, sqlite3, subprocess, sys, time
 mode, folder, path = sys.argv[1], sys.argv[2], sys.argv[-1]
