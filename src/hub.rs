@@ -1,5 +1,5 @@
-//! The hub: keeps the catalogue and the store, tells sites what they should hold, and gives them
-//! the bytes.
+//! The hub: owns the catalogue and the store, sends each site its desired state, and sends the
+//! content that sites request.
 
 mod backend;
 mod entitlement;
@@ -60,9 +60,9 @@ use transport::{Arrival, Link, Listener};
 use entitlement::Entitlement;
 pub(crate) use runs::lineage_view;
 
-/// Artifacts kept open for sites that read them.
+/// Artifacts that stay open for sites that read them.
 const OPENED_MAX: usize = 64;
-/// What one site may have of the budget, bytes: enough answers to keep a fast line full.
+/// The largest part of the budget for one site, in bytes: enough answers to fill a fast connection.
 const SITE_SHARE_MAX: u64 = 12 << 20;
 
 /// The hub. Cheap to clone.
@@ -78,18 +78,18 @@ struct Inner {
     identity: Arc<HubIdentity>,
     listener: Listener,
     links: Links,
-    /// The sites as sources of bytes.
+    /// The sites as sources of content.
     upstream: Arc<dyn Upstream>,
     relay: Relay,
     relay_memory: Mutex<relay::Memory>,
-    /// Bytes that crossed the lines from sites for the relay.
+    /// Bytes that sites have transmitted for the relay.
     relay_wire: Arc<AtomicU64>,
     opened: Mutex<Vec<Arc<Opened>>>,
     entitlement: Entitlement,
     jobs: Jobs,
     /// Manifests that were checked since the daemon started.
     checked_manifests: Arc<Mutex<manifests::Checked>>,
-    /// The bytes read for sites and not yet sent.
+    /// The bytes that are read for peers and not yet sent.
     budget: Budget,
     /// The bytes of questions that are being answered…
     questions: Budget,
@@ -97,30 +97,30 @@ struct Inner {
     messages: Budget,
     /// The blocking work of each site and publisher.
     work: WorkPlaces,
-    /// What is being published over the lines.
+    /// The reserved quotas of running publishes of sites and publishers.
     reserved: quota::Reserved,
-    /// How fast each site may report…
+    /// The rate limit for reports…
     reports: quota::RateLimiter,
-    /// …and ask for changes.
+    /// …and for requests that change something.
     changes: quota::RateLimiter,
-    /// Over which line a publisher sends what.
+    /// The connection of each running upload.
     uploads: Mutex<HashMap<(PublisherName, ArtifactRef), Link>>,
-    /// The bytes that an upload was found to have no room for.
+    /// The space in bytes that an upload lacked.
     short_of: Mutex<ExpiringCache<Digest, u64>>,
-    /// Held by the collection that runs. Publishes hold leases of the store instead, and wait for
-    /// none.
+    /// Held by a running garbage collection. Publishes hold leases of the store instead, and do not
+    /// wait for it.
     collecting: Arc<tokio::sync::Mutex<()>>,
-    /// Events of training runs are taken one after the other.
+    /// Events of training runs are applied one at a time.
     runs: tokio::sync::Mutex<()>,
     workers: Workers,
     tasks: TaskTracker,
     stop: CancellationToken,
 }
 
-/// The lines that are up.
+/// The open connections of sites.
 type Links = Arc<RwLock<HashMap<SiteName, Connected>>>;
 
-/// A site's line.
+/// A site's connection.
 #[derive(Clone)]
 struct Connected {
     link: Link,
@@ -128,7 +128,7 @@ struct Connected {
 }
 
 impl Hub {
-    /// Opens the hub's state and binds its line.
+    /// Opens the hub's state and binds its transport.
     pub async fn open(config: Config, stop: CancellationToken) -> Result<Self, Fault> {
         durable::remove_all(&config.data_dir.join("scratch"))?;
         refuse_a_part(
@@ -152,7 +152,7 @@ impl Hub {
         let catalogue = Catalogue::open(&config.data_dir).await?;
         let entitlement = Entitlement::new(catalogue.clone(), share.transpose()?);
         let published = catalogue.any_artifact().await?;
-        // Where only the index is lost, the store says what to do.
+        // If only the index is lost, the store reports the next step.
         let needed = published && !has_packs(&config.data_dir);
         refuse_a_part(
             &config.data_dir,
@@ -200,8 +200,8 @@ impl Hub {
         let (relay_memory, opened, uploads, short_of, collecting, runs, checked_manifests) =
             Default::default();
         let tasks = TaskTracker::new();
-        // Three eighths of it are for content and an eighth is for messages: what the lines hold to
-        // send is the other half.
+        // Three eighths are for content, and an eighth is for messages. The other half is for the
+        // send buffers of connections.
         let budget = Budget::new(config.limits.memory / 8 * 3, SITE_SHARE_MAX);
         let questions = Budget::new(config.limits.memory / 16, QUESTIONS_BYTES_MAX);
         let messages = Budget::new(config.limits.memory / 16, CONTROL_FRAME_BYTES_MAX as u64);
@@ -276,7 +276,7 @@ impl Hub {
 
     /// Accepts sites, publishers and requests to join until the daemon stops.
     async fn accept_connections(&self, worker: &Worker) -> Result<(), Fault> {
-        let refused_joins = Tally::new("a join was refused");
+        let refused_joins = Tally::new("a join request was refused");
         loop {
             let arrival = tokio::select! {
                 arrival = self.inner.listener.accept() => arrival,
@@ -317,7 +317,7 @@ impl Hub {
         }
     }
 
-    /// Closes every line and waits for what runs.
+    /// Closes every connection, and waits for running work.
     pub async fn stopped(&self) {
         self.inner.listener.close();
         let links: Vec<Link> = self
@@ -447,8 +447,8 @@ impl Library for Hub {
     }
 }
 
-/// The page of a relayed artifact whose children are asked for. The root and what it lists are
-/// always here.
+/// The page of a relayed artifact whose children are requested. The hub always has the root and the
+/// pages that it lists.
 fn relayed_page(opened: &Opened, wanted: &Wanted) -> Option<Hash> {
     match wanted {
         Wanted::Children { page, .. } if opened.relayed => Some(*page),
@@ -456,14 +456,15 @@ fn relayed_page(opened: &Opened, wanted: &Wanted) -> Option<Hash> {
     }
 }
 
-/// A hub that lost a part of its state must not begin a new one beside the rest: an empty catalogue
-/// would let `gc` free the whole store, and a new CA would lock every site out.
+/// Refuses to start if a part of the hub's state is lost. A new, empty part would do damage: with
+/// an empty catalogue `gc` would remove the whole store, and a new CA would refuse every enrolled
+/// site.
 fn refuse_a_part(data_dir: &Path, part: &str, needed: bool, why: &str) -> Result<(), Fault> {
     if !needed || data_dir.join(part).exists() {
         return Ok(());
     }
     Err(Fault::config(format!("{} is missing, and {why}: a part of the hub's state is lost", data_dir.join(part).display())).with_next(
-        format!("stop the hub and restore the whole of {} from a backup; to begin anew, move that folder away", data_dir.display()),
+        format!("stop the hub and restore the complete directory {} from a backup; to start with an empty hub, move that directory to another location", data_dir.display()),
     ))
 }
 
@@ -472,8 +473,8 @@ fn has_packs(data_dir: &Path) -> bool {
         .is_ok_and(|mut packs| packs.next().is_some())
 }
 
-/// Eight bytes of a name, for sets of what is alive: a dead chunk that shares them with a live one
-/// is kept, which harms nobody.
+/// Eight bytes of a hash, for sets of content in use. An unused chunk with the same eight bytes as
+/// a used one is kept, which has no effect.
 fn short(id: ShortHash) -> u64 {
     u64::from_le_bytes([id[0], id[1], id[2], id[3], id[4], id[5], id[6], id[7]])
 }

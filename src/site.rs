@@ -1,8 +1,10 @@
-//! A site: connects to the hub, and runs the transfers that the hub wants.
+//! A site: connects to the hub, and executes the transfers that the hub requests.
 //!
-//! [`Site`] puts the components together and starts their workers: `hub_link` (the connection as the others use it), `connection` (keeps it,
-//! does what the hub wants), `publish` (publishing in place), `watch` (checks what was published), `runs` (training runs), `index` (the
-//! chunk index). `backend` answers the API. `serve` calls it. Each component says what of it survives a crash.
+//! [`Site`] creates the components and starts their workers: `hub_link` (the connection, as the
+//! other components use it), `connection` (keeps the connection, executes the desired state),
+//! `publish` (publishing in place), `watch` (checks published content), `runs` (training runs),
+//! `index` (the chunk index). `backend` implements the API. `serve` calls this module. Each
+//! component states which of its state survives a crash.
 
 mod backend;
 mod connection;
@@ -60,7 +62,7 @@ struct Inner {
     workers: Workers,
 }
 
-/// What a site has opened, for its components. Cheap to clone.
+/// The opened state of a site, for its components. Cheap to clone.
 #[derive(Clone)]
 struct Opened {
     config: Arc<Config>,
@@ -68,19 +70,19 @@ struct Opened {
     shared: AssemblyContext,
     sinks: Sinks,
     runner: Runner,
-    /// Gives the hub what was published here, or was delivered.
+    /// Reads published and delivered content for the hub.
     reader: InPlaceReader,
     tasks: TaskTracker,
     stop: CancellationToken,
 }
 
-/// What of the daemon's budget is for what, in bytes.
+/// The parts of the daemon's memory budget, in bytes.
 struct Memory {
-    /// Asked for by transfers and not yet written.
+    /// Requested by transfers and not yet written.
     to_fetch: u64,
-    /// Read for the hub and not yet given to the line.
+    /// Read for the hub and not yet passed to the connection.
     to_read: u64,
-    /// Buffered by the line for sending.
+    /// In the send buffer of the connection.
     to_send: u64,
 }
 
@@ -99,7 +101,7 @@ impl Site {
     pub async fn open(config: Config, stop: CancellationToken) -> Result<Self, Fault> {
         let Some(identity) = SiteIdentity::load(&config.data_dir)? else {
             return Err(Fault::not_allowed(format!(
-                "site {} has not joined a hub yet: {} holds no certificate",
+                "site {} has not joined a hub yet: {} has no certificate",
                 config.name,
                 config.data_dir.display()
             ))
@@ -109,7 +111,7 @@ impl Site {
         };
         if *identity.holder() != Peer::Site(config.name.clone()) {
             return Err(Fault::config(format!(
-                "the config says that this is site {}, its certificate says {}",
+                "the name in the configuration is {}, but the certificate is for {}",
                 config.name,
                 identity.holder()
             ))
@@ -119,7 +121,7 @@ impl Site {
         lost::note(&config.data_dir)?;
         let catalogue = Catalogue::open(&config.data_dir).await?;
         let data = config.data_dir.clone();
-        // Whatever came here, or is on its way, has rows in there.
+        // Each delivered artifact, and each open transfer, has rows in the chunk index.
         let expected = catalogue.any_artifact().await?
             || !catalogue.open_transfers(&config.name).await?.is_empty();
         let (store, places) = blocking(move || {
@@ -213,7 +215,7 @@ impl Site {
         };
         inner.publications.clean().await?;
         if let Err(fault) = inner.index.follow_roots().await {
-            tracing::error!(error = %fault, "the new root of a sink could not be noted; the next start of the daemon tries again");
+            tracing::error!(error = %fault, "the new root of a sink could not be stored; the next start of the daemon tries again");
         }
         opened.runner.start().await?;
         let workers = &inner.workers;
@@ -259,12 +261,12 @@ impl Site {
         &self.inner.workers
     }
 
-    /// Waits for what runs; each transfer writes down where it is.
+    /// Waits for running work. Each transfer stores its position.
     pub async fn stopped(&self) {
         let opened = &self.inner.opened;
         opened.runner.drained().await;
         if let Some(link) = self.inner.hub.disconnected() {
-            // Else the hub would take it for online until it had been silent for long.
+            // Otherwise the hub would show the site as online until the timeout for silence.
             link.close_and_flush("the site stops").await;
         }
         opened.tasks.close();

@@ -1,6 +1,6 @@
-//! Fetching ahead: what is on its way to sites that are away is brought to the hub meanwhile, for
-//! its source may be away when they are back. The worker `prefetch` runs it; what comes is kept like
-//! all that is relayed.
+//! Prefetching: the hub fetches content for offline sites from online sources, because the source
+//! may be offline when the site reconnects. The worker `prefetch` runs this; prefetched content is
+//! stored like all relayed content.
 
 use std::collections::{HashMap, HashSet};
 use std::time::{Duration, Instant};
@@ -20,22 +20,24 @@ use exchange::fetch::Child;
 use exchange::relay::{Of, Relay};
 use transport::PRIORITY_BULK;
 
-/// Artifacts that are fetched ahead at once.
+/// Artifacts that are prefetched at once.
 const AHEAD_ARTIFACTS_MAX: usize = 2;
-/// Requests on the way for one of them.
+/// Requests in flight for one of them.
 const AHEAD_IN_FLIGHT_MAX: usize = 8;
-/// Requests that wait for their turn.
+/// Requests that are queued.
 const AHEAD_QUEUED_MAX: usize = 8;
-/// The pause before what could not be fetched ahead is tried again…
+/// The pause before a failed prefetch is repeated…
 const AHEAD_AGAIN: Duration = Duration::from_secs(60);
-/// …and when that may pass by itself, though a source is there: its disk may be away.
+/// …and the pause if the failure is temporary although a source is online, for example if its disk
+/// is offline.
 const AHEAD_AGAIN_SOON: Duration = Duration::from_secs(10);
 
 impl Hub {
-    /// Fetches what is on its way to sites that are away from sites that are there.
+    /// Fetches content for offline sites from sites that are online.
     pub(super) async fn keep_prefetching(&self, worker: &Worker) -> Result<(), Fault> {
         let all = self.inner.stop.child_token();
-        // The fetches end with this: a restarted worker does not begin a second one of the same.
+        // The fetches end with this worker, so that a restarted worker does not start a second
+        // fetch of the same artifact.
         let _ends_with_this = all.clone().drop_guard();
         let mut running: HashMap<Digest, (CancellationToken, tokio::task::JoinHandle<()>)> =
             HashMap::new();
@@ -44,7 +46,7 @@ impl Hub {
             running.retain(|_, (_, task)| !task.is_finished());
             let wanted = worker.iterate(async {
                 let wanted = self.wanted_ahead().await;
-                wanted.map_err(|fault| fault.context("find out what to prefetch"))
+                wanted.map_err(|fault| fault.context("determine what to prefetch"))
             });
             // The worker reports a fault, and tries again.
             if let Ok(wanted) = wanted.await {
@@ -65,20 +67,20 @@ impl Hub {
                     }
                 }
             }
-            // It ends after a while too: what failed gets its next try however quiet the catalogue
-            // is.
+            // This also ends after a while, so that a failed prefetch is repeated without a change
+            // in the catalogue.
             watch.changed().await;
         }
     }
 
-    /// What should be fetched ahead now, in its order: every target is away, one may have it, a
-    /// source is there, and there is room.
+    /// The artifacts to prefetch now, in order. For each, every target is offline, at least one
+    /// target may receive it, a source is online, and there is space.
     async fn wanted_ahead(&self) -> Result<Vec<Digest>, Fault> {
         if self.inner.relay.is_full() {
             return Ok(Vec::new());
         }
         let open = self.inner.catalogue.relayed_open().await?;
-        // Whoever is there asks for what he lacks, which is less than all of it.
+        // An online site itself requests the chunks that it lacks, which are fewer.
         let served: HashSet<Digest> = open
             .iter()
             .filter(|(_, site)| self.is_online(site))
@@ -114,40 +116,40 @@ impl Hub {
                 out.push(digest);
             }
         }
-        // What failed goes behind all that did not fail since: else it would take every turn.
+        // A failed artifact goes to the end of the list, otherwise it would block the others.
         let memory = self.inner.relay_memory.lock();
         out.sort_by_key(|digest| memory.failed.get(digest).map(|(at, _)| *at));
         Ok(out)
     }
 
     async fn fetch_ahead(&self, digest: Digest, stop: &CancellationToken) {
-        tracing::info!(%digest, "fetching ahead for a site that is away");
+        tracing::info!(%digest, "prefetching for an offline site");
         let result = tokio::select! {
             result = self.fetch_whole(digest) => result,
             () = stop.cancelled() => return,
         };
         let fault = match result {
             Ok(true) => {
-                tracing::info!(%digest, "fetched ahead");
+                tracing::info!(%digest, "prefetched");
                 let mut memory = self.inner.relay_memory.lock();
                 memory.whole.insert(digest);
                 memory.failed.remove(&digest);
                 return;
             }
             Ok(false) => {
-                tracing::info!(%digest, "fetching ahead waits for room");
+                tracing::info!(%digest, "prefetching waits for space");
                 return;
             }
             Err(fault) => fault,
         };
-        tracing::warn!(%digest, error = %fault, "it could not be fetched ahead");
+        tracing::warn!(%digest, error = %fault, "the prefetch failed");
         let rests = if fault.retry == Retry::Never || fault.code == Code::NoSpace {
             AHEAD_AGAIN
         } else {
             AHEAD_AGAIN_SOON
         };
-        // A source that is away says so when it is back; all else would be tried in vain at every
-        // change.
+        // If the source is offline, its next connection triggers another attempt. Any other failure
+        // needs a pause, otherwise each change would trigger a useless attempt.
         let away = self
             .inner
             .upstream
@@ -163,7 +165,7 @@ impl Hub {
         }
     }
 
-    /// Brings all of an artifact into the relay's store; `false` when there is no room for it.
+    /// Fetches a whole artifact into the relay's store; `false` if there is no space for it.
     async fn fetch_whole(&self, digest: Digest) -> Result<bool, Fault> {
         let inner = &self.inner;
         let Some(row) = inner.catalogue.by_digest(digest).await? else {
@@ -191,7 +193,7 @@ impl Hub {
                         return Err(Fault::no_space("the relay's budget is used up"));
                     }
                     let bytes: u64 = children.iter().map(|c| u64::from(c.chunk.len)).sum();
-                    // As a peer of its own, beside those that ask.
+                    // Prefetching has its own share of the budget, besides the peers.
                     let own = Peer::Hub(inner.config.name.clone());
                     let _share = inner.budget.take(&own, bytes, 0).await?;
                     let unkept = inner.relay.unkept_bytes();
@@ -208,7 +210,7 @@ impl Hub {
                         .await?;
                     if inner.relay.unkept_bytes() != unkept {
                         return Err(Fault::no_space(
-                            "the hub's disk takes no more relayed bytes",
+                            "the hub's disk has no space for more relayed content",
                         ));
                     }
                     Ok(())
@@ -224,8 +226,8 @@ impl Hub {
     }
 }
 
-/// Lists what is lacking of an artifact, in requests of about [`FETCH_BATCH_BYTES`]. Ends early
-/// when nobody listens.
+/// Lists the missing chunks of an artifact, in requests of about [`FETCH_BATCH_BYTES`]. Ends early
+/// when the receiver is closed.
 fn list_lacking(
     root: &Root,
     pages: &Store,

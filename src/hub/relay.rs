@@ -1,5 +1,5 @@
-//! Artifacts whose bytes live at sites: who is asked for them, and what is kept of them for how
-//! long.
+//! Artifacts whose content is at sites: selects the sources for the relay, and decides how long
+//! relayed content is kept.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -27,23 +27,23 @@ use exchange::relay::{Holder, Of, Relay, Sent, TOGETHER_BYTES, Upstream};
 use model::protocol::Wanted;
 use state::{Catalogue, RelayedArtifact};
 
-/// How often the relay's store is made durable.
+/// How often the relay's store is flushed.
 const FLUSH_EVERY: Duration = Duration::from_secs(1);
-/// How often it is looked for what may go, unless it may go sooner than that.
+/// How often expired content is evicted, unless it expires sooner.
 const EVICT_EVERY: Duration = Duration::from_secs(60);
-/// How often while the budget is used up, and how often at the most.
+/// How often while the budget is used up; also the shortest interval.
 const EVICT_EVERY_WHEN_FULL: Duration = Duration::from_secs(5);
-/// So long it is believed where an artifact lies: it is asked for each request that goes to a site.
+/// How long the sources of an artifact are cached: they are needed for each request to a site.
 const SOURCES_FOR: Duration = Duration::from_secs(1);
-/// Uses that follow each other sooner are noted once.
+/// Several uses within this time are recorded once.
 const USED_EVERY: Duration = Duration::from_secs(10);
 
-/// The hub's lines, as the relay sees them.
+/// The connections to sites, as sources of the relay.
 pub(super) struct RelayLinks {
     pub(super) links: Links,
     pub(super) catalogue: Catalogue,
     pub(super) wire: Arc<AtomicU64>,
-    /// The sites that hold an artifact, connected or not, and whether it was published there.
+    /// The sites that have an artifact, connected or not, and whether it was published there.
     pub(super) known: Mutex<ExpiringCache<Digest, Vec<(SiteName, bool)>>>,
 }
 
@@ -53,7 +53,8 @@ impl RelayLinks {
             return Ok(known.clone());
         }
         let found = self.catalogue.sources(digest).await?;
-        // Whoever waits for a source sees it at once.
+        // An empty result is not cached, so that a transfer that waits for a source sees it at
+        // once.
         if !found.is_empty() {
             self.known.lock().put(digest, found.clone(), SOURCES_FOR);
         }
@@ -110,19 +111,19 @@ impl Upstream for RelayLinks {
     }
 }
 
-/// What of the relay lives as long as the daemon.
+/// The state of the relay in memory.
 #[derive(Default)]
 pub(super) struct Memory {
-    /// The artifacts whose use was just noted.
+    /// The artifacts whose use was recorded recently.
     used: ExpiringCache<Digest, ()>,
-    /// What was fetched ahead whole.
+    /// The artifacts that were prefetched completely.
     pub(super) whole: HashSet<Digest>,
-    /// What could not be fetched ahead: when that was, and how long it rests.
+    /// The failed prefetches: the time of the failure, and the pause.
     pub(super) failed: HashMap<Digest, (Instant, Duration)>,
 }
 
 impl Hub {
-    /// Notes that relayed bytes were asked for: the longest unused go first.
+    /// Records a use of relayed content: the least recently used artifact is evicted first.
     pub(super) async fn note_use(&self, digest: Digest) {
         {
             let mut memory = self.inner.relay_memory.lock();
@@ -132,17 +133,16 @@ impl Hub {
             memory.used.put(digest, (), USED_EVERY);
         }
         if let Err(fault) = self.inner.catalogue.relay_used(digest).await {
-            tracing::warn!(%digest, error = %fault, "the use of relayed bytes could not be noted");
+            tracing::warn!(%digest, error = %fault, "the use of relayed content could not be recorded");
         }
     }
 
-    /// Starts the workers that keep relayed content durable and within its budget, and that
-    /// prefetch.
+    /// Starts the workers that flush and evict relayed content, and that prefetch.
     pub(super) fn start_relay_workers(&self, workers: &Workers) {
         workers.repeat("relay-flush", FLUSH_EVERY, self, |this| async move {
             let relay = this.inner.relay.clone();
             let flushed = blocking(move || relay.flush()).await;
-            flushed.map_err(|fault| fault.context("make relayed content durable"))
+            flushed.map_err(|fault| fault.context("flush relayed content"))
         });
         let evict_every = EVICT_EVERY
             .min(self.inner.config.relay.keep)
@@ -161,11 +161,11 @@ impl Hub {
         );
     }
 
-    /// Makes relayed content durable when the daemon stops.
+    /// Flushes relayed content when the daemon stops.
     pub(super) async fn flush_relay_at_end(&self) {
         let relay = self.inner.relay.clone();
         if let Err(fault) = blocking(move || relay.flush()).await {
-            tracing::warn!(error = %fault, "relayed content could not be made durable");
+            tracing::warn!(error = %fault, "relayed content could not be flushed");
         }
     }
 
@@ -182,7 +182,7 @@ impl Hub {
         }
     }
 
-    /// Evicts what is too old, and while the budget is used up the longest unused.
+    /// Evicts expired artifacts, and while the budget is used up, the least recently used one.
     pub(super) async fn evict(&self) -> Result<u64, Fault> {
         let keep = self.inner.config.relay.keep.as_millis() as i64;
         let mut freed = 0;
@@ -223,20 +223,20 @@ impl Hub {
             .inner
             .relay
             .evict(|| async move {
-                // Nobody puts now, so what is noted as kept is all there is. A pin or a transfer
-                // may have come meanwhile.
+                // No content is added now, so the recorded artifacts are complete. An artifact may
+                // have been pinned or transferred since it was selected.
                 let kept = catalogue.relay_kept().await?;
                 let stays = |k: &RelayedArtifact| !gone.contains(&k.digest) || k.pinned || k.open;
                 let stay: Vec<RelayedArtifact> = kept.iter().filter(|k| stays(k)).cloned().collect();
                 for left in kept.iter().filter(|k| !stays(k)) {
                     catalogue.relay_evicted(&left.artifact).await?;
-                    tracing::info!(artifact = %left.artifact, "relayed bytes are evicted");
+                    tracing::info!(artifact = %left.artifact, "relayed content is evicted");
                 }
                 let live = blocking(move || {
                     let (mut live, mut seen) = (Live::new(), HashSet::new());
                     for RelayedArtifact { artifact, digest, .. } in stay {
-                        // What cannot be read is not kept, and is fetched again when it is asked
-                        // for. Each is reported once.
+                        // Content below an unreadable page is not kept, and is fetched again when
+                        // it is requested. Each manifest is reported once.
                         let Some(root) = all.root(digest)? else { continue };
                         let is_new = !checked.lock().contains_key(&digest);
                         if is_new {
@@ -260,7 +260,7 @@ impl Hub {
         Ok(freed)
     }
 
-    /// What the metrics say of the relay.
+    /// The metrics of the relay.
     pub(super) fn relay_metrics(&self) -> String {
         let relay: &Relay = &self.inner.relay;
         let wire = self.inner.relay_wire.load(Ordering::Relaxed);

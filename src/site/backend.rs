@@ -1,4 +1,5 @@
-//! What a site can be asked over its API. What only the hub can decide is passed on to it.
+//! The site's implementation of the API. Requests that only the hub can decide are forwarded to the
+//! hub.
 
 use std::fmt::Write as _;
 use std::sync::Arc;
@@ -26,13 +27,13 @@ use model::run;
 use sink::{Incoming, Look};
 use state::{ArtifactRow, DeliveryRow, TransferRow};
 
-/// Marks a cursor as the hub's: the two count by themselves, and what one has told says nothing of
-/// what the other has. Whoever comes with one to the other is told all.
+/// Marks a cursor as the hub's. Hub and site count independently, so a cursor of one has no meaning
+/// for the other. A client that uses a cursor with the other daemon receives all transfers.
 const OF_HUB: u64 = 1 << 52;
 
 impl Site {
-    /// Re-reads what this site holds of an artifact. One line a fault; what else is not as it was
-    /// delivered is noted.
+    /// Reads and checks this site's copy of an artifact. Returns one line for each fault; other
+    /// differences are notes.
     async fn verify_now(
         &self,
         row: ArtifactRow,
@@ -40,13 +41,13 @@ impl Site {
         progress: Arc<JobProgress>,
     ) -> Result<Vec<String>, Fault> {
         let Some(place) = row.place.clone() else {
-            return Ok(vec![format!("{} is not held here", row.artifact)]);
+            return Ok(vec![format!("this site has no copy of {}", row.artifact)]);
         };
         progress.doing(format!("re-reading {}", row.artifact));
         if row.published {
             if quick {
                 progress.note(
-                    "it was published here, of which there is no quick check: its content was read",
+                    "it was published here, and there is no quick check for that: its content was read",
                 );
             }
             let origin = self.inner.opened.reader.clone();
@@ -82,12 +83,14 @@ impl Site {
                 "{} was not verified: {why}",
                 incoming.artifact
             ))
-            .with_next("when the registry gives the image out, run 'packhorse verify' again"));
+            .with_next(
+                "run 'packhorse verify' again when the registry allows a pull of the image",
+            ));
         }
         notes.into_iter().for_each(|note| progress.note(note));
-        // A repair leaves it where it is, so it is named before.
+        // A repair keeps additional files, so they are reported before it.
         progress.doing(format!(
-            "looking for what lies beside {}",
+            "looking for additional files of {}",
             incoming.artifact
         ));
         if let Some(note) = beside(
@@ -104,7 +107,7 @@ impl Site {
         Ok(faults)
     }
 
-    /// Asks the hub to bring an artifact again, of which something is gone or damaged here.
+    /// Requests from the hub a new delivery of an artifact that is damaged or incomplete here.
     async fn ask_again(&self, artifact: &ArtifactRef) -> Result<String, Fault> {
         let rows = self
             .inner
@@ -118,7 +121,7 @@ impl Site {
             .find(|row| row.state == State::Done && row.removed_ms.is_none())
         else {
             return Err(Fault::conflict(format!(
-                "no transfer that is done brought {artifact} here"
+                "no completed transfer delivered {artifact} to this site"
             ))
             .with_next("see 'packhorse status'; at the hub: packhorse deliver"));
         };
@@ -131,12 +134,12 @@ impl Site {
             })
             .await?;
         Ok(format!(
-            "the hub was asked to bring what lacks: packhorse status {}",
+            "the missing content was requested from the hub: packhorse status {}",
             brought.id
         ))
     }
 
-    /// How this site's own transfers stand.
+    /// The state of this site's own transfers.
     async fn own_transfers(
         &self,
         query: &TransferQuery,
@@ -147,7 +150,7 @@ impl Site {
             since: query.since.filter(|cursor| cursor & OF_HUB == 0),
             ..query.clone()
         };
-        // Where the catalogue cannot be written, what is shown says so.
+        // If the catalogue cannot be written, the shown state reports that.
         let unwritten = self.inner.opened.runner.unwritten();
         let show = |row: &TransferRow| match unwritten
             .iter()
@@ -168,7 +171,7 @@ impl Site {
             .await
     }
 
-    /// The transfers as the hub says them, as one page.
+    /// The transfers as the hub reports them, as one page.
     async fn page_at_hub(
         &self,
         id: &str,
@@ -178,7 +181,7 @@ impl Site {
         Ok((Page::whole(rows), cursor))
     }
 
-    /// A delivery as far as it goes to this site.
+    /// The part of a delivery that goes to this site.
     async fn own_delivery(&self, row: &DeliveryRow, max: usize) -> Result<Delivery, Fault> {
         let mut whole = Whole::new(max);
         self.inner
@@ -189,8 +192,8 @@ impl Site {
         Ok(whole.end(row))
     }
 
-    /// How transfers stand as the hub says it. An answer has what one of the hub's holds, or all of
-    /// them up to the most rows of a list.
+    /// The state of transfers as the hub reports it: the content of one of the hub's answers, or,
+    /// without a cursor, all of them up to the maximum rows of a list.
     async fn transfers_at_hub(
         &self,
         id: &str,
@@ -200,7 +203,7 @@ impl Site {
             .since
             .filter(|cursor| cursor & OF_HUB != 0)
             .map(|cursor| cursor & !OF_HUB);
-        // No transfer has an id that does not parse.
+        // An id that does not parse belongs to no transfer.
         let id: WorkIds = id.parse().map_err(|_| no_such_work(id))?;
         let asked = AskHub::Transfers {
             id: id.clone(),
@@ -208,7 +211,7 @@ impl Site {
             wait: since.and(query.wait).unwrap_or(0),
         };
         let (mut rows, mut cursor): (Vec<Transfer>, u64) = self.inner.hub.ask(&asked).await?;
-        // Whoever asks for what changed since goes on by himself.
+        // A client with a cursor requests the next page itself.
         let mut full = since.is_none() && is_full(&rows);
         while full {
             let asked = AskHub::Transfers {
@@ -217,7 +220,7 @@ impl Site {
                 wait: 0,
             };
             let (more, next): (Vec<Transfer>, u64) = self.inner.hub.ask(&asked).await?;
-            // One that changed meanwhile comes a second time.
+            // A transfer that changed in the meantime is returned again.
             rows.retain(|row| more.iter().all(|new| new.id != row.id));
             full = is_full(&more) && next > cursor && rows.len() < API_ROWS_MAX as usize;
             rows.extend(more);
@@ -281,8 +284,8 @@ impl Backend for Site {
         let Some(id) = query.id.as_ref().filter(|_| behind.is_none()) else {
             return self.own_transfers(query, behind, room).await;
         };
-        // Of a delivery what is here may not be all; else what is not here may go to another site,
-        // and the hub knows.
+        // This site may not have all parts of a delivery. A transfer that is not here may go to
+        // another site, and the hub knows it.
         let whole = id.split(',').any(|id| id.trim().starts_with("d-"));
         let first = if whole {
             self.page_at_hub(id, query).await
@@ -290,7 +293,7 @@ impl Backend for Site {
             self.own_transfers(query, None, room).await
         };
         let fault = match first {
-            // Whoever has seen the whole does not go on with a part.
+            // A client that has received all parts does not continue with a subset.
             Err(fault) if fault.code == Code::NotFound || whole && query.since.is_none() => fault,
             answer => return answer,
         };
@@ -332,7 +335,8 @@ impl Backend for Site {
             .await?
         {
             let shown = match self.own_delivery(&row, room.bytes).await {
-                // One of its transfers cannot be read: it is left out, so the others can be listed.
+                // One of its transfers cannot be read: this delivery is omitted, so that the others
+                // can be listed.
                 Err(fault) if fault.code == Code::Internal => {
                     tracing::error!(delivery = %row.id, error = %fault, "a delivery cannot be read");
                     pager.skip(&*row.id);
@@ -349,7 +353,7 @@ impl Backend for Site {
 
     async fn delivery(&self, id: &str, max: usize) -> Result<Delivery, Fault> {
         let asked: DeliveryId = id.parse().map_err(|_| no_such_work(id))?;
-        // Of one that has no room for all its parts the API asks for those.
+        // If the answer has no space for all parts, the API requests the others.
         let fault = match self
             .inner
             .hub
@@ -364,7 +368,7 @@ impl Backend for Site {
         };
         let own = self.own_delivery(&row, max).await?;
         let why = match fault.code {
-            Code::NotFound => "the hub tells it no more of this delivery".into(),
+            Code::NotFound => "the hub does not show this delivery to this site".into(),
             _ => fault.message,
         };
         Ok(Delivery {
@@ -374,7 +378,7 @@ impl Backend for Site {
     }
 
     async fn runs(&self, behind: Option<&str>, room: Room) -> Result<Page<Run>, Fault> {
-        // The key is how many runs the pages before had, and the name of the first.
+        // The key is the number of runs on the earlier pages, and the name of the first run.
         let (from, first) = match behind.and_then(|key| key.split_once(' ')) {
             Some((from, first)) => (from.parse().unwrap_or(0), Some(first)),
             None => (0, None),
@@ -388,7 +392,7 @@ impl Backend for Site {
         let begins_anew = runs
             .first()
             .is_some_and(|run| Some(run.name.as_str()) == first);
-        // An older hub does not know `from`, and begins anew each time.
+        // An older hub does not know `from`, and returns the first page each time.
         if from > 0 && begins_anew {
             return Ok(Page::whole(Vec::new()));
         }
@@ -406,7 +410,7 @@ impl Backend for Site {
             }
         }
         let page = pager.page();
-        // The hub's answer may have ended early as well.
+        // The hub's answer may also be incomplete.
         let next = page
             .next
             .or_else(|| full.then(|| format!("{number} {first}")));
@@ -518,19 +522,19 @@ impl Backend for Site {
         let row = self.inner.opened.catalogue.artifact(&artifact).await?;
         if repair && row.published {
             return Err(Fault::usage(format!(
-                "{artifact} was published here: nobody else has what lacks"
+                "cannot repair {artifact}: it was published at this site, and no other daemon holds the missing content"
             ))
-            .with_next("put the files back as they were, or publish a new version"));
+            .with_next("restore the original files, or publish a new version"));
         }
         let this = self.clone();
         self.inner.jobs.start(move |progress| async move {
             let mut faults = this.verify_now(row, quick, progress).await?;
             if let Some(first) = faults.first().filter(|_| repair) {
                 let found = faults.len();
-                // A fault takes the place of the findings: what was found is said with it.
+                // A fault replaces the findings, so it includes them.
                 let in_vain = |fault: Fault| {
                     fault.context(format!(
-                        "{found} found, the first: {first}; what lacks cannot be brought now"
+                        "{found} found, the first: {first}; the missing content cannot be fetched now"
                     ))
                 };
                 let asked = this.ask_again(&artifact).await.map_err(in_vain)?;
@@ -604,7 +608,7 @@ impl Backend for Site {
             .and_then(|train| train.command.first())
         {
             out.push(match trainer::check_program(program) {
-                Ok(()) => format!("ok train: {program} can be run"),
+                Ok(()) => format!("ok train: {program} is executable"),
                 Err(fault) => format!("fault {}; {}", fault.message, fault.next),
             });
         }
@@ -697,13 +701,13 @@ impl Backend for Site {
     }
 }
 
-/// Whether an answer of the hub may have had no room for all: it is cut behind a row, and no row
-/// has half the room.
+/// Whether an answer of the hub may be incomplete for lack of space: it ends after a row, and no
+/// row takes half the space.
 fn is_full<T: serde::Serialize>(rows: &[T]) -> bool {
     paging::json_bytes(rows) > ANSWER_BYTES_MAX / 2
 }
 
-/// The answer for an id that is none of a transfer or delivery.
+/// The fault for an id that belongs to no transfer or delivery.
 fn no_such_work(id: &str) -> Fault {
     let id: String = id.chars().take(ID_BYTES_MAX).collect();
     Fault::not_found(format!(
@@ -713,10 +717,10 @@ fn no_such_work(id: &str) -> Fault {
     .with_next("'packhorse status' lists them")
 }
 
-/// The fault for a command whose work is not in this version; said plainly rather than half done.
+/// The fault for a command that this version does not implement.
 fn not_in_this_version(what: &str) -> Fault {
     Fault::usage(format!(
-        "{what} at a site is not in this version of packhorse yet"
+        "this version of packhorse cannot run {what} at a site"
     ))
-    .with_next("run it at the hub, or deliver over the line")
+    .with_next("run it at the hub, or deliver over the network")
 }

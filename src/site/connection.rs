@@ -1,5 +1,5 @@
-//! The site's end of the line: dials, keeps, reports, and moves from TCP to QUIC when that works
-//! again.
+//! The site's side of the connection: connects, keeps the connection, reports, and moves from TCP
+//! to QUIC when QUIC works again.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -37,20 +37,20 @@ use model::run::{DesiredRun, RunReport};
 use state::TransferRow;
 use transport::{self, Link, RecvHalf, Redial, SendHalf};
 
-/// How often a site on TCP tries whether QUIC works again.
+/// How often a site on TCP checks whether QUIC works again.
 const QUIC_PROBE_EVERY: Duration = Duration::from_secs(60);
-/// How often the certificate's age is looked at.
+/// How often the age of the certificate is checked.
 const RENEW_CHECK_EVERY: Duration = Duration::from_secs(3600);
 /// Desired lists shorter than this are complete.
 const DESIRED_MAX: usize = 1000;
 
-/// What the hub wants, whole.
+/// The complete desired state.
 struct List {
     transfers: Vec<Desired>,
     runs: Vec<DesiredRun>,
 }
 
-/// Connects to the hub, does what it wants, reports, and answers its questions.
+/// Connects to the hub, executes the desired state, reports, and answers questions.
 #[derive(Clone)]
 pub(super) struct Connection {
     opened: Opened,
@@ -62,7 +62,7 @@ pub(super) struct Connection {
 }
 
 impl Connection {
-    /// Not connected yet.
+    /// Creates it without a connection.
     pub(super) fn new(
         opened: &Opened,
         hub: Arc<HubLink>,
@@ -80,10 +80,10 @@ impl Connection {
         }
     }
 
-    /// Dials until the daemon stops; a line that ends is followed by another.
+    /// Connects until the daemon stops; a connection that ended is replaced by another.
     pub(super) async fn keep(&self, address: &str, worker: &Worker) -> Result<(), Fault> {
         let opened = &self.opened;
-        // What an earlier run of this worker left.
+        // The connection of an earlier run of this worker.
         if let Some(link) = self.hub.disconnected() {
             link.close("the site connects again");
         }
@@ -104,7 +104,7 @@ impl Connection {
                 Err(fault) => {
                     worker.count_error(&fault);
                     if self.hub.failed(&fault) {
-                        tracing::warn!(hub = %address, error = %fault, next = %fault.next, "no line to the hub");
+                        tracing::warn!(hub = %address, error = %fault, next = %fault.next, "no connection to the hub");
                     }
                     opened.catalogue.notify();
                 }
@@ -117,7 +117,7 @@ impl Connection {
         Ok(())
     }
 
-    /// Works over a line until it ends. A better one that comes up meanwhile takes its place.
+    /// Uses a connection until it ends. A better one that becomes available replaces it.
     async fn use_line(&self, mut link: Link, address: &str) {
         let opened = &self.opened;
         loop {
@@ -135,19 +135,18 @@ impl Connection {
                 () = opened.stop.cancelled() => None,
             };
             if let Some(better) = better {
-                // What is being fetched over the old line ends there; new requests take the new
-                // one.
+                // Running fetches complete over the old connection; new requests use the new one.
                 tracing::info!("moved from TCP to QUIC");
                 link = better;
                 continue;
             }
             if opened.stop.is_cancelled() {
-                // Transfers still write down where they are; the line is closed after them.
+                // Transfers still store their positions; the connection is closed after that.
                 return;
             }
             self.hub.disconnected();
-            link.close("the line is given up");
-            tracing::info!("the line to the hub ended");
+            link.close("the site closes the connection");
+            tracing::info!("the connection to the hub ended");
             opened.catalogue.notify();
             return;
         }
@@ -173,15 +172,14 @@ impl Connection {
         }
     }
 
-    /// The control stream: says hello, does what is desired, reports whatever changes.
+    /// The control stream: sends the hello, executes the desired state, and reports each change.
     async fn talk(&self, link: &Link) -> Result<(), Fault> {
         let opened = &self.opened;
         let (mut send, mut recv) = link.open(wire::PRIORITY_CONTROL).await?;
         send.write_all(&[CONTROL]).await?;
         let congestion = opened.config.line.congestion;
         let share = opened.config.share.allow.as_deref().map(AllowList::of);
-        // Always told: a hub takes `None` for a site of an earlier version, which decides by
-        // itself.
+        // Always sent: for a hub, `None` means a site of an earlier version, which decides itself.
         let train = Some(AllowList::of(
             opened
                 .config
@@ -223,7 +221,7 @@ impl Connection {
             let mut cursor = opened.catalogue.cursor().await?;
             let mut said: Vec<RunReport> = Vec::new();
             let mut said_unwritten: Vec<TransferRow> = Vec::new();
-            // PushedManifest even when it is nothing: the hub may know of what was put back since.
+            // An empty list is sent too: files may have been restored since the last connection.
             let mut said_changed: Option<Vec<(ArtifactRef, Message)>> = None;
             let mut renew = tokio::time::interval(RENEW_CHECK_EVERY);
             loop {
@@ -251,8 +249,8 @@ impl Connection {
                     said = runs;
                 }
                 let mut changed_here = opened.catalogue.changed_here().await?;
-                // The list is sent whole; what has no room in it is sent once others are as they
-                // were.
+                // The complete list is sent. Entries that do not fit are sent when other entries
+                // are removed.
                 changed_here.truncate(paging::fitting(&changed_here, ANSWER_BYTES_MAX));
                 if said_changed.as_ref() != Some(&changed_here) {
                     wire::send(&mut send, &FromSite::Changed(changed_here.clone())).await?;
@@ -263,12 +261,13 @@ impl Connection {
                     Some(ids) = asked.recv() => {
                         let mut reports = Vec::new();
                         for id in ids {
-                            // As it stands when it is told: an older word must not come behind a
-                            // newer one.
+                            // The row is read just before it is sent, so that an older state never
+                            // follows a newer one.
                             match opened.catalogue.transfer(&id).await {
                                 Ok(row) => reports.push(report(row)),
-                                // What could not be taken over is told with what is unwritten.
-                                Err(fault) => tracing::debug!(transfer = %id, error = %fault, "a transfer is not told of"),
+                                // A transfer that could not be adopted is reported with the
+                                // unwritten ones.
+                                Err(fault) => tracing::debug!(transfer = %id, error = %fault, "a transfer is not reported"),
                             }
                         }
                         send_reports(&mut send, reports).await?;
@@ -285,9 +284,9 @@ impl Connection {
         }
     }
 
-    /// Does what the newest list of the hub says, and tells `listed` of its transfers. What cannot
-    /// be written down is tried again, here and not over a new line, which would bring the same
-    /// list. It holds up neither the rest of the list nor a newer one.
+    /// Executes the newest desired state of the hub, and passes its transfers to `listed`. A change
+    /// that cannot be stored is tried again here and not over a new connection, which would bring
+    /// the same list. It delays neither the rest of the list nor a newer list.
     async fn apply_lists(
         &self,
         mut lists: watch::Receiver<Option<Arc<List>>>,
@@ -309,7 +308,7 @@ impl Connection {
                         left.as_ref(),
                     )
                     .await;
-                // After the transfers: a run that is over removes what they brought.
+                // After the transfers: an ended run removes the content that they delivered.
                 let runs = self.runs.apply(&list.runs, &unapplied.transfers).await;
                 let fault = unapplied.fault.or(runs.err());
                 if left.is_none() || fault.is_none() {
@@ -326,14 +325,14 @@ impl Connection {
                     logged = None;
                     break;
                 };
-                // Room comes back at any moment; what else is wrong may stay so.
+                // Space may become free at any moment; any other fault may be permanent.
                 pause = if fault.reason == Reason::NoSpace {
                     STATE_RETRY_EVERY
                 } else {
                     pause
                 };
                 if logged.as_ref() != Some(&fault.message) {
-                    tracing::warn!(error = %fault, "what the hub wants could not be written down; tried again");
+                    tracing::warn!(error = %fault, "the desired state of the hub could not be stored; retrying");
                     logged = Some(fault.message);
                 }
                 left = Some(unapplied.transfers);
@@ -352,7 +351,7 @@ impl Connection {
         Ok(())
     }
 
-    /// Answers what the hub opens.
+    /// Answers the streams that the hub opens.
     async fn answer(&self, link: &Link) {
         let fetches = Arc::new(Semaphore::new(FETCH_STREAMS_MAX));
         let questions = Arc::new(Semaphore::new(QUESTIONS_AT_ONCE_MAX));
@@ -381,7 +380,7 @@ impl Connection {
                         this.question(send, recv, &link, &hub, &budget).await
                     }
                     FETCH => {
-                        // A question never waits behind fetches.
+                        // A question never waits for fetches.
                         let Ok(_turn) = fetches.acquire().await else {
                             return;
                         };

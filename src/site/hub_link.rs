@@ -1,7 +1,8 @@
 //! The connection to the hub, as the other components of a site use it.
 //!
-//! Owns the current connection, the reason why there is none, and the certificate of this site. `connection` sets them; whatever
-//! asks the hub a question asks it here. Only the certificate survives a crash.
+//! Owns the current connection, the reason why there is none, and the certificate of this site.
+//! `connection` sets them. All questions to the hub go through this module. Only the certificate
+//! survives a crash.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -25,7 +26,7 @@ pub(super) struct HubLink {
 }
 
 impl HubLink {
-    /// No connection yet.
+    /// Creates it without a connection.
     pub(super) fn new(identity: SiteIdentity, data_dir: PathBuf) -> Self {
         Self {
             identity: watch::Sender::new(Arc::new(identity)),
@@ -40,7 +41,7 @@ impl HubLink {
         self.identity.borrow().clone()
     }
 
-    /// The same, and each later one.
+    /// Watches the current value and each later one.
     pub(super) fn watch_identity(&self) -> watch::Receiver<Arc<SiteIdentity>> {
         self.identity.subscribe()
     }
@@ -50,7 +51,7 @@ impl HubLink {
         self.link.borrow().clone()
     }
 
-    /// The same, and each later one.
+    /// Watches the current value and each later one.
     pub(super) fn watch_link(&self) -> watch::Receiver<Option<Link>> {
         self.link.subscribe()
     }
@@ -60,24 +61,24 @@ impl HubLink {
         self.fault.lock().clone()
     }
 
-    /// There is a connection; it replaces an earlier one.
+    /// Sets the connection; it replaces an earlier one.
     pub(super) fn connected(&self, link: Link) {
         *self.fault.lock() = None;
         self.link.send_replace(Some(link));
     }
 
-    /// There is no connection any more. Returns the last one, which the caller closes.
+    /// Removes the connection. Returns the last one, which the caller closes.
     pub(super) fn disconnected(&self) -> Option<Link> {
         self.link.send_replace(None)
     }
 
-    /// An attempt to connect failed. Returns whether the reason is another than before.
+    /// Records a failed attempt to connect. Returns whether its reason differs from the last one.
     pub(super) fn failed(&self, fault: &Fault) -> bool {
         let before = self.fault.lock().replace(fault.clone());
         !before.is_some_and(|before| says_the_same(&before.message, &fault.message))
     }
 
-    /// Asks the hub.
+    /// Sends a question to the hub.
     pub(super) async fn ask<T: serde::de::DeserializeOwned + Send + 'static>(
         &self,
         question: &AskHub,
@@ -107,7 +108,7 @@ impl HubLink {
         match self.request_renewal(&identity, link).await {
             Ok(()) => tracing::info!("the certificate was renewed"),
             Err(fault) => {
-                tracing::warn!(error = %fault, "the certificate could not be renewed; tried again in an hour");
+                tracing::warn!(error = %fault, "the certificate could not be renewed; retrying in an hour");
             }
         }
     }
@@ -127,7 +128,7 @@ impl HubLink {
     }
 }
 
-/// Whether two messages differ in their numbers only: in a time, or in how often something was tried.
+/// Whether two messages differ only in their numbers: in a time, or in a number of attempts.
 fn says_the_same(a: &str, b: &str) -> bool {
     fn words(text: &str) -> impl Iterator<Item = char> {
         text.chars().filter(|c| !c.is_ascii_digit())
@@ -154,7 +155,7 @@ mod tests {
     }
 
     #[test]
-    fn a_refusal_that_names_the_time_is_new_once() {
+    fn a_repeated_refusal_with_another_time_is_not_new() {
         let dir = tempfile::tempdir().unwrap();
         let hub = hub_link(dir.path());
         let refusal = |time: &str, why: &str| {

@@ -1,7 +1,8 @@
-//! The chunk index of a site: follows sinks whose root moved, rebuilds it after a loss, removes unused rows.
+//! Maintains the chunk index of a site: follows sinks whose root moved, rebuilds the index after a
+//! loss, removes unused rows.
 //!
-//! `site` calls [`IndexKeeper::follow_roots`] before anything else works, and starts the workers. Everything here can be repeated: a crash
-//! loses nothing but the work that was done.
+//! `site` calls [`IndexKeeper::follow_roots`] before all other work, and starts the workers. All
+//! operations can be repeated: a crash loses only work, no state.
 
 use std::sync::Arc;
 
@@ -29,7 +30,7 @@ pub(super) struct IndexKeeper {
 }
 
 impl IndexKeeper {
-    /// The index of what the site opened.
+    /// Creates it for the opened state of a site.
     pub(super) fn new(opened: &Opened) -> Self {
         Self {
             catalogue: opened.catalogue.clone(),
@@ -56,7 +57,7 @@ impl IndexKeeper {
         );
     }
 
-    /// Removes the rows of places that are gone from the chunk index, a part at a time.
+    /// Removes the rows of locations that no longer exist, in steps.
     async fn keep_places_swept(&self, worker: &Worker) -> Result<(), Fault> {
         loop {
             tokio::time::sleep(PLACES_SWEEP_EVERY).await;
@@ -87,12 +88,11 @@ impl IndexKeeper {
         Ok(())
     }
 
-    /// Notes each artifact where its sink has it now, if that is elsewhere than before: a root may
-    /// have been moved, or be mounted at another path. What is not there is found out when it is
-    /// looked at.
+    /// Updates the location of each artifact whose sink root has changed: a root may have been
+    /// moved, or be mounted at another path. Missing files are detected when they are checked.
     pub(super) async fn follow_roots(&self) -> Result<(), Fault> {
         for name in self.catalogue.artifact_names().await? {
-            // One that was removed meanwhile is nowhere.
+            // An artifact that was removed in the meantime has no location.
             let Ok(row) = self.catalogue.artifact(&name).await else {
                 continue;
             };
@@ -128,13 +128,12 @@ impl IndexKeeper {
             self.catalogue
                 .set_place(&artifact, Some(&now), location.as_deref())
                 .await?;
-            tracing::info!(%artifact, "its sink has another root than before");
+            tracing::info!(%artifact, "the location of an artifact was updated, because the root of its sink changed");
         }
         Ok(())
     }
 
-    /// After a loss of the chunk index: notes again where the chunks of each artifact are that is
-    /// here.
+    /// After a loss of the chunk index: adds the chunk rows of each local artifact again.
     async fn rebuild_places(&self) -> Result<(), Fault> {
         let loss = self.chunk_index.loss();
         if loss.is_none_or(|loss| loss.artifacts.is_some()) {
@@ -149,7 +148,7 @@ impl IndexKeeper {
     async fn note_all_places(&self) -> Result<u64, Fault> {
         let mut noted = 0;
         for name in self.catalogue.artifact_names().await? {
-            // One that was removed meanwhile lies nowhere.
+            // An artifact that was removed in the meantime has no location.
             let Ok(row) = self.catalogue.artifact(&name).await else {
                 continue;
             };
@@ -177,9 +176,9 @@ impl IndexKeeper {
             };
             match blocking(work).await {
                 Ok(()) => noted += 1,
-                // One artifact whose manifest is damaged must not keep the others from being noted.
+                // An artifact with a damaged manifest must not prevent the others.
                 Err(fault) => {
-                    tracing::error!(%artifact, error = %fault, "where an artifact is could not be noted again");
+                    tracing::error!(%artifact, error = %fault, "the chunk rows of an artifact could not be rebuilt");
                 }
             }
         }

@@ -1,7 +1,7 @@
-//! Publishing at a site: the bytes stay where they are, and the hub is told.
+//! Publishing at a site: the content stays in place, and the hub is informed.
 //!
-//! The artifact stands in the site's catalogue with an *offer* until the hub has heard of it; the
-//! offer survives everything and is made again whenever a line comes up.
+//! The site's catalogue stores the artifact with an *offer* until the hub has accepted or refused
+//! it. The offer survives a crash, and is sent again whenever a connection is established.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -29,25 +29,25 @@ use model::run;
 use sink::StorageLocation;
 use state::{ArtifactRow, Catalogue, Offer, Subject};
 
-/// The pause before the hub is told again of what it did not take.
+/// The pause before an offer that failed is sent again.
 const OFFER_AGAIN: Duration = Duration::from_secs(5);
 
-/// Publishes at this site, and tells the hub of it.
+/// Publishes at this site, and sends offers to the hub.
 #[derive(Clone)]
 pub(super) struct Publications {
     config: Arc<Config>,
     catalogue: Catalogue,
     store: Store,
     reader: InPlaceReader,
-    /// What can be published here beside paths.
+    /// The sources of a publish besides paths.
     sources: AtSite,
     hub: Arc<HubLink>,
-    /// Held while the hub is told of what was published here.
+    /// Held while an offer is sent to the hub.
     offering: Arc<Mutex<()>>,
 }
 
 impl Publications {
-    /// What is published goes to the catalogue and store of the site.
+    /// Published artifacts are recorded in the catalogue and store of this site.
     pub(super) fn new(opened: &Opened, sources: AtSite, hub: Arc<HubLink>) -> Self {
         Self {
             config: opened.config.clone(),
@@ -61,8 +61,8 @@ impl Publications {
     }
 
     /// Publishes at this site, without copying the files of a folder, and informs the hub. If the
-    /// hub does not answer, it is informed later, and `note` says so. `patience` is how long a full
-    /// disk is waited for.
+    /// hub does not answer, it is informed later, and `note` reports that. `patience` is how long
+    /// the publish waits for space on a full disk.
     pub(super) async fn publish(
         &self,
         request: PublishRequest,
@@ -95,11 +95,11 @@ impl Publications {
         let added = self.catalogue.add_artifact(&artifact, &root, None).await?;
         let before = self.catalogue.artifact(&artifact).await?;
         let held = !added && before.place.is_some();
-        // What the hub has never heard of may go again if it refuses; else it names this site as
-        // the one that has it.
+        // An artifact that the hub has never accepted can be removed if the hub refuses it.
+        // Otherwise the hub lists this site as its origin.
         let new = added || before.offer.is_some_and(|offer| offer.new);
         let location = match &published.place {
-            // What was written here on purpose is nothing that people should look for.
+            // A folder that this daemon wrote is of no interest to users.
             StorageLocation::Folder { path } if path.starts_with(&self.config.data_dir) => {
                 request.source.clone()
             }
@@ -111,14 +111,14 @@ impl Publications {
         self.catalogue
             .set_published(&artifact, &published.place, &location, since_ms, &offer)
             .await?;
-        // All of it was just read.
+        // The whole content was just read, so it is unchanged.
         self.catalogue.set_changed(&artifact, None).await?;
-        progress.doing(format!("telling the hub of {artifact}"));
+        progress.doing(format!("sending the offer of {artifact} to the hub"));
         let row = self.catalogue.artifact(&artifact).await?;
         match self.offer(&row).await {
             Ok(answer) => {
                 tracing::info!(%artifact, digest = %row.digest, bytes = answer.bytes, "published in place");
-                // An older hub does not say what was left out.
+                // An older hub does not return the omissions.
                 Ok(Published {
                     unchanged: held,
                     omitted: omitted.list(),
@@ -126,7 +126,7 @@ impl Publications {
                 })
             }
             Err(fault) if may_pass(&fault) => {
-                tracing::warn!(%artifact, error = %fault, "published in place; the hub is told as soon as it answers");
+                tracing::warn!(%artifact, error = %fault, "published in place; the hub is informed when it answers");
                 Ok(Published {
                     artifact: artifact.to_string(),
                     digest: row.digest.hex(),
@@ -135,7 +135,7 @@ impl Publications {
                     stored: 0,
                     unchanged: held,
                     note: Some(format!(
-                        "it stands at this site; the hub is told as soon as it answers: {}",
+                        "it was published at this site; the hub is informed when it answers: {}",
                         fault.message
                     )),
                     omitted: omitted.list(),
@@ -148,7 +148,7 @@ impl Publications {
         }
     }
 
-    /// Reads a source where it lies, and keeps what of it lies nowhere else.
+    /// Reads a source in place, and stores the content that exists nowhere else.
     async fn read_in_place(
         &self,
         artifact: &ArtifactRef,
@@ -182,7 +182,7 @@ impl Publications {
             .map_err(|fault| fault.of_publish().context(format!("publish {artifact}")))
     }
 
-    /// Tells the hub of an artifact. Called with `offering` held.
+    /// Sends the offer of an artifact to the hub. Called with `offering` held.
     async fn offer(&self, row: &ArtifactRow) -> Result<Published, Fault> {
         let Offer { to, run, new: _ } = row.offer.clone().unwrap_or_default();
         let question = AskHub::Publish {
@@ -197,28 +197,28 @@ impl Publications {
         Ok(answer)
     }
 
-    /// The hub does not take it: as if it had not been published, where the hub has never heard of
-    /// it.
+    /// Handles a refusal by the hub: an artifact that the hub never had is removed from the
+    /// catalogue.
     async fn withdraw(&self, artifact: &ArtifactRef, new: bool) -> Result<(), Fault> {
         let catalogue = &self.catalogue;
         match new {
             true => catalogue.remove_artifact(artifact).await?,
             false => catalogue.offered(artifact).await?,
         }
-        // A run may wait for what the hub says to it.
+        // A run may wait for the hub's answer.
         catalogue.notify();
         Ok(())
     }
 
-    /// Tells the hub, while there is a line, of everything that it has not heard of. Ends with the
-    /// line only.
+    /// Sends all offers that the hub has not answered, while there is a connection. Ends only with
+    /// the connection.
     pub(super) async fn keep_offering(&self) -> Result<(), Fault> {
         let mut watch = self.catalogue.watch(Subject::Artifacts);
         loop {
             let mut all_heard = true;
             for (artifact, _) in self.catalogue.offers().await? {
                 let _turn = self.offering.lock().await;
-                // While this waited for its turn a publish may have told the hub.
+                // A publish may have sent this offer during the wait.
                 let Ok(row) = self.catalogue.artifact(&artifact).await else {
                     continue;
                 };
@@ -227,17 +227,17 @@ impl Publications {
                 };
                 match self.offer(&row).await {
                     Ok(_) => {
-                        tracing::info!(artifact = %row.artifact, "the hub has heard of what was published here");
+                        tracing::info!(artifact = %row.artifact, "the hub accepted an artifact that was published here");
                     }
                     Err(fault) if may_pass(&fault) => {
                         all_heard = false;
-                        tracing::debug!(artifact = %row.artifact, error = %fault, "the hub has not heard of it yet");
+                        tracing::debug!(artifact = %row.artifact, error = %fault, "an offer could not be sent to the hub");
                     }
                     Err(fault) => {
-                        tracing::error!(artifact = %row.artifact, error = %fault, "the hub refuses what was published here");
+                        tracing::error!(artifact = %row.artifact, error = %fault, "the hub refused an artifact that was published here");
                         if let Err(fault) = self.withdraw(&row.artifact, new).await {
                             all_heard = false;
-                            tracing::warn!(artifact = %row.artifact, error = %fault, "that it is refused could not be written down; tried again");
+                            tracing::warn!(artifact = %row.artifact, error = %fault, "the refusal of an artifact could not be stored; retrying");
                         }
                     }
                 }
@@ -250,7 +250,7 @@ impl Publications {
         }
     }
 
-    /// Takes away what a crash left of a publish.
+    /// Removes the files that a publish left after a crash.
     pub(super) async fn clean(&self) -> Result<(), Fault> {
         let live: Vec<Digest> = self.catalogue.digests().await?;
         let (origin, scratch) = (self.reader.clone(), self.config.data_dir.join("scratch"));
@@ -262,7 +262,7 @@ impl Publications {
     }
 }
 
-/// Whether the hub may take it later.
+/// Whether the hub may accept it later.
 fn may_pass(fault: &Fault) -> bool {
     fault.code == Code::Unreachable || fault.retry != Retry::Never
 }

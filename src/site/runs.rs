@@ -1,9 +1,9 @@
-//! Training runs at the site that trains: does what the state machine of `run::site` says, and
-//! looks for it.
+//! Training runs at the training site: executes the effects of the state machine `run::site`, and
+//! passes it the observed events.
 //!
-//! Each change is written before it is acted on, and effects that are due are given again at the
-//! next look, so a crash anywhere between leaves nothing undone. The trainer's process is not the
-//! daemon's: see `trainer`.
+//! Each change is written before it is executed, and the state machine returns an effect until it
+//! is done. So a crash at any point leaves no work undone. The trainer is a separate process: see
+//! `trainer`.
 
 mod cleanup;
 
@@ -32,31 +32,31 @@ use model::policy::{self, Object, Verb};
 use model::run::site::{Effect, Event, Observation, Phase, Process, Run, Trainer, step};
 use model::run::{DesiredRun, Input, Lineage, Model, RunReport};
 
-/// Runs that are looked at.
+/// The most open runs that are checked.
 const OPEN_MAX: u32 = 10_000;
-/// Between two looks at least, however fast things change.
+/// The shortest pause between two checks, whatever changes.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
 
-/// What is tried again by itself, each at its own pace: a platform that does not answer must not
-/// keep what was borrowed here.
+/// Operations that are retried independently: a platform that does not answer must not delay the
+/// removal of borrowed inputs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 enum Try {
-    /// What the run needs to go on.
+    /// The operations that the run needs to continue.
     GoOn,
-    /// That a platform hears that the run is over.
+    /// The call that informs a platform of the run's end.
     CallOff,
 }
 
-/// What the keeper of the runs knows only while the daemon lives.
+/// The state of the run keeper in memory.
 #[derive(Default)]
 struct RunsState {
-    /// Events are taken one after the other.
+    /// Events are applied one at a time.
     turn: tokio::sync::Mutex<()>,
-    /// Runs for which something is being done.
+    /// Runs for which a task is working.
     busy: Mutex<HashSet<RunName>>,
-    /// When what failed is tried again, and how often it failed.
+    /// The number of failures, and the time of the next attempt.
     again: Mutex<HashMap<(RunName, Try), (u32, Instant)>>,
-    /// What the hub listed last.
+    /// The runs in the hub's last list.
     listed: Mutex<Vec<RunName>>,
 }
 
@@ -66,7 +66,7 @@ fn may_borrow(from: &SiteName, allow: &[String]) -> bool {
     policy::may(&Actor::Site(from.clone()), Verb::Borrow, &trainer).is_ok()
 }
 
-/// A run for which something is being done, until this is dropped.
+/// A run for which a task is working, until this is dropped.
 struct Busy<'a>(&'a RunsState, &'a RunName);
 
 impl Drop for Busy<'_> {
@@ -79,7 +79,7 @@ fn now_ms() -> i64 {
     clock::now_unix_ms() as i64
 }
 
-/// Does what is due for the training runs that this site trains.
+/// Executes the training runs of this site.
 #[derive(Clone)]
 pub(super) struct RunKeeper {
     opened: Opened,
@@ -89,7 +89,7 @@ pub(super) struct RunKeeper {
 }
 
 impl RunKeeper {
-    /// Inputs are checked by `watch`, and models published by `publications`.
+    /// `watch` checks the inputs, and `publications` publishes the models.
     pub(super) fn new(opened: &Opened, watch: Watch, publications: Publications) -> Self {
         Self {
             opened: opened.clone(),
@@ -99,9 +99,9 @@ impl RunKeeper {
         }
     }
 
-    /// Takes what the hub wants of its runs: the whole list. One that cannot be written down keeps
-    /// the others from nothing; the first fault is returned. A run that borrowed by one of
-    /// `unadopted` waits: what it would remove may be asked for again.
+    /// Applies the hub's complete list of runs. A run that cannot be stored does not prevent the
+    /// others; the first fault is returned. A run that borrowed with one of the `unadopted`
+    /// transfers waits, because its inputs may be requested again.
     pub(super) async fn apply(
         &self,
         desired: &[DesiredRun],
@@ -167,7 +167,7 @@ impl RunKeeper {
         }
     }
 
-    /// How the runs stand that the hub has to hear of.
+    /// The reports of the runs that the hub lists.
     pub(super) async fn reports(&self) -> Result<Vec<RunReport>, Fault> {
         let mut out: Vec<RunReport> = Vec::new();
         let listed = self.state.listed.lock().clone();
@@ -178,7 +178,7 @@ impl RunKeeper {
             let mut report = run.report();
             report.by_command = matches!(self.trainer(&run), Trainer::Command);
             for id in std::mem::take(&mut report.removed) {
-                // What was brought again since is there.
+                // An input that was delivered again in the meantime is not removed.
                 let gone = match self.opened.catalogue.transfer(&id).await {
                     Ok(row) => {
                         row.state == State::Cancelled
@@ -207,7 +207,7 @@ impl RunKeeper {
             .await
     }
 
-    /// Looks at the open runs whenever something changed, and at running trainers often, until the
+    /// Checks the open runs after each change, and running trainers at short intervals, until the
     /// daemon stops.
     pub(super) async fn keep(&self, worker: &Worker) -> Result<(), Fault> {
         loop {
@@ -230,21 +230,21 @@ impl RunKeeper {
         }
     }
 
-    /// Looks at a run in a task of its own, unless one does already.
+    /// Checks a run in a separate task, unless a task is working for it already.
     fn look_soon(&self, name: RunName, worker: &Worker) {
         if !self.state.busy.lock().insert(name.clone()) {
             return;
         }
         let (this, worker) = (self.clone(), worker.clone());
         self.opened.tasks.spawn(async move {
-            // Removed at the end of the task, even if it panics: else nobody would look at the run
-            // again.
+            // Removed at the end of the task, even after a panic; otherwise the run would never be
+            // checked again.
             let busy = Busy(&this.state, &name);
             tokio::select! {
                 result = this.look_at(&name) => {
                     if let Err(fault) = result {
                         worker.count_error(&fault.clone().context(&name));
-                        tracing::warn!(run = %name, error = %fault, "a run could not go on; tried again");
+                        tracing::warn!(run = %name, error = %fault, "a run could not continue; retrying");
                     }
                 }
                 () = this.opened.stop.cancelled() => {}
@@ -257,8 +257,8 @@ impl RunKeeper {
         let Some((mut run, mut effects)) = self.look(name, false).await? else {
             return Ok(());
         };
-        // The inputs are looked at without keeping other runs waiting. What is due is asked anew
-        // then, since that may take long.
+        // The inputs are checked without delaying other runs. That may take long, so the effects
+        // are determined again after it.
         if effects.contains(&Effect::Check) && self.may_begin(&run).await? {
             let Some(now) = self.look(name, true).await? else {
                 return Ok(());
@@ -271,8 +271,8 @@ impl RunKeeper {
         Ok(())
     }
 
-    /// Looks at a run; what changed is durable when this returns. `checked`: its inputs were looked
-    /// at just now.
+    /// Checks a run; changes are durable when this returns. `checked`: its inputs were checked just
+    /// before.
     async fn look(
         &self,
         name: &RunName,
@@ -286,7 +286,7 @@ impl RunKeeper {
         self.go_on(&before, Event::Looked(seen)).await.map(Some)
     }
 
-    /// Takes an event; what changed is durable when this returns.
+    /// Applies an event; changes are durable when this returns.
     async fn take(&self, name: &RunName, event: Event) -> Result<(), Fault> {
         let _turn = self.state.turn.lock().await;
         let Some(before) = self.opened.catalogue.run::<Run>(name.as_str()).await? else {
@@ -301,9 +301,9 @@ impl RunKeeper {
         if after != *before {
             let name = &after.spec.name;
             if after.phase != before.phase {
-                // What failed was another thing.
+                // The earlier failures belong to another phase.
                 self.state.again.lock().remove(&(name.clone(), Try::GoOn));
-                tracing::info!(run = %name, phase = ?after.phase, why = after.message.as_deref().unwrap_or_default(), "a run");
+                tracing::info!(run = %name, phase = ?after.phase, why = after.message.as_deref().unwrap_or_default(), "the phase of a run changed");
             }
             self.save_run(&after).await?;
         }
@@ -318,11 +318,11 @@ impl RunKeeper {
         )
     }
 
-    /// Who trains here for the site that started the run.
+    /// The trainer at this site for the site that started the run.
     fn trainer(&self, run: &Run) -> Trainer {
         match &self.opened.config.train {
             None => Trainer::None,
-            // Whatever the hub says: only this site's own configuration decides.
+            // Only this site's own configuration decides, never the hub.
             Some(train) if !may_borrow(&run.spec.from, &train.allow) => Trainer::Refused,
             Some(train) if train.url.is_some() => Trainer::Platform,
             Some(_) => Trainer::Command,
@@ -353,7 +353,8 @@ impl RunKeeper {
             .and_then(|train| train.at_once)
             .unwrap_or(1);
         let folder = self.folder(run);
-        // A folder of a run that this one has not started is another's.
+        // Before the first start of this run, an existing folder belongs to an earlier run of the
+        // same name.
         let fresh = run.starts == 0;
         let (process, has_output, resolved) = blocking(move || {
             let resolved = folder.path().canonicalize().ok();
@@ -363,7 +364,8 @@ impl RunKeeper {
             })
         })
         .await?;
-        // After the process: what a trainer that has ended published, it published before.
+        // After the state of the process was read: a trainer that has ended published before its
+        // end.
         let name = Some(run.spec.name.as_str());
         let offers = catalogue.offers().await?;
         let offering = offers
@@ -389,8 +391,8 @@ impl RunKeeper {
         })
     }
 
-    /// Whether an input is here as far as the catalogue knows. One that is being brought anew is
-    /// not, until it has landed.
+    /// Whether the catalogue lists an input as present. An input that is being delivered again is
+    /// not present until it has arrived.
     async fn is_listed(&self, input: &Input) -> Result<bool, Fault> {
         let catalogue = &self.opened.catalogue;
         match catalogue.artifact(&input.artifact).await {
@@ -405,7 +407,7 @@ impl RunKeeper {
             .all(|row| row.state.is_final()))
     }
 
-    /// Whether a trainer may be given the inputs now; why not is noted.
+    /// Whether a trainer may start with the inputs now. If not, the reason is recorded.
     async fn may_begin(&self, run: &Run) -> Result<bool, Fault> {
         let name = &run.spec.name;
         if self.is_too_soon(name, Try::GoOn) {
@@ -423,10 +425,9 @@ impl RunKeeper {
         Ok(false)
     }
 
-    /// Looks at the inputs themselves, before a trainer is given them. What was published here in
-    /// place may have been edited since: a model of that would be said to be made of something
-    /// else. What cannot be looked at may be again: only what is known to be gone or changed is
-    /// never tried again.
+    /// Checks the inputs before a trainer starts. Files that were published here in place may have
+    /// changed since, and the lineage of the model would then be wrong. A failed check is tried
+    /// again; only a missing or changed input is a permanent failure.
     async fn check_inputs(&self, run: &Run) -> Result<(), Fault> {
         for Input {
             artifact, digest, ..
@@ -441,11 +442,14 @@ impl RunKeeper {
                     Ok(WatchResult::Sound) => {}
                     Ok(WatchResult::Changed(how)) => {
                         return Err(Fault::integrity(format!(
-                            "{artifact} is no longer what was published: {how}"
+                            "{artifact} differs from its published content: {how}"
                         )));
                     }
                     Ok(WatchResult::Unknown) => {
-                        return Err(not_now(artifact, Fault::unreachable("its folder is away")));
+                        return Err(not_now(
+                            artifact,
+                            Fault::unreachable("its folder is not available"),
+                        ));
                     }
                     Err(fault) => return Err(not_now(artifact, fault)),
                 }
@@ -453,7 +457,9 @@ impl RunKeeper {
             match self.opened.runner.holds(artifact, *digest).await {
                 Ok(true) => {}
                 Ok(false) => {
-                    return Err(Fault::not_found(format!("{artifact} is not here any more")));
+                    return Err(Fault::not_found(format!(
+                        "{artifact} is no longer at this site"
+                    )));
                 }
                 Err(fault) => return Err(not_now(artifact, fault)),
             }
@@ -464,7 +470,7 @@ impl RunKeeper {
     async fn run_effect(&self, run: &Run, effect: Effect) -> Result<(), Fault> {
         let name = &run.spec.name;
         match effect {
-            // Done by whoever looked, or too soon.
+            // The caller has done this, or it is too early.
             Effect::Check => Ok(()),
             Effect::Start if run.by_platform => {
                 if self.is_too_soon(name, Try::GoOn) {
@@ -489,7 +495,7 @@ impl RunKeeper {
                 }
                 if let Err(fault) = self.call_off(run).await {
                     self.put_off(name, Try::CallOff);
-                    tracing::warn!(run = %name, error = %fault, "the training platform could not be told that a run is over; tried again");
+                    tracing::warn!(run = %name, error = %fault, "the training platform could not be informed of a run's end; retrying");
                     return Ok(());
                 }
                 self.take(name, Event::CalledOff).await
@@ -554,8 +560,8 @@ impl RunKeeper {
                 "PACKHORSE_API".to_owned(),
                 format!("http://{}", from_here(self.opened.config.listen.api)),
             ),
-            // Never the admin token: this one publishes and finishes this run only, while it
-            // trains.
+            // Never the admin token: this token may only publish and finish this run, during its
+            // training.
             (
                 "PACKHORSE_TOKEN_FILE".to_owned(),
                 folder.token().display().to_string(),
@@ -574,8 +580,8 @@ impl RunKeeper {
         self.check_inputs(run).await?;
         let descriptor = self.descriptor(run).await?;
         let (folder, text, id) = (self.folder(run), descriptor.clone(), run.spec.id.clone());
-        // A platform may have taken a call that was not answered: what it has written since must
-        // stay.
+        // A platform may have accepted a call that was not answered: the output that it has written
+        // since is kept.
         blocking(move || {
             if folder.descriptor_of(&id)?.is_some() {
                 Ok(())
@@ -587,10 +593,10 @@ impl RunKeeper {
         self.post(&descriptor).await
     }
 
-    /// Tells a platform that its run is over, in the words of the call.
+    /// Informs a platform that its run has ended, with the content of the first call.
     async fn call_off(&self, run: &Run) -> Result<(), Fault> {
         let (folder, id) = (self.folder(run), run.spec.id.clone());
-        // Without them it was never called.
+        // Without a descriptor the platform was never called.
         let Some(mut descriptor) = blocking(move || folder.descriptor_of(&id)).await? else {
             return Ok(());
         };
@@ -608,14 +614,14 @@ impl RunKeeper {
         let Some(url) = url else {
             return Err(Fault::config("there is no [train] url"));
         };
-        // Set once a process; whoever came first chose the same.
+        // Set once for each process; every caller sets the same provider.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let client = reqwest::Client::builder()
             .redirect(reqwest::redirect::Policy::none())
             .timeout(TRAINER_CALL_MAX)
             .build();
         let client =
-            client.map_err(|e| Fault::internal(format!("cannot make an HTTP client: {e}")))?;
+            client.map_err(|e| Fault::internal(format!("cannot create an HTTP client: {e}")))?;
         let unreachable =
             |why: String| Fault::unreachable(format!("the training platform at {url} {why}"));
         let answer = client
@@ -631,7 +637,8 @@ impl RunKeeper {
         }
     }
 
-    /// What a trainer is told: where each input lies, and where the model is to be put.
+    /// The descriptor for a trainer: the location of each input, and the output folder for the
+    /// model.
     async fn descriptor(&self, run: &Run) -> Result<Value, Fault> {
         let spec = &run.spec;
         let mut inputs = Vec::new();
@@ -677,7 +684,7 @@ impl RunKeeper {
         }))
     }
 
-    /// The token of a run, while its trainer works here.
+    /// The token of a run, during its training at this site.
     pub(super) async fn token_of(&self, name: &RunName) -> Option<RunToken> {
         let run = self
             .opened
@@ -708,7 +715,7 @@ impl RunKeeper {
             .publications
             .publish(request, Arc::default(), Duration::ZERO)
             .await?;
-        // It stands here, and the hub may still refuse it.
+        // It is published here, but the hub may still refuse it.
         if let Some(note) = published.note {
             return Err(Fault::unreachable(note));
         }
@@ -724,7 +731,7 @@ impl RunKeeper {
     }
 }
 
-/// Why an input cannot be looked at, which says nothing of it unless its manifest is damaged.
+/// The fault for an input that cannot be checked. This is temporary unless its manifest is damaged.
 fn not_now(artifact: &ArtifactRef, fault: Fault) -> Fault {
     match fault.code {
         Code::Integrity => fault.context(artifact),
@@ -734,13 +741,13 @@ fn not_now(artifact: &ArtifactRef, fault: Fault) -> Fault {
     }
 }
 
-/// Whether a run has its turn. One that has ended, and waits only for the hub to hear of its model,
-/// has not.
+/// Whether a run is training. A run whose trainer has ended, and that only waits until the hub has
+/// its model, is not.
 fn is_at_work(run: &Run) -> bool {
     run.phase == Phase::Training && run.ended.is_none()
 }
 
-/// Where a process on this machine reaches an address that the daemon listens on.
+/// The address by which a local process reaches an address that the daemon listens on.
 fn from_here(mut address: SocketAddr) -> SocketAddr {
     if address.ip().is_unspecified() {
         address.set_ip(match address.ip() {

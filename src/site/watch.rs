@@ -1,8 +1,8 @@
-//! The watch over what was published here in place: looks at all of it every so often, and at once
-//! at what a transfer waits for.
+//! Checks the content that was published in place at this site: all of it at intervals, and the
+//! content that a transfer waits for at once.
 //!
-//! What a look finds is noted in the catalogue, where the line takes it from for the hub. How to
-//! look, see `origin`.
+//! The result is stored in the catalogue, and the connection reports it to the hub. `in_place`
+//! implements the check.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -23,36 +23,37 @@ use exchange::transfer::AskLook;
 use sink::StorageLocation;
 use state::{ArtifactRow, Catalogue, Changed, what_changed};
 
-/// Checks what was published in place at this site. What it knows of the last looks lives as long as the daemon.
+/// Checks the content that was published in place at this site. The results of the last checks are
+/// kept in memory.
 #[derive(Clone)]
 pub(super) struct Watch {
     catalogue: Catalogue,
     reader: InPlaceReader,
     check_every: Duration,
     looked: Arc<Mutex<HashMap<ArtifactRef, Looked>>>,
-    /// What transfers ask.
+    /// Requests of transfers.
     asked: Arc<tokio::sync::Mutex<mpsc::Receiver<AskLook>>>,
     stop: CancellationToken,
 }
 
-/// The last look at an artifact; good as long as it lies where it lay.
+/// The last check of an artifact; valid while its location is the same.
 #[derive(Clone)]
 struct Looked {
     place: StorageLocation,
     published_ms: i64,
     mark: Mark,
-    /// Until then a transfer that waits is told that it is sound, without a look.
+    /// Until then, a waiting transfer gets the result "unchanged" without another check.
     rests_until: Instant,
 }
 
-/// What a look at an artifact says.
+/// The result of a check.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum WatchResult {
-    /// It is what was published.
+    /// The content is unchanged.
     Sound,
-    /// It is another, in this way.
+    /// The content changed, as described.
     Changed(String),
-    /// Nothing: its folder is away, or it was withdrawn.
+    /// Not known: the folder is not available, or the artifact was withdrawn.
     Unknown,
 }
 
@@ -63,7 +64,7 @@ impl WatchResult {
 }
 
 impl Watch {
-    /// Nothing was looked at yet; transfers ask here.
+    /// Creates it without results. Transfers send their requests to `asked`.
     pub(super) fn new(opened: &Opened, asked: mpsc::Receiver<AskLook>) -> Self {
         Self {
             catalogue: opened.catalogue.clone(),
@@ -75,8 +76,8 @@ impl Watch {
         }
     }
 
-    /// Starts the workers that check what was published here: all of it from time to time, and what
-    /// a transfer waits for at once.
+    /// Starts the workers that check published content: all of it at intervals, and the content
+    /// that a transfer waits for at once.
     pub(super) fn start_workers(&self, workers: &Workers) {
         workers.start(
             "watch",
@@ -100,10 +101,11 @@ impl Watch {
         }
     }
 
-    /// Looks at all that was published here. What cannot be looked at keeps the rest from nothing.
+    /// Checks all published artifacts. A failed check does not prevent the others.
     async fn look_at_published(&self, worker: &Worker) -> Result<(), Fault> {
         let all = self.catalogue.published().await;
-        let all = all.map_err(|fault| fault.context("list what was published in place"))?;
+        let all =
+            all.map_err(|fault| fault.context("list the artifacts that were published in place"))?;
         {
             let there: HashSet<&ArtifactRef> = all.iter().collect();
             self.looked
@@ -113,27 +115,28 @@ impl Watch {
         for artifact in &all {
             if let Err(fault) = self.look_over(artifact, false).await {
                 worker.count_error(&fault.clone().context(artifact));
-                tracing::warn!(%artifact, error = %fault, "what was published in place could not be looked at");
+                tracing::warn!(%artifact, error = %fault, "an artifact that was published in place could not be checked");
             }
         }
         Ok(())
     }
 
-    /// Tells transfers what changed of what they wait for.
+    /// Answers the requests of transfers.
     async fn keep_answering(&self, worker: &Worker) -> Result<(), Fault> {
         let mut asked = self.asked.lock().await;
         while let Some(AskLook { digest, answer }) = asked.recv().await {
             let looked = worker.iterate(async {
                 let looked = self.look_at_all(digest).await;
-                looked.map_err(|fault| fault.context(format_args!("look at the content {digest}")))
+                looked.map_err(|fault| fault.context(format_args!("check the content {digest}")))
             });
-            // Whoever asked may be gone. A fault is reported by the worker.
+            // The requester may have ended. The worker reports a fault.
             let _ = answer.send(looked.await.unwrap_or_default());
         }
         Ok(())
     }
 
-    /// What changed of a content wherever it was published here; whole under one name is whole.
+    /// Checks a content at all locations where it was published; if it is unchanged at one of them,
+    /// it is unchanged.
     async fn look_at_all(&self, digest: Digest) -> Result<Option<String>, Fault> {
         let mut first = None;
         for row in self
@@ -151,7 +154,7 @@ impl Watch {
         Ok(first)
     }
 
-    /// Looks at an artifact, and notes what changed, which is also the answer.
+    /// Checks an artifact, and stores and returns the result.
     pub(super) async fn look_over(
         &self,
         artifact: &ArtifactRef,
@@ -201,7 +204,7 @@ impl Watch {
             rests_until,
         };
         self.looked.lock().insert(artifact.clone(), looked);
-        // What was noted while this looked is newer: a look without haste takes long.
+        // A result that was stored during this check is newer: a complete check takes long.
         match self.catalogue.artifact(artifact).await {
             Ok(now)
                 if now.place.as_ref() == Some(&place)
@@ -225,27 +228,27 @@ impl Watch {
         if self.catalogue.set_changed(&row.artifact, changed).await? {
             match changed {
                 Some(how) => {
-                    tracing::warn!(artifact = %row.artifact, how, "what was published in place changed");
+                    tracing::warn!(artifact = %row.artifact, how, "files that were published in place changed");
                 }
                 None => {
-                    tracing::info!(artifact = %row.artifact, "what was published in place is what it was again");
+                    tracing::info!(artifact = %row.artifact, "files that were published in place have their original content again");
                 }
             }
         }
         if changed.is_none() && (asked || row.changed.is_some()) {
-            // Who read it meanwhile forgot where that lay which was not there.
+            // A reader removes the chunk rows of missing content: they are added again.
             let origin = self.reader.clone();
             blocking(move || origin.index(row.digest, &row.root, &[place], true)).await?;
         }
         Ok(())
     }
 
-    /// What `doctor` says of what changed: one line each.
+    /// The lines of `doctor` about changed content: one for each artifact.
     pub(super) async fn changed_lines(&self) -> Result<Vec<String>, Fault> {
         let published = self.catalogue.published_here().await?.into_iter();
         let lines = what_changed(published).into_iter().map(|Changed { artifact, how, newer, .. }| match newer {
-            Some(newer) => format!("ok {artifact}: {how}; what is there now was published as {newer}"),
-            None => format!("fault {artifact}: {how}; put the old content back, or publish what is there now as a new version"),
+            Some(newer) => format!("ok {artifact}: {how}; the current content was published as {newer}"),
+            None => format!("fault {artifact}: {how}; restore the original content, or publish the current content as a new version"),
         });
         Ok(lines.collect())
     }

@@ -460,7 +460,7 @@ fn a_transfer_resumes_after_a_machine_was_suspended() {
     wait_for("the site closes the connection", secs(60), || {
         site_awake
             .log()
-            .contains("the line to the hub ended")
+            .contains("the connection to the hub ended")
             .then_some(())
     });
     site_asleep.thaw();

@@ -268,8 +268,8 @@ fn an_artifact_arrives_although_either_end_is_offline_for_a_time() {
     wait_for("the hub has the complete artifact", secs(60), || {
         (disk_usage(&packs) > 40 * MIB).then_some(())
     });
-    wait_for("fetched ahead", secs(20), || {
-        hub.log().contains(": fetched ahead digest=").then_some(())
+    wait_for("prefetched", secs(20), || {
+        hub.log().contains(": prefetched digest=").then_some(())
     });
     a.kill();
     hub.wait_online("a", false, secs(60));
@@ -314,7 +314,7 @@ fn an_unreadable_source_does_not_block_the_prefetch_of_other_artifacts() {
     let fetched = |count: usize| {
         let what = format!("{count} of {} are prefetched", all.len());
         wait_for(&what, secs(60), || {
-            (hub.log().matches(": fetched ahead digest=").count() >= count).then_some(())
+            (hub.log().matches(": prefetched digest=").count() >= count).then_some(())
         });
     };
     fetched(1);
@@ -1030,7 +1030,7 @@ fn unused_content_expires_and_a_pin_prevents_that() {
     }
     let is_gone = |name: &str| {
         hub.log().contains(&format!(
-            "relayed bytes are evicted artifact=model/{name}:v1"
+            "relayed content is evicted artifact=model/{name}:v1"
         ))
     };
     wait_for("the expired artifact is evicted", secs(30), || {
@@ -1113,7 +1113,7 @@ fn a_receiving_site_is_a_source_while_the_origin_is_offline() {
     hub.wait_online("a", false, secs(40));
     // No site requests it, so it is evicted.
     for (reference, ..) in &all {
-        let gone = format!("relayed bytes are evicted artifact={reference}");
+        let gone = format!("relayed content is evicted artifact={reference}");
         wait_for(&gone, secs(30), || hub.log().contains(&gone).then_some(()));
     }
     wait_for("the hub keeps none of its content", secs(30), || {

@@ -745,7 +745,7 @@ fn a_trainer_does_not_start_on_files_that_changed_after_publishing_in_place() {
     world.begin(&[]);
     let failed = world.wait_run("failed", is("failed"));
     assert!(
-        says("dataset/panels:v1 is no longer what was published")(&failed)
+        says("dataset/panels:v1 differs from its published content")(&failed)
             && says("图 000.pgm")(&failed),
         "{failed:#}"
     );

@@ -74,7 +74,10 @@ fn site_and_hub_report_a_changed_file_until_it_is_restored() {
         .set_modified(time)
         .unwrap();
     wait_changed([&a, &hub], &file);
-    assert!(a.log().contains("what was published in place changed"));
+    assert!(
+        a.log()
+            .contains("files that were published in place changed")
+    );
     assert!(
         hub.cli(&["show", REFERENCE])
             .expect(0)

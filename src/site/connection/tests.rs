@@ -1,4 +1,4 @@
-//! A site in this process, and a hub that sends what no hub should.
+//! A site in this process, and a hub that sends invalid messages.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -65,11 +65,11 @@ impl Bench {
         }
     }
 
-    /// The control stream of the site's next line.
+    /// The control stream of the site's next connection.
     async fn control(&self) -> (Link, SendHalf, RecvHalf) {
         let work = async {
             let Some(Arrival::Site { link, .. }) = self.listener.accept().await else {
-                unreachable!("somebody else came")
+                unreachable!("another peer connected")
             };
             let (send, mut recv) = link.accept().await.unwrap();
             let mut kind = [0];
@@ -102,7 +102,7 @@ fn desired(transfers: &[Value], runs: &[Value]) -> Value {
     json!({ "desired": { "revision": 1, "transfers": transfers, "runs": runs, "manifests": [] } })
 }
 
-/// The same site's files before and after: nothing but its own databases changes.
+/// The files of a site besides its own databases.
 fn names(dir: &std::path::Path) -> Vec<std::path::PathBuf> {
     let mut out = Vec::new();
     let mut open = vec![dir.to_owned()];
@@ -120,7 +120,7 @@ fn names(dir: &std::path::Path) -> Vec<std::path::PathBuf> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_message_with_one_bad_id_is_refused_whole() {
+async fn a_message_with_an_invalid_id_is_refused_completely() {
     let bench = Bench::start().await;
     let victim = bench.dir.path().join("victim");
     durable::create_dir_all(&victim.join("sub")).unwrap();
@@ -154,14 +154,15 @@ async fn a_message_with_one_bad_id_is_refused_whole() {
             "{message}"
         );
     }
-    // Each costs a pause before the next line: two are enough to see that nothing is done.
+    // Each message costs a pause before the next connection: two are enough to check that nothing
+    // is executed.
     for message in &hostile[..2] {
         let (link, mut send, mut recv) = bench.control().await;
         wire::send(&mut send, message).await.unwrap();
-        // The site ends the stream instead of doing a part of it.
+        // The site ends the stream and executes no part of the message.
         let end = async { while wire::receive::<FromSite>(&mut recv).await.is_ok() {} };
         timeout(Duration::from_secs(30), end).await.unwrap();
-        link.close("the test goes on");
+        link.close("the test continues");
         assert_eq!(
             (bench.ids().await, names(&victim)),
             (Vec::new(), before.clone()),
@@ -180,7 +181,7 @@ async fn a_message_with_one_bad_id_is_refused_whole() {
             "{message}"
         );
     }
-    // The same site still does what a sound hub asks of it.
+    // The same site still works with an honest hub.
     let (_link, mut send, mut recv) = bench.control().await;
     wire::send(&mut send, &desired(&[good], &[])).await.unwrap();
     let cancelled = async {
@@ -199,7 +200,7 @@ async fn a_message_with_one_bad_id_is_refused_whole() {
     bench.site.stopped().await;
 }
 
-/// Waits for a report that is as it should be.
+/// Waits for a report that `is` accepts.
 async fn reported(recv: &mut RecvHalf, what: &str, is: impl Fn(&Report) -> bool) {
     let work = async {
         loop {
@@ -216,7 +217,7 @@ async fn reported(recv: &mut RecvHalf, what: &str, is: impl Fn(&Report) -> bool)
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_transfer_that_cannot_be_taken_over_holds_up_nothing_else() {
+async fn a_transfer_that_cannot_be_adopted_delays_no_other() {
     let bench = Bench::start().await;
     let (_link, mut send, mut recv) = bench.control().await;
     let bad = |generation: i64| {
@@ -231,7 +232,7 @@ async fn a_transfer_that_cannot_be_taken_over_holds_up_nothing_else() {
         report.id.as_str() == "t-bad" && report.state == State::Cancelled
     })
     .await;
-    // Its row is damaged, and nothing can be done with it any more.
+    // Its row is damaged, so every operation on it fails.
     let options = sqlx::sqlite::SqliteConnectOptions::new()
         .filename(bench.dir.path().join("site/catalogue.db"));
     let mut db = sqlx::ConnectOptions::connect(&options).await.unwrap();
@@ -256,7 +257,12 @@ async fn a_transfer_that_cannot_be_taken_over_holds_up_nothing_else() {
     )
     .await
     .unwrap();
-    reported(&mut recv, "one behind it in the list", is_cancelled("t-1")).await;
+    reported(
+        &mut recv,
+        "a later one in the same list",
+        is_cancelled("t-1"),
+    )
+    .await;
     wire::send(
         &mut send,
         &desired(&[bad(1), wanted("t-2", "d-1", "cancel")], &[]),
@@ -265,7 +271,7 @@ async fn a_transfer_that_cannot_be_taken_over_holds_up_nothing_else() {
     .unwrap();
     reported(
         &mut recv,
-        "one of a later list, over the same line",
+        "one of a later list, over the same connection",
         is_cancelled("t-2"),
     )
     .await;

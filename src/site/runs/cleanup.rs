@@ -1,7 +1,7 @@
-//! Giving back what a run borrowed: what it brought here is removed, unless somebody else wants it
-//! or it is on its way again.
+//! Removes the inputs that a run borrowed, unless another run or delivery needs them or they are
+//! being delivered again.
 //!
-//! Each borrowed input goes by itself, and what could not be removed is due again at the next look.
+//! Each borrowed input is removed separately. A removal that failed is repeated at the next check.
 
 use super::{OPEN_MAX, RunKeeper, Try, now_ms};
 use crate::api::types::State;
@@ -14,18 +14,19 @@ use model::run::site::{Event, Run, may_go};
 use sink::{Incoming, Sink};
 use state::{ArtifactRow, TransferRow};
 
-/// What came of giving something back.
+/// The result of a removal.
 enum Back {
-    /// It is on its way here, or wanted again.
+    /// It is being delivered, or was requested again.
     NotNow,
-    /// Nothing of it is here.
+    /// It is not here.
     Gone,
-    /// It is forgotten, and lies where nobody but a person can take it away, for this reason.
+    /// It was removed from the catalogue, but only a person can remove its content, for this
+    /// reason.
     Stays(String),
 }
 
 impl RunKeeper {
-    /// Removes what a run borrowed, each by itself, and notes what came of it.
+    /// Removes each input that a run borrowed, and records the result.
     pub(super) async fn give_all_back(
         &self,
         name: &RunName,
@@ -37,7 +38,7 @@ impl RunKeeper {
         let mut again = false;
         for borrowed in list {
             let artifact = borrowed.artifact.clone();
-            // One that cannot be removed must not keep the others here.
+            // An input that cannot be removed must not prevent the removal of the others.
             let event = match self.give_back(name, &borrowed).await {
                 Ok(Back::NotNow) => continue,
                 Ok(Back::Gone) => Event::Removed {
@@ -54,10 +55,10 @@ impl RunKeeper {
                     }
                 }
                 Err(fault) => {
-                    tracing::warn!(run = %name, %artifact, error = %fault, "a borrowed artifact could not be removed; tried again");
+                    tracing::warn!(run = %name, %artifact, error = %fault, "a borrowed artifact could not be removed; retrying");
                     again = true;
                     let why = format!(
-                        "{artifact} could not be removed, which is tried again: {}",
+                        "{artifact} could not be removed; the site tries again: {}",
                         fault.message
                     );
                     Event::NotRemoved {
@@ -82,13 +83,13 @@ impl RunKeeper {
             Err(fault) if fault.code == Code::NotFound => return Ok(Back::Gone),
             Err(fault) => return Err(fault),
         };
-        // Whoever waits for one that is still on its way, or is being given up, keeps the others
-        // waiting.
+        // A transfer that is running, or being cancelled, is skipped for now: waiting for it would
+        // delay the others.
         if !stands_still(&row) {
             return Ok(Back::NotNow);
         }
-        // It may be begun again at any moment; then it lands after this, or this finds that it has
-        // landed anew.
+        // It may start again at any moment. Then it either completes after this, or this finds the
+        // new content.
         let _alone = opened.runner.alone_with(artifact).await;
         let row = opened.catalogue.transfer(&row.id).await?;
         if !stands_still(&row)
@@ -96,7 +97,7 @@ impl RunKeeper {
                 .generation
                 .is_some_and(|meant| meant != row.generation)
         {
-            // The next look knows whether it is to go again.
+            // The next check decides whether it must be removed.
             return Ok(Back::NotNow);
         }
         if row.removed_ms.is_some() {
@@ -107,9 +108,10 @@ impl RunKeeper {
             Err(fault) if fault.code == Code::NotFound => None,
             Err(fault) => return Err(fault),
         };
-        // What was published here since, or brought by another transfer, is not this one's. Nor is
-        // what a cancelled one found here, unless it had landed itself before it was begun again:
-        // so had the others, though somebody gave them up since.
+        // Content that was published here since, or that another transfer delivered, does not
+        // belong to this transfer. A cancelled transfer owns the content only if it had delivered
+        // it before it was started again. Another transfer that had delivered it counts, even if it
+        // was cancelled since.
         let others = opened.catalogue.transfers_of_artifact(artifact).await?;
         let stands = |other: &TransferRow| {
             other.removed_ms.is_none()
@@ -125,8 +127,8 @@ impl RunKeeper {
         let mut stays = None;
         if ours && !others {
             {
-                // Who looks for it from here on misses it, and who has found it stands in the
-                // catalogue.
+                // From here on a new run does not find the input. A run that has found it is listed
+                // in the catalogue.
                 let _turn = self.state.turn.lock().await;
                 if !may_go(
                     &opened.catalogue.all_open_runs::<Run>(OPEN_MAX).await?,
@@ -156,8 +158,8 @@ impl RunKeeper {
             opened.catalogue.remove_left(artifact).await?;
             tracing::info!(%artifact, transfer = %row.id, stays = stays.as_deref().unwrap_or_default(), "a borrowed artifact was removed");
         }
-        // Begun again meanwhile, it waits to bring everything anew: that is not to be noted as
-        // taken away.
+        // If the transfer started again in the meantime, it waits to deliver everything again: it
+        // must not be marked as removed.
         if !stands_still(&opened.catalogue.transfer(&row.id).await?) {
             return Ok(Back::NotNow);
         }
@@ -166,12 +168,13 @@ impl RunKeeper {
     }
 }
 
-/// Whether a transfer neither goes on nor is still to be given up.
+/// Whether a transfer is neither running nor being cancelled.
 fn stands_still(row: &TransferRow) -> bool {
     matches!(row.state, State::Done | State::Cancelled)
 }
 
-/// What users have put into the folder of an artifact, which is why it is not removed.
+/// The files that users have added to the folder of an artifact, because of which it is not
+/// removed.
 async fn strangers(
     keeper: &RunKeeper,
     sink: &dyn Sink,

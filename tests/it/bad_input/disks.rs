@@ -458,11 +458,16 @@ fn a_report_that_a_full_hub_could_not_store_is_stored_later() {
     hub.cli(&["token", "create", "--site", "wuhan"])
         .expect(9)
         .says(&["catalogue.db", "disk is full"]);
-    let connected = site.log().matches("the line to the hub ended").count();
+    let connected = site
+        .log()
+        .matches("the connection to the hub ended")
+        .count();
     std::fs::remove_file(filler).unwrap();
     hub.wait_done(&id, secs(60));
     assert_eq!(
-        site.log().matches("the line to the hub ended").count(),
+        site.log()
+            .matches("the connection to the hub ended")
+            .count(),
         connected,
         "it is reported over the same connection"
     );
@@ -500,7 +505,9 @@ fn a_site_with_a_full_data_directory_reports_that_and_keeps_its_connection() {
         "the message names the disk: {stuck:#?}"
     );
     assert_eq!(
-        site.log().matches("the line to the hub ended").count(),
+        site.log()
+            .matches("the connection to the hub ended")
+            .count(),
         0,
         "{}",
         site.log()
