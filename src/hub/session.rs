@@ -51,6 +51,12 @@ struct Unstored {
     hello: Option<Hello>,
 }
 
+impl Unstored {
+    fn is_empty(&self) -> bool {
+        !self.reports && self.runs.is_empty() && self.changed.is_none() && self.hello.is_none()
+    }
+}
+
 /// `share` and `train` of a site's first message.
 type Hello = (Option<Vec<String>>, Option<Vec<String>>);
 
@@ -72,6 +78,8 @@ struct Streams {
 
 /// The bytes of an answer besides its list.
 const ANSWER_FRAME_BYTES: usize = 1 << 10;
+/// What a site has to do is read again at this interval, even without a wake-up.
+const WORK_POLL_EVERY: Duration = Duration::from_secs(60);
 /// The largest part of one message that lineages may use.
 const LINEAGE_BYTES_MAX: usize = 1 << 20;
 
@@ -282,6 +290,9 @@ impl Hub {
                         }
                     }
                 }
+                if !unstored.lock().is_empty() {
+                    self.inner.catalogue.notify_of(Subject::Site(site.clone()));
+                }
             }
             #[expect(unreachable_code, reason = "states the error type of an endless loop")]
             Ok::<(), Fault>(())
@@ -320,7 +331,11 @@ impl Hub {
                     .await?;
                     last = Some(now);
                 }
-                work.changed().await;
+                let poll = match unstored.lock().is_empty() {
+                    true => WORK_POLL_EVERY,
+                    false => STATE_RETRY_EVERY,
+                };
+                work.changed_within(poll).await;
             }
             #[expect(unreachable_code, reason = "states the error type of an endless loop")]
             Ok::<(), Fault>(())
@@ -363,11 +378,7 @@ impl Hub {
     /// Stores the messages that could not be stored before, when there is space. Returns whether
     /// the site must send its reports again.
     async fn store_again(&self, site: &SiteName, unstored: &Mutex<Unstored>) -> bool {
-        let is_some = {
-            let held = unstored.lock();
-            held.reports || held.hello.is_some() || held.changed.is_some() || !held.runs.is_empty()
-        };
-        if !is_some
+        if unstored.lock().is_empty()
             || Space::of(&self.inner.config.data_dir)
                 .is_ok_and(|space| !space.has(STATE_WRITE_BYTES_MIN, 1))
         {

@@ -482,3 +482,32 @@ async fn a_change_for_one_site_is_read_only_for_that_site() {
     // there would be 24 more.
     assert!((3..16).contains(&each), "{each} reads for a change");
 }
+
+#[tokio::test]
+async fn a_transfer_that_cannot_be_read_stops_no_other_and_doctor_names_it() {
+    let bench = Bench::start().await;
+    let bad = bench.deliver("model/m:1").await;
+    let sound = bench.deliver("model/n:1").await;
+    let file = bench._dir.path().join("hub/catalogue.db");
+    let options = sqlx::sqlite::SqliteConnectOptions::new().filename(file);
+    let mut db = sqlx::ConnectOptions::connect(&options).await.unwrap();
+    let damage = "UPDATE transfer SET body = 'no JSON' WHERE id = $1";
+    let damaged = sqlx::query(damage).bind(bad.id.as_str());
+    assert_eq!(damaged.execute(&mut db).await.unwrap().rows_affected(), 1);
+    sqlx::Connection::close(db).await.unwrap();
+
+    let wanted = bench.hub.desired_transfers(&Bench::site()).await.unwrap();
+    let ids: Vec<_> = wanted.iter().map(|wanted| &wanted.id).collect();
+    assert_eq!(ids, [&sound.id]);
+    let body = bench.signed(&sound);
+    assert_eq!(
+        bench.report(&sound, State::Done, body).await.unwrap(),
+        State::Done
+    );
+    let lines = crate::api::Backend::doctor(&bench.hub).await.unwrap();
+    let named = format!("fault catalogue: transfer {} cannot be read", bad.id);
+    assert!(
+        lines.iter().any(|line| line.starts_with(&named)),
+        "{lines:?}"
+    );
+}
