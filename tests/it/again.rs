@@ -54,7 +54,7 @@ fn damaged_or_deleted_files_of_a_site_are_restored() {
         "{said}"
     );
     assert!(
-        said.contains("no part of it (1): @eaDir\n") && said.contains(" is 640 and was "),
+        said.contains("additional entries (1): @eaDir\n") && said.contains(" is 640 and was "),
         "{said}"
     );
     let said = site.json(&["verify", REFERENCE, "--repair"]);

@@ -729,7 +729,7 @@ fn a_model_that_the_hub_refuses_fails_the_run_with_the_reason() {
         .hub
         .cli(&refused)
         .expect(6)
-        .says(&["there is a model/judge:r1 already"]);
+        .says(&["model/judge:r1 exists already"]);
 }
 
 #[test]
