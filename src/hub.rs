@@ -1,69 +1,63 @@
 //! The hub: owns the catalogue and the store, sends each site its desired state, and sends the
 //! content that sites request.
 
+mod answers;
 mod backend;
+mod deliveries;
 mod entitlement;
 #[cfg(test)]
 mod hostile;
 mod jobs;
+mod library;
+mod links;
 mod manifest_push;
 mod manifests;
+mod peer_budgets;
 mod planning;
-mod prefetch;
 mod quota;
+mod rate_limiter;
 mod refused;
 mod relay;
 mod runs;
 mod session;
 mod sharing;
 mod upload;
-mod verify;
 
-use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
 
 use async_trait::async_trait;
-use bytes::Bytes;
-use parking_lot::{Mutex, RwLock};
-use tokio::sync::OwnedSemaphorePermit;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::config::Config;
-use crate::jobs::Jobs;
 use base::blocking::blocking;
-use base::budget::{Budget, Share, WorkPlaces};
 use base::durable;
-use base::expiring_cache::ExpiringCache;
 use base::fault::Fault;
-use base::limits::{
-    CHANGE_WAIT_MAX, CHANGES_AT_ONCE_MAX, CHANGES_PER_SECOND_MAX, CONTROL_FRAME_BYTES_MAX,
-    EVENT_TRIM_EVERY, PEER_WORK_MAX, QUESTIONS_BYTES_MAX, REPORTS_AT_ONCE_MAX,
-    REPORTS_PER_SECOND_MAX, REST_EVERY,
-};
-use base::names::{ArtifactRef, PublisherName, SiteName, SiteSelector};
+use base::limits::{CHANGE_WAIT_MAX, EVENT_TRIM_EVERY, REST_EVERY};
+use base::names::SiteSelector;
 use base::peer::Peer;
 use base::tally::Tally;
 use base::workers::{Pace, Worker, Workers};
-use content::chunk::{Hash, ShortHash};
-use content::manifest::{ChunkRef, Digest, Pages};
+use content::chunk::ShortHash;
 use content::store::Store;
-use exchange::fetch::{Child, Library, Opened, Pieces, nothing_such, pieces};
-use exchange::relay::{Of, Relay, Upstream};
-use model::protocol::Wanted;
 use state::Catalogue;
 use transport::identity::{Claim, HubIdentity, Redeemer};
-use transport::{Arrival, Link, Listener};
+use transport::{Arrival, Listener};
 
+use deliveries::Deliveries;
 use entitlement::Entitlement;
+use jobs::{HubJobs, JobParts};
+use library::HubLibrary;
+use links::Links;
+use manifests::Manifests;
+use peer_budgets::PeerBudgets;
+use quota::QuotaLedger;
+use relay::{RelayKeeper, RelayParts};
+use runs::RunKeeper;
 pub(crate) use runs::lineage_view;
-
-/// Artifacts that stay open for sites that read them.
-const OPENED_MAX: usize = 64;
-/// The largest part of the budget for one site, in bytes: enough answers to fill a fast connection.
-const SITE_SHARE_MAX: u64 = 12 << 20;
+use session::{SessionParts, Sessions};
+use upload::{UploadParts, Uploads};
 
 /// The hub. Cheap to clone.
 #[derive(Clone)]
@@ -71,6 +65,7 @@ pub struct Hub {
     inner: Arc<Inner>,
 }
 
+/// The components of the hub. Each has its purpose in the `//!` of its module.
 struct Inner {
     config: Config,
     catalogue: Catalogue,
@@ -78,53 +73,21 @@ struct Inner {
     identity: Arc<HubIdentity>,
     listener: Listener,
     links: Links,
-    /// The sites as sources of content.
-    upstream: Arc<dyn Upstream>,
-    relay: Relay,
-    relay_memory: Mutex<relay::Memory>,
-    /// Bytes that sites have transmitted for the relay.
-    relay_wire: Arc<AtomicU64>,
-    opened: Mutex<Vec<Arc<Opened>>>,
+    deliveries: Deliveries,
+    runs: RunKeeper,
+    relay: RelayKeeper,
+    manifests: Manifests,
+    // For tests, which look into these.
+    #[cfg(test)]
+    quotas: QuotaLedger,
+    #[cfg(test)]
     entitlement: Entitlement,
-    jobs: Jobs,
-    /// Manifests that were checked since the daemon started.
-    checked_manifests: Arc<Mutex<manifests::Checked>>,
-    /// The bytes that are read for peers and not yet sent.
-    budget: Budget,
-    /// The bytes of questions that are being answered…
-    questions: Budget,
-    /// …and of control messages.
-    messages: Budget,
-    /// The blocking work of each site and publisher.
-    work: WorkPlaces,
-    /// The reserved quotas of running publishes of sites and publishers.
-    reserved: quota::Reserved,
-    /// The rate limit for reports…
-    reports: quota::RateLimiter,
-    /// …and for requests that change something.
-    changes: quota::RateLimiter,
-    /// The connection of each running upload.
-    uploads: Mutex<HashMap<(PublisherName, ArtifactRef), Link>>,
-    /// The space in bytes that an upload lacked.
-    short_of: Mutex<ExpiringCache<Digest, u64>>,
-    /// Held by a running garbage collection. Publishes hold leases of the store instead, and do not
-    /// wait for it.
-    collecting: Arc<tokio::sync::Mutex<()>>,
-    /// Events of training runs are applied one at a time.
-    runs: tokio::sync::Mutex<()>,
+    jobs: HubJobs,
+    sessions: Sessions,
+    uploads: Uploads,
     workers: Workers,
     tasks: TaskTracker,
     stop: CancellationToken,
-}
-
-/// The open connections of sites.
-type Links = Arc<RwLock<HashMap<SiteName, Connected>>>;
-
-/// A site's connection.
-#[derive(Clone)]
-struct Connected {
-    link: Link,
-    cert_der: Arc<Vec<u8>>,
 }
 
 impl Hub {
@@ -179,33 +142,79 @@ impl Hub {
             &workers,
         )?;
         tracing::info!(name = %config.name, line = %listener.local_addr(), api = %config.listen.api, data = %config.data_dir.display(), "the hub is ready");
-        let jobs = Jobs::new(catalogue.clone());
-        let links = Links::default();
-        let relay_wire = Arc::new(AtomicU64::new(0));
-        let lines = relay::RelayLinks {
-            links: links.clone(),
-            catalogue: catalogue.clone(),
-            wire: relay_wire.clone(),
-            known: Mutex::default(),
-        };
-        let upstream: Arc<dyn Upstream> = Arc::new(lines);
-        let (data, main, sites, room) = (
-            config.data_dir.clone(),
+        let (tasks, links) = (TaskTracker::new(), Links::default());
+        let budgets = Arc::new(PeerBudgets::new(config.limits.memory));
+        let manifests = Manifests::new(catalogue.clone(), store.clone());
+        let quotas = QuotaLedger::new(catalogue.clone(), config.quota.clone());
+        let relay = RelayKeeper::open(
+            &config,
+            RelayParts {
+                catalogue: catalogue.clone(),
+                store: store.clone(),
+                manifests: manifests.clone(),
+                links: links.clone(),
+                entitlement: entitlement.clone(),
+                budgets: budgets.clone(),
+                workers: workers.clone(),
+                tasks: tasks.clone(),
+                stop: stop.clone(),
+            },
+        )
+        .await?;
+        let library = HubLibrary::new(
+            catalogue.clone(),
             store.clone(),
-            upstream.clone(),
-            config.relay.budget,
+            entitlement.clone(),
+            budgets.clone(),
+            relay.clone(),
         );
-        let kept_by = workers.clone();
-        let relay = blocking(move || Relay::open(&data, main, sites, room, &kept_by)).await?;
-        let (relay_memory, opened, uploads, short_of, collecting, runs, checked_manifests) =
-            Default::default();
-        let tasks = TaskTracker::new();
-        // Three eighths are for content, and an eighth is for messages. The other half is for the
-        // send buffers of connections.
-        let budget = Budget::new(config.limits.memory / 8 * 3, SITE_SHARE_MAX);
-        let questions = Budget::new(config.limits.memory / 16, QUESTIONS_BYTES_MAX);
-        let messages = Budget::new(config.limits.memory / 16, CONTROL_FRAME_BYTES_MAX as u64);
-        let work = WorkPlaces::new(PEER_WORK_MAX);
+        let deliveries = Deliveries::new(catalogue.clone(), links.clone(), entitlement.clone());
+        let runs = RunKeeper::new(
+            catalogue.clone(),
+            entitlement.clone(),
+            deliveries.clone(),
+            library.clone(),
+        );
+        let jobs = HubJobs::new(JobParts {
+            config: config.clone(),
+            catalogue: catalogue.clone(),
+            store: store.clone(),
+            library: library.clone(),
+            deliveries: deliveries.clone(),
+            runs: runs.clone(),
+            relay: relay.clone(),
+            quotas: quotas.clone(),
+        });
+        let sessions = Sessions::new(SessionParts {
+            data_dir: config.data_dir.clone(),
+            catalogue: catalogue.clone(),
+            store: store.clone(),
+            identity: identity.clone(),
+            links: links.clone(),
+            entitlement: entitlement.clone(),
+            budgets: budgets.clone(),
+            library: library.clone(),
+            relay: relay.clone(),
+            deliveries: deliveries.clone(),
+            runs: runs.clone(),
+            quotas: quotas.clone(),
+            manifests: manifests.clone(),
+            tasks: tasks.clone(),
+            stop: stop.clone(),
+        });
+        let uploads = Uploads::new(UploadParts {
+            catalogue: catalogue.clone(),
+            store: store.clone(),
+            identity: identity.clone(),
+            entitlement: entitlement.clone(),
+            budgets,
+            library,
+            deliveries: deliveries.clone(),
+            quotas: quotas.clone(),
+            manifests: manifests.clone(),
+            tasks: tasks.clone(),
+            stop: stop.clone(),
+        });
         Ok(Self {
             inner: Arc::new(Inner {
                 config,
@@ -214,25 +223,17 @@ impl Hub {
                 identity,
                 listener,
                 links,
-                upstream,
+                deliveries,
+                runs,
                 relay,
-                relay_memory,
-                relay_wire,
-                opened,
+                manifests,
+                #[cfg(test)]
+                quotas,
+                #[cfg(test)]
                 entitlement,
                 jobs,
-                checked_manifests,
-                budget,
-                questions,
-                messages,
-                work,
-                reserved: Default::default(),
-                reports: quota::RateLimiter::new(REPORTS_PER_SECOND_MAX, REPORTS_AT_ONCE_MAX),
-                changes: quota::RateLimiter::new(CHANGES_PER_SECOND_MAX, CHANGES_AT_ONCE_MAX),
+                sessions,
                 uploads,
-                short_of,
-                collecting,
-                runs,
                 workers,
                 tasks,
                 stop,
@@ -252,10 +253,10 @@ impl Hub {
         workers.start(
             "runs",
             Pace::every(CHANGE_WAIT_MAX),
-            self,
-            |this, worker| async move { this.keep_runs(&worker).await },
+            &self.inner.runs,
+            |runs, worker| async move { runs.keep(&worker).await },
         );
-        self.start_relay_workers(workers);
+        self.inner.relay.start_workers(workers);
         workers.repeat("event-trim", EVENT_TRIM_EVERY, self, |this| async move {
             let trimmed = this.inner.catalogue.trim_events().await;
             trimmed.map_err(|fault| fault.context("remove old events"))
@@ -301,17 +302,13 @@ impl Hub {
                     let this = self.clone();
                     self.inner
                         .tasks
-                        .spawn(async move { this.welcome_publisher(name, link).await });
+                        .spawn(async move { this.inner.uploads.welcome(name, link).await });
                 }
-                Some(Arrival::Site {
-                    name,
-                    link,
-                    cert_der,
-                }) => {
+                Some(Arrival::Site { name, link, .. }) => {
                     let this = self.clone();
                     self.inner
                         .tasks
-                        .spawn(async move { this.welcome(name, link, cert_der).await });
+                        .spawn(async move { this.inner.sessions.welcome(name, link).await });
                 }
             }
         }
@@ -320,22 +317,11 @@ impl Hub {
     /// Closes every connection, and waits for running work.
     pub async fn stopped(&self) {
         self.inner.listener.close();
-        let links: Vec<Link> = self
-            .inner
-            .links
-            .read()
-            .values()
-            .map(|c| c.link.clone())
-            .collect();
-        links.iter().for_each(|link| link.close("the hub stops"));
+        self.inner.links.close_all("the hub stops");
         self.inner.tasks.close();
         self.inner.tasks.wait().await;
-        self.flush_relay_at_end().await;
+        self.inner.relay.flush_at_end().await;
         self.inner.listener.wait_idle().await;
-    }
-
-    fn is_online(&self, site: &SiteName) -> bool {
-        self.inner.links.read().contains_key(site)
     }
 }
 
@@ -355,110 +341,8 @@ impl Redeemer for Hub {
     }
 }
 
-#[async_trait]
-impl Library for Hub {
-    async fn open(&self, peer: &Peer, digest: Digest) -> Result<Arc<Opened>, Fault> {
-        let inner = &self.inner;
-        if !inner.entitlement.may_read_manifest(peer, digest).await? {
-            return Err(nothing_such());
-        }
-        if let Some(opened) = inner.opened.lock().iter().find(|o| o.digest == digest) {
-            return Ok(opened.clone());
-        }
-        let rows = inner.catalogue.all_by_digest(digest).await?;
-        let relayed = rows.iter().all(|row| row.origin.is_some());
-        let row = rows.into_iter().next().ok_or_else(nothing_such)?;
-        let store = inner.store.clone();
-        let _place = self.work_place(peer).await;
-        let opened = Arc::new(
-            blocking(move || Opened::new(digest, row.root, &store))
-                .await?
-                .relayed(relayed),
-        );
-        let mut cache = inner.opened.lock();
-        if cache.len() >= OPENED_MAX {
-            cache.remove(0);
-        }
-        cache.push(opened.clone());
-        Ok(opened)
-    }
-
-    async fn may_read_content(&self, peer: &Peer, opened: &Opened) -> Result<bool, Fault> {
-        let entitlement = &self.inner.entitlement;
-        entitlement.may_read_content(peer, opened.digest).await
-    }
-
-    async fn share(&self, peer: &Peer, bytes: u64, priority: i32) -> Result<Share, Fault> {
-        self.inner.budget.take(peer, bytes, priority).await
-    }
-
-    async fn work_place(&self, peer: &Peer) -> Option<OwnedSemaphorePermit> {
-        self.inner.work.take(peer).await
-    }
-
-    async fn page(&self, _opened: &Opened, page: Hash) -> Result<Bytes, Fault> {
-        let store = self.inner.store.clone();
-        blocking(move || store.page(page)).await
-    }
-
-    async fn ready(
-        &self,
-        peer: &Peer,
-        opened: &Opened,
-        wanted: &Wanted,
-        children: &[Child],
-    ) -> Result<(), Fault> {
-        match relayed_page(opened, wanted) {
-            Some(_) => self.inner.relay.ready(peer, opened.digest, children).await,
-            None => Ok(()),
-        }
-    }
-
-    async fn frames(
-        &self,
-        peer: &Peer,
-        opened: &Arc<Opened>,
-        wanted: &Wanted,
-        children: Vec<Child>,
-        priority: i32,
-    ) -> Result<Pieces, Fault> {
-        if let Some(page) = relayed_page(opened, wanted) {
-            self.note_use(opened.digest).await;
-            return self
-                .inner
-                .relay
-                .frames(
-                    peer,
-                    Of {
-                        digest: opened.digest,
-                        page,
-                        priority,
-                    },
-                    children,
-                )
-                .await;
-        }
-        let store = self.inner.store.clone();
-        let chunks: Vec<ChunkRef> = children.into_iter().map(|c| c.chunk).collect();
-        let _place = self.work_place(peer).await;
-        blocking(move || store.read_listed(&chunks))
-            .await
-            .map(pieces)
-    }
-}
-
-/// The page of a relayed artifact whose children are requested. The hub always has the root and the
-/// pages that it lists.
-fn relayed_page(opened: &Opened, wanted: &Wanted) -> Option<Hash> {
-    match wanted {
-        Wanted::Children { page, .. } if opened.relayed => Some(*page),
-        _ => None,
-    }
-}
-
-/// Refuses to start if a part of the hub's state is lost. A new, empty part would do damage: with
-/// an empty catalogue `gc` would remove the whole store, and a new CA would refuse every enrolled
-/// site.
+/// A hub that lost a part of its state must not begin a new one beside the rest: an empty catalogue
+/// would let `gc` free the whole store, and a new CA would lock every site out.
 fn refuse_a_part(data_dir: &Path, part: &str, needed: bool, why: &str) -> Result<(), Fault> {
     if !needed || data_dir.join(part).exists() {
         return Ok(());

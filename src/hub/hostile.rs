@@ -90,7 +90,9 @@ async fn a_request_for_many_roots_is_refused_before_any_is_built() {
         .unwrap();
     bench
         .hub
-        .deliver_to(
+        .inner
+        .deliveries
+        .deliver(
             &Actor::Admin,
             &["model/a:v1".parse().unwrap()],
             &"east".parse().unwrap(),

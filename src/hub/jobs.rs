@@ -1,35 +1,128 @@
-//! The jobs of the hub: publish, import, and garbage collection. `verify` has its own module.
+//! What the hub does in jobs: publish, import, export, collect, verify.
+//!
+//! The API starts them. A job ends with the daemon; what it stored before is kept, and nothing of
+//! it counts until the artifact is in the catalogue.
 
-use std::collections::HashSet;
+mod verify;
+
+use std::collections::{BTreeMap, HashSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use super::deliveries::Deliveries;
+use super::library::HubLibrary;
 use super::manifests::{AllArtifacts, Live, fault_of, malformed_line, mark};
-use super::{Hub, short};
-use crate::api::types::{PublishRequest, Published};
-use crate::jobs::until_room;
+use super::quota::QuotaLedger;
+use super::relay::RelayKeeper;
+use super::runs::RunKeeper;
+use super::short;
+use crate::api::types::{Job, PublishRequest, Published};
+use crate::config::Config;
+use crate::jobs::{Jobs, until_room};
 use crate::open_source::{self, Access};
 use base::blocking::blocking;
 use base::fault::Fault;
 use base::job_progress::JobProgress;
 use base::limits::ROOM_AWAITED_MAX;
 use base::names::ArtifactRef;
-use content::bundle;
+use content::bundle::{self, Member};
 use content::ingest::{self, Ingested};
 use content::manifest::{DatasetBinding, Root};
 use content::store::Store;
 use model::actor::Actor;
 use model::run;
-use state::{Part, new_delivery_id};
+use state::{Catalogue, Part, new_delivery_id};
 
-impl Hub {
-    pub(super) async fn publish_now(
+/// The jobs of the hub. Cheap to clone.
+#[derive(Clone)]
+pub(super) struct HubJobs {
+    jobs: Jobs,
+    parts: Arc<JobParts>,
+    /// Held by the collection that runs. Publishes hold leases of the store instead, and wait for
+    /// none.
+    collecting: Arc<tokio::sync::Mutex<()>>,
+}
+
+/// What the jobs work with.
+pub(super) struct JobParts {
+    pub(super) config: Config,
+    pub(super) catalogue: Catalogue,
+    pub(super) store: Store,
+    pub(super) library: HubLibrary,
+    pub(super) deliveries: Deliveries,
+    pub(super) runs: RunKeeper,
+    pub(super) relay: RelayKeeper,
+    pub(super) quotas: QuotaLedger,
+}
+
+impl HubJobs {
+    /// No job runs yet.
+    pub(super) fn new(parts: JobParts) -> Self {
+        let jobs = Jobs::new(parts.catalogue.clone());
+        Self {
+            jobs,
+            parts: Arc::new(parts),
+            collecting: Arc::default(),
+        }
+    }
+
+    /// All jobs, to show and cancel them.
+    pub(super) fn all(&self) -> &Jobs {
+        &self.jobs
+    }
+
+    /// Begins a publish.
+    pub(super) fn publish(&self, request: PublishRequest) -> Result<Job, Fault> {
+        let this = self.clone();
+        let jobs = &self.jobs;
+        jobs.start(move |progress| async move { this.publish_now(request, progress).await })
+    }
+
+    /// Begins a verify.
+    pub(super) fn verify(&self, artifact: ArtifactRef, quick: bool) -> Result<Job, Fault> {
+        let this = self.clone();
+        let jobs = &self.jobs;
+        jobs.start(move |progress| async move { this.verify_now(artifact, quick, progress).await })
+    }
+
+    /// Begins an export of artifacts whose content the hub holds.
+    pub(super) fn export(&self, members: Vec<Member>, out: String) -> Result<Job, Fault> {
+        let (store, config) = (self.parts.store.clone(), self.parts.config.clone());
+        self.jobs.start(move |progress| async move {
+            progress.doing(format!("writing {out}"));
+            blocking(move || {
+                let out = PathBuf::from(out);
+                // It writes a new file only; but not among the daemon's own.
+                config.own().check_path(out.parent().unwrap_or(&out))?;
+                let written = bundle::export(&members, &store, &out, &progress)?;
+                bundle::sync_parent(&out)?;
+                Ok(BTreeMap::from([("bytes", written)]))
+            })
+            .await
+        })
+    }
+
+    /// Begins an import.
+    pub(super) fn import(&self, file: String) -> Result<Job, Fault> {
+        let this = self.clone();
+        let jobs = &self.jobs;
+        jobs.start(move |progress| async move { this.import_now(file, progress).await })
+    }
+
+    /// Begins a collection.
+    pub(super) fn collect(&self) -> Result<Job, Fault> {
+        let this = self.clone();
+        let jobs = &self.jobs;
+        jobs.start_collection(move |progress| async move { this.collect_now(progress).await })
+    }
+
+    async fn publish_now(
         &self,
         request: PublishRequest,
         progress: Arc<JobProgress>,
     ) -> Result<Published, Fault> {
-        let inner = &self.inner;
+        let inner = &*self.parts;
         let artifact: ArtifactRef = request.as_ref.parse()?;
         // All checks that can refuse the request come before the first byte is read.
         let sites = match &request.to {
@@ -38,7 +131,10 @@ impl Hub {
         };
         let run = request.run.as_deref().map(run::known).transpose()?;
         if let Some(run) = &run {
-            self.check_run_model(&Actor::Admin, run, &artifact).await?;
+            inner
+                .runs
+                .check_model(&Actor::Admin, run, &artifact)
+                .await?;
         }
         let dataset = open_source::dataset_of(
             &inner.catalogue,
@@ -54,10 +150,17 @@ impl Hub {
         progress.end()?;
         let added = match &run {
             Some(run) => {
-                self.add_run_model(&Actor::Admin, run, &artifact, &ingested.root)
+                inner
+                    .runs
+                    .add_model(&Actor::Admin, run, &artifact, &ingested.root)
                     .await?
             }
-            None => self.register(None, &artifact, &ingested.root).await?,
+            None => {
+                inner
+                    .library
+                    .register(None, &artifact, &ingested.root)
+                    .await?
+            }
         };
         inner
             .catalogue
@@ -66,7 +169,9 @@ impl Hub {
         let transfers = match sites {
             Some((_, sites)) => {
                 let part = Part::new(&inner.catalogue.artifact(&artifact).await?, &sites);
-                self.begin_delivery(&new_delivery_id(), None, &[part])
+                inner
+                    .deliveries
+                    .begin(&new_delivery_id(), None, &[part])
                     .await?
                     .into_iter()
                     .map(Into::into)
@@ -97,7 +202,7 @@ impl Hub {
         dataset: Option<(DatasetBinding, Root)>,
         progress: &Arc<JobProgress>,
     ) -> Result<(Store, Ingested), Fault> {
-        let inner = &self.inner;
+        let inner = &*self.parts;
         let leased = inner.store.leased();
         progress.doing(format!("reading {}", request.source));
         let (store, options, text, kind) = (
@@ -127,17 +232,17 @@ impl Hub {
     }
 
     /// Imports all artifacts of a bundle. Returns their names.
-    pub(super) async fn import_now(
+    async fn import_now(
         &self,
         file: String,
         progress: Arc<JobProgress>,
     ) -> Result<Vec<String>, Fault> {
-        let store = &self.inner.store;
+        let store = &self.parts.store;
         let read = until_room(store, &progress, ROOM_AWAITED_MAX, || async {
             let leased = store.leased();
             progress.doing(format!("reading {file}"));
             let (store, file, progress) = (leased.clone(), PathBuf::from(&file), progress.clone());
-            let config = self.inner.config.clone();
+            let config = self.parts.config.clone();
             let read = move || {
                 config.own().check_path(&file)?;
                 bundle::import(&file, &store, &progress)
@@ -147,7 +252,9 @@ impl Hub {
         let (_leased, members) = read.await?;
         progress.end()?;
         for member in &members {
-            self.register(None, &member.artifact, &member.root()?)
+            self.parts
+                .library
+                .register(None, &member.artifact, &member.root()?)
                 .await?;
         }
         Ok(members
@@ -163,17 +270,17 @@ impl Hub {
         progress: Arc<JobProgress>,
     ) -> Result<serde_json::Value, Fault> {
         progress.doing("waiting for another collection to end");
-        let alone = self.inner.collecting.clone().lock_owned().await;
+        let alone = self.collecting.clone().lock_owned().await;
         progress.doing("flushing the store");
-        let unfinished = self.unfinished();
-        let store = self.inner.store.clone();
+        let unfinished = self.parts.quotas.unfinished();
+        let store = self.parts.store.clone();
         let collection = blocking(move || store.begin_collection()).await?;
         // The names are read only now, because the collection does not touch content that is
         // published from here on. A publish that is committing at this moment is waited for: if it
         // was cancelled, its lease may already have ended.
-        let names = self.inner.catalogue.artifact_names_settled().await?;
-        let all = AllArtifacts::of(&self.inner.catalogue);
-        let store = self.inner.store.clone();
+        let names = self.parts.catalogue.artifact_names_settled().await?;
+        let all = AllArtifacts::of(&self.parts.catalogue);
+        let store = self.parts.store.clone();
         progress.doing("marking the content in use");
         let result = blocking(move || {
             // A thread cannot be cancelled. So the next collection starts only when this thread has
@@ -206,10 +313,8 @@ impl Hub {
             Ok(result)
         })
         .await?;
-        self.forget_collected(unfinished);
-        // The artifacts that count as prefetched may have used chunks of the store that no artifact
-        // named.
-        self.inner.relay_memory.lock().whole.clear();
+        self.parts.quotas.forget_collected(unfinished);
+        self.parts.relay.forget_prefetched();
         Ok(result)
     }
 }

@@ -10,7 +10,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use futures::FutureExt;
 
-use super::Hub;
+use super::library::HubLibrary;
 use crate::api::types::State;
 use base::budget::Share;
 use base::clock;
@@ -22,7 +22,7 @@ use base::text::Exact;
 use exchange::fetch::{self, Library};
 use exchange::wire::PRIORITY_MANIFEST;
 use model::protocol::{Desired, PushedManifest};
-use state::Want;
+use state::{Catalogue, Want};
 
 /// The manifest of a larger artifact is never small enough: it has at least 36 bytes for each 256
 /// KiB.
@@ -30,6 +30,8 @@ const TOTAL_MAX: u64 = (TOLD_BYTES_MAX as u64 / 36) * (256 << 10);
 
 /// The manifests that were pushed over one connection.
 pub(super) struct ManifestPush {
+    catalogue: Catalogue,
+    library: HubLibrary,
     /// The start of the connection. The site itself requests the manifests of older transfers.
     since_ms: i64,
     known: HashSet<TransferId>,
@@ -37,37 +39,37 @@ pub(super) struct ManifestPush {
 
 impl ManifestPush {
     /// Starts with no pushed manifests.
-    pub(super) fn begin() -> Self {
+    pub(super) fn begin(catalogue: Catalogue, library: HubLibrary) -> Self {
         Self {
+            catalogue,
+            library,
             since_ms: clock::now_unix_ms() as i64,
             known: HashSet::new(),
         }
     }
-}
 
-impl Hub {
     /// The small manifests of transfers that were created since the connection started and whose
     /// manifest was not pushed yet, and the share of the budget that they hold.
-    pub(super) async fn push_new(
-        &self,
+    pub(super) async fn next(
+        &mut self,
         site: &SiteName,
         wanted: &[Desired],
-        push: &mut ManifestPush,
     ) -> (Vec<PushedManifest>, Option<Share>) {
         let is_new = |wanted: &&Desired| {
             let begins = wanted.want == Want::Run
                 && wanted.generation == 0
-                && wanted.created_ms >= push.since_ms;
-            begins && wanted.total <= TOTAL_MAX && !push.known.contains(&wanted.id)
+                && wanted.created_ms >= self.since_ms;
+            begins && wanted.total <= TOTAL_MAX && !self.known.contains(&wanted.id)
         };
         let new: Vec<&Desired> = wanted.iter().filter(is_new).take(TOLD_MAX).collect();
-        push.known = wanted.iter().map(|wanted| wanted.id.clone()).collect();
+        self.known = wanted.iter().map(|wanted| wanted.id.clone()).collect();
         if new.is_empty() {
             return (Vec::new(), None);
         }
         let peer = Peer::Site(site.clone());
         // A push never waits for a share of the budget.
         let Some(Ok(share)) = self
+            .library
             .share(&peer, TOLD_BYTES_MAX as u64, PRIORITY_MANIFEST)
             .now_or_never()
         else {
@@ -103,14 +105,14 @@ impl Hub {
         wanted: &Desired,
         room: usize,
     ) -> Result<Option<Vec<u8>>, Fault> {
-        let catalogue = &self.inner.catalogue;
+        let catalogue = &self.catalogue;
         // A site that has another version requests only the difference.
         if catalogue.transfer(&wanted.id).await?.state != State::Queued
             || catalogue.has_kin_at(site, &wanted.artifact).await?
         {
             return Ok(None);
         }
-        let opened = self.open(peer, wanted.digest).await?;
-        fetch::manifest_frames(peer, self, &opened, room).await
+        let opened = self.library.open(peer, wanted.digest).await?;
+        fetch::manifest_frames(peer, &self.library, &opened, room).await
     }
 }

@@ -6,9 +6,12 @@
 //! from such a manifest counts as in use.
 
 use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
 use std::time::Instant;
 
-use super::{Hub, short};
+use parking_lot::Mutex;
+
+use super::short;
 use base::blocking::blocking;
 use base::fault::{Code, Fault};
 use base::limits::DOCTOR_MANIFESTS_MAX;
@@ -20,29 +23,55 @@ use state::{ArtifactRow, Catalogue};
 
 /// The content of a store that is in use: eight bytes of each hash.
 pub(super) type Live = HashSet<u64>;
-/// The manifests that were checked, and whether each is valid.
-pub(super) type Checked = HashMap<Digest, bool>;
+/// Which manifests of the catalogue are malformed. Cheap to clone.
+#[derive(Clone)]
+pub(super) struct Manifests {
+    catalogue: Catalogue,
+    store: Store,
+    /// Those that were checked since the daemon started, and whether they were sound.
+    checked: Arc<Mutex<HashMap<Digest, bool>>>,
+}
 
-impl Hub {
+impl Manifests {
+    /// Nothing is checked yet.
+    pub(super) fn new(catalogue: Catalogue, store: Store) -> Self {
+        Self {
+            catalogue,
+            store,
+            checked: Arc::default(),
+        }
+    }
+
     /// Refuses a manifest whose pages are in the store and that is malformed.
-    pub(super) async fn check_manifest(
+    pub(super) async fn check(&self, artifact: &ArtifactRef, root: &Root) -> Result<(), Fault> {
+        let (artifact, root, store) = (artifact.clone(), root.clone(), self.store.clone());
+        blocking(move || manifest::check(&artifact, &root, &store)).await
+    }
+
+    /// Logs a manifest that cannot be used, once while the daemon runs. Blocks.
+    pub(super) fn warn_once(
         &self,
         artifact: &ArtifactRef,
+        digest: Digest,
         root: &Root,
     ) -> Result<(), Fault> {
-        let (artifact, root, store) = (artifact.clone(), root.clone(), self.inner.store.clone());
-        blocking(move || manifest::check(&artifact, &root, &store)).await
+        if self.checked.lock().contains_key(&digest) {
+            return Ok(());
+        }
+        let fault = fault_of(artifact, root, &self.store)?;
+        self.checked.lock().insert(digest, fault.is_none());
+        if let Some(fault) = fault {
+            tracing::warn!(%artifact, error = %fault, "the manifest of an artifact cannot be used");
+        }
+        Ok(())
     }
 
     /// The lines of `doctor` about the manifests. A valid manifest is checked once while the daemon
     /// runs. One call checks for a limited time, so a long list needs several calls.
-    pub(super) async fn manifest_lines(&self) -> Result<Vec<String>, Fault> {
-        let names = self.inner.catalogue.artifacts_by_digest().await?;
-        let all = AllArtifacts::of(&self.inner.catalogue);
-        let (store, checked) = (
-            self.inner.store.clone(),
-            self.inner.checked_manifests.clone(),
-        );
+    pub(super) async fn doctor_lines(&self) -> Result<Vec<String>, Fault> {
+        let names = self.catalogue.artifacts_by_digest().await?;
+        let all = AllArtifacts::of(&self.catalogue);
+        let (store, checked) = (self.store.clone(), self.checked.clone());
         blocking(move || {
             let (mut out, mut left, begun) = (Vec::new(), 0, Instant::now());
             let there: HashSet<Digest> = names.iter().map(|(_, digest)| *digest).collect();

@@ -1,5 +1,4 @@
-//! Quotas on the content that a site or a publisher publishes, and a rate limit on the changes that
-//! a peer requests.
+//! Quotas on the content that a site or a publisher publishes.
 //!
 //! A quota is checked when the root manifest is known, before any of the content is fetched. The
 //! size of a running publish is *reserved*, so that concurrent publishes take no more than
@@ -9,38 +8,33 @@
 //! until the same artifact is published or a garbage collection (`gc`) removes it. So the hub never
 //! stores more of a peer than its quota and [`UNCOUNTED_BYTES`] for each running publish.
 //!
-//! The rate limit delays requests and never refuses them: a peer that sends too many reports or
-//! requests slows down only itself, and the catalogue grows no faster. Nothing here survives a
-//! restart except the published artifacts in the catalogue.
+//! Sessions, uploads and the collection call it. Nothing here survives a restart except the
+//! published artifacts in the catalogue.
 
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
 
 use parking_lot::Mutex;
-use tokio::time::Instant;
 
-use super::Hub;
-use crate::config::Quota;
+use crate::config::{Quota, Quotas};
 use base::fault::Fault;
 use base::names::ArtifactRef;
 use base::peer::Peer;
 use content::manifest::{Digest, Root};
 use content::store::Meter;
+use state::Catalogue;
 
-/// Peers whose rate is remembered; the entry of the longest idle peer is removed first.
-const PACED_MAX: usize = 4096;
 /// Stored bytes of a publish that may exceed its announced totals, in addition to a sixteenth of
 /// the totals: for its manifest and the headers of its chunks.
 const UNCOUNTED_BYTES: u64 = 1 << 20;
 
 /// The part of each peer's quota that is used in addition to the catalogue.
-pub(super) type Reserved = Arc<Mutex<HashMap<Peer, Taken>>>;
+type Reserved = Arc<Mutex<HashMap<Peer, Taken>>>;
 
 /// The used part of one peer's quota.
 #[derive(Default)]
-pub(super) struct Taken {
+struct Taken {
     /// Running publishes…
     artifacts: u64,
     /// …and the bytes that are reserved for them.
@@ -151,7 +145,24 @@ impl Drop for Reservation {
     }
 }
 
-impl Hub {
+/// What all peers have taken of their quotas. Cheap to clone.
+#[derive(Clone)]
+pub(super) struct QuotaLedger {
+    catalogue: Catalogue,
+    quotas: Arc<Quotas>,
+    reserved: Reserved,
+}
+
+impl QuotaLedger {
+    /// Nothing is reserved yet.
+    pub(super) fn new(catalogue: Catalogue, quotas: Quotas) -> Self {
+        Self {
+            catalogue,
+            quotas: Arc::new(quotas),
+            reserved: Reserved::default(),
+        }
+    }
+
     /// Reserves a part of the quota of the peer that publishes this artifact, or fails with the
     /// exceeded limit. Content that is in the catalogue already costs nothing again, and content
     /// that an earlier attempt stored is counted once.
@@ -161,7 +172,7 @@ impl Hub {
         artifact: &ArtifactRef,
         root: &Root,
     ) -> Result<Arc<Reservation>, Fault> {
-        let catalogue = &self.inner.catalogue;
+        let catalogue = &self.catalogue;
         let digest = root.digest();
         let known = catalogue
             .artifact(artifact)
@@ -169,11 +180,11 @@ impl Hub {
             .is_ok_and(|row| row.digest == digest);
         let announced = if known { 0 } else { root.totals.bytes };
         let quota = match who {
-            Peer::Publisher(_) => &self.inner.config.quota.publisher,
-            Peer::Site(_) | Peer::Hub(_) => &self.inner.config.quota.site,
+            Peer::Publisher(_) => &self.quotas.publisher,
+            Peer::Site(_) | Peer::Hub(_) => &self.quotas.site,
         };
         let published = catalogue.published_by(who).await?;
-        let mut reserved = self.inner.reserved.lock();
+        let mut reserved = self.reserved.lock();
         let taken = reserved.entry(who.clone()).or_default();
         let before = taken.unfinished.remove(&digest);
         if !known {
@@ -195,7 +206,7 @@ impl Hub {
             (taken.artifacts + 1, taken.bytes.saturating_add(announced));
         drop(reserved);
         Ok(Arc::new(Reservation {
-            reserved: self.inner.reserved.clone(),
+            reserved: self.reserved.clone(),
             who: who.clone(),
             artifact: artifact.clone(),
             digest,
@@ -213,7 +224,7 @@ impl Hub {
 
     /// The unfinished publishes. To be read before a garbage collection starts.
     pub(super) fn unfinished(&self) -> Vec<(Peer, Digest, u64)> {
-        let reserved = self.inner.reserved.lock();
+        let reserved = self.reserved.lock();
         let of = |(who, taken): (&Peer, &Taken)| {
             taken
                 .unfinished
@@ -227,7 +238,7 @@ impl Hub {
     /// Removes the entries of publishes that were unfinished at the start of a completed garbage
     /// collection.
     pub(super) fn forget_collected(&self, collected: Vec<(Peer, Digest, u64)>) {
-        let mut reserved = self.inner.reserved.lock();
+        let mut reserved = self.reserved.lock();
         for (who, digest, bytes) in collected {
             let Some(taken) = reserved.get_mut(&who) else {
                 continue;
@@ -315,49 +326,10 @@ fn fits(
     Ok(())
 }
 
-/// A rate limit for each peer: so many steps per second, and as many at once as a burst. Cheap to
-/// call.
-pub(super) struct RateLimiter {
-    per_second: f64,
-    burst: f64,
-    /// For each peer, the number of available steps at a point in time; below 0 the peer waits.
-    peers: Mutex<HashMap<Peer, (Instant, f64)>>,
-}
-
-impl RateLimiter {
-    pub(super) fn new(per_second: u32, burst: u32) -> Self {
-        Self {
-            per_second: per_second.into(),
-            burst: burst.into(),
-            peers: Mutex::default(),
-        }
-    }
-
-    /// Takes so many steps; waits until they are available.
-    pub(super) async fn go(&self, peer: &Peer, steps: usize) {
-        let wait = self.take(peer, steps, Instant::now());
-        if !wait.is_zero() {
-            tokio::time::sleep(wait).await;
-        }
-    }
-
-    /// Takes so many steps, and returns how long the peer must wait for them.
-    fn take(&self, peer: &Peer, steps: usize, now: Instant) -> Duration {
-        let mut peers = self.peers.lock();
-        let earned = |since: Instant, left: f64| {
-            (left + now.duration_since(since).as_secs_f64() * self.per_second).min(self.burst)
-        };
-        if peers.len() >= PACED_MAX {
-            peers.retain(|_, (since, left)| earned(*since, *left) < self.burst);
-        }
-        let (since, left) = peers.entry(peer.clone()).or_insert((now, self.burst));
-        (*since, *left) = (now, earned(*since, *left) - steps as f64);
-        Duration::from_secs_f64((-*left / self.per_second).max(0.0))
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
     use crate::hub::upload::tests::Bench;
     use base::fault::Code;
@@ -365,38 +337,6 @@ mod tests {
     use model::actor::Actor;
     use model::protocol::AskHub;
     use transport::identity::Claim;
-
-    #[test]
-    fn a_peer_with_too_many_requests_slows_down_only_itself() {
-        let pace = RateLimiter::new(10, 20);
-        let [loud, calm] = ["loud", "calm"].map(|name| Peer::Site(name.parse().unwrap()));
-        let now = Instant::now();
-        assert_eq!(
-            pace.take(&loud, 20, now),
-            Duration::ZERO,
-            "a burst is not delayed"
-        );
-        assert_eq!(pace.take(&loud, 30, now), Duration::from_secs(3));
-        assert_eq!(
-            pace.take(&calm, 20, now),
-            Duration::ZERO,
-            "another peer has its own limit"
-        );
-        assert_eq!(
-            pace.take(&loud, 10, now + Duration::from_secs(4)),
-            Duration::ZERO,
-            "ten steps are available after a second"
-        );
-        assert_eq!(
-            pace.take(&loud, 20, now + Duration::from_secs(3600)),
-            Duration::ZERO,
-            "after an hour no more than a burst is available"
-        );
-        assert_eq!(
-            pace.take(&loud, 10, now + Duration::from_secs(3600)),
-            Duration::from_secs(1)
-        );
-    }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
     async fn a_publisher_with_a_used_quota_is_refused() {
@@ -421,7 +361,7 @@ mod tests {
             fault.next
         );
         assert_eq!(stored(), before, "none of its content was stored");
-        assert!(bench.hub.inner.reserved.lock().is_empty());
+        assert!(bench.hub.inner.quotas.reserved.lock().is_empty());
         // Content that the hub has costs nothing again. One more small artifact fits, and then
         // there are two.
         assert!(
@@ -486,7 +426,7 @@ mod tests {
                 let (send, mut recv) = link.accept().await.unwrap();
                 recv.read_exact(&mut [0]).await.unwrap();
                 let west = Peer::Site("west".parse().unwrap());
-                exchange::fetch::serve(send, recv, &west, &there.hub).await;
+                exchange::fetch::serve(send, recv, &west, there.hub.inner.uploads.library()).await;
             }
             // The next request is answered with bytes that are not a frame.
             while let Some((mut send, _recv)) = link.accept().await {
@@ -501,6 +441,7 @@ mod tests {
         while bench
             .hub
             .inner
+            .quotas
             .reserved
             .lock()
             .values()
@@ -533,7 +474,9 @@ mod tests {
                 .unwrap();
             there
                 .hub
-                .deliver_to(
+                .inner
+                .deliveries
+                .deliver(
                     &Actor::Admin,
                     &[name.parse().unwrap()],
                     &"west".parse().unwrap(),
@@ -570,13 +513,19 @@ mod tests {
             .await
             .unwrap_err();
         assert!(stored() >= kept && stored() < 19 << 20, "{}", stored());
-        bench.hub.collect_now(Arc::default()).await.unwrap();
-        assert!(bench.hub.inner.reserved.lock().is_empty());
+        bench
+            .hub
+            .inner
+            .jobs
+            .collect_now(Arc::default())
+            .await
+            .unwrap();
+        assert!(bench.hub.inner.quotas.reserved.lock().is_empty());
         upload_in_part(&bench, &there, &link, "model/b:v1", usize::MAX)
             .await
             .unwrap();
         assert!(
-            bench.hub.inner.reserved.lock().is_empty(),
+            bench.hub.inner.quotas.reserved.lock().is_empty(),
             "artifacts in the catalogue are counted there"
         );
     }
@@ -603,6 +552,8 @@ mod tests {
             root.totals.chunks += 1;
             let Ok(reservation) = bench
                 .hub
+                .inner
+                .quotas
                 .reserve(&who, &"model/b:v1".parse().unwrap(), &root)
                 .await
             else {

@@ -6,7 +6,7 @@
 //! only there. A false report has no other effect than that the hub verifies a few of its own
 //! chunks.
 
-use super::Hub;
+use super::relay::RelayKeeper;
 use crate::api::types::State;
 use base::blocking::blocking;
 use base::fault::Reason;
@@ -15,7 +15,7 @@ use base::names::SiteName;
 use content::chunk::Hash;
 use model::protocol::Report;
 
-impl Hub {
+impl RelayKeeper {
     /// Handles a site's report of a failed transfer. The site's next report is handled after it.
     pub(super) async fn recheck_refused(&self, site: &SiteName, report: &Report) {
         if report.state != State::Failed || report.body.reason != Some(Reason::Integrity) {
@@ -25,7 +25,7 @@ impl Hub {
         if named.is_empty() {
             return;
         }
-        let relay = self.inner.relay.clone();
+        let relay = self.relay().clone();
         match blocking(move || relay.recheck(&named)).await {
             Ok(0) => {}
             Ok(bad) => {

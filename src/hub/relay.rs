@@ -1,5 +1,10 @@
-//! Artifacts whose content is at sites: selects the sources for the relay, and decides how long
-//! relayed content is kept.
+//! Artifacts whose content is at sites: which site is asked for it, and what of it the hub keeps for
+//! how long.
+//!
+//! The library calls it for peers that read, and a worker keeps it durable and within its budget.
+//! After a crash the relay's store has what its last flush had ([`exchange::relay`]).
+
+mod prefetch;
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -9,9 +14,15 @@ use std::time::{Duration, Instant};
 use async_trait::async_trait;
 use futures::{StreamExt, stream};
 use parking_lot::Mutex;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
-use super::manifests::{AllArtifacts, Live, fault_of, mark};
-use super::{Hub, Links, short};
+use super::entitlement::Entitlement;
+use super::links::Links;
+use super::manifests::{AllArtifacts, Live, Manifests, mark};
+use super::peer_budgets::PeerBudgets;
+use super::short;
+use crate::config::{self, Config};
 use base::blocking::blocking;
 use base::buffers::Buffers;
 use base::clock;
@@ -19,10 +30,12 @@ use base::expiring_cache::ExpiringCache;
 use base::fault::Fault;
 use base::limits::CHANGE_WAIT_MAX;
 use base::names::SiteName;
+use base::peer::Peer;
 use base::workers::{Pace, Worker, Workers};
 use content::chunk::ShortHash;
 use content::manifest::Digest;
-use exchange::fetch::Fetcher;
+use content::store::Store;
+use exchange::fetch::{Child, Fetcher, Pieces};
 use exchange::relay::{Holder, Of, Relay, Sent, TOGETHER_BYTES, Upstream};
 use model::protocol::Wanted;
 use state::{Catalogue, RelayedArtifact};
@@ -39,12 +52,12 @@ const SOURCES_FOR: Duration = Duration::from_secs(1);
 const USED_EVERY: Duration = Duration::from_secs(10);
 
 /// The connections to sites, as sources of the relay.
-pub(super) struct RelayLinks {
-    pub(super) links: Links,
-    pub(super) catalogue: Catalogue,
-    pub(super) wire: Arc<AtomicU64>,
+struct RelayLinks {
+    links: Links,
+    catalogue: Catalogue,
+    wire: Arc<AtomicU64>,
     /// The sites that have an artifact, connected or not, and whether it was published there.
-    pub(super) known: Mutex<ExpiringCache<Digest, Vec<(SiteName, bool)>>>,
+    known: Mutex<ExpiringCache<Digest, Vec<(SiteName, bool)>>>,
 }
 
 impl RelayLinks {
@@ -66,10 +79,9 @@ impl RelayLinks {
 impl Upstream for RelayLinks {
     async fn sources(&self, digest: Digest, but: Option<&SiteName>) -> Result<Vec<Holder>, Fault> {
         let all = self.holders(digest).await?;
-        let links = self.links.read();
         let here = all
             .into_iter()
-            .filter(|(site, _)| Some(site) != but && links.contains_key(site));
+            .filter(|(site, _)| Some(site) != but && self.links.is_online(site));
         Ok(here.map(|(site, origin)| Holder { site, origin }).collect())
     }
 
@@ -90,7 +102,7 @@ impl Upstream for RelayLinks {
         count: usize,
         buffers: &Buffers,
     ) -> Result<Sent, Fault> {
-        let link = self.links.read().get(source).map(|c| c.link.clone());
+        let link = self.links.of(source);
         let link =
             link.ok_or_else(|| Fault::unreachable(format!("site {source} is not connected")))?;
         let frames = Fetcher::new(link, of.digest, self.wire.clone())
@@ -113,20 +125,140 @@ impl Upstream for RelayLinks {
 
 /// The state of the relay in memory.
 #[derive(Default)]
-pub(super) struct Memory {
+struct Memory {
     /// The artifacts whose use was recorded recently.
     used: ExpiringCache<Digest, ()>,
     /// The artifacts that were prefetched completely.
-    pub(super) whole: HashSet<Digest>,
+    whole: HashSet<Digest>,
     /// The failed prefetches: the time of the failure, and the pause.
-    pub(super) failed: HashMap<Digest, (Instant, Duration)>,
+    failed: HashMap<Digest, (Instant, Duration)>,
 }
 
-impl Hub {
+/// Content whose origin is a site: relays it, keeps it within a budget, and prefetches it. Cheap to
+/// clone.
+#[derive(Clone)]
+pub(super) struct RelayKeeper {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    catalogue: Catalogue,
+    /// The hub's own store, which holds the manifest pages.
+    pages: Store,
+    manifests: Manifests,
+    links: Links,
+    entitlement: Entitlement,
+    budgets: Arc<PeerBudgets>,
+    /// The sites as sources of bytes.
+    upstream: Arc<dyn Upstream>,
+    relay: Relay,
+    memory: Mutex<Memory>,
+    /// Bytes that crossed the connections of sites for the relay.
+    wire: Arc<AtomicU64>,
+    config: config::Relay,
+    /// The hub, as a peer of its own beside those that ask.
+    own: Peer,
+    tasks: TaskTracker,
+    stop: CancellationToken,
+}
+
+/// What the relay works with.
+pub(super) struct RelayParts {
+    pub(super) catalogue: Catalogue,
+    pub(super) store: Store,
+    pub(super) manifests: Manifests,
+    pub(super) links: Links,
+    pub(super) entitlement: Entitlement,
+    pub(super) budgets: Arc<PeerBudgets>,
+    pub(super) workers: Workers,
+    pub(super) tasks: TaskTracker,
+    pub(super) stop: CancellationToken,
+}
+
+impl RelayKeeper {
+    /// Opens the relay of the hub with this configuration.
+    pub(super) async fn open(config: &Config, parts: RelayParts) -> Result<Self, Fault> {
+        let wire = Arc::new(AtomicU64::new(0));
+        let upstream: Arc<dyn Upstream> = Arc::new(RelayLinks {
+            links: parts.links.clone(),
+            catalogue: parts.catalogue.clone(),
+            wire: wire.clone(),
+            known: Mutex::default(),
+        });
+        let (data, main) = (config.data_dir.clone(), parts.store.clone());
+        let (sites, budget) = (upstream.clone(), config.relay.budget);
+        let kept_by = parts.workers.clone();
+        let relay = blocking(move || Relay::open(&data, main, sites, budget, &kept_by)).await?;
+        Ok(Self {
+            inner: Arc::new(Inner {
+                catalogue: parts.catalogue,
+                pages: parts.store,
+                manifests: parts.manifests,
+                links: parts.links,
+                entitlement: parts.entitlement,
+                budgets: parts.budgets,
+                upstream,
+                relay,
+                memory: Mutex::default(),
+                wire,
+                config: config.relay.clone(),
+                own: Peer::Hub(config.name.clone()),
+                tasks: parts.tasks,
+                stop: parts.stop,
+            }),
+        })
+    }
+
+    /// Waits a little for a source of these chunks, if one is needed.
+    pub(super) async fn ready(
+        &self,
+        peer: &Peer,
+        digest: Digest,
+        children: &[Child],
+    ) -> Result<(), Fault> {
+        self.inner.relay.ready(peer, digest, children).await
+    }
+
+    /// The frames of these chunks, in order, each as soon as it is here.
+    pub(super) async fn frames(
+        &self,
+        peer: &Peer,
+        of: Of,
+        children: Vec<Child>,
+    ) -> Result<Pieces, Fault> {
+        self.note_use(of.digest).await;
+        self.inner.relay.frames(peer, of, children).await
+    }
+
+    /// The relay itself, to read what it keeps.
+    pub(super) fn relay(&self) -> &Relay {
+        &self.inner.relay
+    }
+
+    /// Frees memory that is not used at the moment.
+    pub(super) fn rest(&self) {
+        self.inner.relay.rest();
+    }
+
+    /// A collection ran: what was prefetched may have been in chunks that no artifact named.
+    pub(super) fn forget_prefetched(&self) {
+        self.inner.memory.lock().whole.clear();
+    }
+
+    /// What `doctor` reports of the relay.
+    pub(super) fn doctor_line(&self) -> String {
+        let (kept, budget) = (self.inner.relay.kept_bytes(), self.inner.config.budget);
+        format!(
+            "ok relay: the cache of content between sites has {} MiB of at most {} MiB",
+            kept >> 20,
+            budget >> 20
+        )
+    }
+
     /// Records a use of relayed content: the least recently used artifact is evicted first.
     pub(super) async fn note_use(&self, digest: Digest) {
         {
-            let mut memory = self.inner.relay_memory.lock();
+            let mut memory = self.inner.memory.lock();
             if memory.used.get(&digest).is_some() {
                 return;
             }
@@ -138,14 +270,14 @@ impl Hub {
     }
 
     /// Starts the workers that flush and evict relayed content, and that prefetch.
-    pub(super) fn start_relay_workers(&self, workers: &Workers) {
+    pub(super) fn start_workers(&self, workers: &Workers) {
         workers.repeat("relay-flush", FLUSH_EVERY, self, |this| async move {
             let relay = this.inner.relay.clone();
             let flushed = blocking(move || relay.flush()).await;
             flushed.map_err(|fault| fault.context("flush relayed content"))
         });
         let evict_every = EVICT_EVERY
-            .min(self.inner.config.relay.keep)
+            .min(self.inner.config.keep)
             .max(EVICT_EVERY_WHEN_FULL);
         workers.start(
             "relay-evict",
@@ -162,7 +294,7 @@ impl Hub {
     }
 
     /// Flushes relayed content when the daemon stops.
-    pub(super) async fn flush_relay_at_end(&self) {
+    pub(super) async fn flush_at_end(&self) {
         let relay = self.inner.relay.clone();
         if let Err(fault) = blocking(move || relay.flush()).await {
             tracing::warn!(error = %fault, "relayed content could not be flushed");
@@ -184,7 +316,7 @@ impl Hub {
 
     /// Evicts expired artifacts, and while the budget is used up, the least recently used one.
     pub(super) async fn evict(&self) -> Result<u64, Fault> {
-        let keep = self.inner.config.relay.keep.as_millis() as i64;
+        let keep = self.inner.config.keep.as_millis() as i64;
         let mut freed = 0;
         loop {
             let now = clock::now_unix_ms() as i64;
@@ -214,10 +346,7 @@ impl Hub {
 
     pub(super) async fn evict_these(&self, gone: &HashSet<Digest>) -> Result<u64, Fault> {
         let catalogue = &self.inner.catalogue;
-        let (pages, checked) = (
-            self.inner.store.clone(),
-            self.inner.checked_manifests.clone(),
-        );
+        let (pages, manifests) = (self.inner.pages.clone(), self.inner.manifests.clone());
         let all = AllArtifacts::of(catalogue);
         let freed = self
             .inner
@@ -227,25 +356,24 @@ impl Hub {
                 // have been pinned or transferred since it was selected.
                 let kept = catalogue.relay_kept().await?;
                 let stays = |k: &RelayedArtifact| !gone.contains(&k.digest) || k.pinned || k.open;
-                let stay: Vec<RelayedArtifact> = kept.iter().filter(|k| stays(k)).cloned().collect();
+                let stay: Vec<RelayedArtifact> =
+                    kept.iter().filter(|k| stays(k)).cloned().collect();
                 for left in kept.iter().filter(|k| !stays(k)) {
                     catalogue.relay_evicted(&left.artifact).await?;
                     tracing::info!(artifact = %left.artifact, "relayed content is evicted");
                 }
                 let live = blocking(move || {
                     let (mut live, mut seen) = (Live::new(), HashSet::new());
-                    for RelayedArtifact { artifact, digest, .. } in stay {
+                    for RelayedArtifact {
+                        artifact, digest, ..
+                    } in stay
+                    {
                         // Content below an unreadable page is not kept, and is fetched again when
                         // it is requested. Each manifest is reported once.
-                        let Some(root) = all.root(digest)? else { continue };
-                        let is_new = !checked.lock().contains_key(&digest);
-                        if is_new {
-                            let fault = fault_of(&artifact, &root, &pages)?;
-                            checked.lock().insert(digest, fault.is_none());
-                            if let Some(fault) = fault {
-                                tracing::warn!(%artifact, error = %fault, "the manifest of an artifact cannot be used");
-                            }
-                        }
+                        let Some(root) = all.root(digest)? else {
+                            continue;
+                        };
+                        manifests.warn_once(&artifact, digest, &root)?;
                         mark(&root, &pages, &mut seen, &mut live)?;
                     }
                     Ok(live)
@@ -254,16 +382,16 @@ impl Hub {
                 Ok(move |id: ShortHash| live.contains(&short(id)))
             })
             .await?;
-        let mut memory = self.inner.relay_memory.lock();
+        let mut memory = self.inner.memory.lock();
         memory.used = ExpiringCache::default();
         memory.whole.clear();
         Ok(freed)
     }
 
     /// The metrics of the relay.
-    pub(super) fn relay_metrics(&self) -> String {
-        let relay: &Relay = &self.inner.relay;
-        let wire = self.inner.relay_wire.load(Ordering::Relaxed);
+    pub(super) fn metrics(&self) -> String {
+        let relay = &self.inner.relay;
+        let wire = self.inner.wire.load(Ordering::Relaxed);
         format!(
             "# TYPE packhorse_relay_bytes gauge\npackhorse_relay_bytes {}\n\
              # TYPE packhorse_relay_fetched_bytes counter\npackhorse_relay_fetched_bytes {}\n\

@@ -5,10 +5,13 @@
 //! crash prevented are executed at the next check, because the state machine returns an effect
 //! until it is done.
 
+use std::sync::Arc;
 use std::time::Duration;
 
-use super::Hub;
-use super::session::verb_of_run;
+use super::answers::verb_of_run;
+use super::deliveries::Deliveries;
+use super::entitlement::Entitlement;
+use super::library::HubLibrary;
 use crate::api::types::{self, ModelLineage, RunModel, RunState, RunTrainer, RunVerb, State};
 use base::clock;
 use base::fault::{Code, Fault};
@@ -25,7 +28,7 @@ use model::run::{
     Borrowed, DesiredRun, Input, Lineage, Model, RunAct, RunOrder, RunReport, Spec,
     no_run as unknown,
 };
-use state::{Part, TransferRow, new_delivery_id, new_run_id};
+use state::{Catalogue, Part, TransferRow, new_delivery_id, new_run_id};
 
 /// A run may take several steps in one check; more steps than this are a defect.
 const STEPS_MAX: usize = 16;
@@ -40,9 +43,42 @@ fn now_ms() -> i64 {
     clock::now_unix_ms() as i64
 }
 
-impl Hub {
+/// The training runs. Cheap to clone.
+#[derive(Clone)]
+pub(super) struct RunKeeper {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    catalogue: Catalogue,
+    entitlement: Entitlement,
+    deliveries: Deliveries,
+    library: HubLibrary,
+    /// Events are handled one after the other.
+    turn: tokio::sync::Mutex<()>,
+}
+
+impl RunKeeper {
+    /// The runs of this catalogue.
+    pub(super) fn new(
+        catalogue: Catalogue,
+        entitlement: Entitlement,
+        deliveries: Deliveries,
+        library: HubLibrary,
+    ) -> Self {
+        Self {
+            inner: Arc::new(Inner {
+                catalogue,
+                entitlement,
+                deliveries,
+                library,
+                turn: tokio::sync::Mutex::default(),
+            }),
+        }
+    }
+
     /// Checks the open runs after each change, until the daemon stops.
-    pub(super) async fn keep_runs(&self, worker: &Worker) -> Result<(), Fault> {
+    pub(super) async fn keep(&self, worker: &Worker) -> Result<(), Fault> {
         loop {
             let changed = self.inner.catalogue.changed();
             // The worker reports a fault, and tries again.
@@ -74,11 +110,11 @@ impl Hub {
 
     /// Applies an event; the change is durable when this returns. The caller executes the effects.
     async fn take(&self, name: &RunName, event: Event) -> Result<(Run, Vec<Effect>, bool), Fault> {
-        let _turn = self.inner.runs.lock().await;
+        let _turn = self.inner.turn.lock().await;
         self.take_in_turn(name, event).await
     }
 
-    /// The same for a caller that holds `runs`.
+    /// The same for a caller that holds `turn`.
     async fn take_in_turn(
         &self,
         name: &RunName,
@@ -145,7 +181,7 @@ impl Hub {
     }
 
     fn seen(&self, row: &TransferRow) -> ObservedTransfer {
-        let view = self.view(row);
+        let view = self.inner.deliveries.view(row);
         ObservedTransfer {
             id: row.id.clone(),
             state: view.state,
@@ -183,7 +219,9 @@ impl Hub {
                         parts.push(Part::new(&row, std::slice::from_ref(&run.spec.on)));
                     }
                 }
-                self.begin_delivery(&run.spec.delivery, Some(run.spec.name.as_str()), &parts)
+                self.inner
+                    .deliveries
+                    .begin(&run.spec.delivery, Some(run.spec.name.as_str()), &parts)
                     .await
                     .map(|_| ())
             }
@@ -196,7 +234,9 @@ impl Hub {
                     .await?;
                 let row = catalogue.artifact(&model.artifact).await?;
                 let part = Part::new(&row, std::slice::from_ref(&run.spec.from));
-                self.begin_delivery(&new_delivery_id(), None, &[part])
+                self.inner
+                    .deliveries
+                    .begin(&new_delivery_id(), None, &[part])
                     .await
                     .map(|_| ())
             }
@@ -220,7 +260,7 @@ impl Hub {
 
     /// The runs of a site's desired state: the oldest, as many as fit in a message. The others
     /// wait.
-    pub(super) async fn desired_runs(&self, site: &SiteName) -> Result<Vec<DesiredRun>, Fault> {
+    pub(super) async fn desired(&self, site: &SiteName) -> Result<Vec<DesiredRun>, Fault> {
         let mut out = Vec::new();
         let mut told = 0;
         for run in self.inner.catalogue.open_runs::<Run>(OPEN_MAX).await? {
@@ -259,7 +299,7 @@ impl Hub {
     }
 
     /// Handles a site's report of a run.
-    pub(super) async fn take_run_report(
+    pub(super) async fn take_report(
         &self,
         site: &SiteName,
         report: RunReport,
@@ -311,7 +351,7 @@ impl Hub {
     }
 
     /// Refuses a model that its run would refuse, before any of it is stored.
-    pub(super) async fn check_run_model(
+    pub(super) async fn check_model(
         &self,
         actor: &Actor,
         run: &RunName,
@@ -337,16 +377,20 @@ impl Hub {
     /// Adds the model of a run to the catalogue. If the run ended while the manifest was fetched,
     /// the model is refused, because it would use up its version in vain. `false`: the catalogue
     /// has it already.
-    pub(super) async fn add_run_model(
+    pub(super) async fn add_model(
         &self,
         actor: &Actor,
         name: &RunName,
         artifact: &ArtifactRef,
         root: &Root,
     ) -> Result<bool, Fault> {
-        let turn = self.inner.runs.lock().await;
-        self.check_run_model(actor, name, artifact).await?;
-        let added = self.register(actor.site(), artifact, root).await?;
+        let turn = self.inner.turn.lock().await;
+        self.check_model(actor, name, artifact).await?;
+        let added = self
+            .inner
+            .library
+            .register(actor.site(), artifact, root)
+            .await?;
         let model = Model {
             artifact: artifact.clone(),
             digest: root.digest(),
@@ -361,11 +405,7 @@ impl Hub {
     }
 
     /// Starts a run, or returns the one that was started before.
-    pub(super) async fn start_run(
-        &self,
-        actor: &Actor,
-        order: &RunOrder,
-    ) -> Result<types::Run, Fault> {
+    pub(super) async fn start(&self, actor: &Actor, order: &RunOrder) -> Result<types::Run, Fault> {
         let (catalogue, entitlement) = (&self.inner.catalogue, &self.inner.entitlement);
         let RunOrder {
             name,
@@ -445,7 +485,7 @@ impl Hub {
                 bytes: row.root.totals.bytes,
             });
         }
-        let _turn = self.inner.runs.lock().await;
+        let _turn = self.inner.turn.lock().await;
         if let Some(run) = catalogue.run::<Run>(name.as_str()).await? {
             let same = run.spec.from == from
                 && run.spec.on == on
@@ -524,7 +564,7 @@ impl Hub {
     }
 
     /// Finishes or cancels a run.
-    pub(super) async fn act_on_run(
+    pub(super) async fn act_on(
         &self,
         actor: &Actor,
         request: &RunAct,
@@ -555,12 +595,12 @@ impl Hub {
     }
 
     /// One run, if `actor` may read it.
-    pub(super) async fn show_run(&self, actor: &Actor, name: &str) -> Result<types::Run, Fault> {
+    pub(super) async fn show(&self, actor: &Actor, name: &str) -> Result<types::Run, Fault> {
         Ok(view(&self.run_for(actor, Verb::Read, name).await?))
     }
 
     /// The newest of the runs that `actor` may read.
-    pub(super) async fn list_runs(
+    pub(super) async fn list(
         &self,
         actor: &Actor,
         behind: Option<&str>,

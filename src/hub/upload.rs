@@ -10,18 +10,27 @@
 //! A publisher may do nothing else: it cannot read artifacts, cannot deliver artifacts of others,
 //! and is not a site.
 
-use std::collections::{HashSet, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures::StreamExt;
+use parking_lot::Mutex;
 use tokio::sync::{Semaphore, mpsc};
 use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
-use super::Hub;
-use super::session::verb_of;
+use super::answers::{self, verb_of};
+use super::deliveries::Deliveries;
+use super::entitlement::Entitlement;
+use super::library::HubLibrary;
+use super::manifests::Manifests;
+use super::peer_budgets::PeerBudgets;
+use super::quota::QuotaLedger;
 use crate::api::types::Published;
 use base::blocking::blocking;
+use base::expiring_cache::ExpiringCache;
 use base::fault::{Code, Fault};
 use base::limits::{
     COMMIT_BYTES, COMMIT_EVERY, FETCH_BATCH_BYTES, FETCH_BATCH_CHUNKS_MAX, FETCH_IN_FLIGHT_MAX,
@@ -35,11 +44,13 @@ use content::chunk::Hash;
 use content::frame::HEADER_BYTES;
 use content::manifest::{ChunkRef, Digest, Root, Step, Walk};
 use content::store::Store;
-use exchange::fetch::{self, Fetcher, Library, Ranges};
+use exchange::fetch::{self, Fetcher, Ranges};
 use exchange::wire;
 use model::actor::Actor;
 use model::policy::{self, Object, Refusal, Verb};
 use model::protocol::{AskHub, CONTROL, FETCH, QUESTION, Wanted};
+use state::Catalogue;
+use transport::identity::HubIdentity;
 use transport::{Link, PRIORITY_BULK, RecvHalf, SendHalf};
 
 /// Streams of one publisher's connection that are answered at once.
@@ -63,23 +74,73 @@ struct Batch {
     bytes: u64,
 }
 
-impl Hub {
+/// The connections of the publishers. Cheap to clone.
+#[derive(Clone)]
+pub(super) struct Uploads {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    parts: UploadParts,
+    /// Over which connection a publisher sends what.
+    running: Mutex<HashMap<(PublisherName, ArtifactRef), Link>>,
+    /// The bytes that an upload was found to have no room for.
+    short_of: Mutex<ExpiringCache<Digest, u64>>,
+}
+
+/// What the uploads work with.
+pub(super) struct UploadParts {
+    pub(super) catalogue: Catalogue,
+    pub(super) store: Store,
+    pub(super) identity: Arc<HubIdentity>,
+    pub(super) entitlement: Entitlement,
+    pub(super) budgets: Arc<PeerBudgets>,
+    pub(super) library: HubLibrary,
+    pub(super) deliveries: Deliveries,
+    pub(super) quotas: QuotaLedger,
+    pub(super) manifests: Manifests,
+    pub(super) tasks: TaskTracker,
+    pub(super) stop: CancellationToken,
+}
+
+impl Uploads {
+    /// Serves no publisher yet.
+    pub(super) fn new(parts: UploadParts) -> Self {
+        Self {
+            inner: Arc::new(Inner {
+                parts,
+                running: Mutex::default(),
+                short_of: Mutex::default(),
+            }),
+        }
+    }
+
+    fn parts(&self) -> &UploadParts {
+        &self.inner.parts
+    }
+
+    /// What a test serves to another hub.
+    #[cfg(test)]
+    pub(super) fn library(&self) -> &HubLibrary {
+        &self.parts().library
+    }
+
     /// Serves a publisher until its connection ends.
-    pub(super) async fn welcome_publisher(&self, name: PublisherName, link: Link) {
-        let _seats = self.seats();
+    pub(super) async fn welcome(&self, name: PublisherName, link: Link) {
+        let _seats = self.parts().budgets.seats();
         let streams = Arc::new(Semaphore::new(STREAMS_MAX));
         loop {
             let stream = tokio::select! {
                 stream = link.accept() => stream,
-                () = self.inner.stop.cancelled() => None,
+                () = self.parts().stop.cancelled() => None,
             };
             let Some((send, recv)) = stream else { break };
             let Ok(turn) = streams.clone().acquire_owned().await else {
                 break;
             };
             let (this, name, link) = (self.clone(), name.clone(), link.clone());
-            self.inner.tasks.spawn(async move {
-                if let Err(fault) = this.hear_publisher(send, recv, &link, &name).await {
+            self.parts().tasks.spawn(async move {
+                if let Err(fault) = this.stream(send, recv, &link, &name).await {
                     tracing::debug!(publisher = %name, error = %fault, "a stream ended");
                 }
                 drop(turn);
@@ -88,7 +149,7 @@ impl Hub {
         link.close("the hub stops");
     }
 
-    async fn hear_publisher(
+    async fn stream(
         &self,
         mut send: SendHalf,
         mut recv: RecvHalf,
@@ -103,7 +164,7 @@ impl Hub {
         match kind[0] {
             QUESTION => {}
             FETCH => {
-                fetch::serve(send, recv, &peer, self).await;
+                fetch::serve(send, recv, &peer, &self.parts().library).await;
                 return Ok(());
             }
             CONTROL => {
@@ -111,11 +172,11 @@ impl Hub {
             }
             other => return Err(Fault::integrity(format!("a stream of kind {other}"))),
         }
-        self.inner.changes.go(&peer, 1).await;
+        self.parts().budgets.change(&peer).await;
         let (question, share) =
-            wire::receive_question(&mut recv, &self.inner.questions, &peer).await?;
+            wire::receive_question(&mut recv, self.parts().budgets.questions(), &peer).await?;
         // A publisher that was removed may still have its certificate.
-        let known = self.inner.catalogue.publisher_seen(name).await?;
+        let known = self.parts().catalogue.publisher_seen(name).await?;
         let may = policy::may(&actor, Verb::Connect, &Object::Membership { known })
             .and_then(|()| policy::may(&actor, verb_of(&question), &Object::Daemon));
         let answer = match (may, question) {
@@ -126,7 +187,7 @@ impl Hub {
             (Err(refusal), _) => Err(refusal.into()),
             (Ok(()), AskHub::Upload { artifact, digest, to, omitted }) => {
                 let key = (name.clone(), artifact.clone());
-                let before = self.inner.uploads.lock().insert(key.clone(), link.clone());
+                let before = self.inner.running.lock().insert(key.clone(), link.clone());
                 if let Some(before) = before.filter(|before| before != link) {
                     // The connection of a killed process of this publisher: its share of the budget
                     // would delay this one.
@@ -135,27 +196,27 @@ impl Hub {
                 let answer = tokio::select! {
                     answer = self.take_upload(name, link, artifact, digest, to.as_ref(), &omitted) => answer.map_err(of_the_hub),
                     _ = link.closed() => Err(Fault::unreachable("the publisher's connection ended")),
-                    () = self.inner.stop.cancelled() => Err(Fault::unreachable("the hub stops")),
+                    () = self.parts().stop.cancelled() => Err(Fault::unreachable("the hub stops")),
                 };
-                let mut uploads = self.inner.uploads.lock();
+                let mut uploads = self.inner.running.lock();
                 if uploads.get(&key) == Some(link) {
                     uploads.remove(&key);
                 }
                 answer
             }
-            (Ok(()), AskHub::Renew { request }) => self.renew_for(&peer, request.as_str()),
+            (Ok(()), AskHub::Renew { request }) => answers::renew(&self.parts().identity, &peer, request.as_str()),
             (Ok(()), _) => Err(Fault::internal("a publisher's question has no answer")),
         };
         if let Err(fault) = self.flush_uploaded().await {
             tracing::error!(error = %fault, "the store cannot be flushed");
         }
         drop(share);
-        self.send_answer(&mut send, &peer, answer).await
+        answers::send(&self.parts().budgets, &mut send, &peer, answer).await
     }
 
     /// Flushes the store, so that the received content is kept even if the upload failed.
     async fn flush_uploaded(&self) -> Result<(), Fault> {
-        let store = self.inner.store.clone();
+        let store = self.parts().store.clone();
         blocking(move || store.flush()).await
     }
 
@@ -168,7 +229,7 @@ impl Hub {
         to: Option<&SiteSelector>,
         omitted: &Omitted,
     ) -> Result<serde_json::Value, Fault> {
-        let inner = &self.inner;
+        let inner = self.parts();
         let peer = Peer::Publisher(publisher.clone());
         let actor = Actor::from(&peer);
         // All checks that can refuse the upload come before the first byte is fetched.
@@ -194,17 +255,17 @@ impl Hub {
                 .hide_taken(&actor, &artifact, digest, taken)
                 .await?;
         }
-        let reserved = self.reserve(&peer, &artifact, &root).await?;
+        let reserved = inner.quotas.reserve(&peer, &artifact, &root).await?;
         // Until the artifact is in the catalogue, no garbage collection removes content that the
         // upload found or stored.
         let store = inner.store.leased_with(reserved.clone());
         let losses = store.losses();
         manifest.pages(&root, None, &store).await?;
-        self.check_manifest(&artifact, &root).await?;
+        inner.manifests.check(&artifact, &root).await?;
         let stored = self.pull(&peer, &fetcher, &root, &store).await?;
         let flushed = store.clone();
         blocking(move || flushed.flush_since(losses)).await?;
-        let added = self.register(None, &artifact, &root).await;
+        let added = inner.library.register(None, &artifact, &root).await;
         let added = inner
             .entitlement
             .hide_taken(&actor, &artifact, digest, added)
@@ -217,7 +278,9 @@ impl Hub {
         drop(store);
         let transfers = match to {
             Some(to) => {
-                self.deliver_to(&actor, std::slice::from_ref(&artifact), to, true)
+                inner
+                    .deliveries
+                    .deliver(&actor, std::slice::from_ref(&artifact), to, true)
                     .await?
                     .transfers
             }
@@ -252,7 +315,7 @@ impl Hub {
         // A publisher repeats its request until there is space. Content that is fetched before
         // would use space without need.
         let short_of = self.inner.short_of.lock().get(&root.digest()).copied();
-        short_of.map_or(Ok(()), |bytes| self.inner.store.check_room_for(bytes))?;
+        short_of.map_or(Ok(()), |bytes| self.parts().store.check_room_for(bytes))?;
         self.inner.short_of.lock().forget(&root.digest());
         let lacking = self.lacking_where_room_is_short(root).await?;
         let (planned, packs) = (root.clone(), store.clone());
@@ -284,7 +347,7 @@ impl Hub {
             {
                 let rest = (u128::from(lacking - brought) * u128::from(stored)
                     / u128::from(brought.max(1))) as u64;
-                self.inner.store.check_room_for(rest).inspect_err(|_| {
+                self.parts().store.check_room_for(rest).inspect_err(|_| {
                     self.inner
                         .short_of
                         .lock()
@@ -295,7 +358,7 @@ impl Hub {
             if (unflushed >= COMMIT_BYTES || flushed.elapsed() >= COMMIT_EVERY)
                 && flushing.as_ref().is_none_or(|f| f.is_finished())
             {
-                let store = self.inner.store.clone();
+                let store = self.parts().store.clone();
                 let before = flushing.replace(tokio::task::spawn_blocking(move || store.flush()));
                 if let Some(before) = before {
                     before
@@ -318,7 +381,7 @@ impl Hub {
     /// The bytes of an artifact that the store lacks. `None`: the whole artifact would fit on its
     /// disk, so they were not counted.
     async fn lacking_where_room_is_short(&self, root: &Root) -> Result<Option<u64>, Fault> {
-        let (store, root) = (self.inner.store.clone(), root.clone());
+        let (store, root) = (self.parts().store.clone(), root.clone());
         if store.check_room_for(root.totals.bytes).is_ok() {
             return Ok(None);
         }
@@ -347,7 +410,11 @@ impl Hub {
         store: Store,
     ) -> Result<(u64, u64), Fault> {
         // Bytes in flight hold a share of the daemon's budget, from the publisher's part.
-        let _share = self.share(publisher, batch.bytes, PRIORITY_BULK).await?;
+        let _share = self
+            .parts()
+            .budgets
+            .content(publisher, batch.bytes, PRIORITY_BULK)
+            .await?;
         let wants = batch
             .wants
             .into_iter()
@@ -371,7 +438,7 @@ impl Hub {
             }
             brought.push((chunk, frame));
         }
-        let _place = self.work_place(publisher).await;
+        let _place = self.parts().budgets.work_place(publisher).await;
         // The work started here is completed even if the connection ends; the lease is held until
         // then.
         blocking(move || {

@@ -98,7 +98,7 @@ async fn a_malformed_manifest_is_reported_and_other_work_continues() {
     }
 
     let progress = Arc::<JobProgress>::default();
-    let result = bench.hub.collect_now(progress).await.unwrap();
+    let result = bench.hub.inner.jobs.collect_now(progress).await.unwrap();
     assert!(result["freed"].as_u64().unwrap() > 3 << 20, "{result}");
     assert_eq!(
         result["malformed"],
@@ -119,6 +119,8 @@ async fn a_malformed_manifest_is_reported_and_other_work_continues() {
     ] {
         let found = bench
             .hub
+            .inner
+            .jobs
             .verify_now(
                 format!("dataset/{name}:1").parse().unwrap(),
                 false,
@@ -154,6 +156,8 @@ async fn a_malformed_manifest_is_reported_and_other_work_continues() {
     }
     bench
         .hub
+        .inner
+        .relay
         .evict_these(&HashSet::from([old.digest()]))
         .await
         .unwrap();

@@ -1,17 +1,24 @@
 //! Tests which reports of a site the hub accepts, and which it refuses.
 
-use tokio_util::sync::CancellationToken;
+use std::time::Duration;
 
+use super::control::LINEAGE_BYTES_MAX;
 use super::*;
 use crate::api::View;
-use crate::api::types::{Action, Bytes};
+use crate::api::types::{Action, Bytes, State, Transfer};
 use crate::config;
+use crate::hub::Hub;
+use crate::hub::answers::fits;
 use base::durable;
-use base::names::TransferId;
+use base::limits::ANSWER_BYTES_MAX;
+use base::names::{ArtifactRef, Kind, TransferId, WorkIds};
 use content::chunk::DEFAULT_CHUNKING;
-use content::manifest::{KindInfo, Root, Totals};
+use content::manifest::{Digest, KindInfo, Root, Totals};
+use exchange::wire;
+use model::paging;
+use model::protocol::{Desired, FromHub, FromSite, Report};
 use model::receipt::Receipt;
-use state::{Body, Part, Want};
+use state::{Body, Part, TransferRow, Want};
 use transport::identity::{CertificateRequest, Claim, SiteIdentity};
 
 struct Bench {
@@ -133,7 +140,11 @@ impl Bench {
             state,
             body,
         };
-        self.hub.take_report(&Self::site(), report).await?;
+        self.hub
+            .inner
+            .sessions
+            .take_report(&Self::site(), report)
+            .await?;
         Ok(self.row(&row.id).await.state)
     }
 }
@@ -208,7 +219,9 @@ async fn an_unknown_generation_is_refused_and_sizes_cannot_overflow() {
     )
     .unwrap();
     bench.report(&row, State::Transferring, body).await.unwrap();
-    let parts: Vec<Transfer> = (0..40).map(|_| bench.hub.view(&row)).collect();
+    let parts: Vec<Transfer> = (0..40)
+        .map(|_| bench.hub.inner.deliveries.view(&row))
+        .collect();
     let seen = bench.row(&row.id).await.view();
     assert!(
         seen.bytes.total < max && seen.rate < max && seen.eta_seconds.is_some_and(|eta| eta < max),
@@ -322,7 +335,13 @@ async fn the_texts_of_a_report_are_truncated_and_cleaned_on_receipt() {
         unreachable!("the message is a report")
     };
     for report in reports {
-        bench.hub.take_report(&Bench::site(), report).await.unwrap();
+        bench
+            .hub
+            .inner
+            .sessions
+            .take_report(&Bench::site(), report)
+            .await
+            .unwrap();
     }
     let seen = bench.row(&row.id).await.view();
     for text in [&seen.message, &seen.next, &seen.location].map(|text| text.as_deref().unwrap()) {
@@ -364,6 +383,8 @@ async fn a_client_that_follows_the_cursor_receives_all_of_a_long_answer() {
     loop {
         let answer = bench
             .hub
+            .inner
+            .sessions
             .transfers_for(&Actor::Site(Bench::site()), &all, since, 0)
             .await
             .unwrap();
@@ -496,7 +517,13 @@ async fn a_transfer_that_cannot_be_read_stops_no_other_and_doctor_names_it() {
     assert_eq!(damaged.execute(&mut db).await.unwrap().rows_affected(), 1);
     sqlx::Connection::close(db).await.unwrap();
 
-    let wanted = bench.hub.desired_transfers(&Bench::site()).await.unwrap();
+    let wanted = bench
+        .hub
+        .inner
+        .sessions
+        .desired_transfers(&Bench::site())
+        .await
+        .unwrap();
     let ids: Vec<_> = wanted.iter().map(|wanted| &wanted.id).collect();
     assert_eq!(ids, [&sound.id]);
     let body = bench.signed(&sound);

@@ -411,7 +411,9 @@ async fn the_manifest_of_a_new_artifact_is_pushed_to_a_site_once() {
     let (_send, mut recv) = open(&link).await;
     bench
         .hub
-        .deliver_to(
+        .inner
+        .deliveries
+        .deliver(
             &Actor::Admin,
             &["model/a:v1".parse().unwrap()],
             &"west".parse().unwrap(),
@@ -481,7 +483,9 @@ async fn the_manifest_of_a_new_artifact_is_pushed_to_a_site_once() {
     }
     bench
         .hub
-        .deliver_to(
+        .inner
+        .deliveries
+        .deliver(
             &Actor::Admin,
             &["model/b:v1".parse().unwrap()],
             &"west".parse().unwrap(),
@@ -522,7 +526,9 @@ async fn no_manifest_is_pushed_to_a_site_that_has_another_version() {
     let catalogue = &bench.hub.inner.catalogue;
     let id = bench
         .hub
-        .deliver_to(
+        .inner
+        .deliveries
+        .deliver(
             &Actor::Admin,
             &["model/a:v1".parse().unwrap()],
             &"west".parse().unwrap(),
@@ -545,7 +551,9 @@ async fn no_manifest_is_pushed_to_a_site_that_has_another_version() {
     wire::receive::<FromHub>(&mut recv).await.unwrap();
     bench
         .hub
-        .deliver_to(
+        .inner
+        .deliveries
+        .deliver(
             &Actor::Admin,
             &["model/a:v2".parse().unwrap(), "model/b:v1".parse().unwrap()],
             &"west".parse().unwrap(),
@@ -671,7 +679,9 @@ async fn a_forbidden_artifact_gets_the_same_answer_as_a_missing_one() {
     // may read no content of the second.
     bench
         .hub
-        .deliver_to(
+        .inner
+        .deliveries
+        .deliver(
             &Actor::Admin,
             &["model/a:v1".parse().unwrap()],
             &"west".parse().unwrap(),
@@ -722,9 +732,8 @@ async fn the_hub_uses_the_congestion_control_that_a_site_requests() {
             .hub
             .inner
             .links
-            .read()
-            .get(&west)
-            .and_then(|connected| connected.link.congestion())
+            .of(&west)
+            .and_then(|link| link.congestion())
     };
     for (congestion, then) in [
         (Congestion::Cubic, Congestion::Cubic),

@@ -1,9 +1,9 @@
 //! A hub with invalid content that an earlier version stored. Tests how `verify`, a site's report
 //! and a second publish handle it.
 
-use super::super::upload::tests::Bench;
 use super::*;
 use crate::api::types::State;
+use crate::hub::upload::tests::Bench;
 use base::fault::Reason;
 use content::chunk::DEFAULT_CHUNKING;
 use content::frame::Frame;
@@ -39,6 +39,8 @@ async fn poisoned() -> (Bench, std::path::PathBuf, Verified) {
 async fn verify(bench: &Bench) -> Vec<String> {
     bench
         .hub
+        .inner
+        .jobs
         .verify_now("model/a:v1".parse().unwrap(), false, Arc::default())
         .await
         .unwrap()
@@ -74,13 +76,13 @@ async fn a_chunk_that_a_site_refused_is_stored_again() {
     report.body.set_fault(Some(&fault));
     report.body.reason = Some(Reason::SiteOffline);
     let site = "west".parse().unwrap();
-    bench.hub.recheck_refused(&site, &report).await;
+    bench.hub.inner.relay.recheck_refused(&site, &report).await;
     assert!(
         bench.hub.inner.store.has(notes.id).unwrap(),
         "the failure had another reason than the content"
     );
     report.body.reason = Some(Reason::Integrity);
-    bench.hub.recheck_refused(&site, &report).await;
+    bench.hub.inner.relay.recheck_refused(&site, &report).await;
     assert!(!bench.hub.inner.store.has(notes.id).unwrap());
     assert!(
         bench
@@ -93,7 +95,7 @@ async fn a_chunk_that_a_site_refused_is_stored_again() {
     );
     assert_eq!(verify(&bench).await, Vec::<String>::new());
     // Valid chunks remain, although the report names them.
-    bench.hub.recheck_refused(&site, &report).await;
+    bench.hub.inner.relay.recheck_refused(&site, &report).await;
     assert!(bench.hub.inner.store.has(notes.id).unwrap());
 }
 
@@ -178,6 +180,8 @@ async fn verify_finds_each_fault_of_an_image_that_a_site_would_refuse() {
             .unwrap();
         let found = bench
             .hub
+            .inner
+            .jobs
             .verify_now(artifact, false, Arc::default())
             .await
             .unwrap();

@@ -8,10 +8,9 @@ use std::time::{Duration, Instant};
 use futures::{StreamExt, TryStreamExt, stream};
 use tokio_util::sync::CancellationToken;
 
-use super::Hub;
+use super::RelayKeeper;
 use base::fault::{Code, Fault, Retry};
 use base::limits::{FETCH_BATCH_BYTES, FETCH_BATCH_CHUNKS_MAX};
-use base::peer::Peer;
 use base::workers::Worker;
 use content::chunk::Hash;
 use content::manifest::{Digest, Root, Step, Walk};
@@ -32,7 +31,7 @@ const AHEAD_AGAIN: Duration = Duration::from_secs(60);
 /// is offline.
 const AHEAD_AGAIN_SOON: Duration = Duration::from_secs(10);
 
-impl Hub {
+impl RelayKeeper {
     /// Fetches content for offline sites from sites that are online.
     pub(super) async fn keep_prefetching(&self, worker: &Worker) -> Result<(), Fault> {
         let all = self.inner.stop.child_token();
@@ -83,19 +82,19 @@ impl Hub {
         // An online site itself requests the chunks that it lacks, which are fewer.
         let served: HashSet<Digest> = open
             .iter()
-            .filter(|(_, site)| self.is_online(site))
+            .filter(|(_, site)| self.inner.links.is_online(site))
             .map(|(digest, _)| *digest)
             .collect();
         let known: HashSet<Digest> = open.iter().map(|(digest, _)| *digest).collect();
         self.inner
-            .relay_memory
+            .memory
             .lock()
             .failed
             .retain(|digest, _| known.contains(digest));
         let mut out = Vec::new();
         for (digest, site) in open {
             let skip = {
-                let memory = self.inner.relay_memory.lock();
+                let memory = self.inner.memory.lock();
                 let rests = memory
                     .failed
                     .get(&digest)
@@ -117,7 +116,7 @@ impl Hub {
             }
         }
         // A failed artifact goes to the end of the list, otherwise it would block the others.
-        let memory = self.inner.relay_memory.lock();
+        let memory = self.inner.memory.lock();
         out.sort_by_key(|digest| memory.failed.get(digest).map(|(at, _)| *at));
         Ok(out)
     }
@@ -131,7 +130,7 @@ impl Hub {
         let fault = match result {
             Ok(true) => {
                 tracing::info!(%digest, "prefetched");
-                let mut memory = self.inner.relay_memory.lock();
+                let mut memory = self.inner.memory.lock();
                 memory.whole.insert(digest);
                 memory.failed.remove(&digest);
                 return;
@@ -158,7 +157,7 @@ impl Hub {
             .is_ok_and(|there| there.is_empty());
         if !away || rests == AHEAD_AGAIN {
             self.inner
-                .relay_memory
+                .memory
                 .lock()
                 .failed
                 .insert(digest, (Instant::now(), rests));
@@ -174,7 +173,7 @@ impl Hub {
         self.note_use(digest).await;
         let (send, receive) =
             tokio::sync::mpsc::channel::<Result<(Hash, Vec<Child>), Fault>>(AHEAD_QUEUED_MAX);
-        let (relay, pages) = (inner.relay.clone(), inner.store.clone());
+        let (relay, pages) = (inner.relay.clone(), inner.pages.clone());
         let walking = tokio::task::spawn_blocking(move || {
             if let Err(fault) = list_lacking(&row.root, &pages, &relay, &send) {
                 let _ = send.blocking_send(Err(fault));
@@ -194,8 +193,7 @@ impl Hub {
                     }
                     let bytes: u64 = children.iter().map(|c| u64::from(c.chunk.len)).sum();
                     // Prefetching has its own share of the budget, besides the peers.
-                    let own = Peer::Hub(inner.config.name.clone());
-                    let _share = inner.budget.take(&own, bytes, 0).await?;
+                    let _share = inner.budgets.content(&inner.own, bytes, 0).await?;
                     let unkept = inner.relay.unkept_bytes();
                     inner
                         .relay

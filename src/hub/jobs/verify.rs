@@ -15,8 +15,8 @@ use std::sync::atomic::Ordering;
 use bytes::Bytes;
 use sha2::Digest as _;
 
-use super::Hub;
-use super::manifests::{AllArtifacts, fault_of};
+use super::HubJobs;
+use crate::hub::manifests::{AllArtifacts, fault_of};
 use base::blocking::blocking;
 use base::fault::{Code, Fault};
 use base::job_progress::JobProgress;
@@ -32,19 +32,19 @@ use exchange::relay::Relay;
 use registry::image::{Descriptor, Sha256, walk};
 use state::ArtifactRow;
 
-impl Hub {
+impl HubJobs {
     /// Reads every page and chunk of an artifact, or with `quick` only the pages. Returns one line
     /// for each fault.
-    pub(super) async fn verify_now(
+    pub(in crate::hub) async fn verify_now(
         &self,
         artifact: ArtifactRef,
         quick: bool,
         progress: Arc<JobProgress>,
     ) -> Result<Vec<String>, Fault> {
-        let row = self.inner.catalogue.artifact(&artifact).await?;
-        let others = self.inner.catalogue.artifact_names().await?;
-        let all = AllArtifacts::of(&self.inner.catalogue);
-        let (store, relay) = (self.inner.store.clone(), self.inner.relay.clone());
+        let row = self.parts.catalogue.artifact(&artifact).await?;
+        let others = self.parts.catalogue.artifact_names().await?;
+        let all = AllArtifacts::of(&self.parts.catalogue);
+        let (store, relay) = (self.parts.store.clone(), self.parts.relay.relay().clone());
         progress.doing(format!("re-reading {artifact}"));
         blocking(move || {
             let mut verify =

@@ -1,0 +1,516 @@
+//! Deliveries: which transfers begin, what is done to them, and what an actor sees of them.
+//!
+//! The API, sessions, uploads and runs call it. Each change is written to the catalogue before it
+//! has an effect; nothing else is stored.
+
+mod plan;
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::StreamExt as _;
+
+use super::entitlement::Entitlement;
+use super::links::Links;
+use crate::api::View;
+use crate::api::types::{Action, Delivered, Delivery, State, Transfer, TransferQuery};
+use crate::delivery::Whole;
+use base::fault::{Fault, Reason};
+use base::limits::{ANSWER_BYTES_MAX, DELIVERY_ARTIFACTS_MAX, DELIVERY_PARTS_MAX};
+use base::names::{ArtifactRef, DeliveryId, SiteName, SiteSelector, TransferId};
+use base::text::Message;
+use model::actor::Actor;
+use model::paging::Room;
+use model::policy::{self, Object, Verb};
+use model::protocol::{AskSite, Standing, Stands};
+use state::{Body, Catalogue, DeliveryRow, Part, TransferRow, new_delivery_id};
+
+/// How long a site may take to answer whether it still has an artifact.
+const HOLDS_MAX: Duration = Duration::from_secs(5);
+/// Sites that are asked this at once.
+const HOLDS_AT_ONCE: usize = 32;
+/// The bytes of an answer besides its list.
+const ANSWER_FRAME_BYTES: usize = 1 << 10;
+
+pub(super) fn no_artifact_named() -> Fault {
+    Fault::usage("no artifact is named")
+}
+
+/// Refuses a request that is too large for one delivery or for one plan.
+fn check_size(artifacts: &[ArtifactRef], sites: usize, parts_max: usize) -> Result<(), Fault> {
+    let next = "name fewer artifacts or fewer sites at once";
+    if artifacts.len() > DELIVERY_ARTIFACTS_MAX {
+        return Err(Fault::usage(format!(
+            "{} artifacts are named, and {DELIVERY_ARTIFACTS_MAX} are allowed at once",
+            artifacts.len()
+        ))
+        .with_next(next));
+    }
+    let parts = artifacts.len().saturating_mul(sites);
+    if parts > parts_max {
+        let message = format!(
+            "{} artifacts to {sites} sites are {parts} transfers, and {parts_max} are allowed at once",
+            artifacts.len()
+        );
+        return Err(Fault::usage(message).with_next(next));
+    }
+    Ok(())
+}
+
+/// The deliveries of the hub. Cheap to clone.
+#[derive(Clone)]
+pub(super) struct Deliveries {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    catalogue: Catalogue,
+    links: Links,
+    entitlement: Entitlement,
+}
+
+impl Deliveries {
+    /// The deliveries of this catalogue.
+    pub(super) fn new(catalogue: Catalogue, links: Links, entitlement: Entitlement) -> Self {
+        Self {
+            inner: Arc::new(Inner {
+                catalogue,
+                links,
+                entitlement,
+            }),
+        }
+    }
+
+    /// A transfer as the API shows it. If its site is offline, that is the reason of an open
+    /// transfer.
+    pub(super) fn view(&self, row: &TransferRow) -> Transfer {
+        let mut view = row.view();
+        if !row.state.is_final()
+            && row.state != State::Paused
+            && !self.inner.links.is_online(&row.site)
+        {
+            view.reason = Some(Reason::SiteOffline);
+            view.message = Some(format!("site {} is not connected", row.site));
+            view.next = Some(
+                "no action is needed: the transfer resumes when the site reconnects; see 'packhorse sites'".into(),
+            );
+            (view.rate, view.eta_seconds) = (0, None);
+        }
+        view
+    }
+
+    /// A delivery as the API shows it, and as a site receives it, with as many of its parts as fit
+    /// in `max` bytes.
+    pub(super) async fn whole(&self, row: &DeliveryRow, max: usize) -> Result<Delivery, Fault> {
+        let mut whole = Whole::new(max);
+        self.inner
+            .catalogue
+            .each_part(&row.id, |part| whole.add(self.view(&part)))
+            .await?;
+        Ok(whole.end(row))
+    }
+
+    /// Starts a delivery. `brought`: the actor offers or uploads the artifacts in this request.
+    pub(super) async fn deliver(
+        &self,
+        actor: &Actor,
+        artifacts: &[ArtifactRef],
+        selector: &SiteSelector,
+        brought: bool,
+    ) -> Result<Delivered, Fault> {
+        if artifacts.is_empty() {
+            return Err(no_artifact_named());
+        }
+        let sites = self.inner.catalogue.select_sites(selector).await?;
+        check_size(artifacts, sites.len(), DELIVERY_PARTS_MAX)?;
+        let (mut parts, mut left_out) = (Vec::new(), Vec::new());
+        for artifact in artifacts {
+            let entitlement = &self.inner.entitlement;
+            let row = entitlement
+                .artifact_for(actor, Verb::Deliver, artifact, brought)
+                .await?;
+            let targets = entitlement
+                .targets(actor, artifact, row.origin.as_ref(), &sites, selector)
+                .await?;
+            parts.push(Part::new(&row, &targets.sites));
+            left_out.extend(targets.left_out);
+        }
+        let delivery = new_delivery_id();
+        let (transfers, notes) = self.begin_noted(&delivery, None, &parts).await?;
+        let digest = parts
+            .first()
+            .map(|part| part.digest.hex())
+            .unwrap_or_default();
+        let artifact = artifacts
+            .iter()
+            .map(ToString::to_string)
+            .collect::<Vec<_>>()
+            .join(",");
+        let transfers = transfers.into_iter().map(Into::into).collect();
+        Ok(Delivered {
+            artifact,
+            digest,
+            delivery: delivery.into(),
+            transfers,
+            left_out,
+            notes,
+        })
+    }
+
+    /// Starts a delivery, and repeats the transfers whose content the sites have lost since they
+    /// were done.
+    pub(super) async fn begin(
+        &self,
+        id: &DeliveryId,
+        run: Option<&str>,
+        parts: &[Part],
+    ) -> Result<Vec<TransferId>, Fault> {
+        Ok(self.begin_noted(id, run, parts).await?.0)
+    }
+
+    /// The same, and returns the state at the sites that had received something of it before.
+    async fn begin_noted(
+        &self,
+        id: &DeliveryId,
+        run: Option<&str>,
+        parts: &[Part],
+    ) -> Result<(Vec<TransferId>, Vec<String>), Fault> {
+        let (mut lost, mut notes) = (Vec::new(), Vec::new());
+        let done = self.inner.catalogue.done_already(parts).await?;
+        let mut asked = futures::stream::iter(done)
+            .map(|row| async move {
+                let standing = self.standing(&row).await;
+                (row, standing)
+            })
+            .buffered(HOLDS_AT_ONCE);
+        while let Some((row, standing)) = asked.next().await {
+            let found = found(&row, &standing);
+            notes.extend(found.note);
+            if found.again {
+                lost.push(row.id);
+            } else if standing.is_some() && row.body.message != found.message {
+                let body = Body {
+                    message: found.message,
+                    ..row.body
+                };
+                self.inner
+                    .catalogue
+                    .update_transfer(&row.id, row.generation, row.state, &body)
+                    .await?;
+            }
+        }
+        Ok((
+            self.inner.catalogue.deliver(id, run, parts, &lost).await?,
+            notes,
+        ))
+    }
+
+    /// The state of a delivered artifact at a site, as the site reports it. `None`: the site is
+    /// offline or slow; its last report stays valid. A `retry` makes the site verify the artifact.
+    async fn standing(&self, row: &TransferRow) -> Option<Standing> {
+        let (artifact, digest) = (row.artifact.clone(), row.digest);
+        let question = AskSite::Stands {
+            artifact: artifact.clone(),
+            digest,
+        };
+        match tokio::time::timeout(
+            HOLDS_MAX,
+            self.inner.links.ask::<Standing>(&row.site, &question),
+        )
+        .await
+        {
+            Ok(Ok(standing)) => return Some(standing),
+            Ok(Err(_)) => {}
+            Err(_) => return None,
+        }
+        // A site of the previous version reports only whether it has the artifact.
+        let question = AskSite::Holds { artifact, digest };
+        let answer = tokio::time::timeout(
+            HOLDS_MAX,
+            self.inner.links.ask::<bool>(&row.site, &question),
+        )
+        .await
+        .ok()?
+        .ok()?;
+        let state = if answer {
+            Stands::Sound
+        } else {
+            Stands::Missing
+        };
+        Some(Standing {
+            state,
+            detail: None,
+            active: None,
+        })
+    }
+
+    /// Performs an action on a transfer, or on all transfers of a delivery. An actor that may not
+    /// act on all of them gets the answer for a transfer that does not exist.
+    pub(super) async fn act_on(
+        &self,
+        actor: &Actor,
+        id: &str,
+        action: Action,
+    ) -> Result<(), Fault> {
+        // For several transfers, a retry repeats the failed ones; if none failed, each is verified
+        // again.
+        let (mut ids, mut failed, mut may_act) = (Vec::new(), false, true);
+        let query = TransferQuery {
+            id: Some(id.to_owned()),
+            ..TransferQuery::default()
+        };
+        let see = |row: TransferRow| {
+            failed |= matches!(row.state, State::Failed | State::Cancelled);
+            may_act &= policy::may(actor, Verb::Act, &Object::Transfer { to: &row.site }).is_ok();
+            ids.push(row.id);
+            may_act
+        };
+        self.inner
+            .catalogue
+            .scan_transfers(&query, None, i64::MAX, see)
+            .await?;
+        if !may_act {
+            return Err(no_transfers(id));
+        }
+        let single = ids.len() == 1;
+        let (mut acted, mut refused) = (false, None);
+        for one in ids {
+            let row = self.inner.catalogue.transfer(&one).await?;
+            let fits = row.takes(action, failed);
+            if !fits && single {
+                let state = if row.removed_ms.is_some() {
+                    "removed"
+                } else {
+                    row.state.as_str()
+                };
+                return Err(nothing_to(action, &format!("transfer {id} is {state}")));
+            }
+            let refusal = if fits && action == Action::Retry {
+                let artifact = self.inner.catalogue.artifact(&row.artifact).await?;
+                self.inner
+                    .entitlement
+                    .no_longer_shared(actor, &row, &artifact)
+                    .await?
+            } else {
+                None
+            };
+            match (fits, refusal) {
+                (true, None) => {
+                    acted = true;
+                    self.inner.catalogue.act(&row.id, action).await?;
+                }
+                (_, refusal) => refused = refused.or(refusal),
+            }
+        }
+        // For several transfers, the permitted ones continue.
+        match refused {
+            _ if acted => Ok(()),
+            Some(refusal) => Err(refusal),
+            None => Err(nothing_to(
+                action,
+                &format!("the action does not apply to any transfer of {id}"),
+            )),
+        }
+    }
+
+    /// Whether an actor may read the state of each of these transfers.
+    pub(super) async fn may_read_all(
+        &self,
+        actor: &Actor,
+        query: &TransferQuery,
+    ) -> Result<bool, Fault> {
+        let mut of_others: HashMap<(ArtifactRef, SiteName), TransferRow> = HashMap::new();
+        let see = |row: TransferRow| {
+            // Most transfers are the actor's own. The others need more facts.
+            let own = Object::Progress {
+                to: &row.site,
+                origin: None,
+                delivered: false,
+            };
+            if policy::may(actor, Verb::Read, &own).is_err() {
+                of_others.insert((row.artifact.clone(), row.site.clone()), row);
+            }
+            true
+        };
+        let catalogue = &self.inner.catalogue;
+        catalogue.scan_transfers(query, None, i64::MAX, see).await?;
+        for row in of_others.values() {
+            if !self.inner.entitlement.may_read_progress(actor, row).await? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// As many of the transfers of ids as one answer can have, and the next cursor. If some are
+    /// left, the transfers that changed first are returned, and the rest follows after the cursor.
+    pub(super) async fn answer_page(
+        &self,
+        id: &str,
+        since: Option<u64>,
+    ) -> Result<(Vec<Transfer>, u64), Fault> {
+        let query = TransferQuery {
+            since: Some(since.unwrap_or(0)),
+            ..all_of(id)
+        };
+        // Space for the list, the cursor and the enclosing JSON.
+        let room = Room {
+            rows: u32::MAX,
+            bytes: ANSWER_BYTES_MAX - ANSWER_FRAME_BYTES,
+        };
+        let (mut page, cursor) = self
+            .inner
+            .catalogue
+            .transfer_page(&query, None, room, |row| self.view(row))
+            .await?;
+        if page.next.is_none() && since.is_none() {
+            // The list is complete: in the order of creation.
+            page.rows.sort_by(|one, other| one.id.cmp(&other.id));
+        }
+        Ok((page.rows, cursor))
+    }
+}
+
+/// The fault of an action that does not apply to any of the named transfers.
+fn nothing_to(action: Action, how: &str) -> Fault {
+    let word = match action {
+        Action::Pause => "pause",
+        Action::Resume => "resume",
+        Action::Cancel => "cancel",
+        Action::Retry => "retry",
+    };
+    Fault::conflict(format!("{how}: there is nothing to {word}"))
+        .with_next("see 'packhorse status'")
+}
+
+/// The handling of an artifact whose transfer is done already.
+struct RepeatedDelivery {
+    /// Whether its transfer starts again.
+    again: bool,
+    /// A note for the client.
+    note: Option<String>,
+    /// The message of the transfer from now on, if it does not start again.
+    message: Option<Message>,
+}
+
+fn found(row: &TransferRow, standing: &Option<Standing>) -> RepeatedDelivery {
+    let (artifact, site) = (&row.artifact, &row.site);
+    let Some(standing) = standing else {
+        let note = format!(
+            "{artifact} arrived at {site} before; the site does not answer, so its copy was not checked"
+        );
+        return RepeatedDelivery {
+            again: false,
+            note: Some(note),
+            message: None,
+        };
+    };
+    let detail = standing
+        .detail
+        .as_ref()
+        .map(|detail| format!(": {detail}"))
+        .unwrap_or_default();
+    let again = |what: &str| RepeatedDelivery {
+        again: true,
+        note: Some(format!("{artifact} {what} at {site}{detail}")),
+        message: None,
+    };
+    match (standing.state, &standing.active) {
+        (Stands::Missing, _) => again("is delivered again, because it is missing"),
+        (Stands::Damaged, _) => again("is delivered again, because it was changed or damaged"),
+        (Stands::Unavailable, _) => again("waits until the site can check its copy"),
+        (Stands::Sound, Some(active))
+            if active.as_str() != artifact.version() && !active.is_empty() =>
+        {
+            let message = format!(
+                "the site has it, but it is not active: the active version is {active}. To make this content active, publish it under a new version"
+            );
+            RepeatedDelivery {
+                again: false,
+                note: Some(format!("{artifact} at {site}: {message}")),
+                message: Some(message.into()),
+            }
+        }
+        (Stands::Sound, _) => RepeatedDelivery {
+            again: false,
+            note: None,
+            message: None,
+        },
+    }
+}
+
+/// A query for these ids, each of a transfer or a delivery.
+pub(super) fn all_of(id: &str) -> TransferQuery {
+    TransferQuery {
+        id: Some(id.to_owned()),
+        ..TransferQuery::default()
+    }
+}
+
+/// The answer for transfers that do not exist, or that an actor may not know.
+pub(super) fn no_transfers(ids: &str) -> Fault {
+    Fault::not_found(format!("there is no transfer or delivery {ids}"))
+        .with_next("'packhorse status' lists them")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::hub::upload::tests::Bench;
+    use base::fault::Code;
+    use transport::identity::Claim;
+
+    #[tokio::test]
+    async fn an_action_that_applies_to_no_transfer_of_a_delivery_is_refused() {
+        let bench = Bench::start().await;
+        let token = bench.token(None, Some("office")).await;
+        bench
+            .publish(&bench.source("a", 100, 1), "model/a:v1", Some(&token))
+            .await
+            .unwrap();
+        for site in ["east", "west"] {
+            bench
+                .join(
+                    &bench.token(Some(site), None).await,
+                    &Claim::Site(site.parse().unwrap()),
+                )
+                .await;
+        }
+        let delivered = bench
+            .hub
+            .inner
+            .deliveries
+            .deliver(
+                &Actor::Admin,
+                &["model/a:v1".parse().unwrap()],
+                &"east,west".parse().unwrap(),
+                false,
+            )
+            .await
+            .unwrap();
+        let code = async |id: &str, action| {
+            bench
+                .hub
+                .inner
+                .deliveries
+                .act_on(&Actor::Admin, id, action)
+                .await
+                .map(|_| ())
+                .map_err(|fault| fault.code)
+        };
+        let (all, one) = (delivered.delivery.as_str(), delivered.transfers[0].as_str());
+        for (action, expected) in [
+            (Action::Cancel, Ok(())),
+            (Action::Pause, Err(Code::Conflict)),
+            (Action::Retry, Ok(())),
+            (Action::Retry, Err(Code::Conflict)),
+            (Action::Pause, Ok(())),
+        ] {
+            assert_eq!(code(all, action).await, expected, "{action:?}");
+            if expected.is_err() {
+                assert_eq!(code(one, action).await, expected, "{action:?} of one");
+            }
+        }
+    }
+}

@@ -1,0 +1,187 @@
+//! The artifacts of the hub: takes them into the catalogue, and gives their manifests and content
+//! to peers that may read them.
+//!
+//! Sessions, uploads, runs and jobs call it. What is open for reading is in memory only.
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use parking_lot::Mutex;
+use tokio::sync::OwnedSemaphorePermit;
+
+use super::entitlement::Entitlement;
+use super::peer_budgets::PeerBudgets;
+use super::relay::RelayKeeper;
+use base::blocking::blocking;
+use base::budget::Share;
+use base::fault::Fault;
+use base::names::{ArtifactRef, SiteName};
+use base::peer::Peer;
+use content::chunk::Hash;
+use content::manifest::{ChunkRef, Digest, Pages, Root};
+use content::store::Store;
+use exchange::fetch::{Child, Library, Opened, Pieces, nothing_such, pieces};
+use exchange::relay::Of;
+use model::protocol::Wanted;
+use state::Catalogue;
+
+/// Artifacts kept open for peers that read them.
+const OPENED_MAX: usize = 64;
+
+/// The artifacts of the hub. Cheap to clone.
+#[derive(Clone)]
+pub(super) struct HubLibrary {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    catalogue: Catalogue,
+    store: Store,
+    entitlement: Entitlement,
+    budgets: Arc<PeerBudgets>,
+    relay: RelayKeeper,
+    opened: Mutex<Vec<Arc<Opened>>>,
+}
+
+impl HubLibrary {
+    /// Nothing is open yet.
+    pub(super) fn new(
+        catalogue: Catalogue,
+        store: Store,
+        entitlement: Entitlement,
+        budgets: Arc<PeerBudgets>,
+        relay: RelayKeeper,
+    ) -> Self {
+        Self {
+            inner: Arc::new(Inner {
+                catalogue,
+                store,
+                entitlement,
+                budgets,
+                relay,
+                opened: Mutex::default(),
+            }),
+        }
+    }
+
+    /// Takes an artifact into the catalogue that was published at a site, or whose content is in
+    /// the hub's store now. `false`: it was there already.
+    pub(super) async fn register(
+        &self,
+        origin: Option<&SiteName>,
+        artifact: &ArtifactRef,
+        root: &Root,
+    ) -> Result<bool, Fault> {
+        let catalogue = &self.inner.catalogue;
+        let added = catalogue.add_artifact(artifact, root, origin).await?;
+        if !added && origin.is_none() {
+            // A site may have published the same before: the hub has all of it now, and asks the
+            // site no more.
+            catalogue.take_over(artifact).await?;
+            self.forget(root.digest());
+        }
+        Ok(added)
+    }
+
+    /// What was opened by this digest is looked at again: where its content is has changed.
+    pub(super) fn forget(&self, digest: Digest) {
+        self.inner
+            .opened
+            .lock()
+            .retain(|opened| opened.digest != digest);
+    }
+}
+
+#[async_trait]
+impl Library for HubLibrary {
+    async fn open(&self, peer: &Peer, digest: Digest) -> Result<Arc<Opened>, Fault> {
+        let inner = &self.inner;
+        if !inner.entitlement.may_read_manifest(peer, digest).await? {
+            return Err(nothing_such());
+        }
+        if let Some(opened) = inner.opened.lock().iter().find(|o| o.digest == digest) {
+            return Ok(opened.clone());
+        }
+        let rows = inner.catalogue.all_by_digest(digest).await?;
+        let relayed = rows.iter().all(|row| row.origin.is_some());
+        let row = rows.into_iter().next().ok_or_else(nothing_such)?;
+        let store = inner.store.clone();
+        let _place = self.work_place(peer).await;
+        let opened = Arc::new(
+            blocking(move || Opened::new(digest, row.root, &store))
+                .await?
+                .relayed(relayed),
+        );
+        let mut cache = inner.opened.lock();
+        if cache.len() >= OPENED_MAX {
+            cache.remove(0);
+        }
+        cache.push(opened.clone());
+        Ok(opened)
+    }
+
+    async fn may_read_content(&self, peer: &Peer, opened: &Opened) -> Result<bool, Fault> {
+        let entitlement = &self.inner.entitlement;
+        entitlement.may_read_content(peer, opened.digest).await
+    }
+
+    async fn share(&self, peer: &Peer, bytes: u64, priority: i32) -> Result<Share, Fault> {
+        self.inner.budgets.content(peer, bytes, priority).await
+    }
+
+    async fn work_place(&self, peer: &Peer) -> Option<OwnedSemaphorePermit> {
+        self.inner.budgets.work_place(peer).await
+    }
+
+    async fn page(&self, _opened: &Opened, page: Hash) -> Result<Bytes, Fault> {
+        let store = self.inner.store.clone();
+        blocking(move || store.page(page)).await
+    }
+
+    async fn ready(
+        &self,
+        peer: &Peer,
+        opened: &Opened,
+        wanted: &Wanted,
+        children: &[Child],
+    ) -> Result<(), Fault> {
+        match relayed_page(opened, wanted) {
+            Some(_) => self.inner.relay.ready(peer, opened.digest, children).await,
+            None => Ok(()),
+        }
+    }
+
+    async fn frames(
+        &self,
+        peer: &Peer,
+        opened: &Arc<Opened>,
+        wanted: &Wanted,
+        children: Vec<Child>,
+        priority: i32,
+    ) -> Result<Pieces, Fault> {
+        if let Some(page) = relayed_page(opened, wanted) {
+            let of = Of {
+                digest: opened.digest,
+                page,
+                priority,
+            };
+            return self.inner.relay.frames(peer, of, children).await;
+        }
+        let store = self.inner.store.clone();
+        let chunks: Vec<ChunkRef> = children.into_iter().map(|c| c.chunk).collect();
+        let _place = self.work_place(peer).await;
+        blocking(move || store.read_listed(&chunks))
+            .await
+            .map(pieces)
+    }
+}
+
+/// The page of a relayed artifact whose children are asked for. The root and what it lists are
+/// always here.
+fn relayed_page(opened: &Opened, wanted: &Wanted) -> Option<Hash> {
+    match wanted {
+        Wanted::Children { page, .. } if opened.relayed => Some(*page),
+        _ => None,
+    }
+}
