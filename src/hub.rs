@@ -29,6 +29,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+use tracing::Instrument as _;
 
 use crate::config::Config;
 use base::blocking::blocking;
@@ -299,16 +300,14 @@ impl Hub {
                     });
                 }
                 Some(Arrival::Publisher { name, link }) => {
-                    let this = self.clone();
-                    self.inner
-                        .tasks
-                        .spawn(async move { this.inner.uploads.welcome(name, link).await });
+                    let (this, span) = (self.clone(), link.span());
+                    let work = async move { this.inner.uploads.welcome(name, link).await };
+                    self.inner.tasks.spawn(work.instrument(span));
                 }
                 Some(Arrival::Site { name, link, .. }) => {
-                    let this = self.clone();
-                    self.inner
-                        .tasks
-                        .spawn(async move { this.inner.sessions.welcome(name, link).await });
+                    let (this, span) = (self.clone(), link.span());
+                    let work = async move { this.inner.sessions.welcome(name, link).await };
+                    self.inner.tasks.spawn(work.instrument(span));
                 }
             }
         }

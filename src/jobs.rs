@@ -10,12 +10,14 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use serde::Serialize;
+use tracing::Instrument as _;
 
 use crate::api::types::Job;
 use base::blocking::blocking;
 use base::fault::{Code, Fault, Reason};
 use base::job_progress::{JobProgress, cancelled};
 use base::limits::{JOB_CANCEL_MAX, JOB_RESULT_BYTES_MAX, ROOM_LOOK_EVERY};
+use base::spans;
 use content::store::Store;
 use model::paging::{self, Page, Pager, Room};
 use state::{Catalogue, new_id};
@@ -170,9 +172,11 @@ impl Jobs {
         }
         let work = work(progress.clone());
         let (jobs, job) = (self.clone(), id.clone());
-        tokio::spawn(async move {
+        let span = spans::job(&id);
+        let inside = span.clone();
+        let all = async move {
             // In its own task, so that a panic ends the job and does not leave it running for ever.
-            let mut task = tokio::spawn(work);
+            let mut task = tokio::spawn(work.instrument(inside));
             let ended = tokio::select! {
                 ended = &mut task => ended,
                 () = given_up(&progress) => {
@@ -193,13 +197,14 @@ impl Jobs {
                 Err(error) => Err(Fault::internal(format!("the job ended: {error}"))),
             };
             if let Err(fault) = &end {
-                tracing::warn!(%job, error = %fault, "a job failed");
+                tracing::warn!(error = %fault, "a job failed");
             }
             if let Some(entry) = jobs.entries.lock().iter_mut().find(|e| e.id == job) {
                 entry.end = Some(end);
             }
             jobs.catalogue.notify();
-        });
+        };
+        tokio::spawn(all.instrument(span));
         self.get(&id)
     }
 
@@ -248,7 +253,7 @@ impl Jobs {
                 .with_next("run the command again to see its result"));
             }
             if let Some(entry) = entry {
-                tracing::info!(job = %id, "a job is cancelled");
+                spans::job(id).in_scope(|| tracing::info!("a job is cancelled"));
                 entry.progress.cancel();
             }
         }
@@ -368,7 +373,7 @@ mod tests {
         let data = dir.path().to_owned();
         let job = jobs.start(move |progress| async move {
             let watched = progress.clone();
-            crate::open_source::with_scratch(&data, &watched, move |scratch, _| {
+            crate::open_source::with_scratch(&data, "/source", &watched, move |scratch, _| {
                 base::durable::replace(&scratch.folder.join("spilled"), b"much")?;
                 loop {
                     progress.check()?;

@@ -9,7 +9,7 @@ use tokio::runtime::Handle;
 
 use crate::api::types::SourceOptions;
 use crate::config::{self, Config};
-use base::blocking::blocking;
+use base::blocking::blocking_at;
 use base::durable;
 use base::fault::{Fault, IoContext};
 use base::job_progress::JobProgress;
@@ -104,16 +104,18 @@ pub struct Scratch {
     pub progress: Arc<JobProgress>,
 }
 
-/// Runs `work`, which may block, with an empty folder for temporary data, which is removed
-/// afterwards. The daemon removes leftovers of a crash at its start.
+/// Runs `work`, which reads `source` and may block, with an empty folder for temporary data, which
+/// is removed afterwards. The daemon removes leftovers of a crash at its start.
 pub async fn with_scratch<T: Send + 'static>(
     data_dir: &Path,
+    source: &str,
     progress: &Arc<JobProgress>,
     work: impl FnOnce(&Scratch, &Handle) -> Result<T, Fault> + Send + 'static,
 ) -> Result<T, Fault> {
     let scratch = data_dir.join("scratch").join(new_id("p"));
     let (runtime, progress) = (Handle::current(), progress.clone());
-    blocking(move || in_scratch(&scratch, &progress, |scratch| work(scratch, &runtime))).await
+    let work = move || in_scratch(&scratch, &progress, |scratch| work(scratch, &runtime));
+    blocking_at(Path::new(source), work).await
 }
 
 /// The same on this thread, in a folder of the caller's choice. Fetched blobs are kept beside it

@@ -481,7 +481,7 @@ async fn the_event_stream_goes_on_where_it_stopped() {
     assert_eq!(accept.json::<Value>().await.unwrap(), json!([]));
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn a_quiet_stream_says_that_it_lives() {
     let d = daemon().await;
     let frames = read_frames(d.get("/v1/events").await, 1).await;
@@ -544,7 +544,7 @@ async fn the_description_names_every_route() {
     }
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn unfinished_requests_keep_nobody_out() {
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
     let d = daemon().await;

@@ -33,6 +33,7 @@ use tracing_subscriber::fmt::format;
 use crate::api::ErrorBody;
 use base::fault::Fault;
 use base::limits::LOG_FIELD_BYTES_MAX;
+use base::spans;
 use base::text;
 
 /// The crates of the program, which are the targets of its log.
@@ -87,7 +88,8 @@ pub fn init_log(args: &Args) {
     let _ = log.fmt_fields(fields.delimited(" ")).try_init();
 }
 
-/// A log filter in which `packhorse` is replaced by all crates of the program.
+/// A log filter in which `packhorse` is replaced by all crates of the program. It keeps all spans, so
+/// that each line has its fields.
 fn log_filter(filter: &str) -> String {
     let each = |directive: &str| match directive.trim().strip_prefix("packhorse") {
         Some(level) if level.is_empty() || level.starts_with('=') => {
@@ -95,7 +97,8 @@ fn log_filter(filter: &str) -> String {
         }
         _ => directive.to_owned(),
     };
-    filter.split(',').map(each).collect::<Vec<_>>().join(",")
+    let all = filter.split(',').map(each).collect::<Vec<_>>().join(",");
+    format!("{all},{}=info", spans::TARGET)
 }
 
 /// The form of a value in the log.

@@ -450,12 +450,13 @@ fn the_log_filter_means_all_crates_of_the_program() {
     );
     let all = log_filter("warn,packhorse=info");
     assert!(
-        all.starts_with("warn,packhorse=info,base=info,") && all.ends_with(",transport=info"),
+        all.starts_with("warn,packhorse=info,base=info,")
+            && all.ends_with(",transport=info,span=info"),
         "{all}"
     );
     assert_eq!(
         log_filter("packhorse::hub=debug,packhorses=info,info"),
-        "packhorse::hub=debug,packhorses=info,info"
+        "packhorse::hub=debug,packhorses=info,info,span=info"
     );
 }
 

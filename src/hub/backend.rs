@@ -295,8 +295,8 @@ impl Backend for Hub {
     async fn doctor(&self) -> Result<Vec<String>, Fault> {
         let data = &self.inner.config.data_dir;
         let mut out = Vec::new();
-        out.push(sink::stage::room_report(data)?);
-        let store = self.inner.store.clone();
+        let (store, looked) = (self.inner.store.clone(), data.clone());
+        out.push(blocking(move || sink::stage::room_report(&looked)).await?);
         let (stored, lost) =
             blocking(move || Ok((store.stored_bytes()?, store.lost_packs()?))).await?;
         let packs = self.inner.store.path();

@@ -21,7 +21,7 @@ use crate::api::types::{Job, PublishRequest, Published};
 use crate::config::Config;
 use crate::jobs::{Jobs, until_room};
 use crate::open_source::{self, Access};
-use base::blocking::blocking;
+use base::blocking::{blocking, blocking_at};
 use base::fault::Fault;
 use base::job_progress::JobProgress;
 use base::limits::ROOM_AWAITED_MAX;
@@ -91,8 +91,9 @@ impl HubJobs {
         let (store, config) = (self.parts.store.clone(), self.parts.config.clone());
         self.jobs.start(move |progress| async move {
             progress.doing(format!("writing {out}"));
-            blocking(move || {
-                let out = PathBuf::from(out);
+            let out = PathBuf::from(out);
+            let path = out.clone();
+            blocking_at(&path, move || {
                 // It writes a new file only; but not among the daemon's own.
                 config.own().check_path(out.parent().unwrap_or(&out))?;
                 let written = bundle::export(&members, &store, &out, &progress)?;
@@ -212,8 +213,11 @@ impl HubJobs {
             artifact.kind,
         );
         let (watched, config) = (progress.clone(), inner.config.clone());
-        let ingested =
-            open_source::with_scratch(&inner.config.data_dir, progress, move |scratch, runtime| {
+        let ingested = open_source::with_scratch(
+            &inner.config.data_dir,
+            &request.source,
+            progress,
+            move |scratch, runtime| {
                 let dataset =
                     dataset.map(|(binding, root)| open_source::bind(binding, root, store.clone()));
                 let access = Access::of_daemon(&config, None);
@@ -224,7 +228,8 @@ impl HubJobs {
                         ingest::ingest(source, kind, &store, &store, counted)
                     })
                 })
-            });
+            },
+        );
         let ingested = ingested
             .await
             .map_err(|fault| fault.of_publish().context(format!("publish {artifact}")))?;
@@ -243,11 +248,12 @@ impl HubJobs {
             progress.doing(format!("reading {file}"));
             let (store, file, progress) = (leased.clone(), PathBuf::from(&file), progress.clone());
             let config = self.parts.config.clone();
+            let path = file.clone();
             let read = move || {
                 config.own().check_path(&file)?;
                 bundle::import(&file, &store, &progress)
             };
-            Ok((leased, blocking(read).await?))
+            Ok((leased, blocking_at(&path, read).await?))
         });
         let (_leased, members) = read.await?;
         progress.end()?;

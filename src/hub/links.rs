@@ -28,7 +28,7 @@ impl Links {
         let Some(old) = old else { return };
         if !old.is_closed() && old.remote_address().ip() != link.remote_address().ip() {
             let (old, new) = (old.remote_address(), link.remote_address());
-            tracing::warn!(%site, %old, %new, "a site connected from another address while its connection was open: do two machines use its name?");
+            tracing::warn!(%old, %new, "a site connected from another address while its connection was open: do two machines use its name?");
         }
         old.close("the site has a newer connection");
     }

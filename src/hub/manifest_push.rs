@@ -90,7 +90,7 @@ impl ManifestPush {
                 }
                 Ok(None) => {}
                 Err(fault) => {
-                    tracing::debug!(%site, artifact = %wanted.artifact, error = %fault, "a manifest was not pushed");
+                    tracing::debug!(artifact = %wanted.artifact, error = %fault, "a manifest was not pushed");
                 }
             }
         }

@@ -11,13 +11,12 @@ use crate::api::types::State;
 use base::blocking::blocking;
 use base::fault::Reason;
 use base::limits::REFUSED_CHUNKS_MAX;
-use base::names::SiteName;
 use content::chunk::Hash;
 use model::protocol::Report;
 
 impl RelayKeeper {
     /// Handles a site's report of a failed transfer. The site's next report is handled after it.
-    pub(super) async fn recheck_refused(&self, site: &SiteName, report: &Report) {
+    pub(super) async fn recheck_refused(&self, report: &Report) {
         if report.state != State::Failed || report.body.reason != Some(Reason::Integrity) {
             return;
         }
@@ -29,10 +28,13 @@ impl RelayKeeper {
         match blocking(move || relay.recheck(&named)).await {
             Ok(0) => {}
             Ok(bad) => {
-                tracing::error!(%site, transfer = %report.id, bad, "chunks that a site refused are damaged at the hub; they were removed from the index");
+                tracing::error!(
+                    bad,
+                    "chunks that a site refused are damaged at the hub; they were removed from the index"
+                );
             }
             Err(fault) => {
-                tracing::error!(%site, error = %fault, "the chunks that a site refused could not be verified");
+                tracing::error!(error = %fault, "the chunks that a site refused could not be verified");
             }
         }
     }

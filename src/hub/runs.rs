@@ -8,6 +8,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use tracing::Instrument as _;
+
 use super::answers::verb_of_run;
 use super::deliveries::Deliveries;
 use super::entitlement::Entitlement;
@@ -17,6 +19,7 @@ use base::clock;
 use base::fault::{Code, Fault};
 use base::limits::{RUN_INPUTS_MAX, RUN_TTL_MAX, RUNS_OPEN_MAX};
 use base::names::{ArtifactRef, Kind, RunName, SiteName, SiteSelector};
+use base::spans;
 use base::workers::Worker;
 use content::chunk::Hash;
 use content::manifest::Root;
@@ -87,10 +90,13 @@ impl RunKeeper {
                     let open = self.inner.catalogue.open_runs::<Run>(OPEN_MAX).await;
                     for run in open.map_err(|fault| fault.context("read the open runs"))? {
                         let name = &run.spec.name;
-                        if let Err(fault) = Box::pin(self.look_at(name)).await {
-                            worker.count_error(&fault.clone().context(name));
-                            tracing::warn!(run = %name, error = %fault, "a run could not continue; retrying");
-                        }
+                        let look = async {
+                            if let Err(fault) = Box::pin(self.look_at(name)).await {
+                                worker.count_error(&fault.clone().context(name));
+                                tracing::warn!(error = %fault, "a run could not continue; retrying");
+                            }
+                        };
+                        look.instrument(spans::run(name)).await;
                     }
                     Ok(())
                 })
@@ -125,7 +131,13 @@ impl RunKeeper {
         let changed = after != before;
         if changed {
             if after.state != before.state {
-                tracing::info!(run = %name, state = after.state.as_str(), why = after.message.as_deref().unwrap_or_default(), "the state of a run changed");
+                spans::run(name).in_scope(|| {
+                    tracing::info!(
+                        state = after.state.as_str(),
+                        why = after.message.as_deref().unwrap_or_default(),
+                        "the state of a run changed"
+                    );
+                });
             }
             self.inner
                 .catalogue
@@ -340,7 +352,9 @@ impl RunKeeper {
             } else {
                 // Another run or delivery has requested the artifact since, and the site learned it
                 // too late.
-                tracing::info!(transfer = %id, artifact = %row.artifact, %site, "a removed artifact is requested again, and delivered again");
+                spans::transfer(id, &row.artifact, site).in_scope(|| {
+                    tracing::info!("a removed artifact is requested again, and delivered again");
+                });
                 self.inner.catalogue.act(id, types::Action::Retry).await?;
             }
         }
@@ -559,7 +573,8 @@ impl RunKeeper {
         catalogue
             .save_run(run.spec.name.as_str(), run.state.as_str(), true, &run)
             .await?;
-        tracing::info!(run = %run.spec.name, from = %run.spec.from, on = %run.spec.on, "a run starts");
+        spans::run(&run.spec.name)
+            .in_scope(|| tracing::info!(from = %run.spec.from, on = %run.spec.on, "a run starts"));
         Ok(view(&run))
     }
 

@@ -15,6 +15,7 @@ use tokio::sync::Semaphore;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+use tracing::Instrument as _;
 
 use super::deliveries::Deliveries;
 use super::entitlement::Entitlement;
@@ -93,7 +94,7 @@ impl Sessions {
             return;
         }
         self.inner.links.enter(&name, &link);
-        tracing::info!(site = %name, line = link.transport(), "a site is online");
+        tracing::info!("a site is online");
         self.note_seen(&name, None).await;
         let _seats = self.inner.budgets.seats();
         let streams = Arc::new(Streams {
@@ -109,19 +110,20 @@ impl Sessions {
             let Some((send, recv)) = stream else { break };
             let (this, name, link, streams) =
                 (self.clone(), name.clone(), link.clone(), streams.clone());
-            self.inner
-                .tasks
-                .spawn(async move { this.stream(send, recv, name, &link, &streams).await });
+            self.inner.tasks.spawn(
+                async move { this.stream(send, recv, name, &link, &streams).await }
+                    .in_current_span(),
+            );
         }
         link.close("the hub stops");
         self.inner.links.leave(&name, &link);
-        tracing::info!(site = %name, "a site is offline");
+        tracing::info!("a site is offline");
         self.note_seen(&name, None).await;
     }
 
     async fn note_seen(&self, name: &SiteName, version: Option<&str>) {
         if let Err(fault) = self.inner.catalogue.site_seen(name, version).await {
-            tracing::error!(site = %name, error = %fault, "the catalogue cannot be written");
+            tracing::error!(error = %fault, "the catalogue cannot be written");
         }
     }
 
@@ -167,7 +169,7 @@ impl Sessions {
             other => Err(Fault::integrity(format!("a stream of kind {other}"))),
         };
         if let Err(fault) = result {
-            tracing::debug!(%site, error = %fault, "a stream ended");
+            tracing::debug!(error = %fault, "a stream ended");
         }
     }
 }

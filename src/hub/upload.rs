@@ -20,6 +20,7 @@ use tokio::sync::{Semaphore, mpsc};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+use tracing::Instrument as _;
 
 use super::answers::{self, verb_of};
 use super::deliveries::Deliveries;
@@ -139,12 +140,13 @@ impl Uploads {
                 break;
             };
             let (this, name, link) = (self.clone(), name.clone(), link.clone());
-            self.parts().tasks.spawn(async move {
+            let work = async move {
                 if let Err(fault) = this.stream(send, recv, &link, &name).await {
-                    tracing::debug!(publisher = %name, error = %fault, "a stream ended");
+                    tracing::debug!(error = %fault, "a stream ended");
                 }
                 drop(turn);
-            });
+            };
+            self.parts().tasks.spawn(work.in_current_span());
         }
         link.close("the hub stops");
     }
@@ -287,7 +289,7 @@ impl Uploads {
             None => Vec::new(),
         };
         let bytes = root.totals.bytes;
-        tracing::info!(%artifact, %digest, %publisher, bytes, stored, "published from another machine");
+        tracing::info!(%artifact, %digest, bytes, stored, "published from another machine");
         let (artifact, digest) = (artifact.to_string(), digest.hex());
         let published = Published {
             artifact,
@@ -315,11 +317,13 @@ impl Uploads {
         // A publisher repeats its request until there is space. Content that is fetched before
         // would use space without need.
         let short_of = self.inner.short_of.lock().get(&root.digest()).copied();
-        short_of.map_or(Ok(()), |bytes| self.parts().store.check_room_for(bytes))?;
+        if let Some(bytes) = short_of {
+            self.check_room_for(bytes).await?;
+        }
         self.inner.short_of.lock().forget(&root.digest());
         let lacking = self.lacking_where_room_is_short(root).await?;
         let (planned, packs) = (root.clone(), store.clone());
-        let planning = tokio::task::spawn_blocking(move || {
+        let planning = base::blocking::spawn(move || {
             // Without space, any further content would be sent in vain.
             plan(&planned, &packs, |batch| {
                 packs
@@ -347,7 +351,7 @@ impl Uploads {
             {
                 let rest = (u128::from(lacking - brought) * u128::from(stored)
                     / u128::from(brought.max(1))) as u64;
-                self.parts().store.check_room_for(rest).inspect_err(|_| {
+                self.check_room_for(rest).await.inspect_err(|_| {
                     self.inner
                         .short_of
                         .lock()
@@ -359,7 +363,7 @@ impl Uploads {
                 && flushing.as_ref().is_none_or(|f| f.is_finished())
             {
                 let store = self.parts().store.clone();
-                let before = flushing.replace(tokio::task::spawn_blocking(move || store.flush()));
+                let before = flushing.replace(base::blocking::spawn(move || store.flush()));
                 if let Some(before) = before {
                     before
                         .await
@@ -378,11 +382,17 @@ impl Uploads {
         Ok(stored)
     }
 
+    /// Fails if the disk of the store has no space for so many bytes.
+    async fn check_room_for(&self, bytes: u64) -> Result<(), Fault> {
+        let store = self.parts().store.clone();
+        blocking(move || store.check_room_for(bytes)).await
+    }
+
     /// The bytes of an artifact that the store lacks. `None`: the whole artifact would fit on its
     /// disk, so they were not counted.
     async fn lacking_where_room_is_short(&self, root: &Root) -> Result<Option<u64>, Fault> {
         let (store, root) = (self.parts().store.clone(), root.clone());
-        if store.check_room_for(root.totals.bytes).is_ok() {
+        if self.check_room_for(root.totals.bytes).await.is_ok() {
             return Ok(None);
         }
         let count = blocking(move || {

@@ -75,7 +75,7 @@ async fn publish_with(bench: &Bench, source: &str, options: SourceOptions) -> Re
             digest: ingested.digest,
         })
     };
-    tokio::task::spawn_blocking(work).await.unwrap()
+    base::blocking::spawn(work).await.unwrap()
 }
 
 async fn publish(bench: &Bench, source: &str) -> Result<Out, Fault> {

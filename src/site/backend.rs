@@ -2,6 +2,7 @@
 //! hub.
 
 use std::fmt::Write as _;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -13,7 +14,7 @@ use crate::api::{Backend, RunToken, View, worker_page};
 use crate::delivery::Whole;
 use crate::serve::wrong_role;
 use crate::trainer;
-use base::blocking::blocking;
+use base::blocking::{blocking, blocking_at};
 use base::fault::{Code, Fault};
 use base::job_progress::JobProgress;
 use base::limits::{
@@ -51,7 +52,8 @@ impl Site {
                 );
             }
             let origin = self.inner.opened.reader.clone();
-            return blocking(move || {
+            let path = place.filesystem().to_owned();
+            return blocking_at(&path, move || {
                 let read = |bytes| {
                     progress.bytes.fetch_add(bytes, Ordering::Relaxed);
                     progress.check()
@@ -605,23 +607,38 @@ impl Backend for Site {
             .config
             .train
             .as_ref()
-            .and_then(|train| train.command.first())
+            .and_then(|train| train.command.first().cloned())
         {
-            out.push(match trainer::check_program(program) {
-                Ok(()) => format!("ok train: {program} is executable"),
+            let path = PathBuf::from(&program);
+            let checked = blocking_at(&path, move || {
+                trainer::check_program(&program)
+                    .map(|()| format!("ok train: {program} is executable"))
+            });
+            let silent = |_| {
+                let text = format!(
+                    "{} has not answered for {} s",
+                    path.display(),
+                    SINK_ANSWER_MAX.as_secs()
+                );
+                Err(Fault::unreachable(text))
+            };
+            let checked = tokio::time::timeout(SINK_ANSWER_MAX, checked).await;
+            out.push(match checked.unwrap_or_else(silent) {
+                Ok(text) => text,
                 Err(fault) => format!("fault {}; {}", fault.message, fault.next),
             });
         }
-        out.push(sink::stage::room_report(&inner.opened.config.data_dir)?);
-        out.extend(crate::site::lost::report(&inner.opened.config.data_dir));
-        out.extend(
-            inner
-                .opened
-                .shared
-                .chunk_index
-                .loss()
-                .map(|loss| loss.report(&inner.opened.config.data_dir)),
+        let (data, index) = (
+            inner.opened.config.data_dir.clone(),
+            inner.opened.shared.chunk_index.clone(),
         );
+        let own = move || {
+            let mut out = vec![sink::stage::room_report(&data)?];
+            out.extend(crate::site::lost::report(&data));
+            out.extend(index.loss().map(|loss| loss.report(&data)));
+            Ok(out)
+        };
+        out.extend(blocking(own).await?);
         out.extend(inner.watch.changed_lines().await?);
         out.extend(crate::api::malformed_lines(&inner.opened.catalogue));
         out.extend(inner.workers.doctor());

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::time::timeout;
+use tracing::Instrument as _;
 
 use super::Opened;
 use super::hub_link::HubLink;
@@ -123,20 +124,24 @@ impl Connection {
         loop {
             self.hub.connected(link.clone());
             opened.catalogue.notify();
-            let better = tokio::select! {
-                ended = self.talk(&link) => {
-                    if let Err(fault) = ended {
-                        tracing::info!(error = %fault, "the control stream ended");
+            let span = link.span();
+            let use_it = async {
+                tokio::select! {
+                    ended = self.talk(&link) => {
+                        if let Err(fault) = ended {
+                            tracing::info!(error = %fault, "the control stream ended");
+                        }
+                        None
                     }
-                    None
+                    () = self.answer(&link) => None,
+                    better = self.wait_for_quic(&link, address) => Some(better),
+                    () = opened.stop.cancelled() => None,
                 }
-                () = self.answer(&link) => None,
-                better = self.wait_for_quic(&link, address) => Some(better),
-                () = opened.stop.cancelled() => None,
             };
+            let better = use_it.instrument(span.clone()).await;
             if let Some(better) = better {
                 // Running fetches complete over the old connection; new requests use the new one.
-                tracing::info!("moved from TCP to QUIC");
+                span.in_scope(|| tracing::info!("moved from TCP to QUIC"));
                 link = better;
                 continue;
             }
@@ -146,7 +151,7 @@ impl Connection {
             }
             self.hub.disconnected();
             link.close("the site closes the connection");
-            tracing::info!("the connection to the hub ended");
+            span.in_scope(|| tracing::info!("the connection to the hub ended"));
             opened.catalogue.notify();
             return;
         }
@@ -364,7 +369,7 @@ impl Connection {
             let (this, link, hub, fetches) =
                 (self.clone(), link.clone(), hub.clone(), fetches.clone());
             let (questions, budget) = (questions.clone(), budget.clone());
-            self.opened.tasks.spawn(async move {
+            let work = async move {
                 let mut kind = [0];
                 if !matches!(
                     timeout(SILENCE_MAX, recv.read_exact(&mut kind)).await,
@@ -392,7 +397,8 @@ impl Connection {
                 if let Err(fault) = result {
                     tracing::debug!(error = %fault, "a stream ended");
                 }
-            });
+            };
+            self.opened.tasks.spawn(work.in_current_span());
         }
     }
 

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 use tokio::sync::watch;
 
+use base::blocking::blocking;
 use base::fault::{Fault, Retry};
 use exchange::wire;
 use model::protocol::{AskHub, renewal};
@@ -122,8 +123,10 @@ impl HubLink {
         let malformed = |_| Fault::integrity("the hub sent a malformed certificate");
         let cert = hex::decode(answer).map_err(malformed)?;
         let renewed = request.complete(&cert, identity.ca_der())?;
-        renewed.save(&self.data_dir)?;
-        self.identity.send_replace(Arc::new(renewed));
+        let renewed = Arc::new(renewed);
+        let (saved, data_dir) = (renewed.clone(), self.data_dir.clone());
+        blocking(move || saved.save(&data_dir)).await?;
+        self.identity.send_replace(renewed);
         Ok(())
     }
 }

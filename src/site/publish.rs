@@ -163,8 +163,11 @@ impl Publications {
             request.source.clone(),
             progress.clone(),
         );
-        let published =
-            open_source::with_scratch(&self.config.data_dir, progress, move |scratch, runtime| {
+        let published = open_source::with_scratch(
+            &self.config.data_dir,
+            &request.source,
+            progress,
+            move |scratch, runtime| {
                 let dataset = dataset
                     .map(|(binding, root)| open_source::bind(binding, root, this.store.clone()));
                 let access = Access::of_daemon(&this.config, Some(this.sources.clone()));
@@ -176,7 +179,8 @@ impl Publications {
                         this.reader.publish(kind, source, base.as_ref(), counted)
                     })
                 })
-            });
+            },
+        );
         published
             .await
             .map_err(|fault| fault.of_publish().context(format!("publish {artifact}")))

@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use serde_json::{Value, json};
+use tracing::Instrument as _;
 
 use super::Opened;
 use super::publish::Publications;
@@ -26,6 +27,7 @@ use base::clock;
 use base::fault::{Code, Fault, Retry};
 use base::limits::{BACKOFF_FIRST, BACKOFF_MAX, TRAINER_CALL_MAX, TRAINER_LOOK_EVERY};
 use base::names::{ArtifactRef, Kind, RunName, SiteName, TransferId};
+use base::spans;
 use base::workers::Worker;
 use model::actor::Actor;
 use model::policy::{self, Object, Verb};
@@ -236,7 +238,8 @@ impl RunKeeper {
             return;
         }
         let (this, worker) = (self.clone(), worker.clone());
-        self.opened.tasks.spawn(async move {
+        let span = spans::run(&name);
+        let work = async move {
             // Removed at the end of the task, even after a panic; otherwise the run would never be
             // checked again.
             let busy = Busy(&this.state, &name);
@@ -244,13 +247,14 @@ impl RunKeeper {
                 result = this.look_at(&name) => {
                     if let Err(fault) = result {
                         worker.count_error(&fault.clone().context(&name));
-                        tracing::warn!(run = %name, error = %fault, "a run could not continue; retrying");
+                        tracing::warn!(error = %fault, "a run could not continue; retrying");
                     }
                 }
                 () = this.opened.stop.cancelled() => {}
             }
             drop(busy);
-        });
+        };
+        self.opened.tasks.spawn(work.instrument(span));
     }
 
     async fn look_at(&self, name: &RunName) -> Result<(), Fault> {
@@ -303,7 +307,7 @@ impl RunKeeper {
             if after.phase != before.phase {
                 // The earlier failures belong to another phase.
                 self.state.again.lock().remove(&(name.clone(), Try::GoOn));
-                tracing::info!(run = %name, phase = ?after.phase, why = after.message.as_deref().unwrap_or_default(), "the phase of a run changed");
+                spans::run(name).in_scope(|| tracing::info!(phase = ?after.phase, why = after.message.as_deref().unwrap_or_default(), "the phase of a run changed"));
             }
             self.save_run(&after).await?;
         }
@@ -495,7 +499,7 @@ impl RunKeeper {
                 }
                 if let Err(fault) = self.call_off(run).await {
                     self.put_off(name, Try::CallOff);
-                    tracing::warn!(run = %name, error = %fault, "the training platform could not be informed of a run's end; retrying");
+                    tracing::warn!(error = %fault, "the training platform could not be informed of a run's end; retrying");
                     return Ok(());
                 }
                 self.take(name, Event::CalledOff).await

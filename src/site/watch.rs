@@ -13,7 +13,7 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use super::Opened;
-use base::blocking::blocking;
+use base::blocking::blocking_at;
 use base::fault::Fault;
 use base::names::ArtifactRef;
 use base::workers::{Pace, Worker, Workers};
@@ -184,7 +184,8 @@ impl Watch {
             row.root.clone(),
             place.clone(),
         );
-        let (look, mark) = blocking(move || {
+        let path = place.filesystem().to_owned();
+        let (look, mark) = blocking_at(&path, move || {
             let look = origin.look(row.digest, &root, &at, &mut mark, hurry, &stop)?;
             Ok((look, mark))
         })
@@ -238,7 +239,11 @@ impl Watch {
         if changed.is_none() && (asked || row.changed.is_some()) {
             // A reader removes the chunk rows of missing content: they are added again.
             let origin = self.reader.clone();
-            blocking(move || origin.index(row.digest, &row.root, &[place], true)).await?;
+            let path = place.filesystem().to_owned();
+            blocking_at(&path, move || {
+                origin.index(row.digest, &row.root, &[place], true)
+            })
+            .await?;
         }
         Ok(())
     }

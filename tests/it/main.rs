@@ -34,6 +34,7 @@ mod hostile_requests;
 mod idle;
 mod images;
 mod interruption;
+mod logs;
 mod nas;
 mod offline;
 mod omitted;

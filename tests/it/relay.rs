@@ -736,7 +736,7 @@ fn the_hub_defines_which_sites_may_receive_artifacts_of_sites() {
             ..SiteSpec::default()
         },
     );
-    let d = Site::start_new(
+    let mut d = Site::start_new(
         dir.path(),
         &hub,
         "d",
@@ -804,12 +804,23 @@ fn the_hub_defines_which_sites_may_receive_artifacts_of_sites() {
     hub.start();
     a.start();
     hub.wait_online("a", true, secs(40));
-    // The site polls at least every 5 s.
-    thread::sleep(secs(7));
-    assert_eq!(
-        hub.metric("packhorse_relay_fetched_bytes"),
-        0,
-        "the hub fetched content from A that it will not send"
+    // What it may give it fetches ahead. By then it has passed over what it may not.
+    d.stop();
+    hub.wait_online("d", false, secs(40));
+    let mut weights = vec![0; 5 * MIB as usize];
+    blake3::Hasher::new()
+        .update(b"of C")
+        .finalize_xof()
+        .fill(&mut weights);
+    data::write(&dir.join("of-c/weights.bin"), &weights);
+    c.publish(&dir.join("of-c"), "model/of-c:v1", &["--to", "d"]);
+    let fetched = wait_for("the model of C is fetched ahead", secs(60), || {
+        let fetched = hub.metric("packhorse_relay_fetched_bytes");
+        (fetched >= 5 * MIB).then_some(fetched)
+    });
+    assert!(
+        fetched < 6 * MIB,
+        "it fetched {fetched} bytes, and from A what it will not give"
     );
     b.start();
     for id in [&id, &other] {

@@ -10,9 +10,16 @@ use crate::support::{Scratch, data, limit, secs, tree, wait_for};
 
 const REFERENCE: &str = "dataset/line:v1";
 
+/// Another that is published beside it.
+const BESIDE: &str = "dataset/beside:v1";
+
 /// The change of the artifact, as this daemon reports it.
 fn changed(daemon: &Daemon) -> Value {
-    daemon.json(&["show", REFERENCE])["changed"].clone()
+    changed_of(daemon, REFERENCE)
+}
+
+fn changed_of(daemon: &Daemon, reference: &str) -> Value {
+    daemon.json(&["show", reference])["changed"].clone()
 }
 
 /// Waits until both daemons report that this file changed.
@@ -122,10 +129,22 @@ fn site_and_hub_report_a_changed_file_until_it_is_restored() {
     hub.wait_online("a", true, secs(40));
     wait_sound([&a, &hub]);
 
-    // A missing folder is not reported as a change.
+    // A folder that is away says nothing. It was looked at once what is published beside it was
+    // found changed and found whole again.
     let away = scratch.join("away");
     std::fs::rename(&set.root, &away).unwrap();
-    std::thread::sleep(secs(4));
+    let beside = data::dataset(&scratch.folder("beside").canonicalize().unwrap(), 2);
+    a.publish(&beside.root, BESIDE, &[]);
+    let photo = beside.root.join(&beside.photos[0].path);
+    let good = std::fs::read(&photo).unwrap();
+    std::fs::write(&photo, b"other").unwrap();
+    wait_for("what is beside it changed", secs(30), || {
+        changed_of(&a, BESIDE).is_string().then_some(())
+    });
+    std::fs::write(&photo, good).unwrap();
+    wait_for("what is beside it is whole again", secs(30), || {
+        changed_of(&a, BESIDE).is_null().then_some(())
+    });
     assert!(changed(&a).is_null());
     std::fs::rename(&away, &set.root).unwrap();
     std::fs::remove_file(&file).unwrap();

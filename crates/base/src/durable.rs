@@ -15,6 +15,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::OFlags;
 
+use crate::blocking;
 use crate::fault::{Code, Fault, IoContext};
 
 fn parent(path: &Path) -> &Path {
@@ -57,6 +58,7 @@ fn write_new(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
 }
 
 fn replace_with_mode(path: &Path, bytes: &[u8], mode: u32) -> Result<(), Fault> {
+    blocking::check("durable::replace");
     let temporary = temporary_of(path);
     if let Err(error) = write_new(&temporary, bytes, mode).and_then(|()| rename(&temporary, path)) {
         let _ = fs::remove_file(&temporary);
@@ -70,6 +72,7 @@ fn replace_with_mode(path: &Path, bytes: &[u8], mode: u32) -> Result<(), Fault> 
 /// file. On a filesystem with neither hard links nor an exclusive rename, this checks first and
 /// then renames, which is not atomic.
 pub fn create(path: &Path, bytes: &[u8]) -> Result<bool, Fault> {
+    blocking::check("durable::create");
     let what = || format!("write {}", path.display());
     let temporary = temporary_of(path);
     let put = || match fs::hard_link(&temporary, path) {
@@ -106,6 +109,7 @@ pub fn close(file: File) -> io::Result<()> {
 
 /// Renames and replaces the target. Syncs nothing: the caller syncs the directories.
 pub fn rename_over(from: &Path, to: &Path) -> Result<(), Fault> {
+    blocking::check("durable::rename_over");
     rename(from, to).at(format_args!(
         "rename {} to {}",
         from.display(),
@@ -117,6 +121,7 @@ pub fn rename_over(from: &Path, to: &Path) -> Result<(), Fault> {
 /// The caller must have synced the content. A filesystem without exclusive rename (NFS) gets a
 /// check before the rename. That is safe because only this program writes there.
 pub fn rename_noreplace(from: &Path, to: &Path) -> Result<(), Fault> {
+    blocking::check("durable::rename_noreplace");
     use rustix::fs::{CWD, RenameFlags, renameat_with};
     let what = || format!("rename {} to {}", from.display(), to.display());
     match renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
@@ -141,6 +146,7 @@ pub fn rename_noreplace(from: &Path, to: &Path) -> Result<(), Fault> {
 
 /// Gives a file a second name that keeps its content when the first name is replaced.
 pub fn keep_as(path: &Path, name: &Path) -> Result<(), Fault> {
+    blocking::check("durable::keep_as");
     let what = || format!("keep {} as {}", path.display(), name.display());
     if fs::hard_link(path, name).is_err() {
         // Some filesystems have no hard links.
@@ -152,6 +158,7 @@ pub fn keep_as(path: &Path, name: &Path) -> Result<(), Fault> {
 
 /// Replaces a file with another file of the same directory, whose content the caller has synced.
 pub fn move_over(from: &Path, to: &Path) -> Result<(), Fault> {
+    blocking::check("durable::move_over");
     rename(from, to).at(format_args!(
         "rename {} to {}",
         from.display(),
@@ -163,6 +170,7 @@ pub fn move_over(from: &Path, to: &Path) -> Result<(), Fault> {
 /// Replaces a symbolic link by rename. The link is a convenience for people: it is not synced, and
 /// a filesystem without links returns `Ok`.
 pub fn replace_symlink(link: &Path, target: &str) -> Result<(), Fault> {
+    blocking::check("durable::replace_symlink");
     let name = link.file_name().unwrap_or_default().to_string_lossy();
     if fs::read_link(link).is_ok_and(|current| current == Path::new(target)) {
         return Ok(());
@@ -181,6 +189,7 @@ pub fn replace_symlink(link: &Path, target: &str) -> Result<(), Fault> {
 
 /// Syncs the entries of a directory. An SMB server may reject this call, which is not an error.
 pub fn sync_dir(path: &Path) -> Result<(), Fault> {
+    blocking::check("durable::sync_dir");
     File::open(path)
         .and_then(|dir| sync_folder(&dir))
         .at(format_args!("sync the directory {}", path.display()))
@@ -188,6 +197,7 @@ pub fn sync_dir(path: &Path) -> Result<(), Fault> {
 
 /// Like [`sync_dir`], for an open directory.
 pub fn sync_folder(folder: &File) -> io::Result<()> {
+    blocking::check("durable::sync_folder");
     match folder.sync_all() {
         Err(e) if e.raw_os_error() == Some(rustix::io::Errno::INVAL.raw_os_error()) => Ok(()),
         other => other,
@@ -196,6 +206,7 @@ pub fn sync_folder(folder: &File) -> io::Result<()> {
 
 /// Syncs the content and the length of a file.
 pub fn sync_file(path: &Path) -> Result<(), Fault> {
+    blocking::check("durable::sync_file");
     File::open(path)
         .and_then(sync_and_close)
         .at(format_args!("sync {}", path.display()))
@@ -203,12 +214,14 @@ pub fn sync_file(path: &Path) -> Result<(), Fault> {
 
 /// Syncs a file, then closes it.
 pub fn sync_and_close(file: File) -> io::Result<()> {
+    blocking::check("durable::sync_and_close");
     file.sync_all()?;
     close(file)
 }
 
 /// Creates a directory and its missing parents, and syncs each new entry.
 pub fn create_dir_all(path: &Path) -> Result<(), Fault> {
+    blocking::check("durable::create_dir_all");
     if path.is_dir() {
         return Ok(());
     }
@@ -224,6 +237,7 @@ pub fn create_dir_all(path: &Path) -> Result<(), Fault> {
 
 /// Removes a file or a complete directory. A missing path is not an error.
 pub fn remove_all(path: &Path) -> Result<(), Fault> {
+    blocking::check("durable::remove_all");
     let is_missing = |e: &io::Error| e.kind() == io::ErrorKind::NotFound;
     let result = match fs::symlink_metadata(path) {
         Ok(meta) if meta.is_dir() => make_removable(path).and_then(|()| fs::remove_dir_all(path)),
@@ -259,11 +273,13 @@ fn make_removable(path: &Path) -> io::Result<()> {
 /// Opens for reading a file that a user or a configuration names. Refuses everything except a
 /// regular file, because reading a pipe or a device may never end. Does not block on a pipe.
 pub fn open_regular(path: &Path) -> io::Result<File> {
+    blocking::check("durable::open_regular");
     open_regular_with(path, OFlags::empty())
 }
 
 /// Like [`open_regular`], but does not follow a symbolic link.
 pub fn open_regular_nofollow(path: &Path) -> io::Result<File> {
+    blocking::check("durable::open_regular_nofollow");
     open_regular_with(path, OFlags::NOFOLLOW)
 }
 
@@ -283,6 +299,7 @@ fn open_regular_with(path: &Path, flags: OFlags) -> io::Result<File> {
 
 /// Reads a complete file as [`open_regular`] opens it. Fails if it has more than `bytes_max` bytes.
 pub fn read_regular(path: &Path, bytes_max: u64) -> io::Result<Vec<u8>> {
+    blocking::check("durable::read_regular");
     let mut out = Vec::new();
     open_regular(path)?
         .take(bytes_max + 1)
@@ -304,6 +321,7 @@ pub fn read_regular_text(path: &Path, bytes_max: u64) -> io::Result<String> {
 
 /// Writes all parts one after the other from `offset`, usually with one system call for many parts.
 pub fn write_parts(file: &File, parts: &[impl AsRef<[u8]>], offset: u64) -> io::Result<()> {
+    blocking::check("durable::write_parts");
     let mut at = offset;
     for batch in parts.chunks(PARTS_MAX) {
         let slices: Vec<IoSlice<'_>> = batch

@@ -119,6 +119,11 @@ pub const WORKER_ERROR_BYTES_MAX: usize = 1 << 10;
 pub const SOURCE_PAUSE_MAX: Duration = Duration::from_secs(5);
 /// The threads of one sink at once: for its transfers and for other calls.
 pub const SINK_THREADS_MAX: usize = 128;
+/// The threads for paths of one filesystem at once: jobs that read a source, and the reads of what is
+/// published there.
+pub const MOUNT_THREADS_MAX: usize = 128;
+/// Filesystems whose threads are remembered while they do nothing.
+pub const MOUNTS_KEPT: usize = 64;
 /// A sink that has not responded for this long is reported as silent. With a check each second, the
 /// report comes within 5 s.
 pub const SINK_SILENT_AFTER: Duration = Duration::from_secs(3);

@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::Mutex;
 
+use crate::blocking;
 use crate::fault::{Fault, IoContext};
 
 /// The largest size of one reservation.
@@ -33,6 +34,7 @@ pub struct Space {
 impl Space {
     /// The free space of the filesystem that holds this path.
     pub fn of(path: &Path) -> Result<Self, Fault> {
+        blocking::check("statvfs");
         let stat = rustix::fs::statvfs(path)
             .map_err(std::io::Error::from)
             .at(format_args!(

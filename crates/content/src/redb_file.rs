@@ -18,6 +18,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use parking_lot::{RwLock, RwLockUpgradableReadGuard, RwLockWriteGuard};
 use redb::{Database, ReadTransaction, ReadableDatabase, WriteTransaction};
 
+use base::blocking;
 use base::fault::{Code, Fault, Retry};
 use base::limits::TREE_CHECKED_BYTES_MAX;
 
@@ -147,6 +148,7 @@ impl Tree {
         &self,
         work: impl FnOnce(&ReadTransaction) -> Result<T, redb::Error>,
     ) -> Result<T, Fault> {
+        blocking::check("redb");
         self.with(|database| work(&database.begin_read()?))
     }
 
@@ -155,6 +157,7 @@ impl Tree {
         &self,
         work: impl FnOnce(&mut WriteTransaction) -> Result<T, redb::Error>,
     ) -> Result<T, Fault> {
+        blocking::check("redb");
         self.with(|database| {
             let mut write = database.begin_write()?;
             let result = work(&mut write)?;

@@ -11,7 +11,7 @@ use std::collections::{HashSet, VecDeque};
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::{Buf, Bytes, BytesMut};
@@ -19,7 +19,7 @@ use futures::StreamExt;
 use futures::stream::BoxStream;
 use parking_lot::Mutex;
 use tokio::sync::{OnceCell, OwnedSemaphorePermit};
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 
 use crate::wire::{self, PRIORITY_MANIFEST};
 use base::blocking::blocking;
@@ -48,6 +48,8 @@ const LOOK_EVERY: Duration = Duration::from_secs(5);
 const ANSWER_BYTES: u64 = 1 << 20;
 /// How long a peer may take for one piece of an answer: with the data before it, at 20 KB/s.
 const WRITE_MAX: Duration = Duration::from_secs(900);
+/// Bytes of manifest pages that are verified and stored together.
+const PAGES_STORED_TOGETHER_BYTES: usize = 256 << 10;
 /// Pieces of a stream that are received (a packet each at most) or written at once.
 const PIECES: usize = 64;
 /// Room for the frame that exceeds the requested bytes.
@@ -312,6 +314,30 @@ fn parse_root(frame: &Frame, digest: Digest) -> Result<Root, Fault> {
     Root::parse(&frame.verify(digest, len)?.bytes, digest)
 }
 
+/// Takes the frames of these pages from an answer, verifies them and puts them into the store.
+async fn store_pages(frames: &mut Frames, pages: Vec<PageRef>, store: &Store) -> Result<(), Fault> {
+    let mut pages = pages.into_iter();
+    while pages.len() > 0 {
+        let (mut some, mut bytes) = (Vec::new(), 0);
+        while bytes < PAGES_STORED_TOGETHER_BYTES
+            && let Some(page) = pages.next()
+        {
+            let frame = frames.next().await?;
+            bytes += frame.len();
+            some.push((page, frame));
+        }
+        let store = store.clone();
+        blocking(move || {
+            some.into_iter().try_for_each(|(page, frame)| {
+                let raw = frame.verify(page.id, page.len)?;
+                store.put(&frame.fit_to_store(&raw)).map(drop)
+            })
+        })
+        .await?;
+    }
+    Ok(())
+}
+
 /// Answers one fetch stream; its kind byte was read already.
 pub async fn serve(mut send: SendHalf, mut recv: RecvHalf, peer: &Peer, library: &dyn Library) {
     if let Err(fault) = answer(&mut send, &mut recv, peer, library).await {
@@ -544,17 +570,14 @@ impl Fetcher {
             .await?;
         let root = self.next_root(&mut frames).await?;
         if listed_bytes(&root) <= FETCH_BATCH_BYTES {
-            for page in &root.pages {
-                let frame = frames.next().await?;
-                let raw = frame.verify(page.id, page.len)?;
-                store.put(&frame.fit_to_store(&raw))?;
-            }
+            store_pages(&mut frames, root.pages.clone(), store).await?;
         }
         Ok(root)
     }
 
     async fn next_root(&self, frames: &mut Frames) -> Result<Root, Fault> {
-        parse_root(&frames.next().await?, self.digest)
+        let (frame, digest) = (frames.next().await?, self.digest);
+        blocking(move || parse_root(&frame, digest)).await
     }
 }
 

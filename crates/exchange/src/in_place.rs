@@ -28,7 +28,7 @@ use parking_lot::Mutex;
 
 use crate::chunk_index::{self, At, ChunkIndex, LocationInfo, Reader};
 use crate::fetch::{Child, Library, Opened, Pieces, pieces};
-use base::blocking::blocking;
+use base::blocking::{blocking, blocking_at};
 use base::budget::{Budget, Share};
 use base::buffers::Buffers;
 use base::durable;
@@ -99,8 +99,8 @@ struct Inner {
     indexed: Mutex<ExpiringCache<Digest, ()>>,
     /// Buffers for reading published files.
     buffers: Buffers,
-    /// Recent answers of `holdings`.
-    held: Mutex<ExpiringCache<Digest, ()>>,
+    /// Recent answers of `holdings`: a path of the filesystem of each artifact.
+    held: Mutex<ExpiringCache<Digest, PathBuf>>,
     /// Locked while a folder in `kept` is created or replaced.
     keeping: Mutex<()>,
 }
@@ -272,18 +272,20 @@ impl InPlaceReader {
     }
 
     /// Fails when this site does not hold an artifact. Asked for each request, with a short cache,
-    /// so that a removed artifact is soon not served any more.
-    async fn lies_here(&self, digest: Digest) -> Result<(), Fault> {
-        if self.inner.held.lock().get(&digest).is_some() {
-            return Ok(());
+    /// so that a removed artifact is soon not served any more. Returns a path of its filesystem.
+    async fn lies_here(&self, digest: Digest) -> Result<PathBuf, Fault> {
+        if let Some(path) = self.inner.held.lock().get(&digest) {
+            return Ok(path.clone());
         }
-        self.inner
-            .holdings
-            .held(digest)
-            .await?
-            .ok_or_else(|| not_here(digest))?;
-        self.inner.held.lock().put(digest, (), HELD_FOR);
-        Ok(())
+        let held = self.inner.holdings.held(digest).await?;
+        let held = held.ok_or_else(|| not_here(digest))?;
+        let path = held
+            .places
+            .first()
+            .map(|place| place.filesystem().to_owned());
+        let path = path.unwrap_or_else(|| self.inner.kept.clone());
+        self.inner.held.lock().put(digest, path.clone(), HELD_FOR);
+        Ok(path)
     }
 
     /// Reads and hashes these chunks. Blocks.
@@ -581,10 +583,10 @@ impl Library for InPlaceReader {
                 .await
                 .map(pieces);
         }
-        self.lies_here(opened.digest).await?;
+        let path = self.lies_here(opened.digest).await?;
         let (this, opened) = (self.clone(), opened.clone());
         let runtime = tokio::runtime::Handle::current();
-        blocking(move || this.read(&opened, &chunks, &runtime))
+        blocking_at(&path, move || this.read(&opened, &chunks, &runtime))
             .await
             .map(pieces)
     }

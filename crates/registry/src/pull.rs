@@ -237,7 +237,7 @@ async fn fetch(
     loop {
         let (send, receive) = mpsc::channel::<Bytes>(limits::REGISTRY_READ_AHEAD_MAX * 8); // pieces are of 64 KiB at most
         let (start, started) = oneshot::channel();
-        let writer = tokio::task::spawn_blocking({
+        let writer = base::blocking::spawn({
             let (part, size, space) = (part.clone(), blob.size, space.clone());
             move || write_blob(&part, size, start, receive, &space)
         });

@@ -81,7 +81,7 @@ impl Registry {
     ) -> Result<Option<String>, Error> {
         let (send, mut receive) = mpsc::channel::<Bytes>(limits::REGISTRY_READ_AHEAD_MAX * 8);
         let (counted, mut count) = mpsc::channel::<u64>(limits::REGISTRY_READ_AHEAD_MAX * 8);
-        let hasher = tokio::task::spawn_blocking(move || {
+        let hasher = base::blocking::spawn(move || {
             let mut hash = sha2::Sha256::new();
             while let Some(piece) = receive.blocking_recv() {
                 hash.update(&piece);

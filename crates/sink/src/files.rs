@@ -40,7 +40,7 @@ use crate::settings;
 use crate::stage::StagingRoot;
 use base::durable;
 use base::fault::{Code, Fault, IoContext, Reason};
-use base::limits::{ROOT_USE_ENDS_AFTER, ROOT_USE_SAID_EVERY, SINK_ANSWER_MAX};
+use base::limits::{ROOT_USE_ENDS_AFTER, ROOT_USE_SAID_EVERY, SINK_ANSWER_MAX, SINK_THREADS_MAX};
 use base::names::{ArtifactRef, RelPath};
 use base::space::Space;
 use base::text;
@@ -129,7 +129,7 @@ impl FilesSink {
             id: Arc::default(),
             registered: Arc::default(),
             mount: Arc::default(),
-            threads: Threads::new("sink files"),
+            threads: Threads::new("sink files", SINK_THREADS_MAX),
             heartbeat: Heartbeat::default(),
         };
         if !sink.id_file.exists() {

@@ -6,12 +6,12 @@
 //! `stage` owns the staging directory; transfers and the site call this crate.
 
 pub mod files;
+pub mod heartbeat;
 pub mod images;
 pub mod labels;
 mod look;
 pub mod settings;
 pub mod stage;
-pub mod threads;
 mod waits;
 
 use std::path::{Path, PathBuf};
@@ -27,9 +27,21 @@ use base::fault::{Code, Fault, Retry};
 use base::names::{ArtifactRef, RelPath, TransferId};
 use content::manifest::{Digest, FileInfo, Root};
 
+pub use base::threads::Threads;
+pub use heartbeat::{Heartbeat, rounded_secs};
 pub use look::Look;
-pub use threads::{Heartbeat, Threads, rounded_secs};
 pub use waits::Waits;
+
+impl StorageLocation {
+    /// A path of the filesystem that a read of it may hang in. A registry has none; `/` stands for
+    /// it.
+    pub fn filesystem(&self) -> &Path {
+        match self {
+            Self::Folder { path } => path,
+            Self::Registry { .. } => Path::new("/"),
+        }
+    }
+}
 
 /// An incoming artifact, as a sink receives it.
 #[derive(Debug, Clone)]

@@ -266,7 +266,7 @@ impl Call<'_> {
         };
         let _ = link.inner.hub_clock.set((welcome.time_ms, Instant::now()));
         if let Some(text) = clock_difference(link) {
-            tracing::warn!(hub = %welcome.hub, "{text}");
+            link.span().in_scope(|| tracing::warn!("{text}"));
         }
         Ok(())
     }
@@ -323,12 +323,9 @@ pub async fn dial(
         welcomed: true,
     };
     let (link, _) = call.connect().await?;
-    tracing::info!(
-        hub = address,
-        transport = link.transport(),
-        rtt_ms = link.rtt().as_millis() as u64,
-        "connected to the hub"
-    );
+    let rtt_ms = link.rtt().as_millis() as u64;
+    link.span()
+        .in_scope(|| tracing::info!(address, rtt_ms, "connected to the hub"));
     Ok(link)
 }
 

@@ -54,7 +54,9 @@ use parking_lot::Mutex;
 use base::fault::{Fault, Reason};
 use base::limits::CONNECTION_REASON_BYTES_MAX;
 use base::peer::Peer;
+use base::spans;
 use base::text;
+use tracing::Span;
 
 /// The work is done.
 pub(crate) const CLOSE_DONE: u32 = 0;
@@ -164,11 +166,22 @@ enum Wire {
     },
 }
 
+impl Wire {
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Quic { .. } => "quic",
+            Self::Tcp { .. } => "tcp",
+        }
+    }
+}
+
 struct Inner {
     wire: Wire,
     /// `None`: a site that has not joined yet.
     peer: Option<Peer>,
     remote: SocketAddr,
+    /// The span of the log for the work on this connection.
+    span: Span,
     /// The number of streams that have a priority.
     ordered: AtomicU32,
     /// The write order on QUIC.
@@ -294,11 +307,13 @@ impl Link {
         remote: SocketAddr,
         window: Option<Arc<window::Window>>,
     ) -> Self {
+        let span = spans::connection(remote, peer.as_ref(), wire.name());
         Self {
             inner: Arc::new(Inner {
                 wire,
                 peer,
                 remote,
+                span,
                 ordered: AtomicU32::new(0),
                 write_order: WriteOrder::default(),
                 hub_clock: OnceLock::new(),
@@ -453,10 +468,12 @@ impl Link {
 
     /// `quic` or `tcp`.
     pub fn transport(&self) -> &'static str {
-        match &self.inner.wire {
-            Wire::Quic { .. } => "quic",
-            Wire::Tcp { .. } => "tcp",
-        }
+        self.inner.wire.name()
+    }
+
+    /// The span of the log for what is done over this line.
+    pub fn span(&self) -> Span {
+        self.inner.span.clone()
     }
 
     /// The round trip time: smoothed on QUIC; on TCP from one ping every 5 s, which waits behind

@@ -467,7 +467,7 @@ impl Admission {
                     },
                 )
                 .await?;
-                tracing::info!(%who, %remote, transport = link.transport(), "connected");
+                link.span().in_scope(|| tracing::info!("connected"));
                 let arrival = match who {
                     Peer::Publisher(name) => Arrival::Publisher { name, link },
                     Peer::Site(name) | Peer::Hub(name) => Arrival::Site {

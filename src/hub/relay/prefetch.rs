@@ -174,7 +174,7 @@ impl RelayKeeper {
         let (send, receive) =
             tokio::sync::mpsc::channel::<Result<(Hash, Vec<Child>), Fault>>(AHEAD_QUEUED_MAX);
         let (relay, pages) = (inner.relay.clone(), inner.pages.clone());
-        let walking = tokio::task::spawn_blocking(move || {
+        let walking = base::blocking::spawn(move || {
             if let Err(fault) = list_lacking(&row.root, &pages, &relay, &send) {
                 let _ = send.blocking_send(Err(fault));
             }

@@ -6,16 +6,19 @@
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
+use tracing::Instrument as _;
 
 use super::Sessions;
 use crate::api::types::State;
 use crate::config::Congestion;
 use crate::hub::manifest_push::ManifestPush;
+use base::blocking::blocking;
 use base::fault::{Code, Fault};
 use base::limits::{RUNS_OPEN_MAX, STATE_RETRY_EVERY, STATE_WRITE_BYTES_MIN};
 use base::names::{ArtifactRef, Kind, RunName, SiteName};
 use base::peer::Peer;
 use base::space::Space;
+use base::spans;
 use base::text::Message;
 use exchange::wire;
 use model::actor::Actor;
@@ -94,7 +97,7 @@ impl Sessions {
                             .take_hello(site, share.as_deref(), train.as_deref())
                             .await
                         {
-                            tracing::error!(%site, error = %fault, "the settings that a site reported could not be stored; retrying");
+                            tracing::error!(error = %fault, "the settings that a site reported could not be stored; retrying");
                             unstored.lock().hello = Some((share, train));
                         }
                         self.note_seen(site, Some(&version)).await;
@@ -107,11 +110,11 @@ impl Sessions {
                             match self.take_report(site, report).await {
                                 Err(fault) if is_not_stored(&fault) => {
                                     if !std::mem::replace(&mut unstored.lock().reports, true) {
-                                        tracing::error!(%site, transfer = %id, error = %fault, "a report could not be stored; it is requested again");
+                                        tracing::error!(transfer = %id, error = %fault, "a report could not be stored; it is requested again");
                                     }
                                 }
                                 Err(fault) => {
-                                    tracing::warn!(%site, transfer = %id, error = %fault, "a report was refused");
+                                    tracing::warn!(transfer = %id, error = %fault, "a report was refused");
                                 }
                                 Ok(()) => {}
                             }
@@ -131,11 +134,14 @@ impl Sessions {
                     FromSite::Changed(all) => {
                         match self.inner.catalogue.set_changed_at(site, &all).await {
                             Ok(true) => {
-                                tracing::info!(%site, artifacts = all.len(), "a site reported changed files of artifacts that it published");
+                                tracing::info!(
+                                    artifacts = all.len(),
+                                    "a site reported changed files of artifacts that it published"
+                                );
                             }
                             Ok(false) => {}
                             Err(fault) => {
-                                tracing::error!(%site, error = %fault, "the changes that a site reported could not be stored; retrying");
+                                tracing::error!(error = %fault, "the changes that a site reported could not be stored; retrying");
                                 unstored.lock().changed = Some(all);
                             }
                         }
@@ -213,13 +219,17 @@ impl Sessions {
     async fn take_run_reports(&self, site: &SiteName, reports: Vec<RunReport>) -> Vec<RunReport> {
         let mut unstored = Vec::new();
         for report in reports {
-            match self.inner.runs.take_report(site, report.clone()).await {
+            let span = spans::run(&report.name);
+            let taken = self.inner.runs.take_report(site, report.clone());
+            match taken.instrument(span.clone()).await {
                 Err(fault) if is_not_stored(&fault) => {
-                    tracing::error!(%site, run = %report.name, error = %fault, "a report of a run could not be stored; retrying");
+                    span.in_scope(|| tracing::error!(error = %fault, "a report of a run could not be stored; retrying"));
                     unstored.push(report);
                 }
                 Err(fault) => {
-                    tracing::warn!(%site, run = %report.name, error = %fault, "a report of a run was refused");
+                    span.in_scope(
+                        || tracing::warn!(error = %fault, "a report of a run was refused"),
+                    );
                 }
                 Ok(()) => {}
             }
@@ -230,10 +240,12 @@ impl Sessions {
     /// Stores the messages that could not be stored before, when there is space. Returns whether
     /// the site must send its reports again.
     async fn store_again(&self, site: &SiteName, unstored: &Mutex<Unstored>) -> bool {
-        if unstored.lock().is_empty()
-            || Space::of(&self.inner.data_dir)
-                .is_ok_and(|space| !space.has(STATE_WRITE_BYTES_MIN, 1))
-        {
+        if unstored.lock().is_empty() {
+            return false;
+        }
+        let data = self.inner.data_dir.clone();
+        let space = blocking(move || Space::of(&data)).await;
+        if space.is_ok_and(|space| !space.has(STATE_WRITE_BYTES_MIN, 1)) {
             return false;
         }
         let held = std::mem::take(&mut *unstored.lock());
@@ -281,6 +293,12 @@ impl Sessions {
                 row.site
             ))
         })?;
+        let span = spans::transfer(&row.id, &row.artifact, &row.site);
+        self.take_report_of(row, report).instrument(span).await
+    }
+
+    /// Stores a report of the transfer with this row.
+    async fn take_report_of(&self, row: TransferRow, report: Report) -> Result<(), Fault> {
         // The state machine refuses reports that were never requested, that are late, or that have
         // no receipt.
         if let (State::Done, Some(receipt)) = (report.state, &report.body.receipt) {
@@ -292,12 +310,18 @@ impl Sessions {
         }
         if report.generation == row.generation && row.state != State::Cancelled {
             // Before the failure becomes visible: a user who sees it may publish again at once.
-            self.inner.relay.recheck_refused(site, &report).await;
+            self.inner.relay.recheck_refused(&report).await;
         }
+        let is_news = report.generation == row.generation && report.state != row.state;
+        let state = report.state;
         self.inner
             .catalogue
-            .report(&report.id, report.generation, report.state, report.body)
-            .await
+            .report(&report.id, report.generation, state, report.body)
+            .await?;
+        if is_news {
+            tracing::info!(state = state.as_str(), "the site reports another state");
+        }
+        Ok(())
     }
 
     /// The transfers of a site's desired state, each with the transfers that must complete first.

@@ -230,7 +230,7 @@ impl Sessions {
             }
             None => Vec::new(),
         };
-        tracing::info!(%artifact, %digest, %site, bytes = root.totals.bytes, "published at a site");
+        tracing::info!(%artifact, %digest, bytes = root.totals.bytes, "published at a site");
         let (artifact, digest, bytes) = (artifact.to_string(), digest.hex(), root.totals.bytes);
         let published = Published {
             artifact,

@@ -208,7 +208,7 @@ async fn only_missing_content_is_sent() {
         .unwrap();
     assert_eq!(row.origin, None);
     let store = bench.hub.inner.store.clone();
-    tokio::task::spawn_blocking(move || {
+    base::blocking::spawn(move || {
         for step in content::manifest::Walk::new(&row.root, &store) {
             if let content::manifest::Step::Chunk(chunk, _) = step.unwrap() {
                 store.read(chunk.id).unwrap();

@@ -55,7 +55,7 @@ impl RunKeeper {
                     }
                 }
                 Err(fault) => {
-                    tracing::warn!(run = %name, %artifact, error = %fault, "a borrowed artifact could not be removed; retrying");
+                    tracing::warn!(%artifact, error = %fault, "a borrowed artifact could not be removed; retrying");
                     again = true;
                     let why = format!(
                         "{artifact} could not be removed; the site tries again: {}",

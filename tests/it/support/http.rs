@@ -1,6 +1,6 @@
 //! Small HTTP servers inside a test.
 
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::thread;
 
 use axum::Router;
@@ -16,8 +16,7 @@ pub(crate) struct Serving {
 
 /// Serves the router that `router` creates for the server's address, on a free port of 127.0.0.1.
 pub(crate) fn serve(router: impl FnOnce(SocketAddr) -> Router) -> Serving {
-    let listener = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, super::free_port()))
-        .expect("bind a server");
+    let (listener, _udp) = super::bound_port();
     listener.set_nonblocking(true).expect("set non-blocking");
     let address = listener.local_addr().expect("know the address");
     let router = router(address);

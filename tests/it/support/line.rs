@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::free_port;
+use super::bound_port;
 
 /// How long a socket of the proxy waits before it checks whether it is still needed.
 const TICK: Duration = Duration::from_millis(100);
@@ -99,10 +99,9 @@ pub(crate) struct Line {
 impl Line {
     /// Starts a proxy to `hub`.
     pub(crate) fn to(hub: SocketAddr) -> Self {
-        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, free_port()));
+        let (tcp, udp) = bound_port();
+        let address = tcp.local_addr().expect("know the address");
         let state = Arc::new(State::default());
-        let udp = UdpSocket::bind(address).expect("bind the proxy's UDP port");
-        let tcp = TcpListener::bind(address).expect("bind the proxy's TCP port");
         thread::spawn({
             let state = Arc::clone(&state);
             move || carry_udp(&udp, hub, &state)

@@ -139,19 +139,47 @@ impl Drop for Scratch {
     }
 }
 
-/// A port on 127.0.0.1 that is free for TCP and UDP now, and that the kernel does not use for
-/// outgoing connections.
+/// A port on 127.0.0.1 that is free for TCP and UDP now. No outgoing connection takes it, and as long
+/// as this process lives no other test.
 pub(crate) fn free_port() -> u16 {
-    // Linux uses ports from 32768 upwards for outgoing connections.
+    bound_port().0.local_addr().expect("know the port").port()
+}
+
+/// The same, with both sockets bound.
+pub(crate) fn bound_port() -> (TcpListener, UdpSocket) {
+    // Linux takes the ports of outgoing connections from 32768 upwards.
     for _ in 0..1000 {
         let port = rand::rng().random_range(12_000..32_000);
-        if TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok()
-            && UdpSocket::bind((Ipv4Addr::LOCALHOST, port)).is_ok()
+        if is_reserved(port)
+            && let Ok(tcp) = TcpListener::bind((Ipv4Addr::LOCALHOST, port))
+            && let Ok(udp) = UdpSocket::bind((Ipv4Addr::LOCALHOST, port))
         {
-            return port;
+            return (tcp, udp);
         }
     }
     panic!("no free port on 127.0.0.1");
+}
+
+/// Reserves a port among the tests, which are processes of their own: by the lock of a file, until
+/// the process ends.
+fn is_reserved(port: u16) -> bool {
+    static RESERVED: Mutex<Vec<std::fs::File>> = Mutex::new(Vec::new());
+    let dir = std::env::temp_dir().join("packhorse-test-ports");
+    let _ = std::fs::create_dir(&dir);
+    let file = std::fs::File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(dir.join(port.to_string()));
+    // The folder may be another user's.
+    let Ok(file) = file else { return true };
+    let lock = rustix::fs::FlockOperation::NonBlockingLockExclusive;
+    let is_mine = rustix::fs::flock(&file, lock).is_ok();
+    if is_mine {
+        let mut reserved = RESERVED.lock().unwrap_or_else(PoisonError::into_inner);
+        reserved.push(file);
+    }
+    is_mine
 }
 
 /// Whether this runs as root, which is required for mounts and for other users.

@@ -13,6 +13,7 @@ use parking_lot::Mutex;
 
 use crate::chunk::Hash;
 use crate::frame::{Frame, HEADER_BYTES, Header};
+use base::blocking;
 use base::buffers::Buffers;
 use base::durable;
 use base::durable::write_parts;
@@ -90,6 +91,7 @@ impl Packs {
     }
 
     pub(super) fn list(&self) -> Result<Vec<u32>, Fault> {
+        blocking::check("a list of packs");
         let mut out = Vec::new();
         for entry in std::fs::read_dir(&self.dir).at(format_args!("list {}", self.dir.display()))? {
             let name = entry
@@ -211,6 +213,7 @@ impl Packs {
 
     /// Reads bytes of a pack. A pack that is too short for the index is damage, not an I/O error.
     pub(super) fn read(&self, number: u32, offset: u64, len: usize) -> Result<Bytes, Fault> {
+        blocking::check("a read of a pack");
         let mut out = self.buffers.room(len);
         match self.file(number)?.read_exact_at(&mut out[..len], offset) {
             Ok(()) => Ok(self.buffers.lend(out).slice(..len)),
@@ -393,6 +396,7 @@ impl Writer {
     /// overwrites what a failed append left. Fails if the disk would have less than `spare` bytes
     /// free afterwards, because other packs and other programs write to the same disk.
     pub(super) fn append(&mut self, pieces: &[&[u8]], spare: u64) -> Result<u32, Fault> {
+        blocking::check("a write to a pack");
         let bytes = pieces.iter().map(|piece| piece.len() as u64).sum::<u64>();
         if self.unchecked_left < bytes && spare > 0 {
             let need = spare + bytes + APPEND_LOOK_BYTES;

@@ -9,7 +9,7 @@ use bytes::Bytes;
 use futures::StreamExt;
 use tokio::time::timeout;
 
-use super::{Fetcher, Library, Opened, Ranges, WRITE_MAX, takes_nothing};
+use super::{Fetcher, Library, Opened, Ranges, WRITE_MAX, store_pages, takes_nothing};
 use crate::wire::PRIORITY_MANIFEST;
 use base::blocking::blocking;
 use base::fault::{Fault, Reason};
@@ -217,9 +217,12 @@ impl Fetcher {
     async fn bring(&self, level: &[Listed], store: &Store) -> Result<(), Fault> {
         let mut requests: Vec<(Vec<Wanted>, Vec<PageRef>)> = Vec::new();
         let mut seen = HashSet::new();
-        for (parent, pages) in level {
-            let ids: Vec<Hash> = pages.iter().map(|p| p.id).collect();
-            let here = store.has_many(&ids)?;
+        let ids = |pages: &[PageRef]| pages.iter().map(|page| page.id).collect::<Vec<Hash>>();
+        let (asked, looked) = (level.iter().map(|(_, pages)| ids(pages)), store.clone());
+        let asked: Vec<Vec<Hash>> = asked.collect();
+        let found = move || asked.iter().map(|ids| looked.has_many(ids)).collect();
+        let found: Vec<Vec<bool>> = blocking(found).await?;
+        for ((parent, pages), here) in level.iter().zip(found) {
             let (mut ranges, mut lacking, mut bytes) = (Ranges::default(), Vec::new(), 0);
             let wanted = |ranges: Ranges| match parent {
                 None => Wanted::TopPages(ranges.0),
@@ -252,12 +255,7 @@ impl Fetcher {
         }
         let fetch = |(wants, pages): (Vec<Wanted>, Vec<PageRef>)| async move {
             let mut frames = self.ask(wants, PRIORITY_MANIFEST).await?;
-            for page in pages {
-                let frame = frames.next().await?;
-                let raw = frame.verify(page.id, page.len)?;
-                store.put(&frame.fit_to_store(&raw))?;
-            }
-            Ok::<(), Fault>(())
+            store_pages(&mut frames, pages, store).await
         };
         let mut running =
             futures::stream::iter(requests.into_iter().map(fetch)).buffer_unordered(IN_FLIGHT);

@@ -76,7 +76,7 @@ async fn ask_on_a_busy_line((site, hub): (Link, Link)) {
 }
 
 /// As above, and the answer that brings nothing of its own is given up alone.
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn an_answer_that_brings_nothing_is_given_up_though_others_come() {
     let hub = Hub::start();
     let (site, hub) = hub.connect(Transport::Quic).await;
@@ -105,7 +105,7 @@ async fn an_answer_that_brings_nothing_is_given_up_though_others_come() {
 }
 
 /// Both ends answer packets all the while, so neither QUIC nor TCP finds anything wrong.
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn a_line_that_brings_nothing_is_given_up_though_it_answers() {
     let hub = Hub::start();
     let (quic, tcp) = (

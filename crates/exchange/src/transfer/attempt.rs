@@ -71,7 +71,7 @@ impl Runner {
                     Err(fault) if !sink::must_be_brought_again(&fault) => return Err(fault),
                     // Nothing was committed, or not all of it is intact: it is fetched again.
                     Err(fault) => {
-                        tracing::info!(transfer = %row.id, error = %fault, "the commit cannot be resumed");
+                        tracing::info!(error = %fault, "the commit cannot be resumed");
                     }
                 }
             }

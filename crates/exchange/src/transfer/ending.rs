@@ -9,12 +9,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::OwnedMutexGuard;
+use tracing::Instrument as _;
 
 use super::{Runner, Running, Sinks};
+use base::blocking::blocking;
 use base::durable;
 use base::fault::{Code, Fault, IoContext};
 use base::limits::{LEFTOVERS_AGAIN_AFTER, ROOT_USE_SAID_EVERY, SINK_STOP_MAX};
 use base::names::TransferId;
+use base::spans;
 use base::workers::{Pace, Worker, Workers};
 use model::transfer::State;
 use sink::Sink;
@@ -41,10 +44,11 @@ impl Runner {
             return;
         }
         let (this, row, mine) = (self.clone(), row.clone(), key.clone());
-        let task = tokio::spawn(async move {
+        let span = spans::transfer(&row.id, &row.artifact, &row.site);
+        let work = async move {
             this.halt(&row.id, row.generation).await;
             while let Err(fault) = this.note_end(&row, want).await {
-                tracing::warn!(transfer = %row.id, error = %fault, "the end of a transfer could not be stored; it is tried again");
+                tracing::warn!(error = %fault, "the end of a transfer could not be stored; it is tried again");
                 tokio::select! {
                     () = tokio::time::sleep(NOTE_AGAIN_AFTER) => {}
                     () = this.inner.stop.cancelled() => return,
@@ -67,8 +71,8 @@ impl Runner {
                     _ => {}
                 }
             }
-        });
-        ending.insert(key, task);
+        };
+        ending.insert(key, tokio::spawn(work.instrument(span)));
     }
 
     /// The task of a transfer that runs, unless that is one of a newer generation.
@@ -115,7 +119,7 @@ impl Runner {
             )
             .await;
             if let Ok(Err(fault)) = clean {
-                tracing::warn!(transfer = %row.id, error = %fault, "a staging folder could not be removed; it is tried again");
+                tracing::warn!(error = %fault, "a staging folder could not be removed; it is tried again");
             }
             if self.undone_by_cancel(&mut row).await? {
                 return Ok(());
@@ -145,7 +149,8 @@ impl Runner {
             Err(fault) => return Err(fault),
         };
         let index = self.inner.shared.chunk_index.clone();
-        let place = index.staged_by(id);
+        let (looked, of) = (index.clone(), id.clone());
+        let place = blocking(move || Ok(looked.staged_by(&of))).await?;
         let of_no_use = match (&row, generation) {
             (Some(row), Some(generation)) => row.generation == generation,
             // A failed transfer keeps its content for `retry`.
@@ -156,9 +161,7 @@ impl Runner {
             return Ok(());
         }
         if let Some(place) = place {
-            tokio::task::spawn_blocking(move || index.remove(place))
-                .await
-                .map_err(|e| Fault::internal(e.to_string()))??;
+            blocking(move || index.remove(place)).await?;
         }
         let sinks: Vec<_> = match &row {
             Some(row) => vec![self.inner.sinks.of(row.artifact.kind).clone()],

@@ -87,15 +87,25 @@ impl Runner {
                 note,
             }));
         };
-        tracing::warn!(transfer = %row.id, artifact = %row.artifact, faults = faults.len(), first, "the committed copy is incomplete or damaged; it is delivered again");
+        tracing::warn!(
+            faults = faults.len(),
+            first,
+            "the committed copy is incomplete or damaged; it is delivered again"
+        );
         sink.clear(&incoming).await?;
         Ok(None)
+    }
+
+    /// Whether it is recorded that a transfer has staged content.
+    async fn has_staged(&self, id: &TransferId) -> Result<bool, Fault> {
+        let (index, id) = (self.inner.shared.chunk_index.clone(), id.clone());
+        blocking(move || Ok(index.staged_by(&id).is_some())).await
     }
 
     /// Whether a transfer has staged content: recorded, and present. A commit that reached its
     /// rename leaves no staged content.
     async fn is_staged(&self, id: &TransferId, sink: &Arc<dyn Sink>) -> Result<bool, Fault> {
-        if self.inner.shared.chunk_index.staged_by(id).is_none() {
+        if !self.has_staged(id).await? {
             return Ok(false);
         }
         let staged = id.in_dir(sink.staging_root());
@@ -133,7 +143,11 @@ impl Runner {
             .await?
             .faults;
             if let Some(first) = faults.first() {
-                tracing::warn!(artifact = %incoming.artifact, faults = faults.len(), first, "the copy in the folder is incomplete or damaged");
+                tracing::warn!(
+                    faults = faults.len(),
+                    first,
+                    "the copy in the folder is incomplete or damaged"
+                );
                 return Ok(None);
             }
             Ok(Some(alone))
@@ -282,7 +296,7 @@ impl Runner {
             identity.sign(statement)
         })?);
         self.enter(row, State::Done, None).await;
-        tracing::info!(transfer = %row.id, artifact = %row.artifact, "a transfer is done");
+        tracing::info!("a transfer is done");
         Ok(())
     }
 
@@ -299,9 +313,12 @@ impl Runner {
         match tokio::time::timeout(CANCEL_LOOK_MAX, self.holds(&row.artifact, row.digest)).await {
             Ok(Ok(true)) => {}
             Ok(Ok(false)) => return Ok(false),
-            _ if inner.shared.chunk_index.staged_by(&row.id).is_some() => return Ok(false),
+            _ if self.has_staged(&row.id).await? => return Ok(false),
             unknown => {
-                tracing::warn!(transfer = %row.id, artifact = %row.artifact, ?unknown, "a sink does not report whether it still holds this artifact");
+                tracing::warn!(
+                    ?unknown,
+                    "a sink does not report whether it still holds this artifact"
+                );
             }
         }
         let there = inner.catalogue.artifact(&row.artifact).await?;
@@ -314,7 +331,9 @@ impl Runner {
         })?);
         row.state = State::Done;
         self.write(row).await?;
-        tracing::info!(transfer = %row.id, artifact = %row.artifact, "a transfer was cancelled while it was done again; the artifact is still here");
+        tracing::info!(
+            "a transfer was cancelled while it was done again; the artifact is still here"
+        );
         Ok(true)
     }
 }

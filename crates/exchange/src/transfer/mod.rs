@@ -35,9 +35,11 @@ use parking_lot::Mutex;
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
+use tracing::Instrument as _;
 
 use base::fault::Fault;
 use base::names::{ArtifactRef, Kind, SiteName, TransferId};
+use base::spans;
 use content::manifest::{Digest, Root};
 use model::protocol::Desired;
 use model::transfer::{Bytes, Effect, State};
@@ -306,7 +308,7 @@ impl Runner {
             Ok(Adopted { row, superseded }) => {
                 self.inner.unwritten.adopted(&row.id, row.generation);
                 for other in &superseded {
-                    tracing::warn!(transfer = %other.id, by = %row.id, artifact = %row.artifact, "the hub does not know this transfer any more");
+                    spans::transfer(&other.id, &other.artifact, &other.site).in_scope(|| tracing::warn!(by = %row.id, "the hub does not know this transfer any more"));
                     self.end(other, Want::Cancel);
                 }
                 Ok(row)
@@ -319,7 +321,9 @@ impl Runner {
                     .unwritten
                     .not_adopted(known.as_ref().unwrap_or(&row), &fault)
                 {
-                    tracing::error!(transfer = %row.id, error = %fault, "the catalogue cannot be written");
+                    spans::transfer(&row.id, &row.artifact, &row.site).in_scope(
+                        || tracing::error!(error = %fault, "the catalogue cannot be written"),
+                    );
                 }
                 catalogue.notify();
                 Err(fault)
@@ -371,10 +375,12 @@ impl Runner {
         let (this, row) = (self.clone(), row.clone());
         // Dropped at the end of the task, even if it panics.
         let ended = ended.drop_guard();
-        tokio::spawn(async move {
+        let span = spans::transfer(&row.id, &row.artifact, &row.site);
+        let work = async move {
             let _ended = ended;
             Box::pin(this.go(row, stop, before)).await;
-        });
+        };
+        tokio::spawn(work.instrument(span));
     }
 
     /// Waits until nothing runs any more; called after `stop`.

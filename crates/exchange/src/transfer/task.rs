@@ -65,12 +65,12 @@ impl Runner {
             row.body.set_fault(Some(&fault));
             let costs = counters.received.load(Ordering::Relaxed) > received;
             let Some(wait) = pause.after(&fault, costs) else {
-                tracing::warn!(transfer = %row.id, artifact = %row.artifact, error = %fault, "a transfer failed");
+                tracing::warn!(error = %fault, "a transfer failed");
                 row.state = State::Failed;
                 self.save(&row).await;
                 return;
             };
-            tracing::info!(transfer = %row.id, artifact = %row.artifact, error = %fault, wait_ms = wait.as_millis() as u64, "a transfer waits");
+            tracing::info!(error = %fault, wait_ms = wait.as_millis() as u64, "a transfer waits");
             self.save(&row).await;
             tokio::select! {
                 () = tokio::time::sleep(wait) => {}
@@ -174,7 +174,7 @@ impl Runner {
                 return;
             };
             if inner.unwritten.not_saved(row, &fault) {
-                tracing::error!(transfer = %row.id, error = %fault, "the catalogue cannot be written");
+                tracing::error!(error = %fault, "the catalogue cannot be written");
             }
             inner.catalogue.notify();
             if !row.state.is_final() {

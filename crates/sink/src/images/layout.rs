@@ -53,7 +53,7 @@ impl LayoutSink {
             )));
         }
         let (threads, heartbeat, locks) = (
-            Threads::new("sink images"),
+            Threads::new("sink images", limits::SINK_THREADS_MAX),
             Heartbeat::default(),
             Mutex::default(),
         );

@@ -108,7 +108,7 @@ impl RegistrySink {
             prefix: prefix.into(),
             create_project: cfg.create_project,
             staging_root,
-            threads: Threads::new("sink images"),
+            threads: Threads::new("sink images", limits::SINK_THREADS_MAX),
             seen: Mutex::default(),
             damaged: Mutex::default(),
             sent: Mutex::default(),

@@ -59,7 +59,7 @@ use super::{Incoming, Landed, Look, Sink, StorageLocation, Threads, nothing_stag
 use crate::settings;
 use base::durable;
 use base::fault::{Fault, IoContext};
-use base::limits::LABEL_BATCHES_QUEUED_MAX;
+use base::limits::{LABEL_BATCHES_QUEUED_MAX, SINK_THREADS_MAX};
 use base::names::{ArtifactRef, Kind, RelPath};
 use content::label_rows::QueryRow;
 use content::manifest::{KindInfo, LabelsInfo};
@@ -91,7 +91,7 @@ pub struct Exported {
 /// that is down does not prevent the start of the daemon; an unreadable password file does.
 pub fn open(cfg: Option<&settings::LabelsSink>, data_dir: &Path) -> Result<Arc<LabelsSink>, Fault> {
     let data_dir = std::path::absolute(data_dir).at(format_args!("find {}", data_dir.display()))?;
-    let threads = Threads::new("sink labels");
+    let threads = Threads::new("sink labels", SINK_THREADS_MAX);
     let engine: Box<dyn Engine> = match cfg {
         None => Box::new(sqlite::Sqlite::new(
             &data_dir.join("labels.db"),

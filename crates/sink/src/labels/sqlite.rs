@@ -162,8 +162,8 @@ impl Sqlite {
 
     /// Rejects a network filesystem. If the directory does not exist, its nearest existing parent
     /// is checked.
-    fn check_filesystem(&self) -> Result<(), Fault> {
-        let mut folder = self.file.parent().unwrap_or(Path::new("/"));
+    fn check_filesystem(file: &Path) -> Result<(), Fault> {
+        let mut folder = file.parent().unwrap_or(Path::new("/"));
         while !folder.exists() {
             folder = folder.parent().unwrap_or(Path::new("/"));
         }
@@ -179,22 +179,22 @@ impl Sqlite {
             None => Ok(()),
             Some((_, name)) => Err(Fault::config(format!(
                 "{} is on {name}, where SQLite's locks do not work",
-                self.file.display()
+                file.display()
             ))
             .with_reason(Reason::SinkRefused)
             .with_next("move the file to a local disk, or configure PostgreSQL in [sink.labels]")),
         }
     }
 
-    fn check_room(&self, room_bytes: u64) -> Result<(), Fault> {
-        let folder = self.file.parent().unwrap_or(Path::new("/"));
+    fn check_room(file: &Path, room_bytes: u64) -> Result<(), Fault> {
+        let folder = file.parent().unwrap_or(Path::new("/"));
         // Each page is written to the WAL and then to the file.
         let needed = room_bytes.saturating_mul(2);
         Space::check(
             folder,
             needed,
             1,
-            format_args!("the label database {}", self.file.display()),
+            format_args!("the label database {}", file.display()),
         )
     }
 
@@ -207,7 +207,8 @@ impl Sqlite {
 
     /// A connection for reading, if the tables exist.
     async fn connect_existing(&self) -> Result<Option<SqliteConnection>, Fault> {
-        if !self.file.exists() {
+        let file = self.file.clone();
+        if !self.threads.run(move || Ok(file.exists())).await? {
             return Ok(None);
         }
         let mut conn = self.connect().await?;
@@ -643,17 +644,24 @@ fn value_of(row: &SqliteRow, at: usize) -> sqlx::Result<Option<String>> {
 #[async_trait]
 impl Engine for Sqlite {
     async fn prepare(&self, room_bytes: u64) -> Result<(), Fault> {
-        self.check_filesystem()?;
-        if let Some(folder) = self.file.parent() {
-            std::fs::create_dir_all(folder)
-                .at(format_args!("create the directory {}", folder.display()))?;
-        }
-        self.check_room(room_bytes)?;
+        let file = self.file.clone();
+        let prepare_folder = move || {
+            Self::check_filesystem(&file)?;
+            if let Some(folder) = file.parent() {
+                std::fs::create_dir_all(folder)
+                    .at(format_args!("create the directory {}", folder.display()))?;
+            }
+            Self::check_room(&file, room_bytes)
+        };
+        self.threads.run(prepare_folder).await?;
         self.migrate().await
     }
 
     async fn probe(&self) -> Result<String, Fault> {
-        self.check_filesystem()?;
+        let file = self.file.clone();
+        self.threads
+            .run(move || Self::check_filesystem(&file))
+            .await?;
         let place = self.file.display();
         let Some(mut conn) = self.connect_existing().await? else {
             return Ok(format!(

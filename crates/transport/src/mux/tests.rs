@@ -87,7 +87,7 @@ async fn an_unread_stream_blocks_only_its_writer() {
     writing.await.unwrap();
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn a_dropped_reader_unblocks_its_writer() {
     let (a, b) = pair();
     let (send, recv) = a.open(0).await.unwrap();
@@ -158,7 +158,7 @@ async fn slots_are_limited_and_freed() {
     }
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn a_message_without_an_answer_arrives() {
     let (a, b) = pair();
     let (mut send, recv) = a.open(0).await.unwrap();
@@ -203,7 +203,7 @@ async fn higher_priority_goes_first() {
     assert!(data[before..].iter().all(|(_, id)| *id == 3), "{data:?}");
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn close_sends_the_reason_and_wakes_all_tasks() {
     let (a, b) = pair();
     let (_send, mut recv) = a.open(0).await.unwrap();
@@ -503,7 +503,7 @@ async fn garbage_ends_the_connection() {
     }
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn tiny_frames_use_little_memory() {
     let (a, b) = tokio::io::duplex(1 << 20);
     let mux = Mux::start(a, End::Listening, RTT, ());

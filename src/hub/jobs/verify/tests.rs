@@ -75,14 +75,13 @@ async fn a_chunk_that_a_site_refused_is_stored_again() {
     };
     report.body.set_fault(Some(&fault));
     report.body.reason = Some(Reason::SiteOffline);
-    let site = "west".parse().unwrap();
-    bench.hub.inner.relay.recheck_refused(&site, &report).await;
+    bench.hub.inner.relay.recheck_refused(&report).await;
     assert!(
         bench.hub.inner.store.has(notes.id).unwrap(),
         "the failure had another reason than the content"
     );
     report.body.reason = Some(Reason::Integrity);
-    bench.hub.inner.relay.recheck_refused(&site, &report).await;
+    bench.hub.inner.relay.recheck_refused(&report).await;
     assert!(!bench.hub.inner.store.has(notes.id).unwrap());
     assert!(
         bench
@@ -95,7 +94,7 @@ async fn a_chunk_that_a_site_refused_is_stored_again() {
     );
     assert_eq!(verify(&bench).await, Vec::<String>::new());
     // Valid chunks remain, although the report names them.
-    bench.hub.inner.relay.recheck_refused(&site, &report).await;
+    bench.hub.inner.relay.recheck_refused(&report).await;
     assert!(bench.hub.inner.store.has(notes.id).unwrap());
 }
 

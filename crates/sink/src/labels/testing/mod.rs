@@ -43,7 +43,7 @@ impl Bench {
 
     pub async fn postgres() -> Self {
         let data = tempfile::tempdir().unwrap();
-        let (server, database) = tokio::task::spawn_blocking(|| (server(), server().database()))
+        let (server, database) = base::blocking::spawn(|| (server(), server().database()))
             .await
             .unwrap();
         let sink = open(

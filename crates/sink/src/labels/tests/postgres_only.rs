@@ -87,7 +87,7 @@ async fn a_missing_password_file_is_retried() {
 #[tokio::test(flavor = "multi_thread")]
 async fn wrong_credentials_and_missing_permissions_are_not_retried() {
     let data = tempfile::tempdir().unwrap();
-    let server = tokio::task::spawn_blocking(server).await.unwrap();
+    let server = base::blocking::spawn(server).await.unwrap();
     let database = "labels_of_others";
     server.psql("postgres", &format!("CREATE DATABASE {database}"));
     let denied = (Code::NotAllowed, Reason::SinkDenied, Retry::Never);
@@ -184,8 +184,9 @@ async fn the_config_is_checked_when_it_is_opened() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn each_sqlstate_has_its_fault() {
-    let server = tokio::task::spawn_blocking(server).await.unwrap();
-    let engine = Postgres::new(&server.admin_url("postgres"), None, Threads::new("test")).unwrap();
+    let server = base::blocking::spawn(server).await.unwrap();
+    let engine =
+        Postgres::new(&server.admin_url("postgres"), None, Threads::new("test", 8)).unwrap();
     let mut conn = sqlx::PgConnection::connect(&server.admin_url("postgres"))
         .await
         .unwrap();
