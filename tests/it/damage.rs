@@ -343,7 +343,10 @@ fn a_site_rebuilds_a_lost_index_from_its_folders() {
         line.starts_with("ok places") && line.contains("places.redb"),
         "{line}"
     );
-    assert!(site.log().contains("made again"), "the log reports it too");
+    assert!(
+        site.log().contains("is rebuilt from the artifacts"),
+        "the log reports it too"
+    );
     assert!(!site.log().contains("panicked"), "{}", site.log());
 
     // The delivered content is a source of chunks again.

@@ -1,3 +1,5 @@
+#![expect(clippy::panic, reason = "workers that panic are what is tested")]
+
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use super::*;
