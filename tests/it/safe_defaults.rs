@@ -71,16 +71,13 @@ fn omissions_are_reported_recorded_and_refused_by_strict() {
     let hub = Hub::start_new(scratch.path());
     let site = Site::start_new(scratch.path(), &hub, "a", &SiteSpec::default());
     let csv = scratch.join("via.csv");
-    write(
-        &csv,
-        "filename,region_shape_attributes\na.png,{}\n".as_bytes(),
-    );
+    write(&csv, "filename,等级\na.png,A\n".as_bytes());
     let path = csv.to_str().unwrap();
     for (daemon, reference) in [(&*hub, "labels/hub:1"), (&*site, "labels/site:1")] {
         daemon
             .cli(&["publish", path, "--as", reference, "--strict"])
             .expect(8)
-            .says(&["--strict", "region_shape_attributes"]);
+            .says(&["--strict", "等级"]);
         daemon.cli(&["show", reference]).expect(5);
         let answer = daemon.json(&["publish", path, "--as", reference]);
         let kinds: Vec<&str> = answer["omitted"]
@@ -93,7 +90,7 @@ fn omissions_are_reported_recorded_and_refused_by_strict() {
         daemon
             .cli(&["publish", path, "--as", reference])
             .expect(0)
-            .says(&["left out of", "region_shape_attributes"]);
+            .says(&["left out of", "等级"]);
         assert_eq!(
             daemon.json(&["show", reference])["omitted"],
             answer["omitted"]
@@ -103,12 +100,7 @@ fn omissions_are_reported_recorded_and_refused_by_strict() {
             answer["omitted"],
             "the hub has the omissions of an artifact of a site too"
         );
-        assert!(
-            hub.cli(&["show", reference])
-                .expect(0)
-                .out
-                .contains("region_shape_attributes")
-        );
+        assert!(hub.cli(&["show", reference]).expect(0).out.contains("等级"));
     }
     let good = scratch.join("good.csv");
     write(&good, b"image,class\na.png,dent\n");
