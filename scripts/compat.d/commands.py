@@ -234,7 +234,7 @@ class See:
         inputs = ["dataset/local:v1", "labels/local:v1", "operator/panels:v1", "image/panels:v1"]
         hub.deliver(["labels/local:v1", "image/local:v1"], "west", "--wait")
         self.see("train start", train(hub, "r1", inputs, "east", "west"))
-        self.see("descriptor of a run", {k: v for k, v in self.trainer.wait_begun("r1").items()})
+        self.see("descriptor of a run", self.trainer.wait_begun("r1"))
         self.see("train show, training", wait_for("it trains", lambda: (r := hub.json("train", "show", "r1"))["state"] == "training" and r, 60, 0.1))
         self.trainer.let_go("r1")
         wait_run(hub, "r1")

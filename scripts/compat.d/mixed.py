@@ -220,8 +220,7 @@ class Mixed:
                 self.trainer.wait_begun(name)
                 self.trainer.let_go(name)
                 run = wait_run(self.hub, name)
-                model = run["model"]["artifact"]
-                expect(os.path.exists(os.path.join(start_at.folder(model), "model.json")), f"{model} is not at {start_at.name}")
+                self.trainer.assert_model(start_at, run["model"]["artifact"], self.sources.dataset(f"from-{start_at.name}"))
                 wait_for("what was borrowed is removed", lambda: self.hub.json("train", "show", name)["released"], 60, 0.1)
 
     def commands_of_the_other(self):

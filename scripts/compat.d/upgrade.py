@@ -97,7 +97,7 @@ class Upgrade:
         with self.checks.step("a run trains at west with what it borrowed"):
             self.inputs = ["dataset/panels:v2", "labels/panels:v2", "operator/panels:v1", "image/panels:v1"]
             train(self.hub, "r1", self.inputs, "east", "west")
-            self.descriptor = self.trainer.wait_begun("r1")
+            self.trainer.wait_begun("r1")
 
     def interrupt_publish(self):
         """A publisher without a daemon is killed when half of its file has passed."""
@@ -287,7 +287,7 @@ class Upgrade:
             same([{k: r[k] for k in ("name", "from", "on", "inputs", "expect", "created_at", "deadline_at")} for r in self.runs], self.hub.json("train", "list"))
             self.trainer.let_go("r1")
             run = wait_run(self.hub, "r1")
-            expect(os.path.exists(os.path.join(self.east.folder("model/judge:r1"), "model.json")), "there is no model at east")
+            self.trainer.assert_model(self.east, "model/judge:r1", self.second["dataset/panels:v2"][0])
             lineage = self.hub.json("show", "model/judge:r1")["lineage"]
             same(sorted(run["inputs"], key=str), sorted(lineage["inputs"], key=str))
             wait_for("what was borrowed is removed", lambda: self.hub.json("train", "show", "r1")["released"], 60, 0.1)

@@ -1,6 +1,7 @@
 """Hubs and sites of either program, each behind a line of its own that can be slowed down and that counts."""
 
 import contextlib
+import hashlib
 import json
 import os
 import signal
@@ -382,6 +383,17 @@ class Trainer:
 
     def let_go(self, run):
         open(os.path.join(self.folder, f"{run}.go"), "w").close()
+
+    def assert_model(self, site, ref, dataset):
+        """Raises unless the model at a site was made of exactly this dataset."""
+        total = hashlib.sha256()
+        for here, folders, files in os.walk(dataset):
+            folders.sort()
+            for file in sorted(files):
+                with open(os.path.join(here, file), "rb") as f:
+                    total.update(f.read())
+        with open(os.path.join(site.folder(ref), "model.json")) as f:
+            expect(json.load(f)["dataset"] == total.hexdigest(), f"{ref} at {site.name} was made of another dataset")
 
 
 def train(node, run, inputs, start_at, train_at):
