@@ -107,7 +107,7 @@ pub struct Watch {
 
 impl Watch {
     /// Returns when the subject changed after the previous return (the first time: after the watch
-    /// began), or after [`POLL_EVERY`]. So a caller that looks, then calls this, misses nothing.
+    /// began), or after `POLL_EVERY`. So a caller that looks, then calls this, misses nothing.
     /// Many changes in a short time are one. May be dropped at any time.
     pub async fn changed(&mut self) {
         self.changed_within(POLL_EVERY).await;
