@@ -31,6 +31,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use base::blocking;
 use base::clock;
 use base::fault::Fault;
 use base::space::Space;
@@ -77,7 +78,9 @@ fn fullest() -> Option<(PathBuf, bool)> {
             .unwrap_or(u64::MAX)
     };
     let files = OPENED.lock();
-    let (room, path) = files.iter().map(|path| (room(path), path)).min()?;
+    // On this thread, because an error is mapped here. It is a local disk (the configuration refuses
+    // others), which has just answered SQLite.
+    let (room, path) = blocking::may_block(|| files.iter().map(|path| (room(path), path)).min())?;
     Some((path.clone(), room < FULL_BELOW_BYTES))
 }
 
