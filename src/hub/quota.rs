@@ -490,11 +490,14 @@ mod tests {
             .await;
         let link = bench.dial(&publisher).await;
         let stored = || bench.hub.inner.store.stored_bytes().unwrap();
-        upload_in_part(&bench, &there, &link, "model/a:v1", 8)
-            .await
-            .unwrap_err();
+        // How much of an upload is stored before it ends depends on the order of its requests: more
+        // than the space that the second artifact needs is enough.
+        while stored() <= 2 << 20 {
+            upload_in_part(&bench, &there, &link, "model/a:v1", 8)
+                .await
+                .unwrap_err();
+        }
         let kept = stored();
-        assert!(kept > 2 << 20, "{kept}");
         for _ in 0..2 {
             let fault = upload_in_part(&bench, &there, &link, "model/b:v1", 8)
                 .await
