@@ -367,16 +367,16 @@ pub(super) struct Publish {
     /// 1-exclusive. Inferred and reported if absent.
     #[arg(long, value_name = "BASE")]
     pub(super) voc_base: Option<String>,
-    /// Labels: refuse an input with bad records (exit code 8); skip them and report how many of each
-    /// kind; or clip shapes at the edges of their image and skip all other bad records [default:
-    /// refuse].
+    /// Labels: refuse an input with bad records (exit code 8); skip them and report how many of
+    /// each kind; or clip shapes at the edges of their image and skip all other bad records
+    /// [default: refuse].
     #[arg(long, value_name = "ACTION", value_parser = ["refuse", "skip", "clip"])]
     pub(super) on_bad: Option<String>,
     /// Labels: the encoding of the text, such as gbk or utf-16le. Inferred and reported if absent.
     #[arg(long, value_name = "ENCODING")]
     pub(super) encoding: Option<String>,
-    /// Labels: which column of a CSV or JSON Lines file holds what (sample_path=image); also settings
-    /// such as path_strip, path_prefix and normalised; can be repeated.
+    /// Labels: which column of a CSV or JSON Lines file holds what (sample_path=image); also
+    /// settings such as path_strip, path_prefix and normalised; can be repeated.
     #[arg(long = "column", value_name = "FIELD=COLUMN", value_parser = key_value, num_args = 1..)]
     pub(super) columns: Vec<(String, String)>,
     /// Refuse an input from which something would be left out (exit code 8). Without it, `publish`

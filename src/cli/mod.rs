@@ -88,8 +88,8 @@ pub fn init_log(args: &Args) {
     let _ = log.fmt_fields(fields.delimited(" ")).try_init();
 }
 
-/// A log filter in which `packhorse` is replaced by all crates of the program. It keeps all spans, so
-/// that each line has its fields.
+/// A log filter in which `packhorse` is replaced by all crates of the program. It keeps all spans,
+/// so that each line has its fields.
 fn log_filter(filter: &str) -> String {
     let each = |directive: &str| match directive.trim().strip_prefix("packhorse") {
         Some(level) if level.is_empty() || level.starts_with('=') => {

@@ -22,8 +22,8 @@ pub(crate) fn emit(text: &str) -> Result<(), Fault> {
     }
 }
 
-/// Writes a line to stderr. A reader that has closed stderr does not change the result of a command,
-/// so an error is ignored (`eprintln!` would end the process with a panic).
+/// Writes a line to stderr. A reader that has closed stderr does not change the result of a
+/// command, so an error is ignored (`eprintln!` would end the process with a panic).
 pub(super) fn note(line: &str) {
     let mut stderr = std::io::stderr().lock();
     let _ = stderr.write_all(line.as_bytes());

@@ -14,7 +14,8 @@ use base::limits::{
 };
 use base::peer::Peer;
 
-/// What one site may have of the budget for content, bytes: enough answers to keep a fast line full.
+/// What one site may have of the budget for content, bytes: enough answers to keep a fast line
+/// full.
 const SITE_SHARE_MAX: u64 = 12 << 20;
 
 /// The parts of all peers.

@@ -1,5 +1,5 @@
-//! How fast each peer may report and ask for changes. A limiter delays and never refuses: a peer that floods the hub slows down
-//! itself only. In memory.
+//! How fast each peer may report and ask for changes. A limiter delays and never refuses: a peer
+//! that floods the hub slows down itself only. In memory.
 
 use std::collections::HashMap;
 use std::time::Duration;

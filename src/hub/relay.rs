@@ -1,5 +1,5 @@
-//! Artifacts whose content is at sites: which site is asked for it, and what of it the hub keeps for
-//! how long.
+//! Artifacts whose content is at sites: which site is asked for it, and what of it the hub keeps
+//! for how long.
 //!
 //! The library calls it for peers that read, and a worker keeps it durable and within its budget.
 //! After a crash the relay's store has what its last flush had ([`exchange::relay`]).

@@ -1,8 +1,9 @@
-//! The connections of the sites at the hub: which streams a site may open, and what happens on each.
+//! The connections of the sites at the hub: which streams a site may open, and what happens on
+//! each.
 //!
 //! `control` is the control stream of a site, `questions` answers its questions. The hub calls
 //! [`Sessions::welcome`] for each connection. Nothing is stored here: a site that connects again
-//! begins anew.
+//! starts from the beginning.
 
 mod control;
 mod questions;

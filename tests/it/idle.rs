@@ -10,8 +10,9 @@ use crate::support::{Scratch, data, limit, secs, wait_for};
 const SECONDS: u64 = 20;
 /// Resident memory of an idle daemon, of a build that is optimised.
 const RESIDENT_MAX: u64 = 40 << 20;
-/// The part of it that is no file: heap and stacks. The rest is code, of which an optimised build has
-/// 23 MiB resident and an unoptimised one 40, which says nothing of the program that people run.
+/// The part of it that is no file: heap and stacks. The rest is code, of which an optimised build
+/// has 23 MiB resident and an unoptimised one 40, which says nothing of the program that people
+/// run.
 const ANONYMOUS_MAX: u64 = 16 << 20;
 
 /// An optimised program to be measured instead of the one under test: `PACKHORSE_IDLE_PROGRAM`.

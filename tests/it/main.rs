@@ -1,5 +1,5 @@
-//! The black-box tests: real `packhorse` processes, real PostgreSQL and real registries, tested from
-//! outside.
+//! The black-box tests: real `packhorse` processes, real PostgreSQL and real registries, tested
+//! from outside.
 //!
 //! There is one module for each subject. `support` has the servers, fixtures and helpers; `harness`
 //! tests `support`. Every test begins with [`support::limit`], its hard time limit, and works in

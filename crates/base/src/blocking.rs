@@ -1,14 +1,17 @@
 //! Work that blocks, away from the threads of the runtime.
 //!
-//! A call that reads or writes a disk, or asks a filesystem for something, hangs for as long as the disk or the NAS does not answer. On a
-//! thread of the runtime it would stop everything else that this thread serves. So such a call runs in one of these ways:
-//! - [`blocking`]: on the shared pool of the runtime. For the daemon's own files in `data_dir`, and for work that only computes.
-//! - [`blocking_at`]: on threads that belong to the filesystem of a path. For a path that somebody names: a source, a published folder,
-//!   a bundle. A filesystem that hangs takes its own threads and no others.
+//! A call that reads or writes a disk, or asks a filesystem for something, hangs for as long as the
+//! disk or the NAS does not answer. On a thread of the runtime it would stop everything else that
+//! this thread serves. So such a call runs in one of these ways:
+//! - [`blocking`]: on the shared pool of the runtime. For the daemon's own files in `data_dir`, and
+//!   for work that only computes.
+//! - [`blocking_at`]: on threads that belong to the filesystem of a path. For a path that somebody
+//!   names: a source, a published folder, a bundle. A filesystem that hangs takes its own threads
+//!   and no others.
 //! - [`crate::threads::Threads`]: on the threads of a sink.
 //!
-//! The functions that block call [`check`], which panics in a debug build on a thread of the runtime: the tests find a call in the wrong
-//! place. A release build checks nothing.
+//! The functions that block call [`check`], which panics in a debug build on a thread of the
+//! runtime: the tests find a call in the wrong place. A release build checks nothing.
 
 use std::cell::Cell;
 use std::path::Path;
@@ -43,7 +46,8 @@ pub fn spawn<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Jo
     tokio::task::spawn_blocking(move || span.in_scope(|| may_block(work)))
 }
 
-/// Runs `work` on a thread of the filesystem that `path` is on. Waits while a filesystem has its most calls running.
+/// Runs `work` on a thread of the filesystem that `path` is on. Waits while a filesystem has its
+/// most calls running.
 pub async fn blocking_at<T: Send + 'static>(
     path: &Path,
     work: impl FnOnce() -> Result<T, Fault> + Send + 'static,
@@ -64,7 +68,8 @@ pub fn may_block<T>(work: impl FnOnce() -> T) -> T {
     work()
 }
 
-/// Panics in a debug build when a task of the runtime runs on this thread: `what` may block. Called by the functions that do.
+/// Panics in a debug build when a task of the runtime runs on this thread: `what` may block. Called
+/// by the functions that do.
 #[inline]
 pub fn check(what: &str) {
     debug_assert!(

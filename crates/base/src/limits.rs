@@ -105,11 +105,13 @@ pub const BACKOFF_MAX: Duration = Duration::from_secs(60);
 pub const WORKER_RESTART_FIRST: Duration = Duration::from_secs(1);
 /// How long a background worker may be late before `doctor` reports it.
 pub const WORKER_LATE_AFTER: Duration = Duration::from_secs(60);
-/// The longest iteration of a background worker whose work does not depend on the amount of content.
+/// The longest iteration of a background worker whose work does not depend on the amount of
+/// content.
 pub const WORKER_BUSY_MAX: Duration = Duration::from_secs(600);
 /// How long the iteration in progress of a background worker may take to end when the daemon stops.
 pub const WORKER_STOP_MAX: Duration = Duration::from_secs(2);
-/// The longest wait of a background worker for a change of the catalogue: then it looks without one.
+/// The longest wait of a background worker for a change of the catalogue: then it looks without
+/// one.
 pub const CHANGE_WAIT_MAX: Duration = Duration::from_secs(60);
 /// How often a daemon removes the oldest events beyond [`EVENTS_KEPT`].
 pub const EVENT_TRIM_EVERY: Duration = Duration::from_secs(600);
@@ -119,8 +121,8 @@ pub const WORKER_ERROR_BYTES_MAX: usize = 1 << 10;
 pub const SOURCE_PAUSE_MAX: Duration = Duration::from_secs(5);
 /// The threads of one sink at once: for its transfers and for other calls.
 pub const SINK_THREADS_MAX: usize = 128;
-/// The threads for paths of one filesystem at once: jobs that read a source, and the reads of what is
-/// published there.
+/// The threads for paths of one filesystem at once: jobs that read a source, and the reads of what
+/// is published there.
 pub const MOUNT_THREADS_MAX: usize = 128;
 /// Filesystems whose threads are remembered while they do nothing.
 pub const MOUNTS_KEPT: usize = 64;

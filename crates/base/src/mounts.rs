@@ -1,7 +1,8 @@
 //! Threads for the filesystems of this machine, so that one that hangs holds up its own work only.
 //!
-//! [`crate::blocking::blocking_at`] asks for the [`Threads`] of a path's filesystem. The filesystem is found in the kernel's table of mounts,
-//! without a call to the filesystem itself. Nothing is kept on disk.
+//! [`crate::blocking::blocking_at`] asks for the [`Threads`] of a path's filesystem. The filesystem
+//! is found in the kernel's table of mounts, without a call to the filesystem itself. Nothing is
+//! kept on disk.
 
 use std::collections::HashMap;
 use std::ffi::OsString;
@@ -17,7 +18,8 @@ use crate::threads::Threads;
 /// The threads of each filesystem, by its mount point.
 static MOUNTS: LazyLock<Mutex<HashMap<PathBuf, Threads>>> = LazyLock::new(Mutex::default);
 
-/// The threads of the filesystem that a path is on. A symbolic link in the path is not followed: that would ask the filesystem.
+/// The threads of the filesystem that a path is on. A symbolic link in the path is not followed:
+/// that would ask the filesystem.
 pub(crate) fn threads_of(path: &Path) -> Threads {
     let mount = mount_of(&table(), path);
     let mut all = MOUNTS.lock();
@@ -34,7 +36,8 @@ fn table() -> Vec<u8> {
     std::fs::read("/proc/self/mountinfo").unwrap_or_default()
 }
 
-/// The mount point that a path is below, of those in a table of the form of `/proc/self/mountinfo` (proc(5)). `/` when none is.
+/// The mount point that a path is below, of those in a table of the form of `/proc/self/mountinfo`
+/// (proc(5)). `/` when none is.
 fn mount_of(table: &[u8], path: &Path) -> PathBuf {
     let points = table
         .split(|byte| *byte == b'\n')
@@ -46,7 +49,8 @@ fn mount_of(table: &[u8], path: &Path) -> PathBuf {
         .unwrap_or_else(|| PathBuf::from("/"))
 }
 
-/// A path of the table, in which the kernel writes space, tab, line feed and backslash as `\` and three octal digits.
+/// A path of the table, in which the kernel writes space, tab, line feed and backslash as `\` and
+/// three octal digits.
 fn unescaped(text: &[u8]) -> PathBuf {
     let mut out = Vec::with_capacity(text.len());
     let mut rest = text;

@@ -43,7 +43,8 @@ pub enum Category {
     BadRecords,
     /// Shapes of labels that reached out of their image, where `--on-bad clip` cuts them: a note.
     ClippedShapes,
-    /// Images that have the name of another one but for the extension, and so no labels of their own.
+    /// Images that have the name of another one but for the extension, and so no labels of their
+    /// own.
     SameName,
     /// Names in a list of images that no image has.
     UnmatchedNames,

@@ -1,7 +1,7 @@
 //! Who is at the other end of a connection, as its certificate names it.
 //!
-//! `transport` makes a [`Peer`] from a certificate that it has verified. Budgets, quotas and rates are kept by it: a site and a publisher
-//! of the same name are two peers.
+//! `transport` makes a [`Peer`] from a certificate that it has verified. Budgets, quotas and rates
+//! are kept by it: a site and a publisher of the same name are two peers.
 
 use std::fmt;
 

@@ -1,8 +1,9 @@
 //! Threads for calls that may hang: those of one sink, or of one filesystem.
 //!
-//! Every call that can hang in a far end (a NAS that is away, a disk that is dead) runs on a thread of that far end. The number of these
-//! threads is limited for each, so that one that hangs takes nothing from the others. A caller may stop waiting at any moment; the thread
-//! ends when the call returns. No thread keeps the process alive.
+//! Every call that can hang in a far end (a NAS that is away, a disk that is dead) runs on a thread
+//! of that far end. The number of these threads is limited for each, so that one that hangs takes
+//! nothing from the others. A caller may stop waiting at any moment; the thread ends when the call
+//! returns. No thread keeps the process alive.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -47,7 +48,8 @@ impl Threads {
         self.room.available_permits() == 0
     }
 
-    /// Runs a call that may block, on a thread of its own. Dropping the future leaves the thread to itself.
+    /// Runs a call that may block, on a thread of its own. Dropping the future leaves the thread to
+    /// itself.
     pub async fn run<T: Send + 'static>(
         &self,
         work: impl FnOnce() -> Result<T, Fault> + Send + 'static,
@@ -63,7 +65,8 @@ impl Threads {
         })
     }
 
-    /// [`Threads::run`] of a call that goes on while its caller does something else. Dropping the handle leaves the thread to itself.
+    /// [`Threads::run`] of a call that goes on while its caller does something else. Dropping the
+    /// handle leaves the thread to itself.
     pub fn spawn<T: Send + 'static>(
         &self,
         work: impl FnOnce() -> Result<T, Fault> + Send + 'static,
@@ -96,7 +99,8 @@ impl Threads {
             .map_err(|_| Fault::internal(format!("the threads of {} are gone", self.name)))
     }
 
-    /// Starts a thread for which room was reserved. The receiver closes without a value if the thread panics.
+    /// Starts a thread for which room was reserved. The receiver closes without a value if the
+    /// thread panics.
     pub fn start<T: Send + 'static>(
         &self,
         room: &Arc<OwnedSemaphorePermit>,

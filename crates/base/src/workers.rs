@@ -1,9 +1,10 @@
 //! The background work of a daemon: each piece of it is a named, supervised worker.
 //!
-//! Owns the list of workers with their state, the time of the last iteration, the last error and the counts. `hub`, `site`,
-//! `serve`, `transport` and `exchange` start workers here; the API (`GET /v1/workers`) and `doctor` report them. A worker that
-//! panics or ends unexpectedly is restarted after a pause, which doubles up to [`BACKOFF_MAX`]. No worker affects another one.
-//! Nothing survives a crash: all counts begin at 0 when the daemon starts.
+//! Owns the list of workers with their state, the time of the last iteration, the last error and
+//! the counts. `hub`, `site`, `serve`, `transport` and `exchange` start workers here; the API (`GET
+//! /v1/workers`) and `doctor` report them. A worker that panics or ends unexpectedly is restarted
+//! after a pause, which doubles up to [`BACKOFF_MAX`]. No worker affects another one. Nothing
+//! survives a crash: all counts begin at 0 when the daemon starts.
 
 use std::future::Future;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -329,8 +330,8 @@ pub struct Worker {
 }
 
 impl Worker {
-    /// Does one iteration: the worker is busy until `work` ends. A fault is counted, logged, and returned. Once the daemon stops
-    /// no iteration begins, and this never returns.
+    /// Does one iteration: the worker is busy until `work` ends. A fault is counted, logged, and
+    /// returned. Once the daemon stops no iteration begins, and this never returns.
     pub async fn iterate<T>(
         &self,
         work: impl Future<Output = Result<T, Fault>>,
@@ -356,8 +357,8 @@ impl Worker {
         self.entry.finish(None);
     }
 
-    /// Counts an error of a worker without separate iterations, which continues and has its own way to report the error. It is not
-    /// logged here.
+    /// Counts an error of a worker without separate iterations, which continues and has its own way
+    /// to report the error. It is not logged here.
     pub fn count_error(&self, fault: &Fault) {
         let mut progress = self.entry.progress.lock();
         progress.errors += 1;
@@ -381,7 +382,8 @@ impl Worker {
         self.entry.enter(Phase::Ended);
     }
 
-    /// Ends the worker's task because the daemon stops: at once between two iterations, else at the end of the current one.
+    /// Ends the worker's task because the daemon stops: at once between two iterations, else at the
+    /// end of the current one.
     async fn wind_up(&self, task: &mut JoinHandle<Result<(), Fault>>) {
         let finished = async {
             match self.entry.pace {
@@ -441,7 +443,8 @@ impl Workers {
         }
     }
 
-    /// Starts a worker that works until the daemon stops. `work` gets a clone of `of`; it is called again whenever it panicked or returned.
+    /// Starts a worker that works until the daemon stops. `work` gets a clone of `of`; it is called
+    /// again whenever it panicked or returned.
     pub fn start<C, F>(
         &self,
         name: &'static str,
@@ -455,7 +458,8 @@ impl Workers {
         self.supervise(name, pace, Until::Stopped, of, work);
     }
 
-    /// Starts a worker whose work is complete when it returns without a fault. `work` is called again whenever it panicked or failed.
+    /// Starts a worker whose work is complete when it returns without a fault. `work` is called
+    /// again whenever it panicked or failed.
     pub fn start_until_done<C, F>(
         &self,
         name: &'static str,
@@ -473,7 +477,8 @@ impl Workers {
         });
     }
 
-    /// Starts a worker with an iteration at once, and another one `every` so long after the end of the one before.
+    /// Starts a worker with an iteration at once, and another one `every` so long after the end of
+    /// the one before.
     pub fn repeat<C, F>(
         &self,
         name: &'static str,
@@ -489,7 +494,8 @@ impl Workers {
             let work = work.clone();
             async move {
                 loop {
-                    // A fault is reported by the worker, and the work is tried again at the next iteration.
+                    // A fault is reported by the worker, and the work is tried again at the next
+                    // iteration.
                     let _ = worker.iterate(work(of.clone())).await;
                     sleep(every).await;
                 }
@@ -497,7 +503,8 @@ impl Workers {
         });
     }
 
-    /// Adds a worker that is a thread, which its owner starts and ends. It reports through the handle, and must not end by a panic.
+    /// Adds a worker that is a thread, which its owner starts and ends. It reports through the
+    /// handle, and must not end by a panic.
     pub fn register(&self, name: &'static str, pace: Pace) -> Worker {
         let phase = if matches!(pace, Pace::Continuous) {
             Phase::Running

@@ -1,4 +1,5 @@
-//! Reads and writes the messages of `model::protocol` on streams: each behind its length, within its limits and its time.
+//! Reads and writes the messages of `model::protocol` on streams: each behind its length, within
+//! its limits and its time.
 //!
 //! Hub, site and publisher call it. Nothing here survives a crash, nor has to.
 

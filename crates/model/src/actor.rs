@@ -1,7 +1,9 @@
-//! Who asks for something. Every request that reaches a daemon has exactly one actor; [`crate::policy::may`] decides what it may do.
+//! Who asks for something. Every request that reaches a daemon has exactly one actor;
+//! [`crate::policy::may`] decides what it may do.
 //!
-//! The shells make the actor where they authenticate: the API from the token of a request, a connection from the certificate of its
-//! peer. Everything behind them passes the actor on. Nothing is stored.
+//! The shells make the actor where they authenticate: the API from the token of a request, a
+//! connection from the certificate of its peer. Everything behind them passes the actor on. Nothing
+//! is stored.
 
 use std::fmt;
 

@@ -1,8 +1,9 @@
 //! Who may do what: the only place where an access right is decided.
 //!
-//! [`may`] is pure. The caller loads the facts that a rule needs (which site published an artifact, whether it was delivered, the
-//! `[share]` and `[train]` lists) and passes them in the [`Object`]. Hub, site and API call it for every request and stream; nothing
-//! is stored. A pair of verb and object for which there is no rule is refused.
+//! [`may`] is pure. The caller loads the facts that a rule needs (which site published an artifact,
+//! whether it was delivered, the `[share]` and `[train]` lists) and passes them in the [`Object`].
+//! Hub, site and API call it for every request and stream; nothing is stored. A pair of verb and
+//! object for which there is no rule is refused.
 
 use std::collections::BTreeMap;
 
@@ -30,7 +31,8 @@ pub enum Verb {
     Read,
     /// Read which sites `[share]` excludes from an artifact.
     ReadExclusions,
-    /// Read the digest of the artifact that already has the name which the actor wants to publish under.
+    /// Read the digest of the artifact that already has the name which the actor wants to publish
+    /// under.
     ReadDigest,
     /// Publish over the API of a daemon, or, as a site, the model of a run.
     Publish,
@@ -73,8 +75,8 @@ pub enum Verb {
 /// What the verb applies to, with the facts that its rule needs.
 #[derive(Debug, Clone, Copy)]
 pub enum Object<'a> {
-    /// The daemon as a whole: whether the actor may use the verb there at all. Where the verb applies to something particular, that
-    /// is decided by a second question.
+    /// The daemon as a whole: whether the actor may use the verb there at all. Where the verb
+    /// applies to something particular, that is decided by a second question.
     Daemon,
     /// The record of the peer at the hub.
     Membership {
@@ -132,7 +134,8 @@ pub enum Object<'a> {
         to: &'a SiteName,
         /// The site that published the artifact.
         origin: Option<&'a SiteName>,
-        /// Whether the actor has a transfer of the same content that was neither cancelled nor removed.
+        /// Whether the actor has a transfer of the same content that was neither cancelled nor
+        /// removed.
         delivered: bool,
     },
     /// A training run.
@@ -190,10 +193,12 @@ pub enum ShareList {
     Origin,
 }
 
-/// Why something is refused. The caller chooses the words where it knows the names of what is refused.
+/// Why something is refused. The caller chooses the words where it knows the names of what is
+/// refused.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Refusal {
-    /// The actor must not learn whether the object exists: it gets the answer for an object that does not exist.
+    /// The actor must not learn whether the object exists: it gets the answer for an object that
+    /// does not exist.
     Hidden,
     /// The hub has no record of the peer, or no longer.
     Unknown,
@@ -271,8 +276,8 @@ pub fn runs_scope(actor: &Actor) -> Result<Scope<'_>, Refusal> {
     }
 }
 
-/// The administrator may do everything but what only a peer does over its connection. The `[share]` and `[train]` lists bind it
-/// too: it asks whether the *site* may receive, or borrow.
+/// The administrator may do everything but what only a peer does over its connection. The `[share]`
+/// and `[train]` lists bind it too: it asks whether the *site* may receive, or borrow.
 fn admin(verb: Verb) -> Result<(), Refusal> {
     match verb {
         Verb::Connect

@@ -1,8 +1,9 @@
-//! The protocol between a hub, its sites and publishers: the messages, what each must not exceed, and their bytes.
+//! The protocol between a hub, its sites and publishers: the messages, what each must not exceed,
+//! and their bytes.
 //!
-//! Owns the types of the messages; `exchange::wire` reads and writes them on streams, hub and site act on them. A message is
-//! parsed whole, into types that cannot hold an invalid value, before anything of it is used. Nothing here survives a crash,
-//! nor has to.
+//! Owns the types of the messages; `exchange::wire` reads and writes them on streams, hub and site
+//! act on them. A message is parsed whole, into types that cannot hold an invalid value, before
+//! anything of it is used. Nothing here survives a crash, nor has to.
 //!
 //! # Streams
 //! Every stream begins with one byte that says its kind:
@@ -18,8 +19,9 @@
 //! ```
 //!
 //! # Versions
-//! JSON messages grow by fields with a default, which an older peer ignores; a field is never renamed or removed. Variants of
-//! the fetch request keep their numbers, and new ones come last. The test `bytes` holds the bytes of each message.
+//! JSON messages grow by fields with a default, which an older peer ignores; a field is never
+//! renamed or removed. Variants of the fetch request keep their numbers, and new ones come last.
+//! The test `bytes` holds the bytes of each message.
 
 mod control;
 mod fetch;

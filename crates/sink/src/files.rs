@@ -52,8 +52,8 @@ pub(crate) use mount::trial;
 pub const HIDDEN: &str = ".packhorse";
 /// The directory in [`HIDDEN`] with one file for each daemon that uses the root.
 const SITES: &str = "sites";
-/// The second line of such a file, which states that the daemon rewrites the file each day. The text
-/// is part of the on-disk format and must not change.
+/// The second line of such a file, which states that the daemon rewrites the file each day. The
+/// text is part of the on-disk format and must not change.
 const REWRITTEN_DAILY: &str = "written anew each day";
 /// The directory in [`HIDDEN`] for incoming files.
 const STAGING: &str = "staging";

@@ -101,7 +101,8 @@ impl Catalogue {
         self.notify_of(Subject::Other);
     }
 
-    /// Wakes those that wait for this subject: something of it changed that is not in the catalogue.
+    /// Wakes those that wait for this subject: something of it changed that is not in the
+    /// catalogue.
     pub fn notify_of(&self, subject: Subject) {
         self.common.wakes.wake(&[subject]);
     }

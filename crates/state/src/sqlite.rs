@@ -78,8 +78,8 @@ fn fullest() -> Option<(PathBuf, bool)> {
             .unwrap_or(u64::MAX)
     };
     let files = OPENED.lock();
-    // On this thread, because an error is mapped here. It is a local disk (the configuration refuses
-    // others), which has just answered SQLite.
+    // On this thread, because an error is mapped here. It is a local disk (the configuration
+    // refuses others), which has just answered SQLite.
     let (room, path) = blocking::may_block(|| files.iter().map(|path| (room(path), path)).min())?;
     Some((path.clone(), room < FULL_BELOW_BYTES))
 }

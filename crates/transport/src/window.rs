@@ -1,11 +1,11 @@
 //! The receive windows of a hub: how much unread data the peers may send.
 //!
 //! Unread data of a peer occupies memory. A connection whose peer is not authenticated may send
-//! [`CONNECTION_WINDOW_FIRST_BYTES`]. Connections without requests share a small total equally; it is for
-//! messages and questions. While the hub fetches from a peer, the peer gets an equal part of a
-//! larger total, which the connections of that peer share. This is as much as the hub requests from
-//! one peer at once. Therefore all peers together cannot make the hub hold more than the two totals
-//! plus the minimum of each connection: [`CONNECTION_WINDOW_LEAST_BYTES`], or
+//! [`CONNECTION_WINDOW_FIRST_BYTES`]. Connections without requests share a small total equally; it
+//! is for messages and questions. While the hub fetches from a peer, the peer gets an equal part of
+//! a larger total, which the connections of that peer share. This is as much as the hub requests
+//! from one peer at once. Therefore all peers together cannot make the hub hold more than the two
+//! totals plus the minimum of each connection: [`CONNECTION_WINDOW_LEAST_BYTES`], or
 //! [`CONNECTION_WINDOW_WANTED_LEAST_BYTES`] while the hub fetches.
 //!
 //! QUIC cannot take back credit that a peer has received. A smaller window therefore creates a

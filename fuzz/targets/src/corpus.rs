@@ -1,4 +1,5 @@
-//! The first inputs of each target: valid values made by code, and the files of `fuzz/corpus/TARGET`.
+//! The first inputs of each target: valid values made by code, and the files of
+//! `fuzz/corpus/TARGET`.
 
 use std::path::{Path, PathBuf};
 
@@ -10,7 +11,8 @@ fn dir(of: &str, target: &Target) -> PathBuf {
     here.parent().unwrap_or(here).join(of).join(target.name)
 }
 
-/// The folder with the committed inputs of a target: among them each input that once led to a fault.
+/// The folder with the committed inputs of a target: among them each input that once led to a
+/// fault.
 fn corpus_dir(target: &Target) -> PathBuf {
     dir("corpus", target)
 }

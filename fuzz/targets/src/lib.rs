@@ -1,8 +1,9 @@
 //! Fuzzing: one function for each parser that input from a peer, a file or a client reaches.
 //!
-//! Owns the targets, their first inputs, and the changes of inputs. Three callers use it: the program `fuzz` of this crate
-//! (`scripts/fuzz`, stable Rust), the tests of this crate (a short form, the same inputs in each run), and the shims in
-//! `fuzz/fuzz_targets` for cargo-fuzz. A target panics where a property does not hold. It keeps nothing but files in a temporary
+//! Owns the targets, their first inputs, and the changes of inputs. Three callers use it: the
+//! program `fuzz` of this crate (`scripts/fuzz`, stable Rust), the tests of this crate (a short
+//! form, the same inputs in each run), and the shims in `fuzz/fuzz_targets` for cargo-fuzz. A
+//! target panics where a property does not hold. It keeps nothing but files in a temporary
 //! directory, so nothing has to survive a crash.
 
 mod corpus;

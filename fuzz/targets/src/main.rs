@@ -1,8 +1,9 @@
 //! Runs the fuzz targets on stable Rust: `scripts/fuzz` calls it.
 //!
-//! Each target runs in a process of its own, whose memory and whose time for one input are limited. The process writes each input to
-//! a file before it runs it, so that the input that ended the process is known whatever the end was: a panic, an abort, no memory, or
-//! no time. That input is saved under `fuzz/artifacts/TARGET`, and `--repro` runs it again.
+//! Each target runs in a process of its own, whose memory and whose time for one input are limited.
+//! The process writes each input to a file before it runs it, so that the input that ended the
+//! process is known whatever the end was: a panic, an abort, no memory, or no time. That input is
+//! saved under `fuzz/artifacts/TARGET`, and `--repro` runs it again.
 
 use std::fs::File;
 use std::io::Write as _;
@@ -177,7 +178,8 @@ fn worker(name: &str, seconds: &str, seed: &str, current: &Path) -> Outcome {
     Ok(true)
 }
 
-/// Bounds the address space: a parser that asks for much more than it needs for its first inputs ends the process.
+/// Bounds the address space: a parser that asks for much more than it needs for its first inputs
+/// ends the process.
 fn limit_memory() -> Result<(), String> {
     let now = status_kib("VmSize:").ok_or("/proc/self/status names no VmSize")? << 10;
     let limit = Some(now + MEMORY_BYTES_MAX);

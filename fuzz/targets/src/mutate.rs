@@ -8,7 +8,8 @@ use rand::{Rng as _, RngCore as _};
 pub(crate) const INPUT_BYTES_MAX: usize = 64 << 10;
 /// Changes of one input, at most.
 const CHANGES_MAX: u32 = 6;
-/// Levels of nesting that are put in at once: more than any stack of a parser should be asked to hold.
+/// Levels of nesting that are put in at once: more than any stack of a parser should be asked to
+/// hold.
 const NESTING: usize = 3000;
 
 const NUMBERS: [u64; 22] = [

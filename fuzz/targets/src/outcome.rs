@@ -1,4 +1,5 @@
-//! What an input led to, as far as the messages of the parser tell: inputs that lead to something new are kept and changed further.
+//! What an input led to, as far as the messages of the parser tell: inputs that lead to something
+//! new are kept and changed further.
 //!
 //! This takes the place of measured coverage, which stable Rust does not offer.
 

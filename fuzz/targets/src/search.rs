@@ -1,4 +1,5 @@
-//! The search of one target: its first inputs, then changed ones. The same seed gives the same inputs in the same order.
+//! The search of one target: its first inputs, then changed ones. The same seed gives the same
+//! inputs in the same order.
 
 use std::collections::HashSet;
 use std::fmt;

@@ -260,7 +260,8 @@ fn carry_tcp(listener: &TcpListener, hub: SocketAddr, state: &Arc<State>) {
             continue;
         };
         if state.cut() {
-            // The kernel has already accepted the connection; the proxy can only leave it unanswered.
+            // The kernel has already accepted the connection; the proxy can only leave it
+            // unanswered.
             state.tcp.lock().expect("no holder panics").push(site);
             continue;
         }

@@ -139,8 +139,8 @@ impl Drop for Scratch {
     }
 }
 
-/// A port on 127.0.0.1 that is free for TCP and UDP now. No outgoing connection takes it, and as long
-/// as this process lives no other test.
+/// A port on 127.0.0.1 that is free for TCP and UDP now. No outgoing connection takes it, and as
+/// long as this process lives no other test.
 pub(crate) fn free_port() -> u16 {
     bound_port().0.local_addr().expect("know the port").port()
 }

@@ -755,9 +755,9 @@ impl Drop for Collection {
 
 impl Collection {
     /// Removes every chunk that is not `live`. A pack with less than 70 % live bytes is rewritten.
-    /// Other packs, and packs that are pinned by a lease, keep their garbage. Calls `check_cancelled`
-    /// repeatedly and stops if it fails; the work done until then is valid. Returns the bytes
-    /// freed.
+    /// Other packs, and packs that are pinned by a lease, keep their garbage. Calls
+    /// `check_cancelled` repeatedly and stops if it fails; the work done until then is valid.
+    /// Returns the bytes freed.
     pub fn sweep(
         self,
         live: &dyn Fn(ShortHash) -> bool,

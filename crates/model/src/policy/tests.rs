@@ -1,4 +1,5 @@
-//! The rights as one table: every actor, every verb, every object. What the table does not name is refused.
+//! The rights as one table: every actor, every verb, every object. What the table does not name is
+//! refused.
 
 use std::collections::BTreeSet;
 
@@ -40,8 +41,9 @@ const ADMIN: &str = "Read ReadExclusions ReadDigest Publish Deliver Plan Act Tra
 /// What the hub may do at a site or a publisher, to every object.
 const HUB: &str = "ReadManifest ReadContent Plan Verify";
 
-/// Object, actor, verbs. Site `a` is the origin of every artifact that has one, gets the model of every run, and the transfers go to it.
-/// Site `b` trains. Site `c` has to do with nothing. Publisher `p` uploaded what was uploaded. The trainer is that of run `r`.
+/// Object, actor, verbs. Site `a` is the origin of every artifact that has one, gets the model of
+/// every run, and the transfers go to it. Site `b` trains. Site `c` has to do with nothing.
+/// Publisher `p` uploaded what was uploaded. The trainer is that of run `r`.
 const TABLE: &[(&str, &str, &str)] = &[
     (
         "daemon",

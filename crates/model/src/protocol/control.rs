@@ -1,8 +1,9 @@
 //! Messages of the control stream: what a site reports, and what the hub wants of it.
 //!
-//! Each is one JSON object with one member, the name of the message: `{"hello":{…}}`, `{"report":[…]}`, `{"desired":{…}}`. A message has
-//! [`base::limits::CONTROL_FRAME_BYTES_MAX`] bytes at most. Nothing depends on one of them: lists are sent whole, and a report may be
-//! lost or arrive twice.
+//! Each is one JSON object with one member, the name of the message: `{"hello":{…}}`,
+//! `{"report":[…]}`, `{"desired":{…}}`. A message has [`base::limits::CONTROL_FRAME_BYTES_MAX`]
+//! bytes at most. Nothing depends on one of them: lists are sent whole, and a report may be lost or
+//! arrive twice.
 
 use base::congestion::Congestion;
 use base::limits::{ALLOW_ENTRIES_MAX, CONTROL_FRAME_BYTES_MAX};
@@ -23,10 +24,12 @@ pub enum FromSite {
     Hello {
         /// The version of the site's program.
         version: Version,
-        /// The sites with which this site shares what is published at it: names or selectors; `None`: all sites.
+        /// The sites with which this site shares what is published at it: names or selectors;
+        /// `None`: all sites.
         #[serde(default)]
         share: Option<AllowList>,
-        /// The sites that this site trains for: names, or `all`. `None`: an older site, which decides by itself.
+        /// The sites that this site trains for: names, or `all`. `None`: an older site, which
+        /// decides by itself.
         #[serde(default)]
         train: Option<AllowList>,
         /// The congestion control that the site's connection is set to; the hub sends with it too.
@@ -37,13 +40,13 @@ pub enum FromSite {
     Report(Vec<Report>),
     /// The state of training runs at this site; any number of times for each.
     Runs(Vec<RunReport>),
-    /// Every artifact that was published here in place and whose files have changed, and how; sent whole on connecting and whenever
-    /// it differs.
+    /// Every artifact that was published here in place and whose files have changed, and how; sent
+    /// whole on connecting and whenever it differs.
     Changed(Vec<(ArtifactRef, Message)>),
 }
 
-/// An `allow` list of a site: the sites that it shares with, or that it trains for. An entry that is not a selection of sites is
-/// left out, and allows no site.
+/// An `allow` list of a site: the sites that it shares with, or that it trains for. An entry that
+/// is not a selection of sites is left out, and allows no site.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(from = "Vec<Lenient<SiteSelector>>")]
 pub struct AllowList(Vec<SiteSelector>);
@@ -88,7 +91,8 @@ pub struct Report {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FromHub {
-    /// The desired state of the site; sent whole whenever it changes, so that no single message matters.
+    /// The desired state of the site; sent whole whenever it changes, so that no single message
+    /// matters.
     Desired {
         /// Increases with every change.
         revision: u64,
@@ -97,7 +101,8 @@ pub enum FromHub {
         /// The training runs that this site trains, or has to clean up after.
         #[serde(default)]
         runs: Vec<DesiredRun>,
-        /// Manifests of new artifacts, if they are small, so that the site need not request them: this saves a round trip.
+        /// Manifests of new artifacts, if they are small, so that the site need not request them:
+        /// this saves a round trip.
         #[serde(default)]
         manifests: Vec<PushedManifest>,
     },
@@ -108,7 +113,8 @@ pub enum FromHub {
 pub struct PushedManifest {
     /// The artifact.
     pub digest: Digest,
-    /// The frames of the root manifest and of the pages that it lists, one after the other, in base64.
+    /// The frames of the root manifest and of the pages that it lists, one after the other, in
+    /// base64.
     pub frames: Exact<CONTROL_FRAME_BYTES_MAX>,
 }
 

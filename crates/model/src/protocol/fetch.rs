@@ -1,7 +1,8 @@
 //! The request of a fetch stream.
 //!
-//! Postcard (`wire format 1`): structs and tuples are their fields in order; `u32` and `u64` are LEB128, `i32` is LEB128 of its zigzag form;
-//! a list is its length and its items; an enum is the number of its variant and its fields; a hash is its 32 bytes.
+//! Postcard (`wire format 1`): structs and tuples are their fields in order; `u32` and `u64` are
+//! LEB128, `i32` is LEB128 of its zigzag form; a list is its length and its items; an enum is the
+//! number of its variant and its fields; a hash is its 32 bytes.
 //!
 //! ```text
 //! request = digest (32) priority(i32) count wanted*
@@ -20,8 +21,8 @@ use content::manifest::Digest;
 use serde::de::{SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 
-/// Requests chunks of an artifact by their positions in its manifest, so that no peer can request a chunk of which it does not know
-/// that it belongs to an artifact that it may read.
+/// Requests chunks of an artifact by their positions in its manifest, so that no peer can request a
+/// chunk of which it does not know that it belongs to an artifact that it may read.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct FetchRequest {
     /// The artifact.
@@ -47,10 +48,11 @@ pub enum Wanted {
         /// Its children.
         ranges: Vec<(u32, u32)>,
     },
-    /// The root manifest, and after it the pages that it lists, if they have no more than this many raw bytes together.
+    /// The root manifest, and after it the pages that it lists, if they have no more than this many
+    /// raw bytes together.
     RootAndPages(u64),
-    /// Entry pages of the artifact, as one delta against entry pages of another artifact that the requester holds: by their
-    /// numbers in the order of the manifests.
+    /// Entry pages of the artifact, as one delta against entry pages of another artifact that the
+    /// requester holds: by their numbers in the order of the manifests.
     Delta {
         /// The requested pages: `(first, count)`.
         ranges: Vec<(u32, u32)>,
@@ -84,8 +86,8 @@ fn few_wants<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<Wanted>, D::Error
 }
 
 impl FetchRequest {
-    /// Parses a request. One that requests more than allowed is refused: at most one root manifest, at most one delta, and
-    /// [`FETCH_BATCH_CHUNKS_MAX`] wants, ranges, chunks and pages in all.
+    /// Parses a request. One that requests more than allowed is refused: at most one root manifest,
+    /// at most one delta, and [`FETCH_BATCH_CHUNKS_MAX`] wants, ranges, chunks and pages in all.
     pub fn parse(bytes: &[u8]) -> Result<Self, Fault> {
         let request: Self = postcard::from_bytes(bytes).map_err(|_| {
             Fault::integrity(format!(

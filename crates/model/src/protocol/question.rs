@@ -1,8 +1,8 @@
 //! Questions: what a site or a publisher asks the hub, what the hub asks a site, and the answers.
 //!
-//! Each is one JSON object with one member, the name of the question, or its name alone where it has no content. A question has
-//! [`base::limits::QUESTION_BYTES_MAX`] bytes at most. An answer is `{"Ok":…}` or `{"Err":fault}`; it has at most
-//! [`base::limits::CONTROL_FRAME_BYTES_MAX`] bytes.
+//! Each is one JSON object with one member, the name of the question, or its name alone where it
+//! has no content. A question has [`base::limits::QUESTION_BYTES_MAX`] bytes at most. An answer is
+//! `{"Ok":…}` or `{"Err":fault}`; it has at most [`base::limits::CONTROL_FRAME_BYTES_MAX`] bytes.
 
 use base::fault::Fault;
 use base::limits::{RENEWAL_BYTES_MAX, STANDING_TEXT_BYTES_MAX};
@@ -53,8 +53,8 @@ pub enum AskHub {
         #[serde(default)]
         from: u32,
     },
-    /// An artifact was published at the site; the answer is a `Published` of the API. The hub fetches the manifest over the same
-    /// connection before it answers.
+    /// An artifact was published at the site; the answer is a `Published` of the API. The hub
+    /// fetches the manifest over the same connection before it answers.
     Publish {
         /// Its name.
         artifact: ArtifactRef,
@@ -70,8 +70,8 @@ pub enum AskHub {
         #[serde(default)]
         omitted: Omitted,
     },
-    /// A publisher has an artifact, which the hub fetches over the same connection into its own store before it answers with a
-    /// `Published` of the API.
+    /// A publisher has an artifact, which the hub fetches over the same connection into its own
+    /// store before it answers with a `Published` of the API.
     Upload {
         /// Its name.
         artifact: ArtifactRef,
@@ -84,10 +84,11 @@ pub enum AskHub {
         #[serde(default)]
         omitted: Omitted,
     },
-    /// A whole delivery, if each of its parts is the site's own or of an artifact that it holds; the answer is a `Delivery` of the
-    /// API.
+    /// A whole delivery, if each of its parts is the site's own or of an artifact that it holds;
+    /// the answer is a `Delivery` of the API.
     Delivery(DeliveryId),
-    /// The state of transfers, each the site's own or of an artifact that it holds; the answer is a list and a cursor.
+    /// The state of transfers, each the site's own or of an artifact that it holds; the answer is a
+    /// list and a cursor.
     Transfers {
         /// Ids of transfers or deliveries, separated by commas.
         id: WorkIds,
@@ -115,14 +116,16 @@ pub enum AskSite {
         /// Its digest.
         digest: Digest,
     },
-    /// Whether the site still has this artifact, by a check that reads no content; the answer is a `bool`.
+    /// Whether the site still has this artifact, by a check that reads no content; the answer is a
+    /// `bool`.
     Holds {
         /// The artifact.
         artifact: ArtifactRef,
         /// Its digest.
         digest: Digest,
     },
-    /// The condition of this artifact at the site, by a check that reads no content; the answer is [`Standing`].
+    /// The condition of this artifact at the site, by a check that reads no content; the answer is
+    /// [`Standing`].
     Stands {
         /// The artifact.
         artifact: ArtifactRef,

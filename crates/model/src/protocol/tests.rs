@@ -1,4 +1,5 @@
-//! The bytes of each message, written out: a change that an older peer would not understand fails here.
+//! The bytes of each message, written out: a change that an older peer would not understand fails
+//! here.
 
 use std::fmt::Debug;
 

@@ -3,8 +3,8 @@
 //!
 //! The three lists may come in any order and be of any length, so images and annotations first go
 //! through a sort of their own by image id, which brings each annotation to its image, and only
-//! then on to the collector. A folder of such files, one a split, is one set: ids count in each file
-//! by themselves, and classes are the same in all.
+//! then on to the collector. A folder of such files, one a split, is one set: ids count in each
+//! file by themselves, and classes are the same in all.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
@@ -39,8 +39,8 @@ struct ImageRecord<'a> {
     sample: Sample<'a>,
 }
 
-/// Reads a file, or a folder of files. `normalised` says whether boxes are fractions of their images;
-/// else it is inferred, for each file.
+/// Reads a file, or a folder of files. `normalised` says whether boxes are fractions of their
+/// images; else it is inferred, for each file.
 pub(super) fn read(
     input: &Input,
     normalised: Option<bool>,

@@ -84,8 +84,8 @@ pub(super) struct Annotation<'a> {
     pub(super) class: Option<ClassRef>,
     pub(super) kind: &'a str,
     pub(super) extent: Extent,
-    /// The extent is the upright box around a shape that is turned or bent: it may reach over the image where the shape does
-    /// not.
+    /// The extent is the upright box around a shape that is turned or bent: it may reach over the
+    /// image where the shape does not.
     pub(super) is_hull: bool,
     pub(super) geom: Option<&'a str>,
     pub(super) attrs: Option<&'a str>,
@@ -307,8 +307,8 @@ impl Collector {
     }
 }
 
-/// How far the points of a polygon, a line or keypoints reach. Keypoints that are not marked have no
-/// position.
+/// How far the points of a polygon, a line or keypoints reach. Keypoints that are not marked have
+/// no position.
 fn reach(annotation: &Annotation<'_>) -> Option<[f64; 4]> {
     let numbers = match annotation.kind {
         "polygon" | "polyline" => json::as_numbers(annotation.geom?)?,

@@ -1,8 +1,10 @@
-//! The character encoding of label files: named by the user, declared by the file, or inferred from its bytes.
+//! The character encoding of label files: named by the user, declared by the file, or inferred from
+//! its bytes.
 //!
-//! The rule, for every format: a byte order mark decides; else the encoding that the user named; else UTF-8, if the bytes
-//! are valid UTF-8; else the encoding that the file declares (XML); else UTF-16 or GBK, if the bytes look like it. An inferred
-//! encoding is reported. Bytes that are in none of these are refused by the reader of the record.
+//! The rule, for every format: a byte order mark decides; else the encoding that the user named;
+//! else UTF-8, if the bytes are valid UTF-8; else the encoding that the file declares (XML); else
+//! UTF-16 or GBK, if the bytes look like it. An inferred encoding is reported. Bytes that are in
+//! none of these are refused by the reader of the record.
 
 use std::borrow::Cow;
 use std::cell::Cell;
@@ -16,7 +18,8 @@ use base::fault::Fault;
 
 /// How much of a file is looked at when its encoding is inferred, and decoded at once.
 const BLOCK_BYTES: usize = 64 << 10;
-/// What stands for a byte sequence that its encoding does not have: no UTF-8 text holds this byte, so the record is refused.
+/// What stands for a byte sequence that its encoding does not have: no UTF-8 text holds this byte,
+/// so the record is refused.
 const INVALID: u8 = 0xff;
 
 /// An encoding that text can be read in.
@@ -125,9 +128,9 @@ fn looks_like_utf16(bytes: &[u8]) -> Option<&'static Encoding> {
     }
 }
 
-/// Whether all that is not ASCII comes in pairs as GBK writes them (a lead of 0x81–0xFE, then 0x40–0xFE but 0x7F), and nearly
-/// all of them in its common part (GB 2312), which text in other encodings rarely keeps to. A pair cut off at the end counts as
-/// one.
+/// Whether all that is not ASCII comes in pairs as GBK writes them (a lead of 0x81–0xFE, then
+/// 0x40–0xFE but 0x7F), and nearly all of them in its common part (GB 2312), which text in other
+/// encodings rarely keeps to. A pair cut off at the end counts as one.
 pub(super) fn looks_like_gbk(bytes: &[u8]) -> bool {
     let mut bytes = bytes.iter().copied();
     let (mut pairs, mut common) = (0u64, 0u64);
@@ -155,8 +158,8 @@ pub(super) fn looks_like_gbk(bytes: &[u8]) -> bool {
     common > 0 && common * 10 >= pairs * 9
 }
 
-/// Reads a file of any length as UTF-8. What is not text of its encoding is given as a byte that is not UTF-8, so that the
-/// record with it is refused and the next one can be read.
+/// Reads a file of any length as UTF-8. What is not text of its encoding is given as a byte that is
+/// not UTF-8, so that the record with it is refused and the next one can be read.
 pub(super) struct Utf8Reader<R> {
     inner: R,
     state: State,
@@ -225,7 +228,8 @@ impl<R: Read> Utf8Reader<R> {
         }
         if matches!(self.state, State::Ascii) {
             let ascii = self.block.iter().take_while(|byte| byte.is_ascii()).count();
-            // Of a few bytes at the end of a block nothing can be inferred: they wait for the next block.
+            // Of a few bytes at the end of a block nothing can be inferred: they wait for the next
+            // block.
             if ascii < self.block.len()
                 && (ascii == 0 || self.ended || self.block.len() - ascii > 256)
             {

@@ -1,6 +1,7 @@
 //! The image that a label file belongs to, found by its name in the folder of labels.
 //!
-//! A folder is only asked for images if the walk came by one there, so that labels without images cost no look-ups.
+//! A folder is only asked for images if the walk came by one there, so that labels without images
+//! cost no look-ups.
 
 use std::collections::HashSet;
 use std::path::Path;
@@ -46,8 +47,9 @@ impl<'a> ImagesBeside<'a> {
         self.folders.contains(folder) && self.inside.is_file(path)
     }
 
-    /// The image of a label file, given without its extension: by the name that the record has, else by that of the label
-    /// file; next to it, or in a folder of images that takes the place of its folder of labels, or lies below it.
+    /// The image of a label file, given without its extension: by the name that the record has,
+    /// else by that of the label file; next to it, or in a folder of images that takes the place of
+    /// its folder of labels, or lies below it.
     pub(super) fn find(
         &self,
         label: &str,
@@ -110,7 +112,8 @@ impl<'a> ImagesBeside<'a> {
     }
 }
 
-/// The first of `stem.jpg`, `stem.JPG`, `stem.Jpg`… that `look` knows: all extensions in the usual spellings, then in any.
+/// The first of `stem.jpg`, `stem.JPG`, `stem.Jpg`… that `look` knows: all extensions in the usual
+/// spellings, then in any.
 pub(super) fn with_extension<T>(stem: &str, mut look: impl FnMut(&str) -> Option<T>) -> Option<T> {
     let mut each = |usual: bool| {
         IMAGE_EXTENSIONS.iter().find_map(|extension| {

@@ -1,9 +1,11 @@
-//! Label Studio's JSON export (labelstud.io/guide/export): a list of tasks, each with one image and what people drew on it.
+//! Label Studio's JSON export (labelstud.io/guide/export): a list of tasks, each with one image and
+//! what people drew on it.
 //!
-//! Positions are percent of the original image. The results of one region (they have the same id) are one: its shape, its
-//! labels, and texts and choices in `attrs`; each label becomes a row. Several annotators of one task are kept apart by `attrs`:
-//! `annotator`, `annotation`, `region`, `from_name`. The task's image gives the sample's path: `/data/local-files/?d=PATH` gives
-//! PATH, `/data/upload/N/HASH-NAME` gives NAME, anything else is read as in every format (`path_rules`).
+//! Positions are percent of the original image. The results of one region (they have the same id)
+//! are one: its shape, its labels, and texts and choices in `attrs`; each label becomes a row.
+//! Several annotators of one task are kept apart by `attrs`: `annotator`, `annotation`, `region`,
+//! `from_name`. The task's image gives the sample's path: `/data/local-files/?d=PATH` gives PATH,
+//! `/data/upload/N/HASH-NAME` gives NAME, anything else is read as in every format (`path_rules`).
 
 use std::collections::{BTreeMap, HashMap};
 use std::io::BufReader;
@@ -215,7 +217,8 @@ fn results(
     let Ok(results) = serde_json::from_str::<Vec<&RawValue>>(results) else {
         return Ok(Err("its result is not a list".into()));
     };
-    // The results of each region in the order of its first; those without an id are regions of their own.
+    // The results of each region in the order of its first; those without an id are regions of
+    // their own.
     let mut regions: Vec<Vec<Part<'_>>> = Vec::new();
     let mut by_id: HashMap<&str, usize> = HashMap::new();
     for (at, result) in results.into_iter().enumerate() {
@@ -356,13 +359,15 @@ fn region(
             .take(kind)
             .or_else(|| value.take("labels"))
             .or_else(|| value.take("choices"));
-        // Text areas and ratings hold strings and numbers that are no classes; a choice for a region is a property of it.
+        // Text areas and ratings hold strings and numbers that are no classes; a choice for a
+        // region is a property of it.
         let is_class = kind.ends_with("labels") || (kind == "choices" && !is_joined);
         match own {
             Some(json) if is_class => match serde_json::from_str::<Vec<String>>(json) {
                 Ok(found) => {
                     for name in found {
-                        // The same label in two results of a region is one; a list of its own is taken as it is.
+                        // The same label in two results of a region is one; a list of its own is
+                        // taken as it is.
                         if !is_joined || !names.contains(&name) {
                             names.push(name);
                         }
@@ -527,8 +532,8 @@ fn shape_of(
             let (x, y) = (number("x")? * sx, number("y")? * sy);
             let (rx, ry) = (number("radiusX")? * sx, number("radiusY")? * sy);
             let rotation = number("rotation").unwrap_or(0.0);
-            // The half sides of the box around a turned ellipse (semi-axes rx, ry; angle t): sqrt((rx cos t)² + (ry sin t)²)
-            // and the same with sine and cosine changed.
+            // The half sides of the box around a turned ellipse (semi-axes rx, ry; angle t):
+            // sqrt((rx cos t)² + (ry sin t)²) and the same with sine and cosine changed.
             let (sin, cos) = rotation.to_radians().sin_cos();
             let (half_w, half_h) = ((rx * cos).hypot(ry * sin), (rx * sin).hypot(ry * cos));
             let geom = object(&[

@@ -1,9 +1,10 @@
 //! How the path that a record has for its image becomes the sample's path in the dataset.
 //!
-//! The rules, in this order: the setting `path_strip` takes a leading part away; of a URL the part behind the host counts;
-//! a backslash is a slash; a drive (`D:`) or a share (`\\host\share`) is taken away; `./` in front is; `path_keep` keeps so many
-//! components from the end; `path_prefix` and `path_suffix` are put around. An absolute path is refused. What a rule other than
-//! a setting changed is reported. Nothing here does I/O.
+//! The rules, in this order: the setting `path_strip` takes a leading part away; of a URL the part
+//! behind the host counts; a backslash is a slash; a drive (`D:`) or a share (`\\host\share`) is
+//! taken away; `./` in front is; `path_keep` keeps so many components from the end; `path_prefix`
+//! and `path_suffix` are put around. An absolute path is refused. What a rule other than a setting
+//! changed is reported. Nothing here does I/O.
 
 use std::borrow::Cow;
 
@@ -22,10 +23,12 @@ pub(super) struct PathRules {
     pub(super) from: PathFrom,
 }
 
-/// Where the path of a sample comes from, for formats that have both a record's word and images beside it.
+/// Where the path of a sample comes from, for formats that have both a record's word and images
+/// beside it.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub(super) enum PathFrom {
-    /// The image that the record names, where it is there; else the one with the name of the label file, where it is there.
+    /// The image that the record names, where it is there; else the one with the name of the label
+    /// file, where it is there.
     #[default]
     Either,
     /// What the record says.
@@ -113,8 +116,9 @@ fn without_drive(path: &str) -> Option<&str> {
     is_drive.then(|| path[2..].trim_start_matches(['/', '\\']))
 }
 
-/// The path that a URL has on its host: `http://host/KEY?x` gives KEY, its escapes decoded, `s3://bucket/KEY` gives KEY as it is,
-/// and `file:///D:/x` gives `D:/x`. `None` for what is no URL.
+/// The path that a URL has on its host: `http://host/KEY?x` gives KEY, its escapes decoded,
+/// `s3://bucket/KEY` gives KEY as it is, and `file:///D:/x` gives `D:/x`. `None` for what is no
+/// URL.
 pub(super) fn of_url(text: &str) -> Option<String> {
     let (scheme, rest) = text.split_once("://")?;
     let is_scheme = scheme.len() > 1

@@ -1,4 +1,5 @@
-//! The settings of a label set, from the options of the publish and from the words among its columns that are no fields.
+//! The settings of a label set, from the options of the publish and from the words among its
+//! columns that are no fields.
 
 use base::fault::Fault;
 
@@ -158,7 +159,8 @@ fn yolo_task(task: Option<&str>, shape: Option<&str>) -> Result<Option<Task>, Fa
     }
 }
 
-/// Refuses columns that are neither fields of this format nor settings; a query of a database has no format.
+/// Refuses columns that are neither fields of this format nor settings; a query of a database has
+/// no format.
 pub(super) fn check_columns(format: Option<Format>, options: &LabelOptions) -> Result<(), Fault> {
     for name in options.columns.keys().map(String::as_str) {
         if NAMES.contains(&name) {

@@ -1,13 +1,15 @@
-//! An image's width and height from its header: PNG, JPEG, TIFF, WebP, GIF and BMP. Nothing is decoded.
+//! An image's width and height from its header: PNG, JPEG, TIFF, WebP, GIF and BMP. Nothing is
+//! decoded.
 //!
-//! The size is that of the image as it is shown: where its EXIF orientation turns it by a quarter, width and height change
-//! places, as they do in annotation tools and trainers.
+//! The size is that of the image as it is shown: where its EXIF orientation turns it by a quarter,
+//! width and height change places, as they do in annotation tools and trainers.
 
 use std::io::{BufReader, Cursor, Read, Seek, SeekFrom};
 
 use crate::inside::Inside;
 
-/// The segments of a JPEG, or the chunks of a PNG or WebP, that are looked at before the header is given up on.
+/// The segments of a JPEG, or the chunks of a PNG or WebP, that are looked at before the header is
+/// given up on.
 const SEGMENTS_MAX: usize = 1000;
 /// The EXIF orientation, in TIFF and in EXIF data.
 const ORIENTATION: u16 = 0x0112;
@@ -16,7 +18,8 @@ type Size = (i64, i64);
 
 /// Width and height; `None` when the file cannot be read as an image.
 pub(super) fn of_file(inside: &Inside, path: &str) -> Option<Size> {
-    // 512 bytes hold the header of most images; a larger buffer would only cost reads over the network.
+    // 512 bytes hold the header of most images; a larger buffer would only cost reads over the
+    // network.
     of(&mut BufReader::with_capacity(
         512,
         inside.try_file(path).ok()?,
@@ -53,7 +56,8 @@ fn oriented((width, height): Size, orientation: Option<u64>) -> Size {
     }
 }
 
-/// PNG (ISO/IEC 15948): the signature, then IHDR with two big-endian 32-bit numbers. EXIF data is in a chunk eXIf.
+/// PNG (ISO/IEC 15948): the signature, then IHDR with two big-endian 32-bit numbers. EXIF data is
+/// in a chunk eXIf.
 fn png<R: Read + Seek>(image: &mut R) -> Option<Size> {
     let rest: [u8; 14] = bytes(image)?;
     if &rest[..6] != b"NG\r\n\x1a\n" || &rest[10..] != b"IHDR" {
@@ -66,7 +70,8 @@ fn png<R: Read + Seek>(image: &mut R) -> Option<Size> {
     Some(oriented(size, png_orientation(image)))
 }
 
-/// The orientation from the chunks before the picture itself. The rest of IHDR comes next: 5 bytes and a checksum.
+/// The orientation from the chunks before the picture itself. The rest of IHDR comes next: 5 bytes
+/// and a checksum.
 fn png_orientation<R: Read + Seek>(image: &mut R) -> Option<u64> {
     image.seek(SeekFrom::Current(9)).ok()?;
     for _ in 0..SEGMENTS_MAX {
@@ -80,8 +85,8 @@ fn png_orientation<R: Read + Seek>(image: &mut R) -> Option<u64> {
     None
 }
 
-/// JPEG (ITU-T T.81): segments until a frame header SOF0–SOF15, which holds precision, height and width. EXIF data is in a
-/// segment APP1 before it.
+/// JPEG (ITU-T T.81): segments until a frame header SOF0–SOF15, which holds precision, height and
+/// width. EXIF data is in a segment APP1 before it.
 fn jpeg<R: Read + Seek>(image: &mut R) -> Option<Size> {
     let mut orientation = None;
     for _ in 0..SEGMENTS_MAX {
@@ -121,8 +126,8 @@ fn jpeg<R: Read + Seek>(image: &mut R) -> Option<Size> {
     None
 }
 
-/// BMP: a file header of 14 bytes, then BITMAPCOREHEADER (12 bytes, 16-bit sizes) or a later one (32-bit, height
-/// negative for rows from top to bottom).
+/// BMP: a file header of 14 bytes, then BITMAPCOREHEADER (12 bytes, 16-bit sizes) or a later one
+/// (32-bit, height negative for rows from top to bottom).
 fn bmp<R: Read>(image: &mut R) -> Option<Size> {
     let _rest_of_file_header: [u8; 12] = bytes(image)?;
     if u32::from_le_bytes(bytes(image)?) == 12 {
@@ -150,8 +155,8 @@ fn gif<R: Read>(image: &mut R) -> Option<Size> {
     ))
 }
 
-/// WebP (developers.google.com/speed/webp/docs/riff_container): RIFF, and a first chunk `VP8 ` (lossy), `VP8L` (lossless) or
-/// `VP8X` (extended, with EXIF data in a later chunk).
+/// WebP (developers.google.com/speed/webp/docs/riff_container): RIFF, and a first chunk `VP8 `
+/// (lossy), `VP8L` (lossless) or `VP8X` (extended, with EXIF data in a later chunk).
 fn webp<R: Read + Seek>(image: &mut R) -> Option<Size> {
     let head: [u8; 14] = bytes(image)?;
     if &head[..2] != b"FF" || &head[6..10] != b"WEBP" {
@@ -230,7 +235,8 @@ fn exif<R: Read + Seek>(data: &mut R, length: u64) -> Option<u64> {
     orientation
 }
 
-/// The values of these tags in the first directory of a TIFF that starts at `start`, whose byte order was read.
+/// The values of these tags in the first directory of a TIFF that starts at `start`, whose byte
+/// order was read.
 fn tiff<R: Read + Seek, const N: usize>(
     image: &mut R,
     start: u64,

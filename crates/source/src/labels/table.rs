@@ -1,9 +1,11 @@
-//! Tables: CSV, JSON Lines and the rows of a database query, one annotation a row, fields taken by name.
+//! Tables: CSV, JSON Lines and the rows of a database query, one annotation a row, fields taken by
+//! name.
 //!
-//! A row with a sample and nothing else names a sample without annotations. Edges (`x2`, `y2`) are exclusive and count
-//! from 0 like `x` and `y`: the width is `x2 - x`. Columns that stand for no field go into `attrs` unless a column is
-//! mapped to that. Whether boxes are fractions of their images, and what a column with four numbers holds, is a setting, or
-//! inferred from all rows before the first is taken (`table_boxes`).
+//! A row with a sample and nothing else names a sample without annotations. Edges (`x2`, `y2`) are
+//! exclusive and count from 0 like `x` and `y`: the width is `x2 - x`. Columns that stand for no
+//! field go into `attrs` unless a column is mapped to that. Whether boxes are fractions of their
+//! images, and what a column with four numbers holds, is a setting, or inferred from all rows
+//! before the first is taken (`table_boxes`).
 
 use std::collections::BTreeMap;
 use std::io::BufReader;
@@ -174,7 +176,8 @@ impl JsonlRows {
 /// A record of JSON Lines, its fields taken out.
 struct Record<'a> {
     cells: Cells,
-    /// A list of objects in the image (Hugging Face's `metadata.jsonl`), where the record has no box of its own.
+    /// A list of objects in the image (Hugging Face's `metadata.jsonl`), where the record has no
+    /// box of its own.
     objects: Option<&'a str>,
     fields: Fields<'a>,
 }
@@ -349,7 +352,8 @@ impl From<Fault> for Stop {
 #[derive(Default)]
 struct Rows {
     reading: Reading,
-    /// Where sizes of images are found that the rows do not have; for boxes that are fractions of them.
+    /// Where sizes of images are found that the rows do not have; for boxes that are fractions of
+    /// them.
     sizes: Option<Sizes>,
     /// There is a column for masks as runs: a row without one marks nothing.
     has_rle: bool,
@@ -392,7 +396,8 @@ struct Shape {
 }
 
 impl Rows {
-    /// Decides how boxes are read, by the settings or by what all rows say, and reports what was inferred.
+    /// Decides how boxes are read, by the settings or by what all rows say, and reports what was
+    /// inferred.
     fn new(
         settings: TableSettings,
         evidence: &Evidence,
@@ -482,7 +487,8 @@ impl Rows {
         Ok(())
     }
 
-    /// Takes what the row says of its sample; `None` when its path was refused. With it the size, as far as it is known.
+    /// Takes what the row says of its sample; `None` when its path was refused. With it the size,
+    /// as far as it is known.
     fn sample(
         &mut self,
         place: &str,
@@ -610,7 +616,8 @@ impl Rows {
                 (_, Extent::Box { .. }) => "bbox",
                 (_, Extent::Point { .. }) => "point",
                 (_, Extent::None) if class.is_some() => "class",
-                // Nothing but the sample: it has no annotations. Where other columns are filled, they may be meant as one.
+                // Nothing but the sample: it has no annotations. Where other columns are filled,
+                // they may be meant as one.
                 (_, Extent::None) if cells[ID].is_none() => {
                     if let Some(rest) = rest {
                         note_unread(
@@ -752,7 +759,8 @@ fn with_member(object: Option<&str>, name: &str, value: &Value) -> String {
     format!("{head}{comma}{}:{value}}}", json_string(name))
 }
 
-/// A mask as Kaggle's competitions have it: pairs of a start, counted from 1 down the columns, and a length.
+/// A mask as Kaggle's competitions have it: pairs of a start, counted from 1 down the columns, and
+/// a length.
 fn runs(json: &str, size: Option<(i64, i64)>) -> Result<Shape, (Why, String)> {
     let text = json::as_string(json).unwrap_or_else(|| json.to_owned());
     let numbers: Option<Vec<i64>> = text
@@ -883,7 +891,8 @@ fn pixels(cells: &Cells, field: usize) -> Result<Option<i64>, (Why, String)> {
     }
 }
 
-/// A field that holds JSON: as it is in JSON Lines, written out in a cell of a CSV. Outer `None`: it was refused.
+/// A field that holds JSON: as it is in JSON Lines, written out in a cell of a CSV. Outer `None`:
+/// it was refused.
 fn structure(
     cells: &Cells,
     field: usize,

@@ -1,4 +1,5 @@
-//! The box of a table's row, in the forms that tables have it in; and what all boxes of a table say of their unit and form.
+//! The box of a table's row, in the forms that tables have it in; and what all boxes of a table say
+//! of their unit and form.
 
 use serde_json::Value;
 
@@ -78,7 +79,8 @@ pub(super) struct Evidence {
     /// All numbers lie within 0 and 1, and one of them is a fraction.
     within_one: bool,
     fraction: bool,
-    /// Every list of four numbers can be left, top, right, bottom; and one cannot be left, top, width, height.
+    /// Every list of four numbers can be left, top, right, bottom; and one cannot be left, top,
+    /// width, height.
     can_be_xyxy: bool,
     not_xywh: bool,
     /// The same, if the numbers are fractions.
@@ -226,7 +228,8 @@ pub(super) fn number(cells: &Cells, field: usize) -> Result<Option<f64>, Wrong> 
     }
 }
 
-/// The lists of four numbers in a cell: `[1,2,3,4]`, `"1 2 3 4"`, `{"x":1,"y":2,"width":3,"height":4}`, or a list of these.
+/// The lists of four numbers in a cell: `[1,2,3,4]`, `"1 2 3 4"`,
+/// `{"x":1,"y":2,"width":3,"height":4}`, or a list of these.
 fn four(cells: &Cells, field: usize) -> Result<Option<Vec<[f64; 4]>>, Wrong> {
     let Some(json) = &cells[field] else {
         return Ok(None);

@@ -1,8 +1,9 @@
 //! The rows of a CSV file, in any of the forms that spreadsheets and pandas write.
 //!
-//! Delimiter and encoding are detected; Excel's first line `sep=;` sets the delimiter. Empty rows, empty columns without a name
-//! and empty cells behind the last column are left out. A column without a name is called `index` if it is the first (pandas
-//! writes its index so), else by its number.
+//! Delimiter and encoding are detected; Excel's first line `sep=;` sets the delimiter. Empty rows,
+//! empty columns without a name and empty cells behind the last column are left out. A column
+//! without a name is called `index` if it is the first (pandas writes its index so), else by its
+//! number.
 
 use std::cell::Cell;
 use std::collections::BTreeMap;
@@ -135,8 +136,9 @@ impl CsvRows {
             .reader
             .read_byte_record(&mut self.record)
             .map_err(|error| csv_fault(error, line + before))?;
-        // The position of a record is before empty lines that were skipped, so its line is computed from where it ends:
-        // behind its newline, or between CR and LF. The last record may have none of these.
+        // The position of a record is before empty lines that were skipped, so its line is computed
+        // from where it ends: behind its newline, or between CR and LF. The last record may have
+        // none of these.
         let inside = self
             .record
             .as_slice()
@@ -254,7 +256,8 @@ fn is_blank(record: &ByteRecord) -> bool {
     record.iter().all(|cell| cell.trim_ascii().is_empty())
 }
 
-/// Whether a cell says that it has no value, as pandas and databases write it. What is no field keeps its text.
+/// Whether a cell says that it has no value, as pandas and databases write it. What is no field
+/// keeps its text.
 fn is_missing(cell: &str, field: Option<usize>) -> bool {
     const NUMBERS: [usize; 14] = [
         X, Y, W, H, X2, Y2, CX, CY, WIDTH, HEIGHT, CLASS_ID, BBOX, BBOX_XYXY, RLE,
@@ -290,7 +293,8 @@ fn separator_line(head: &[u8]) -> Option<(u8, usize)> {
         .then_some((delimiter, (line.len() + 1).min(head.len())))
 }
 
-/// Ends a read once too much was taken for one record: the CSV reader would keep all of an unclosed quote in memory.
+/// Ends a read once too much was taken for one record: the CSV reader would keep all of an unclosed
+/// quote in memory.
 struct Capped<R> {
     inner: R,
     left: Rc<Cell<usize>>,
@@ -346,7 +350,8 @@ fn delimiter(head: &[u8]) -> u8 {
         .map_or(b',', |(delimiter, _)| *delimiter)
 }
 
-/// The cells as text; invalid ones are refused as one row, so that the encoding is judged on all of it.
+/// The cells as text; invalid ones are refused as one row, so that the encoding is judged on all of
+/// it.
 fn cells_text<'a>(
     record: &'a ByteRecord,
     place: &str,

@@ -153,8 +153,8 @@ pub(super) fn field_names() -> Vec<&'static str> {
     FIELDS.iter().map(|(name, _)| *name).collect()
 }
 
-/// Where each field is, by something that finds a name; explicit mappings are in `columns`. What a box is read from is taken
-/// once: fields of another form of it stay in `attrs`.
+/// Where each field is, by something that finds a name; explicit mappings are in `columns`. What a
+/// box is read from is taken once: fields of another form of it stay in `attrs`.
 pub(super) fn choose<T>(
     columns: &BTreeMap<String, String>,
     mut find: impl FnMut(&str) -> Option<T>,

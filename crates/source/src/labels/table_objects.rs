@@ -1,4 +1,5 @@
-//! The annotations of one image in one record: Hugging Face's `objects`, as a list of objects or as an object of lists.
+//! The annotations of one image in one record: Hugging Face's `objects`, as a list of objects or as
+//! an object of lists.
 
 use serde_json::{Map, Value};
 

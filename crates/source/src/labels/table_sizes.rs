@@ -1,5 +1,6 @@
-//! The sizes of images that a table's rows do not have: from `sizes.csv` (`path,width,height`) beside the table, or from the
-//! images beside it. Only boxes that are fractions of their images need them.
+//! The sizes of images that a table's rows do not have: from `sizes.csv` (`path,width,height`)
+//! beside the table, or from the images beside it. Only boxes that are fractions of their images
+//! need them.
 
 use std::collections::HashMap;
 use std::io::{BufReader, Read};

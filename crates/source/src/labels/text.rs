@@ -41,7 +41,8 @@ pub(super) fn not_utf8(bytes: &[u8], valid_up_to: usize) -> String {
     format!("byte {valid_up_to} of the record is not UTF-8{guess}")
 }
 
-/// A small file beside the labels, whole, without a byte order mark. What is wrong with its text is a fault.
+/// A small file beside the labels, whole, without a byte order mark. What is wrong with its text is
+/// a fault.
 pub(super) fn side_file(
     inside: &Inside,
     path: &Path,
@@ -60,7 +61,8 @@ pub(super) fn side_file(
     })
 }
 
-/// The same for one of many XML files: what is wrong with its text is refused, and the next file can be read.
+/// The same for one of many XML files: what is wrong with its text is refused, and the next file
+/// can be read.
 pub(super) fn xml_file(
     inside: &Inside,
     path: &Path,

@@ -1,4 +1,5 @@
-//! Shapes and classes as VGG Image Annotator writes them (robots.ox.ac.uk/~vgg/software/via), in its CSV and its JSON.
+//! Shapes and classes as VGG Image Annotator writes them (robots.ox.ac.uk/~vgg/software/via), in
+//! its CSV and its JSON.
 
 use serde_json::{Map, Value};
 

@@ -1,12 +1,15 @@
-//! Pascal VOC: a folder of XML files, one an image (host.robots.ox.ac.uk/pascal/VOC, the development kit's annotation form).
+//! Pascal VOC: a folder of XML files, one an image (host.robots.ox.ac.uk/pascal/VOC, the
+//! development kit's annotation form).
 //!
-//! Which pixel the numbers count from is a setting, or inferred from all files (`voc_base`); so they are read once, kept
-//! sorted, and turned into rows afterwards. Beside `bndbox`, `robndbox` (roLabelImg) and `polygon` are read.
+//! Which pixel the numbers count from is a setting, or inferred from all files (`voc_base`); so
+//! they are read once, kept sorted, and turned into rows afterwards. Beside `bndbox`, `robndbox`
+//! (roLabelImg) and `polygon` are read.
 //!
-//! The sample is the image that `filename` names, below the folder of the XML file relative to the root, where `Annotations`
-//! stands for `JPEGImages` when the root has that folder (else it is left out). Where the folder has no such image, but one
-//! with the name of the XML file next to it or in a folder of images, it is that image (`images_beside`).
-//! `ImageSets/Main/{train,val,test}.txt` give the splits, else folders named so.
+//! The sample is the image that `filename` names, below the folder of the XML file relative to the
+//! root, where `Annotations` stands for `JPEGImages` when the root has that folder (else it is left
+//! out). Where the folder has no such image, but one with the name of the XML file next to it or in
+//! a folder of images, it is that image (`images_beside`). `ImageSets/Main/{train,val,test}.txt`
+//! give the splits, else folders named so.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
@@ -129,7 +132,8 @@ pub(super) fn read(
     Ok(())
 }
 
-/// Whether a file beside the XML files is read, or is an image of the dataset. Masks of the segmentation task are neither.
+/// Whether a file beside the XML files is read, or is an image of the dataset. Masks of the
+/// segmentation task are neither.
 fn is_read(file: &Path) -> bool {
     let is_mask = file.components().any(|part| {
         part.as_os_str()
@@ -198,7 +202,8 @@ impl Reader<'_> {
     ) -> Result<(), Fault> {
         let writer = Writer::of(&annotation);
         let base = self.bases.get(&writer).copied().or(self.given);
-        // Without any box there are no numbers to judge by, and polygons count as who wrote them does.
+        // Without any box there are no numbers to judge by, and polygons count as who wrote them
+        // does.
         let base = base.unwrap_or_else(|| Evidence::default().infer(writer).0);
         let objects = objects(&annotation).to_vec();
         let (width, height) = (
@@ -435,8 +440,8 @@ fn edges(bndbox: &Value) -> Result<[f64; 4], (Why, String)> {
     ])
 }
 
-/// A turned box of roLabelImg: its centre, its sides, and the angle in radians, clockwise as y points down. Its numbers count
-/// from 0, in whatever way the upright boxes beside it do.
+/// A turned box of roLabelImg: its centre, its sides, and the angle in radians, clockwise as y
+/// points down. Its numbers count from 0, in whatever way the upright boxes beside it do.
 fn robndbox(value: &Value) -> Result<Shape, (Why, String)> {
     let [cx, cy, w, h, angle] = ["cx", "cy", "w", "h", "angle"].map(|name| number(value, name));
     let (cx, cy, w, h, angle) = (cx?, cy?, w?, h?, angle?);
@@ -473,7 +478,8 @@ fn robndbox(value: &Value) -> Result<Shape, (Why, String)> {
     })
 }
 
-/// The points of a polygon: `<x1>`, `<y1>`, `<x2>`… or a list of `<pt>` or `<point>` with `<x>` and `<y>`.
+/// The points of a polygon: `<x1>`, `<y1>`, `<x2>`… or a list of `<pt>` or `<point>` with `<x>` and
+/// `<y>`.
 fn points(polygon: &Value, base: VocBase) -> Result<Vec<f64>, (Why, String)> {
     let mut out = Vec::new();
     let mut push = |point: &Value, x: &str, y: &str| -> Result<(), (Why, String)> {

@@ -1,8 +1,10 @@
-//! Which pixel the numbers of a Pascal VOC box count from, and whether its right and lower edge belong to the box.
+//! Which pixel the numbers of a Pascal VOC box count from, and whether its right and lower edge
+//! belong to the box.
 //!
-//! The development kit counts from 1 and includes both ends. Most annotation tools write the same file with other numbers:
-//! labelImg, CVAT, Label Studio and others count from 0 and write `x + width`. Nothing in the file says which, so without
-//! the setting it is inferred from who wrote the file and from the numbers of all its files ([`Evidence`]).
+//! The development kit counts from 1 and includes both ends. Most annotation tools write the same
+//! file with other numbers: labelImg, CVAT, Label Studio and others count from 0 and write `x +
+//! width`. Nothing in the file says which, so without the setting it is inferred from who wrote the
+//! file and from the numbers of all its files ([`Evidence`]).
 
 use std::fmt;
 use std::str::FromStr;
@@ -149,7 +151,8 @@ pub(super) struct Evidence {
     at_size: bool,
     /// A box ends one pixel behind that.
     beyond: bool,
-    /// A box from 0 to one pixel before the image's width or height: the whole side, if ends are inclusive.
+    /// A box from 0 to one pixel before the image's width or height: the whole side, if ends are
+    /// inclusive.
     whole_side: bool,
 }
 

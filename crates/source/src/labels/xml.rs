@@ -128,7 +128,8 @@ fn add_text(text: &str, open: &mut [Open]) -> Result<(), (Why, String)> {
     Ok(())
 }
 
-/// The encoding that a document declares in its first line, which is ASCII in all encodings but UTF-16.
+/// The encoding that a document declares in its first line, which is ASCII in all encodings but
+/// UTF-16.
 pub(super) fn declared_encoding(bytes: &[u8]) -> Option<&str> {
     let head = &bytes[..bytes.len().min(256)];
     let end = head.windows(2).position(|two| two == b"?>")?;

@@ -1,7 +1,8 @@
 //! YAML documents as a tree, for the few small files that describe a label set.
 //!
-//! `saphyr-parser` reads the syntax and gives events. An alias is kept as one and never replaced by what it refers to, so a
-//! document cannot grow while it is read. Depth is bounded here, size by the file's ([`super::text::side_file`]).
+//! `saphyr-parser` reads the syntax and gives events. An alias is kept as one and never replaced by
+//! what it refers to, so a document cannot grow while it is read. Depth is bounded here, size by
+//! the file's ([`super::text::side_file`]).
 
 use saphyr_parser::{Event, Parser};
 
@@ -49,8 +50,8 @@ enum Open {
 
 /// Reads the first document; an empty text is an empty scalar.
 ///
-/// Lists in brackets may go on at the beginning of a line, which YAML's own rules forbid: PyYAML, and so every trainer, reads
-/// them.
+/// Lists in brackets may go on at the beginning of a line, which YAML's own rules forbid: PyYAML,
+/// and so every trainer, reads them.
 pub(super) fn parse(text: &str) -> Result<Yaml, String> {
     parse_strictly(text).or_else(|error| match indent_flow(text) {
         Some(indented) => parse_strictly(&indented).map_err(|_| error),
@@ -58,7 +59,8 @@ pub(super) fn parse(text: &str) -> Result<Yaml, String> {
     })
 }
 
-/// The text with a deeper indent of the lines within brackets that begin as a value; `None` without any.
+/// The text with a deeper indent of the lines within brackets that begin as a value; `None` without
+/// any.
 fn indent_flow(text: &str) -> Option<String> {
     let (mut out, mut depth, mut quote, mut changed) = (String::new(), 0u32, None, false);
     for line in text.lines() {

@@ -1,11 +1,14 @@
-//! YOLO: a folder of text files, one an image, one object a line (docs.ultralytics.com/datasets, darknet before it).
+//! YOLO: a folder of text files, one an image, one object a line (docs.ultralytics.com/datasets,
+//! darknet before it).
 //!
-//! A line is a class and fractions of the image: a box, a box with keypoints, or a polygon, with a confidence and a track id
-//! behind it or not (`yolo_rows`). Names come from a YAML file, from `classes.txt`, `obj.names` or another `*.names` file
-//! (`yolo_names`); the class is the place in that list.
+//! A line is a class and fractions of the image: a box, a box with keypoints, or a polygon, with a
+//! confidence and a track id behind it or not (`yolo_rows`). Names come from a YAML file, from
+//! `classes.txt`, `obj.names` or another `*.names` file (`yolo_names`); the class is the place in
+//! that list.
 //!
-//! `labels/x/a.txt` belongs to `images/x/a.*`; without such folders the image is beside its text file. Images without a
-//! text file are samples without annotations. Lists of images give the splits, else folders named so (`yolo_lists`).
+//! `labels/x/a.txt` belongs to `images/x/a.*`; without such folders the image is beside its text
+//! file. Images without a text file are samples without annotations. Lists of images give the
+//! splits, else folders named so (`yolo_lists`).
 
 use std::collections::HashMap;
 use std::io::{BufRead, BufReader};
@@ -34,8 +37,8 @@ const SIZES: &str = "sizes.csv";
 /// How deep a folder `labels` is looked for.
 const LABELS_DEPTH_MAX: usize = 3;
 
-/// Reads the folder. `task` says what rows of more than five numbers are; without it they are read by `kpt_shape`, or by what
-/// all rows say.
+/// Reads the folder. `task` says what rows of more than five numbers are; without it they are read
+/// by `kpt_shape`, or by what all rows say.
 pub(super) fn read(
     input: &Input,
     task: Option<Task>,
@@ -103,7 +106,8 @@ struct Folder<'a> {
     /// How rows are read, where the other rows of the set are not needed to know.
     reading: Option<Reading>,
     profile: Profile,
-    /// Rows that wait until all rows were seen: from the first such row of a file on, so that their order stays.
+    /// Rows that wait until all rows were seen: from the first such row of a file on, so that their
+    /// order stays.
     waiting: Sorter,
 }
 
@@ -143,7 +147,8 @@ impl Folder<'_> {
         !(file == name && is_list(file))
     }
 
-    /// Whether it says something of the labels: the names of the classes, the sizes, or which images belong to a split.
+    /// Whether it says something of the labels: the names of the classes, the sizes, or which
+    /// images belong to a split.
     fn is_side_file(&self, name: &str) -> bool {
         let file = name.rsplit('/').next().unwrap_or(name);
         self.lists.has(name)
@@ -464,7 +469,8 @@ fn without_extension(name: &str) -> &str {
     }
 }
 
-/// The path with its last folder of this name replaced, in the spellings that the other may have; none without one.
+/// The path with its last folder of this name replaced, in the spellings that the other may have;
+/// none without one.
 fn swap_folder(path: &str, from: &str, to: &str) -> Vec<String> {
     let mut parts: Vec<&str> = path.split('/').collect();
     let Some(folders) = parts.len().checked_sub(1) else {

@@ -1,7 +1,8 @@
 //! Which split the images of a YOLO folder belong to, as its YAML and its lists of images say.
 //!
-//! A list (`train.txt`, or what the YAML names) has one image a line, by a path that is relative to anything: the longest end
-//! of it that is a file here counts. What a list says comes before the name of a folder.
+//! A list (`train.txt`, or what the YAML names) has one image a line, by a path that is relative to
+//! anything: the longest end of it that is a file here counts. What a list says comes before the
+//! name of a folder.
 
 use std::collections::HashMap;
 use std::io::{BufRead, BufReader, Read};
@@ -200,7 +201,8 @@ impl<'a> Ends<'a> {
         self.find_from(&mut 0, found)
     }
 
-    /// The same for one of many paths that are written alike: how much was left out of the last one is tried first.
+    /// The same for one of many paths that are written alike: how much was left out of the last one
+    /// is tried first.
     fn find_from(&self, usual: &mut usize, found: impl Fn(&str) -> bool) -> Option<String> {
         let starts = std::iter::once(*usual)
             .chain(0..self.parts.len())

@@ -1,4 +1,5 @@
-//! The class names of a YOLO folder, from its YAML or from a list of names; and what else the YAML says.
+//! The class names of a YOLO folder, from its YAML or from a list of names; and what else the YAML
+//! says.
 
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
@@ -24,7 +25,8 @@ pub(super) struct Names {
     pub(super) classes: Vec<(i64, String)>,
     /// `kpt_shape`: keypoints an object, and numbers a keypoint (2 or 3).
     pub(super) keypoints: Option<(usize, usize)>,
-    /// Which lists of images, or folders of them, belong to which split; relative to the YAML's folder or anything else.
+    /// Which lists of images, or folders of them, belong to which split; relative to the YAML's
+    /// folder or anything else.
     pub(super) splits: Vec<(&'static str, String)>,
 }
 
@@ -35,7 +37,8 @@ impl Names {
     }
 }
 
-/// Finds the names, at the top or in the folders below it, nearest first; or says where they could be.
+/// Finds the names, at the top or in the folders below it, nearest first; or says where they could
+/// be.
 pub(super) fn find(inside: &Inside, collector: &mut Collector) -> Result<Names, Fault> {
     let mut looked_at: Vec<String> = Vec::new();
     let mut level: Vec<PathBuf> = vec![PathBuf::new()];
@@ -112,7 +115,8 @@ fn list(inside: &Inside, folder: &Path) -> Result<Files, Fault> {
     Ok(files)
 }
 
-/// The names in one folder; files without any are added to `looked_at`, with what is wrong with them.
+/// The names in one folder; files without any are added to `looked_at`, with what is wrong with
+/// them.
 fn of_folder(
     inside: &Inside,
     yaml: &[PathBuf],
@@ -143,7 +147,8 @@ fn of_folder(
         return Ok(None);
     };
     let content = side_file(inside, path, collector)?;
-    // An empty line within the list would shift every class behind it: it stays, and its empty name is refused.
+    // An empty line within the list would shift every class behind it: it stays, and its empty name
+    // is refused.
     let lines = content.trim_end().lines().map(str::trim).zip(0..);
     let classes = lines.map(|(name, id)| (id, name.to_owned())).collect();
     Ok(Some(Names {

@@ -1,8 +1,9 @@
 //! What the numbers of a YOLO row mean.
 //!
-//! A row is a class and numbers; how many tells what they are, but not always: six are a box with confidence and track id, or
-//! a triangle, and `4 + 2k` are a box with keypoints, or a polygon. `kpt_shape` in the YAML or a setting decides. Without
-//! them, what all rows of the set say together does ([`Profile`]). Nothing here does I/O.
+//! A row is a class and numbers; how many tells what they are, but not always: six are a box with
+//! confidence and track id, or a triangle, and `4 + 2k` are a box with keypoints, or a polygon.
+//! `kpt_shape` in the YAML or a setting decides. Without them, what all rows of the set say
+//! together does ([`Profile`]). Nothing here does I/O.
 
 use super::collect::{Extent, number_list, push_number};
 use super::refuse::Why;

@@ -1,4 +1,5 @@
-//! Drives the core by bytes, for fuzzing: frames of a hostile peer, with the calls of this end between them.
+//! Drives the core by bytes, for fuzzing: frames of a hostile peer, with the calls of this end
+//! between them.
 
 use std::collections::VecDeque;
 use std::task::Waker;
@@ -14,8 +15,9 @@ use base::limits::MUX_FRAME_BYTES_MAX;
 /// Streams that this end works on at once.
 const STREAMS_MAX: usize = 32;
 
-/// Runs the core on this input, and returns what the peer did wrong in the end, if anything. Each step is a byte that chooses it and a
-/// byte for its stream. Panics when this end writes something that is no frame.
+/// Runs the core on this input, and returns what the peer did wrong in the end, if anything. Each
+/// step is a byte that chooses it and a byte for its stream. Panics when this end writes something
+/// that is no frame.
 pub fn drive(input: &[u8]) -> Result<(), String> {
     let now = Instant::now();
     let mut state = State::new(End::Listening, Duration::from_millis(1), now);
@@ -31,7 +33,8 @@ pub fn drive(input: &[u8]) -> Result<(), String> {
             .copied()
             .unwrap_or(0);
         match step % 20 {
-            // A frame of each kind: the second byte is its stream, the third the length of its body.
+            // A frame of each kind: the second byte is its stream, the third the length of its
+            // body.
             kind @ 1..=9 => {
                 let (&len, after) = rest.split_first().unwrap_or((&0, &[]));
                 let (body, after) = after.split_at(usize::from(len).min(after.len()));

@@ -7,7 +7,8 @@ use crate::identity::{
     JoinToken, fingerprint, holder, key_hash, read_csr, validity, verify_signature,
 };
 
-/// Parses an input. `which` says what it is: a welcome, a join request, its answer, a token, a certificate request or a certificate.
+/// Parses an input. `which` says what it is: a welcome, a join request, its answer, a token, a
+/// certificate request or a certificate.
 pub fn parse_join(which: u8, bytes: &[u8]) -> Result<(), Fault> {
     match which % 6 {
         0 => hello::parse::<Welcome>(bytes).map(drop),

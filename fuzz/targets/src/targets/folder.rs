@@ -6,8 +6,8 @@ use base::names::RelPath;
 
 use super::write_file;
 
-/// Files of a folder: each begins with a line `=== NAME`. A content that begins with `\u{2}PNG` or `\u{2}JPEG` gets the header of such an
-/// image, so that a changed input still is one.
+/// Files of a folder: each begins with a line `=== NAME`. A content that begins with `\u{2}PNG` or
+/// `\u{2}JPEG` gets the header of such an image, so that a changed input still is one.
 pub(super) fn write_folder(at: &Path, text: &[u8]) {
     assert!(std::fs::create_dir(at).is_ok());
     let starts: Vec<usize> = (0..text.len())

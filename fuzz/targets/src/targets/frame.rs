@@ -120,8 +120,9 @@ fn verified(frame: &Frame, id: Hash, len: u32) -> Option<Bytes> {
     Some(chunk.bytes)
 }
 
-/// What the stored bytes decode to has to pass the comparison of names: the name of whatever they decode to is tried by guessing that
-/// they are zstd, whose decoder is called without this program too.
+/// What the stored bytes decode to has to pass the comparison of names: the name of whatever they
+/// decode to is tried by guessing that they are zstd, whose decoder is called without this program
+/// too.
 fn unpacked(codec: u8, len: u32, stored: &[u8]) {
     if codec != 1 || len > 1 << 20 {
         return;

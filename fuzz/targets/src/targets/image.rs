@@ -125,8 +125,9 @@ struct Member {
     content: Vec<u8>,
 }
 
-/// The members of an input: each part is a kind, the length of a name, the name, the content. In a content `@N@` stands for the digest of
-/// member N, and `#N#` for its size, where N is the number of a member before it; a member of the kind `BLOB` is named by its digest.
+/// The members of an input: each part is a kind, the length of a name, the name, the content. In a
+/// content `@N@` stands for the digest of member N, and `#N#` for its size, where N is the number
+/// of a member before it; a member of the kind `BLOB` is named by its digest.
 fn resolved(parts: &[&[u8]]) -> Vec<Member> {
     let mut members: Vec<Member> = Vec::new();
     for part in parts {

@@ -1,4 +1,5 @@
-//! Labels: each format that annotation tools write, the canonical files that a site loads, and the rows of a query.
+//! Labels: each format that annotation tools write, the canonical files that a site loads, and the
+//! rows of a query.
 
 use std::path::Path;
 
@@ -18,7 +19,8 @@ use super::{Parts, scratch, write_file};
 use crate::Target;
 use crate::outcome::{note, taken};
 
-/// The first byte of an input: whether the labels are for a dataset, and whether samples may be missing there.
+/// The first byte of an input: whether the labels are for a dataset, and whether samples may be
+/// missing there.
 const FOR_DATASET: u8 = 1;
 const ALLOW_MISSING: u8 = 2;
 /// Whether the format is guessed.

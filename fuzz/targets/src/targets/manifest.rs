@@ -250,9 +250,11 @@ fn index_page(pages: &[PageRef]) -> Vec<u8> {
     out
 }
 
-/// Lists the pages as they would have to be listed, so that an input is not refused for its hashes and counts alone.
+/// Lists the pages as they would have to be listed, so that an input is not refused for its hashes
+/// and counts alone.
 ///
-/// `how`: 0 all pages in the root; 1 one index page above all of them; 2 the last page above the others, as it is.
+/// `how`: 0 all pages in the root; 1 one index page above all of them; 2 the last page above the
+/// others, as it is.
 fn manifest_page(input: &[u8]) {
     let mut parts = Parts::new(input);
     let kind = KINDS[usize::from(parts.byte()) % KINDS.len()];
@@ -400,7 +402,8 @@ fn again(root: &Root, files: &[(Entry, Vec<ChunkRef>)]) {
     note("made again");
 }
 
-/// What a page holds, as far as it can be read: a reader of its own, which shares no code with the program's.
+/// What a page holds, as far as it can be read: a reader of its own, which shares no code with the
+/// program's.
 #[derive(Default)]
 struct Counted {
     files: u64,

@@ -42,7 +42,8 @@ pub(crate) const ALL: &[Target] = &[
     http::CONFIG,
 ];
 
-/// Takes an input apart, for targets that make something of several parts. At its end there are zeros and empty parts.
+/// Takes an input apart, for targets that make something of several parts. At its end there are
+/// zeros and empty parts.
 struct Parts<'a> {
     rest: &'a [u8],
 }

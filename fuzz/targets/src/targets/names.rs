@@ -161,7 +161,8 @@ fn path_is_below(path: &RelPath) {
     assert!(full.as_os_str().len() > DIR.len() && !path.as_str().contains('\0'));
 }
 
-/// A target that is accepted never leaves the artifact, whatever is a folder: followed by its text it stays below the top.
+/// A target that is accepted never leaves the artifact, whatever is a folder: followed by its text
+/// it stays below the top.
 fn link_stays_inside(path: &RelPath, target: &str) {
     for are_folders in [true, false] {
         let result = stays_inside(path, target, |_| are_folders);

@@ -1,4 +1,5 @@
-//! What peers send: frames of the TCP transport, control messages, questions and answers, fetch requests, and join requests.
+//! What peers send: frames of the TCP transport, control messages, questions and answers, fetch
+//! requests, and join requests.
 
 use std::fmt::Debug;
 

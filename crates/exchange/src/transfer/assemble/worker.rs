@@ -168,7 +168,8 @@ impl Worker {
     }
 
     /// Has a chunk fetched that could not be taken from its storage location. Content that changed
-    /// or is gone leaves the index; a location that cannot be read is avoided by this transfer only.
+    /// or is gone leaves the index; a location that cannot be read is avoided by this transfer
+    /// only.
     fn give_up_local(&self, chunk: Hash, location: u32, fault: &Fault) -> Result<(), Fault> {
         let is_stale = matches!(
             fault.code,

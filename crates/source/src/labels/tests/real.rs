@@ -1,4 +1,5 @@
-//! Inputs as annotation tools, spreadsheets and trainers write them: each with the rows that it means.
+//! Inputs as annotation tools, spreadsheets and trainers write them: each with the rows that it
+//! means.
 
 use super::omitted::notes;
 use super::*;
@@ -90,7 +91,8 @@ fn voc_turned_boxes_and_polygons() {
     let mut input = Input::folder(&[("a.xml", &voc_xml("", &objects))]);
     input.options.voc_base = Some("0".into());
     let output = input.read().unwrap();
-    // Half sides of the upright box: (40 cos 0.5 + 20 sin 0.5) / 2 and (40 sin 0.5 + 20 cos 0.5) / 2.
+    // Half sides of the upright box: (40 cos 0.5 + 20 sin 0.5) / 2 and (40 sin 0.5 + 20 cos 0.5) /
+    // 2.
     assert_eq!(
         output.rows(),
         [

@@ -1,8 +1,8 @@
 //! The receiving side: unread data of each stream, and the windows that limit it.
 //!
 //! `on_frame` adds the data of the peer; the reading halves take it ([`State::poll_read`]). A peer
-//! may send [`CONNECTION_STREAM_WINDOW_BYTES`] per stream and [`CONNECTION_WINDOW_BYTES`] in total before
-//! anything is read. Small pieces are joined, so that their bookkeeping stays small.
+//! may send [`CONNECTION_STREAM_WINDOW_BYTES`] per stream and [`CONNECTION_WINDOW_BYTES`] in total
+//! before anything is read. Small pieces are joined, so that their bookkeeping stays small.
 
 use std::collections::VecDeque;
 use std::task::{Poll, Waker};
