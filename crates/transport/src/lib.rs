@@ -292,13 +292,8 @@ impl Link {
     }
 
     /// A connection of the hub, with an adjustable receive window.
-    fn windowed(
-        wire: Wire,
-        peer: Peer,
-        remote: SocketAddr,
-        window: Option<Arc<window::Window>>,
-    ) -> Self {
-        Self::made(wire, Some(peer), remote, window)
+    fn windowed(wire: Wire, peer: Peer, remote: SocketAddr, window: Arc<window::Window>) -> Self {
+        Self::made(wire, Some(peer), remote, Some(window))
     }
 
     fn made(

@@ -440,7 +440,7 @@ impl Admission {
         newcomer: Newcomer,
         wire: Wire,
         remote: SocketAddr,
-        window: Option<Arc<Window>>,
+        window: Arc<Window>,
     ) -> Result<(), Fault> {
         match newcomer {
             Newcomer::Refused(code, fault) => {
@@ -562,7 +562,7 @@ impl Admission {
                 choice,
             },
             remote,
-            Some(window),
+            window,
         )
         .await
     }
@@ -582,8 +582,16 @@ impl Admission {
             permit.finish();
         }
         let mux = Mux::start(secured.io, End::Listening, secured.handshake, seat);
-        let this = self.clone();
-        mux.adjust_limit(move || this.send_room());
+        let window = Window::new(
+            &self.windows,
+            newcomer.holder(),
+            window::Of::Tcp(mux.unread_limit()),
+        );
+        let (this, current_window) = (self.clone(), window.clone());
+        mux.adjust_limit(move || {
+            current_window.fit();
+            this.send_room()
+        });
         self.enter(
             newcomer,
             Wire::Tcp {
@@ -591,7 +599,7 @@ impl Admission {
                 traffic: secured.traffic,
             },
             remote,
-            None,
+            window,
         )
         .await
     }

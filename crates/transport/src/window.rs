@@ -2,7 +2,8 @@
 //!
 //! Unread data of a peer occupies memory. A connection whose peer is not authenticated may send
 //! [`CONNECTION_WINDOW_FIRST_BYTES`]. Connections without requests share a small total equally; it
-//! is for messages and questions. While the hub fetches from a peer, the peer gets an equal part of
+//! is for messages and questions, and all connections of one peer get at most
+//! [`CONNECTION_WINDOW_IDLE_BYTES_MAX`] of it. While the hub fetches from a peer, the peer gets an equal part of
 //! a larger total, which the connections of that peer share. This is as much as the hub requests
 //! from one peer at once. Therefore all peers together cannot make the hub hold more than the two
 //! totals plus the minimum of each connection: [`CONNECTION_WINDOW_LEAST_BYTES`], or
@@ -10,8 +11,9 @@
 //!
 //! QUIC cannot take back credit that a peer has received. A smaller window therefore creates a
 //! debt, which decreases as the bytes of the peer are read. The debt counts as part of the window,
-//! so that shrinking and growing a window repeatedly never adds up. TCP has no such window: both
-//! ends start with a fixed window, which older peers also expect.
+//! so that shrinking and growing a window repeatedly never adds up. Over TCP the window limits the
+//! unread data directly: above it, the hub does not read from the socket. The window that both ends
+//! of a TCP connection start with is larger and fixed, because older peers expect it.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -25,6 +27,8 @@ use base::limits::{
     CONNECTION_WINDOW_WANTED_BYTES_MAX, CONNECTION_WINDOW_WANTED_LEAST_BYTES,
 };
 use base::peer::Peer;
+
+use super::mux::UnreadLimit;
 
 /// A connection keeps its larger window for this long after a fetch, because the next request
 /// usually follows.
@@ -40,8 +44,53 @@ pub(super) struct Windows {
 #[derive(Default)]
 struct Connections {
     total: usize,
-    /// The number of connections per peer from which the hub fetches.
-    wanted: HashMap<Peer, usize>,
+    of_peer: HashMap<Peer, OfPeer>,
+    /// The number of peers from which the hub fetches.
+    wanted_peers: usize,
+}
+
+/// What the connections of one peer have together.
+#[derive(Default)]
+struct OfPeer {
+    connections: usize,
+    /// The number of connections over which the hub fetches.
+    wanted: usize,
+    /// The bytes that the peer may have sent and the hub has not read: all windows and debts.
+    granted: u64,
+}
+
+impl Connections {
+    fn enter(&mut self, holder: &Peer) {
+        self.total += 1;
+        let peer = self.of_peer.entry(holder.clone()).or_default();
+        peer.connections += 1;
+        peer.granted += CONNECTION_WINDOW_FIRST_BYTES;
+    }
+
+    /// Removes a connection with this window and debt.
+    fn leave(&mut self, holder: &Peer, granted: u64) {
+        self.total -= 1;
+        if let Some(peer) = self.of_peer.get_mut(holder) {
+            peer.connections -= 1;
+            peer.granted = peer.granted.saturating_sub(granted);
+            if peer.connections == 0 {
+                self.of_peer.remove(holder);
+            }
+        }
+    }
+
+    fn begin_fetch(&mut self, holder: &Peer) {
+        let peer = self.of_peer.entry(holder.clone()).or_default();
+        peer.wanted += 1;
+        self.wanted_peers += usize::from(peer.wanted == 1);
+    }
+
+    fn end_fetch(&mut self, holder: &Peer) {
+        if let Some(peer) = self.of_peer.get_mut(holder) {
+            peer.wanted -= 1;
+            self.wanted_peers -= usize::from(peer.wanted == 0);
+        }
+    }
 }
 
 impl Windows {
@@ -55,26 +104,30 @@ impl Windows {
         })
     }
 
-    fn idle(&self, connections: &Connections) -> u64 {
-        (self.idle_total / connections.total.max(1) as u64).clamp(
-            CONNECTION_WINDOW_LEAST_BYTES,
-            CONNECTION_WINDOW_IDLE_BYTES_MAX,
-        )
+    /// The window of a connection without a fetch; `held` is what it has now.
+    fn idle(&self, connections: &Connections, peer: &OfPeer, held: u64) -> u64 {
+        let others = peer.granted.saturating_sub(held);
+        (self.idle_total / connections.total.max(1) as u64)
+            .min(CONNECTION_WINDOW_IDLE_BYTES_MAX / peer.connections.max(1) as u64)
+            .min(CONNECTION_WINDOW_IDLE_BYTES_MAX.saturating_sub(others))
+            .max(CONNECTION_WINDOW_LEAST_BYTES)
     }
 
-    fn wanted(&self, connections: &Connections, holder: &Peer) -> u64 {
-        let of_peer = (self.wanted_total / connections.wanted.len().max(1) as u64)
+    fn wanted(&self, connections: &Connections, peer: &OfPeer, held: u64) -> u64 {
+        let of_peer = (self.wanted_total / connections.wanted_peers.max(1) as u64)
             .min(CONNECTION_WINDOW_WANTED_BYTES_MAX);
-        let lines = connections.wanted.get(holder).copied().unwrap_or(0).max(1) as u64;
-        (of_peer / lines)
+        let others = peer.granted.saturating_sub(held);
+        (of_peer / peer.wanted.max(1) as u64)
+            .min(of_peer.saturating_sub(others))
             .max(CONNECTION_WINDOW_WANTED_LEAST_BYTES)
-            .max(self.idle(connections))
+            .max(self.idle(connections, peer, held))
     }
 }
 
 /// The connection to which a window applies.
 pub(super) enum Of {
     Quic(quinn::Connection),
+    Tcp(UnreadLimit),
     #[cfg(test)]
     Test(Arc<AtomicU64>),
 }
@@ -106,8 +159,8 @@ pub(super) struct Window {
 impl Window {
     /// Creates the window of a connection to this peer.
     pub(super) fn new(windows: &Arc<Windows>, holder: Option<Peer>, of: Of) -> Arc<Self> {
-        if holder.is_some() {
-            windows.connections.lock().total += 1;
+        if let Some(holder) = &holder {
+            windows.connections.lock().enter(holder);
         }
         let state = State {
             requests: 0,
@@ -135,13 +188,7 @@ impl Window {
             state.requests += 1;
             if let Some(holder) = self.holder.as_ref().filter(|_| !state.is_wanted) {
                 state.is_wanted = true;
-                *self
-                    .windows
-                    .connections
-                    .lock()
-                    .wanted
-                    .entry(holder.clone())
-                    .or_default() += 1;
+                self.windows.connections.lock().begin_fetch(holder);
                 self.set(&mut state);
             }
         }
@@ -155,30 +202,25 @@ impl Window {
         let mut state = self.state.lock();
         if state.is_wanted && state.requests == 0 && state.idle_since.elapsed() >= LINGER {
             state.is_wanted = false;
-            self.end_fetch();
+            if let Some(holder) = &self.holder {
+                self.windows.connections.lock().end_fetch(holder);
+            }
         }
         self.set(&mut state);
     }
 
-    fn end_fetch(&self) {
-        let Some(holder) = &self.holder else { return };
-        let mut connections = self.windows.connections.lock();
-        if let Some(lines) = connections.wanted.get_mut(holder) {
-            *lines -= 1;
-            if *lines == 0 {
-                connections.wanted.remove(holder);
-            }
-        }
-    }
-
     fn set(&self, state: &mut State) {
-        let room = {
-            let connections = self.windows.connections.lock();
-            match &self.holder {
-                None => CONNECTION_WINDOW_FIRST_BYTES,
-                Some(holder) if state.is_wanted => self.windows.wanted(&connections, holder),
-                Some(_) => self.windows.idle(&connections),
-            }
+        // One lock around reading and granting: two connections of a peer never get the same bytes.
+        let mut connections = self.windows.connections.lock();
+        let held = state.window + state.debt;
+        let peer = self
+            .holder
+            .as_ref()
+            .and_then(|holder| connections.of_peer.get(holder));
+        let room = match peer {
+            None => CONNECTION_WINDOW_FIRST_BYTES,
+            Some(peer) if state.is_wanted => self.windows.wanted(&connections, peer, held),
+            Some(peer) => self.windows.idle(&connections, peer, held),
         };
         match &self.of {
             Of::Quic(connection) => {
@@ -188,12 +230,23 @@ impl Window {
                     );
                 }
             }
+            Of::Tcp(limit) => {
+                state.window = room;
+                limit.set(room);
+            }
             #[cfg(test)]
             Of::Test(window) => {
                 if let Some(now) = self.step(state, room) {
                     window.store(now, Ordering::Relaxed);
                 }
             }
+        }
+        let peer = self
+            .holder
+            .as_ref()
+            .and_then(|holder| connections.of_peer.get_mut(holder));
+        if let Some(peer) = peer {
+            peer.granted = (peer.granted + state.window + state.debt).saturating_sub(held);
         }
     }
 
@@ -218,12 +271,13 @@ impl Window {
 
 impl Drop for Window {
     fn drop(&mut self) {
-        if self.holder.is_some() {
-            self.windows.connections.lock().total -= 1;
+        let Some(holder) = &self.holder else { return };
+        let state = self.state.lock();
+        let mut connections = self.windows.connections.lock();
+        if state.is_wanted {
+            connections.end_fetch(holder);
         }
-        if self.state.lock().is_wanted {
-            self.end_fetch();
-        }
+        connections.leave(holder, state.window + state.debt);
     }
 }
 
@@ -288,9 +342,40 @@ mod tests {
         drop((wanted, others));
         lines.iter().for_each(|(window, _)| rest(window));
         assert_eq!(lines[63].1.load(Ordering::Relaxed), 16 * MIB / 64);
-        assert!(windows.connections.lock().wanted.is_empty());
+        assert_eq!(windows.connections.lock().wanted_peers, 0);
         drop(lines);
         assert_eq!(windows.connections.lock().total, 0);
+        assert!(windows.connections.lock().of_peer.is_empty());
+    }
+
+    #[test]
+    fn the_idle_connections_of_one_peer_share_one_maximum() {
+        let windows = Windows::new(64 * MIB, 96 * MIB);
+        let lines: Vec<_> = (0..16).map(|_| connection(&windows, "office")).collect();
+        let (other, its) = connection(&windows, "other");
+        lines.iter().for_each(|(window, _)| window.fit());
+        other.fit();
+        let held: u64 = lines
+            .iter()
+            .map(|(window, _)| {
+                let state = window.state.lock();
+                state.window + state.debt
+            })
+            .sum();
+        // The first one had all of it before the others came, and QUIC takes nothing back.
+        assert!(
+            held <= CONNECTION_WINDOW_IDLE_BYTES_MAX + 16 * CONNECTION_WINDOW_FIRST_BYTES,
+            "{held}"
+        );
+        // What is read can be granted to the others.
+        lines[0].0.read.fetch_add(100 * MIB, Ordering::Relaxed);
+        lines.iter().for_each(|(window, _)| window.fit());
+        let last = lines[15].0.state.lock();
+        assert_eq!(
+            last.window + last.debt,
+            CONNECTION_WINDOW_IDLE_BYTES_MAX / 16
+        );
+        assert_eq!(its.load(Ordering::Relaxed), 64 * MIB / 17);
     }
 
     #[test]

@@ -135,6 +135,9 @@ async fn write_all(
 
 async fn read_loop(reader: &mut (impl AsyncRead + Unpin), shared: &MuxShared) -> Ended {
     loop {
+        while shared.with(|state| state.is_full()) {
+            shared.to_read.notified().await;
+        }
         match read_frame(reader, shared).await {
             Ok(None) => {}
             Ok(Some(ended)) => return ended,

@@ -35,6 +35,7 @@ use base::limits::{CONNECTION_FIT_EVERY, CONNECTION_STREAMS_MAX, MUX_FRAME_BYTES
 struct MuxShared {
     state: Mutex<State>,
     to_write: Notify,
+    to_read: Notify,
     to_accept: Notify,
     /// Slots for streams that this end opens.
     slots: Semaphore,
@@ -49,6 +50,9 @@ impl MuxShared {
         drop(state);
         if effects.write {
             self.to_write.notify_one();
+        }
+        if effects.read {
+            self.to_read.notify_one();
         }
         for _ in 0..effects.accepted {
             self.to_accept.notify_one();
@@ -94,6 +98,7 @@ impl Mux {
         let shared = Arc::new(MuxShared {
             state: Mutex::new(State::new(end, rtt, Instant::now())),
             to_write: Notify::new(),
+            to_read: Notify::new(),
             to_accept: Notify::new(),
             slots: Semaphore::new(CONNECTION_STREAMS_MAX as usize),
             ended: watch::Sender::new(None),
@@ -119,7 +124,8 @@ impl Mux {
         tokio::spawn(async move {
             let mut ended = shared.ended.subscribe();
             loop {
-                shared.with(|state| state.set_queue_limit(room()));
+                let bytes = room();
+                shared.with(|state| state.set_queue_limit(bytes));
                 if tokio::time::timeout(CONNECTION_FIT_EVERY, ended.wait_for(Option::is_some))
                     .await
                     .is_ok()
@@ -128,6 +134,11 @@ impl Mux {
                 }
             }
         });
+    }
+
+    /// The limit of the unread data of this connection. It does not keep the connection open.
+    pub(crate) fn unread_limit(&self) -> UnreadLimit {
+        UnreadLimit(self.handle.0.clone())
     }
 
     fn shared(&self) -> &MuxShared {
@@ -202,6 +213,15 @@ impl Mux {
 
     pub(crate) fn rtt(&self) -> Duration {
         self.shared().state.lock().rtt()
+    }
+}
+
+/// Adjusts the number of unread bytes from which a connection reads nothing more from its socket.
+pub(crate) struct UnreadLimit(Arc<MuxShared>);
+
+impl UnreadLimit {
+    pub(crate) fn set(&self, bytes: u64) {
+        self.0.with(|state| state.set_unread_limit(bytes));
     }
 }
 

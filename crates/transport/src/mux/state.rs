@@ -41,6 +41,8 @@ pub(super) struct Effects {
     pub(super) write: bool,
     pub(super) accepted: usize,
     pub(super) slots_freed: usize,
+    /// The driver may read from the socket again.
+    pub(super) read: bool,
 }
 
 struct Stream {
@@ -81,6 +83,9 @@ pub(super) struct State {
     send_credit: u64,
     window: u32,
     unannounced: u32,
+    /// The bytes that were received and not read yet, of all streams.
+    unread: usize,
+    unread_limit: usize,
     last_received: Instant,
     ping_sent: Option<Instant>,
     rtt: Duration,
@@ -109,6 +114,8 @@ impl State {
             send_credit: CONNECTION_WINDOW_BYTES.into(),
             window: CONNECTION_WINDOW_BYTES,
             unannounced: 0,
+            unread: 0,
+            unread_limit: CONNECTION_WINDOW_BYTES as usize,
             last_received: now,
             ping_sent: None,
             rtt,
@@ -249,6 +256,10 @@ impl State {
     /// Called every few seconds. Measures the round trip time, and fails if the peer was silent for
     /// too long.
     pub(super) fn on_tick(&mut self, now: Instant) -> Result<(), String> {
+        if self.is_full() {
+            // Nothing is read, so nothing is known about the peer.
+            self.last_received = now;
+        }
         let silence = now.saturating_duration_since(self.last_received);
         if silence >= SILENCE_MAX {
             return Err(format!("nothing was received for {} s", silence.as_secs()));
@@ -279,6 +290,8 @@ impl State {
             stream.incoming.wake();
             stream.outgoing.wake();
         }
+        self.unread = 0;
+        self.effects.read = true;
         self.accepts.clear();
         self.ready.clear();
         self.control.clear();

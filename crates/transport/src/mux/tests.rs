@@ -11,7 +11,7 @@ use super::*;
 use crate::{CLOSE_DONE, CLOSE_VIOLATION};
 use base::limits::{
     CONNECTION_STREAM_WINDOW_BYTES, CONNECTION_STREAMS_MAX, MUX_FRAME_BYTES_MAX, MUX_QUEUE_BYTES,
-    MUX_STREAM_QUEUE_BYTES,
+    MUX_STREAM_QUEUE_BYTES, SILENCE_MAX,
 };
 
 const RTT: Duration = Duration::from_millis(1);
@@ -85,6 +85,48 @@ async fn an_unread_stream_blocks_only_its_writer() {
         written + (64 << 10)
     );
     writing.await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn unread_data_above_the_limit_stays_in_the_socket() {
+    const LIMIT: usize = 1 << 20;
+    const STREAMS: usize = 16;
+    let (a, b) = pair();
+    b.unread_limit().set(LIMIT as u64);
+    let mut unread = Vec::new();
+    for _ in 0..STREAMS {
+        let (mut send, recv) = a.open(0).await.unwrap();
+        tokio::spawn(async move {
+            send.write_all(&vec![7; 1 << 20]).await.unwrap();
+            send.finish().unwrap();
+            drop(recv);
+        });
+    }
+    // The clock is paused: a sleep ends when no task can do anything.
+    tokio::time::sleep(SILENCE_MAX * 3).await;
+    let held = b.shared().state.lock().unread();
+    assert!(
+        (LIMIT..LIMIT + MUX_FRAME_BYTES_MAX).contains(&held),
+        "{held}"
+    );
+    for _ in 0..STREAMS {
+        unread.push(b.accept().await.unwrap());
+    }
+    // A smaller limit, and one of nothing: the peer waits, and the connection stays.
+    b.unread_limit().set(0);
+    let first = &mut unread[0].1;
+    assert_eq!(first.read_chunk(1).await.unwrap().unwrap().len(), 1);
+    b.unread_limit().set(LIMIT as u64 / 2);
+    // As with QUIC, who reads one stream only may wait for data behind that of the others.
+    let reading = unread.iter_mut().map(|(_, stream)| read_all(stream));
+    let read: usize = futures::future::join_all(reading)
+        .await
+        .into_iter()
+        .map(|all| all.unwrap().len())
+        .sum();
+    assert_eq!(read + 1, STREAMS << 20);
+    assert_eq!(b.shared().state.lock().unread(), 0);
+    assert!(a.ended().is_none() && b.ended().is_none());
 }
 
 #[tokio::test(start_paused = true)]

@@ -3,6 +3,10 @@
 //! `on_frame` adds the data of the peer; the reading halves take it ([`State::poll_read`]). A peer
 //! may send [`CONNECTION_STREAM_WINDOW_BYTES`] per stream and [`CONNECTION_WINDOW_BYTES`] in total
 //! before anything is read. Small pieces are joined, so that their bookkeeping stays small.
+//!
+//! Credit that was granted cannot be taken back, and every peer begins with the complete window.
+//! The memory is therefore limited in another way: while the unread data of the connection exceeds
+//! its limit, the driver reads nothing from the socket ([`State::is_full`]), and TCP stops the peer.
 
 use std::collections::VecDeque;
 use std::task::{Poll, Waker};
@@ -129,7 +133,7 @@ impl State {
                 incoming.window += credit;
                 self.put_credit(id, credit);
             }
-            self.consumed(bytes.len());
+            self.release(bytes.len());
             return Poll::Ready(Ok(Some(bytes)));
         }
         match incoming.receiving {
@@ -155,7 +159,7 @@ impl State {
         if incoming.is_open() {
             self.put_control(Kind::Stop, id);
         }
-        self.consumed(dropped);
+        self.release(dropped);
     }
 
     /// Called when the reading half was dropped.
@@ -181,6 +185,7 @@ impl State {
         self.window -= len;
         let dropped = if incoming.discarding { body.len() } else { 0 };
         if !incoming.discarding && len > 0 {
+            self.unread += body.len();
             incoming.push(body);
         }
         if is_last {
@@ -204,13 +209,37 @@ impl State {
         incoming.receiving = Receiving::Reset;
         incoming.wake();
         let dropped = incoming.clear();
-        self.consumed(dropped);
+        self.release(dropped);
         self.settle(id);
         Ok(())
     }
 
-    /// Records that bytes left the buffers of the connection. Sends credit to the peer after a
-    /// quarter of the window.
+    /// Sets the number of unread bytes from which nothing more is read from the socket.
+    pub(in crate::mux) fn set_unread_limit(&mut self, bytes: u64) {
+        self.unread_limit = usize::try_from(bytes).unwrap_or(usize::MAX);
+        self.effects.read |= !self.is_full();
+    }
+
+    /// Whether the driver must not read from the socket.
+    pub(in crate::mux) fn is_full(&self) -> bool {
+        self.unread >= self.unread_limit
+    }
+
+    #[cfg(test)]
+    pub(in crate::mux) fn unread(&self) -> usize {
+        self.unread
+    }
+
+    /// Records that unread bytes left the buffers.
+    fn release(&mut self, bytes: usize) {
+        let was_full = self.is_full();
+        self.unread -= bytes;
+        self.effects.read |= was_full && !self.is_full();
+        self.consumed(bytes);
+    }
+
+    /// Records that bytes were taken from the window. Sends credit to the peer after a quarter of
+    /// it.
     fn consumed(&mut self, bytes: usize) {
         self.unannounced += bytes as u32;
         if self.unannounced >= CONNECTION_WINDOW_BYTES / 4 {
