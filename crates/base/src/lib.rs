@@ -26,6 +26,8 @@ pub mod sha256;
 pub mod space;
 pub mod spans;
 pub mod tally;
+#[cfg(feature = "testing")]
+pub mod testing;
 pub mod text;
 pub mod threads;
 pub mod workers;

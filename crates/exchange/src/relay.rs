@@ -16,12 +16,13 @@ mod inflight_fetch;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
 use futures::StreamExt;
 use futures::stream::{self, BoxStream};
+use tokio::time::Instant;
 
 use crate::fetch::{self, Child, Pieces, Ranges};
 use base::blocking::blocking;

@@ -474,13 +474,13 @@ fn send_unasked(link: &Link, streams: usize) -> tokio::task::JoinHandle<()> {
     })
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[tokio::test(start_paused = true)]
 async fn unrequested_data_fills_only_a_small_window() {
     let hub = Hub::start();
     let (site, at_hub) = hub.connect(Transport::Quic).await;
     let sender = send_unasked(&site, 64);
     let received = || at_hub.bytes().1;
-    // It sends 64 MiB and would not need longer for that.
+    // It sends 64 MiB. The clock advances only when no end can send or receive any more.
     let _ = tokio::time::timeout(Duration::from_secs(2), at_hub.closed()).await;
     assert!(
         !at_hub.is_closed() && received() < 10 << 20,
@@ -503,7 +503,7 @@ async fn unrequested_data_fills_only_a_small_window() {
     sender.abort();
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[tokio::test(start_paused = true)]
 async fn a_slow_handshake_has_a_deadline() {
     let hub = Hub::start();
     let stream = tokio::net::TcpStream::connect(&hub.address).await.unwrap();
@@ -668,7 +668,7 @@ async fn an_unread_stream_does_not_block_others() {
     }
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[tokio::test(start_paused = true)]
 async fn tcp_is_used_while_udp_is_blocked_and_quic_later() {
     // Its packets are received, but nobody answers.
     let mut hole = None;
@@ -680,7 +680,7 @@ async fn tcp_is_used_while_udp_is_blocked_and_quic_later() {
     });
     let site = site_of(&hub.identity, "chengdu");
     let wanted = settings(Transport::Auto);
-    let begun = std::time::Instant::now();
+    let begun = tokio::time::Instant::now();
     let (link, (_, hub_end, _)) =
         tokio::join!(dial(&hub.address, &site, &wanted, MEMORY), hub.next_site());
     let took = begun.elapsed();
@@ -737,14 +737,15 @@ async fn tcp_is_used_while_udp_is_blocked_and_quic_later() {
     assert!(!link.is_closed());
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[tokio::test(start_paused = true)]
 async fn a_missing_hub_is_unreachable() {
     let hub = Hub::start();
     let site = site_of(&hub.identity, "chengdu");
     let token = JoinToken::generate(&hub.identity);
-    let free = std::net::TcpListener::bind(loopback()).unwrap();
-    let address = free.local_addr().unwrap().to_string();
-    drop(free);
+    // A socket that does not listen: a connection is refused, and no other program takes the port.
+    let silent = tokio::net::TcpSocket::new_v4().unwrap();
+    silent.bind(loopback()).unwrap();
+    let address = silent.local_addr().unwrap().to_string();
     let fault = dial(&address, &site, &settings(Transport::Auto), MEMORY)
         .await
         .unwrap_err();

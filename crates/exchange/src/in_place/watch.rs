@@ -65,6 +65,13 @@ impl Mark {
         }
     }
 
+    /// As if the last check ended so long ago that the clock of every filesystem has moved on.
+    #[cfg(test)]
+    pub(super) fn age(&mut self) {
+        let (_, ended) = self.seen.as_mut().expect("a check has ended");
+        *ended -= CLOCK_STEP_MAX + Duration::from_millis(1);
+    }
+
     /// A time that no file can have that changes from now on: a time that an earlier check saw. A
     /// time that this check sees does not qualify, because a file may change after this check
     /// passed it.

@@ -285,7 +285,7 @@ async fn a_source_that_goes_away_in_the_middle_is_asked_for_the_rest() {
     );
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn a_source_that_stays_away_is_waited_for_elsewhere() {
     let f = fixture(site(2), 1 << 30);
     f.site.away.store(true, Ordering::Relaxed);
@@ -391,7 +391,7 @@ async fn what_the_origin_says_of_a_changed_file_outweighs_that_another_is_away()
     }
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn a_site_where_it_only_arrived_never_has_the_last_word() {
     let alone = Site {
         holders: vec![holder("z", false)],

@@ -51,7 +51,7 @@ async fn both_ends_open_streams_and_see_their_ends() {
     }
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn an_unread_stream_blocks_only_its_writer() {
     let (a, b) = pair();
     let (mut stuck, _unread) = a.open(0).await.unwrap();
@@ -161,7 +161,7 @@ async fn a_dropped_writer_resets_the_stream() {
     assert_eq!(question.read_chunk(64).await, Err(StreamEnd::Reset));
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn slots_are_limited_and_freed() {
     let (a, b) = pair();
     let mut held = Vec::new();
@@ -419,7 +419,7 @@ fn a_silent_peer_ends_the_connection() {
     assert!(state.on_tick(now + Duration::from_secs(59)).is_ok());
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn dropping_the_last_handle_closes_the_connection() {
     let (a, b) = pair();
     let (send, recv) = a.open(0).await.unwrap();

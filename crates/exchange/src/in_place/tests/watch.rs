@@ -81,9 +81,11 @@ impl Watched {
     }
 }
 
-/// Until the clock of the filesystem has certainly moved on.
-fn wait() {
-    sleep(Duration::from_millis(2100));
+/// Later than the last check by more than the step of any filesystem's clock. That of this machine
+/// is the tick of the kernel.
+fn later(mark: &mut Mark) {
+    mark.age();
+    sleep(Duration::from_millis(30));
 }
 
 #[test]
@@ -93,7 +95,7 @@ fn what_is_sound_is_read_again_only_while_it_may_be_newer_than_it_seems() {
     let mut mark = fresh();
     w.sound(&mut mark, 305_000);
     w.sound(&mut mark, 305_000);
-    wait();
+    later(&mut mark);
     w.sound(&mut mark, 305_000);
     w.sound(&mut mark, 0);
     // Another mode, and nothing else: it has to be read to know that.
@@ -106,7 +108,7 @@ fn other_content_under_the_same_size_and_time_is_found() {
     let w = watched();
     let mut mark = fresh();
     w.sound(&mut mark, 305_000);
-    wait();
+    later(&mut mark);
     w.sound(&mut mark, 305_000);
     w.sound(&mut mark, 0);
     let path = w.folder.join("sub/b.bin");

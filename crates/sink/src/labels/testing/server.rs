@@ -22,7 +22,8 @@ pub fn server() -> &'static Server {
     SERVER.get_or_init(start)
 }
 
-fn newest_bin() -> PathBuf {
+/// The programs of the newest PostgreSQL on this machine.
+pub fn programs() -> PathBuf {
     let mut found: Vec<(u32, PathBuf)> = std::fs::read_dir("/usr/lib/postgresql")
         .into_iter()
         .flatten()
@@ -40,6 +41,79 @@ fn newest_bin() -> PathBuf {
     found.pop().expect(missing).1
 }
 
+/// Creates the data directory of a new server, whose superuser is `postgres`: a copy of one that
+/// `initdb` creates once and that is kept below the target directory.
+pub fn new_cluster(data: &Path) {
+    let bin = programs();
+    let version = bin.parent().and_then(Path::file_name).unwrap();
+    let kept = kept_directory();
+    let template = kept.join(format!("postgres-{}", version.to_str().unwrap()));
+    std::fs::create_dir_all(&kept).unwrap();
+    // The tests are processes: one of them creates the template.
+    let lock = std::fs::File::create(template.with_extension("lock")).unwrap();
+    lock.lock().unwrap();
+    if !template.exists() {
+        // The user postgres may not enter the target directory.
+        let dir = directory_of_postgres();
+        let initdb = as_postgres(&bin.join("initdb"))
+            .args([
+                "-N",
+                "-U",
+                "postgres",
+                "-E",
+                "UTF8",
+                "--locale=C",
+                "--auth-local=trust",
+                "--auth-host=scram-sha-256",
+                "-D",
+            ])
+            .arg(dir.join("data"))
+            .current_dir("/")
+            .output()
+            .unwrap();
+        assert!(
+            initdb.status.success(),
+            "initdb: {}",
+            String::from_utf8_lossy(&initdb.stderr)
+        );
+        let half = template.with_extension("half");
+        let _ = std::fs::remove_dir_all(&half);
+        must(
+            Command::new("cp")
+                .arg("-a")
+                .arg(dir.join("data"))
+                .arg(&half),
+        );
+        std::fs::remove_dir_all(&dir).unwrap();
+        must(Command::new("mv").arg(&half).arg(&template));
+    }
+    drop(lock);
+    must(Command::new("cp").arg("-a").arg(&template).arg(data));
+}
+
+/// The folder for what tests keep, beside the folder of the test program in the target directory.
+fn kept_directory() -> PathBuf {
+    let program = std::env::current_exe().unwrap();
+    program.ancestors().nth(3).unwrap().join("tmp")
+}
+
+/// A new directory that belongs to the user postgres.
+fn directory_of_postgres() -> PathBuf {
+    let dir = tempfile::Builder::new()
+        .prefix("packhorse-pg-")
+        .tempdir_in("/tmp")
+        .unwrap()
+        .keep();
+    if rustix::process::geteuid().is_root() {
+        must(Command::new("chown").arg("postgres:postgres").arg(&dir));
+    }
+    dir
+}
+
+fn must(command: &mut Command) {
+    assert!(command.status().unwrap().success(), "{command:?}");
+}
+
 /// Runs a command as a user that postgres accepts, because it rejects root.
 fn as_postgres(program: &Path) -> Command {
     let mut command = Command::new("setpriv");
@@ -51,51 +125,9 @@ fn as_postgres(program: &Path) -> Command {
 }
 
 fn start() -> Server {
-    let bin = newest_bin();
-    let dir = tempfile::Builder::new()
-        .prefix("packhorse-pg-")
-        .tempdir_in("/tmp")
-        .unwrap()
-        .keep();
-    if rustix::process::geteuid().is_root() {
-        assert!(
-            Command::new("chown")
-                .arg("postgres:postgres")
-                .arg(&dir)
-                .status()
-                .unwrap()
-                .success(),
-            "chown of {}",
-            dir.display()
-        );
-    }
-    let port = std::net::TcpListener::bind(("127.0.0.1", 0))
-        .unwrap()
-        .local_addr()
-        .unwrap()
-        .port();
-    let data = dir.join("data");
-    let initdb = as_postgres(&bin.join("initdb"))
-        .args([
-            "-N",
-            "-U",
-            "postgres",
-            "-E",
-            "UTF8",
-            "--locale=C",
-            "--auth-local=trust",
-            "--auth-host=scram-sha-256",
-            "-D",
-        ])
-        .arg(&data)
-        .current_dir("/")
-        .output()
-        .unwrap();
-    assert!(
-        initdb.status.success(),
-        "initdb: {}",
-        String::from_utf8_lossy(&initdb.stderr)
-    );
+    let (bin, dir) = (programs(), directory_of_postgres());
+    let port = base::testing::free_port();
+    new_cluster(&dir.join("data"));
     // The shell outlives this process briefly, to stop the server and remove its directory.
     let script = r#"trap 'kill -INT $pid' TERM
         "$1/postgres" -D "$2/data" -k "$2" -p "$3" -c listen_addresses=127.0.0.1 -c fsync=off -c max_connections=60 \
@@ -139,11 +171,9 @@ fn start() -> Server {
     );
     server.psql(
         "postgres",
-        &format!("CREATE ROLE packhorse LOGIN PASSWORD '{PASSWORD}'"),
-    );
-    server.psql(
-        "postgres",
-        &format!("CREATE ROLE nobody_much LOGIN PASSWORD '{PASSWORD}'"),
+        &format!(
+            "CREATE ROLE packhorse LOGIN PASSWORD '{PASSWORD}'; CREATE ROLE nobody_much LOGIN PASSWORD '{PASSWORD}'"
+        ),
     );
     server
 }

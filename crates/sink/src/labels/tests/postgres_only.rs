@@ -39,11 +39,7 @@ async fn fault_of(cfg: &settings::LabelsSink, data: &tempfile::TempDir) -> Fault
 #[tokio::test]
 async fn a_server_that_is_down_is_retried() {
     let data = tempfile::tempdir().unwrap();
-    let port = std::net::TcpListener::bind(("127.0.0.1", 0))
-        .unwrap()
-        .local_addr()
-        .unwrap()
-        .port();
+    let port = base::testing::free_port();
     let cfg = settings::LabelsSink {
         url: format!("postgres://packhorse@127.0.0.1:{port}/labels"),
         password_file: None,

@@ -75,10 +75,10 @@ proptest! {
     }
 }
 
-/// More rows than the sorts keep in memory: 20,000 annotations of about 4 KiB.
+/// More rows than a sort keeps in memory: 10,000 annotations of about 4 KiB.
 #[test]
 fn spilled_rows_come_back_in_order() {
-    const ANNOTATIONS: usize = 20_000;
+    const ANNOTATIONS: usize = 10_000;
     const IMAGES: usize = 500;
     let note = "x".repeat(4000);
     let mut text = String::from(r#"{"annotations":["#);
