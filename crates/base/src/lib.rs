@@ -14,6 +14,7 @@ pub mod expiring_cache;
 pub mod fault;
 pub mod job_progress;
 pub mod limits;
+pub mod locks;
 mod mounts;
 pub mod names;
 pub mod number;

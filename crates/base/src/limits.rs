@@ -510,7 +510,7 @@ pub const BUNDLE_LIST_BYTES_MAX: usize = 64 << 20;
 pub const CHECK_EVERY_MIN: Duration = Duration::from_secs(1);
 /// The artifacts changed at their source that a site reports to the hub in one message; the others
 /// are reported after these are restored.
-pub const CHANGED_TOLD_MAX: i64 = 500;
+pub const CHANGED_REPORTED_MAX: i64 = 500;
 /// How long a command waits for a daemon that disappeared during a job; a restarted daemon no
 /// longer has the job.
 pub const JOB_AWAY_MAX: Duration = Duration::from_secs(15);

@@ -196,7 +196,7 @@ impl Entry {
             tracing::warn!(worker = self.name, error = %fault, next = %fault.next, "a background worker failed; it tries again");
         }
         progress.last_error = Some(LastError {
-            at_ms: clock::now_unix_ms() as i64,
+            at_ms: clock::now_ms(),
             fault,
         });
     }
@@ -215,7 +215,7 @@ impl Entry {
         }
         progress.is_failing = failed.is_some();
         progress.iterations += 1;
-        progress.last_iteration_ms = Some(clock::now_unix_ms() as i64);
+        progress.last_iteration_ms = Some(clock::now_ms());
     }
 
     /// Waits until no iteration is in progress.
@@ -364,7 +364,7 @@ impl Worker {
         progress.errors += 1;
         let message = text::prefix(&fault.message, WORKER_ERROR_BYTES_MAX).to_owned();
         progress.last_error = Some(LastError {
-            at_ms: clock::now_unix_ms() as i64,
+            at_ms: clock::now_ms(),
             fault: Fault {
                 message,
                 ..fault.clone()

@@ -34,6 +34,7 @@ use base::buffers::Buffers;
 use base::durable;
 use base::expiring_cache::ExpiringCache;
 use base::fault::{Code, Fault, IoContext, Reason, Retry};
+use base::locks::Locks;
 use base::names::RelPath;
 use base::peer::Peer;
 use content::chunk::Hash;
@@ -95,8 +96,10 @@ struct Inner {
     images: Option<Arc<dyn Sink>>,
     opened: Mutex<Vec<Arc<Opened>>>,
     budget: Budget,
-    /// The artifacts whose rows were just recreated; locked while this runs.
+    /// The artifacts whose rows were just recreated.
     indexed: Mutex<ExpiringCache<Digest, ()>>,
+    /// Locked while the rows of an artifact are recreated.
+    indexing: Locks<Digest>,
     /// Buffers for reading published files.
     buffers: Buffers,
     /// Recent answers of `holdings`: a path of the filesystem of each artifact.
@@ -117,7 +120,7 @@ impl InPlaceReader {
         memory: u64,
     ) -> Self {
         let budget = Budget::new(memory, memory);
-        let (opened, held, indexed, keeping) = Default::default();
+        let (opened, held, indexed, indexing, keeping) = Default::default();
         let buffers = chunk_index::buffers();
         Self {
             inner: Arc::new(Inner {
@@ -129,6 +132,7 @@ impl InPlaceReader {
                 opened,
                 budget,
                 indexed,
+                indexing,
                 buffers,
                 held,
                 keeping,
@@ -241,9 +245,10 @@ impl InPlaceReader {
     /// [`InPlaceReader::index`] once more, unless that was just done. Returns whether the rows are
     /// fresh.
     fn index_anew(&self, opened: &Opened, runtime: &tokio::runtime::Handle) -> Result<bool, Fault> {
-        // One at a time: a task that waited here finds the work done.
-        let mut indexed = self.inner.indexed.lock();
-        if indexed.get(&opened.digest).is_some() {
+        // One task for each artifact: a task that waited here finds the work done. A slow disk
+        // delays only the readers of its own artifacts.
+        let _alone = runtime.block_on(self.inner.indexing.lock(&opened.digest));
+        if self.inner.indexed.lock().get(&opened.digest).is_some() {
             return Ok(false);
         }
         // Asked again now: no rows may be written for an artifact that was removed a moment ago.
@@ -253,6 +258,7 @@ impl InPlaceReader {
         tracing::info!(digest = %opened.digest, "recreating the chunk rows of an artifact");
         self.keep_layout(opened.digest, &opened.root)?;
         self.index(opened.digest, &opened.root, &held.places, true)?;
+        let mut indexed = self.inner.indexed.lock();
         indexed.put(opened.digest, (), INDEX_EVERY);
         Ok(true)
     }

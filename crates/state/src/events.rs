@@ -6,7 +6,7 @@ use base::fault::Fault;
 /// Something that changed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct EventRow {
-    /// Rises from event to event.
+    /// The event number, which increases from event to event.
     pub seq: u64,
     /// When, in Unix milliseconds.
     pub at_ms: i64,
@@ -16,13 +16,13 @@ pub struct EventRow {
     pub name: String,
 }
 
-/// Events, and the cursor of those that read them.
+/// Events, and the cursors of their readers.
 #[async_trait]
 pub trait Events: Send + Sync {
     /// The newest event number.
     async fn cursor(&self) -> Result<u64, Fault>;
 
-    /// What changed after `since`, oldest first.
+    /// The events after `since`, oldest first.
     async fn events(&self, since: u64, limit: u32) -> Result<Vec<EventRow>, Fault>;
 
     /// Removes the oldest events beyond [`base::limits::EVENTS_KEPT`].

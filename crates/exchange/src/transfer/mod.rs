@@ -15,7 +15,6 @@ mod assemble;
 mod attempt;
 mod ending;
 mod finalize;
-mod locks;
 mod memory;
 mod progress_rate;
 mod pushed_manifest;
@@ -38,6 +37,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::Instrument as _;
 
 use base::fault::Fault;
+use base::locks::Locks;
 use base::names::{ArtifactRef, Kind, SiteName, TransferId};
 use base::spans;
 use content::manifest::{Digest, Root};
@@ -49,7 +49,6 @@ use transport::Link;
 use transport::identity::SiteIdentity;
 
 pub use assemble::{Assembly, AssemblyContext, Counters, Estimate, free_room};
-use locks::Locks;
 pub use memory::Memory;
 use slots::Slots;
 use unwritten::Unwritten;

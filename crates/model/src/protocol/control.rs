@@ -80,6 +80,7 @@ pub struct Report {
     /// The transfer.
     pub id: TransferId,
     /// The attempt that it is about.
+    #[serde(deserialize_with = "number::generation")]
     pub generation: i64,
     /// The state.
     pub state: State,

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::*;
 use base::fault::Code;
-use base::limits::FETCH_BATCH_CHUNKS_MAX;
+use base::limits::{FETCH_BATCH_CHUNKS_MAX, GENERATION_MAX};
 use content::chunk::Hash;
 
 const DIGEST: &str = "0101010101010101010101010101010101010101010101010101010101010101";
@@ -195,6 +195,15 @@ fn a_request_has_one_root_and_a_bounded_number_of_pieces() {
 
 fn parses<T: DeserializeOwned>(value: &Value) -> bool {
     serde_json::from_value::<T>(value.clone()).is_ok()
+}
+
+#[test]
+fn a_report_of_an_impossible_generation_does_not_parse() {
+    let report = |generation: i64| json!({ "report": [{ "id": "t-1", "generation": generation, "state": "queued", "body": {} }] });
+    let good = [0, 1, GENERATION_MAX];
+    let bad = [-1, GENERATION_MAX + 1, i64::MIN, i64::MAX];
+    assert!(good.iter().all(|n| parses::<FromSite>(&report(*n))));
+    assert!(!bad.iter().any(|n| parses::<FromSite>(&report(*n))));
 }
 
 #[test]

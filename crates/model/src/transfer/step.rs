@@ -63,6 +63,12 @@ pub enum Event {
         /// The other fields.
         body: Body,
     },
+    /// The site removed the delivered content after a run. A transfer that restarted in the meantime
+    /// delivers it again and is not marked.
+    Removed {
+        /// When the site removed it.
+        at_ms: i64,
+    },
     /// At the site: the task of a transfer that pauses or is cancelled has ended, and its staged
     /// content is removed or recorded.
     Ended {
@@ -192,6 +198,7 @@ pub fn step(row: &TransferRow, event: Event, now_ms: i64) -> Result<Step, Fault>
             state,
             body,
         } => moved(row, generation, state, body, now_ms),
+        Event::Removed { at_ms } => Ok(removed(row, at_ms)),
         Event::Ended { generation, want } => Ok(ended(row, generation, want, now_ms)),
     }
 }
@@ -327,6 +334,15 @@ fn moved(
     let mut next = row.clone();
     next.body = body;
     Ok(Step::to(next.at(state, now_ms), &[]))
+}
+
+fn removed(row: &TransferRow, at_ms: i64) -> Step {
+    if !row.state.is_final() || row.removed_ms.is_some() {
+        return Step::nothing();
+    }
+    let mut next = row.clone();
+    next.removed_ms = Some(at_ms);
+    Step::to(next, &[])
 }
 
 fn ended(row: &TransferRow, generation: i64, want: Want, now_ms: i64) -> Step {

@@ -36,6 +36,7 @@ mod copy;
 mod engine;
 mod postgres;
 mod query;
+mod row_mapping;
 mod sqlite;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;

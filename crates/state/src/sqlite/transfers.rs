@@ -333,7 +333,7 @@ impl TransferChanges for Write {
         rows.iter().map(transfer).collect()
     }
 
-    async fn may_be_going(&mut self, id: &TransferId, now_ms: i64) -> Result<bool, Fault> {
+    async fn may_be_removing(&mut self, id: &TransferId, now_ms: i64) -> Result<bool, Fault> {
         sqlx::query_scalar(
             "SELECT COUNT(*) = COUNT(r.name) AND COALESCE(SUM(r.open), 0) > 0
              FROM delivery_part p JOIN delivery d ON d.id = p.delivery LEFT JOIN run r ON r.name = d.run AND (
