@@ -427,6 +427,7 @@ impl Backend for Hub {
         let stored = blocking(move || store.stored_bytes()).await?;
         let online = self.inner.links.count();
         out.push_str(&self.inner.relay.metrics());
+        out.push_str(&self.inner.sessions.metrics());
         let _ = writeln!(
             out,
             "# TYPE packhorse_store_bytes gauge\npackhorse_store_bytes {stored}"

@@ -568,8 +568,14 @@ impl Backend for Site {
         let link = inner.hub.link();
         out.push(match (&link, inner.hub.fault()) {
             (Some(link), _) => {
+                let config = &inner.opened.config;
+                let addresses = config.hub.iter().flat_map(|hub| hub.address.split(','));
+                let proxy = addresses
+                    .filter(|_| link.transport() == "tcp")
+                    .find_map(|address| config.line.proxy.of_hub(address))
+                    .map_or_else(String::new, |proxy| format!(" through the proxy {proxy}"));
                 format!(
-                    "ok line: {} to {}, round trip {} ms",
+                    "ok line: {} to {}{proxy}, round trip {} ms",
                     link.transport(),
                     link.remote_address(),
                     link.rtt().as_millis()

@@ -7,6 +7,7 @@ pub mod admission;
 pub mod blocking;
 pub mod budget;
 pub mod buffers;
+pub mod cgroup;
 pub mod clock;
 pub mod congestion;
 pub mod durable;

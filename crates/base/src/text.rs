@@ -154,6 +154,10 @@ impl<const MAX: usize> Exact<MAX> {
         (text.len() <= MAX).then_some(Self(text))
     }
 
+    pub fn empty() -> Self {
+        Self(String::new())
+    }
+
     pub fn as_str(&self) -> &str {
         &self.0
     }

@@ -43,6 +43,7 @@ pub use runs::{RunRow, Runs};
 pub use sites::{AllowLists, SiteRow, Sites};
 pub use transfers::{
     Adopted, Body, Counted, Difference, Part, TransferChanges, TransferRow, Transfers, Want,
+    WorkRow,
 };
 pub use transfers::{new_delivery_id, new_id, new_run_id};
 pub use wake::{Subject, Watch};

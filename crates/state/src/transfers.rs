@@ -5,7 +5,7 @@ mod changes;
 
 use async_trait::async_trait;
 use base::clock;
-use base::fault::Fault;
+use base::fault::{Fault, Reason};
 use base::names::{ArtifactRef, DeliveryId, RunId, SiteName, TransferId};
 use content::manifest::{Digest, KindInfo};
 pub use model::transfer::{Body, TransferRow, Want};
@@ -58,6 +58,31 @@ impl Part {
     }
 }
 
+/// What a site has to do for one transfer.
+#[derive(Debug, Clone, PartialEq)]
+pub struct WorkRow {
+    /// The transfer.
+    pub id: TransferId,
+    /// Its delivery.
+    pub delivery: DeliveryId,
+    /// The artifact.
+    pub artifact: ArtifactRef,
+    /// Its digest.
+    pub digest: Digest,
+    /// The request.
+    pub want: Want,
+    /// The generation.
+    pub generation: i64,
+    /// Bytes of the artifact; 0 if the row does not say.
+    pub total: u64,
+    /// The time of the request.
+    pub created_ms: i64,
+    /// The state.
+    pub state: State,
+    /// The reason of the state.
+    pub reason: Option<Reason>,
+}
+
 /// The transfers of one site in one state and for one reason, together.
 #[derive(Debug, Clone, sqlx::FromRow)]
 pub struct Counted {
@@ -106,8 +131,17 @@ pub trait Transfers: Send + Sync {
     async fn transfers_of(&self, id: &str) -> Result<Vec<TransferRow>, Fault>;
 
     /// What a site has to do: its transfers that have not ended, or that it has still to cancel;
-    /// oldest first.
+    /// oldest first, [`base::limits::TRANSFERS_LISTED_MAX`] at most.
     async fn open_transfers(&self, site: &SiteName) -> Result<Vec<TransferRow>, Fault>;
+
+    /// Shows the same transfers, all of them, behind this one. It reads only the columns that a
+    /// [`WorkRow`] needs: damage of others does not matter.
+    async fn each_open_transfer(
+        &self,
+        site: &SiteName,
+        behind: Option<&str>,
+        see: See<'_, WorkRow>,
+    ) -> Result<(), Fault>;
 
     /// Which open transfers of a site wait for which others: the other transfer delivers the
     /// artifact that they need, and is not cancelled. A failed transfer is still waited for,

@@ -1,6 +1,5 @@
 //! TCP + TLS below the multiplexer: sockets, their options, the handshake.
 
-use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -174,14 +173,14 @@ pub(super) async fn accept(
     })
 }
 
-/// Connects to the hub and performs the handshake.
-pub(super) async fn connect(
-    remote: SocketAddr,
+/// Performs the handshake with the hub on a connection to it, which may lead through a proxy.
+pub(super) async fn secure(
+    socket: TcpStream,
     tls: Arc<rustls::ClientConfig>,
     name: rustls::pki_types::ServerName<'static>,
     congestion: Congestion,
 ) -> std::io::Result<Secured<ClientIo>> {
-    let (io, traffic) = prepare(TcpStream::connect(remote).await?);
+    let (io, traffic) = prepare(socket);
     let started = Instant::now();
     let mut io = tokio_rustls::TlsConnector::from(tls)
         .connect(name, io)

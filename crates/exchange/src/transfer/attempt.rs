@@ -1,4 +1,4 @@
-//! One attempt of a transfer: its slot, its manifest, its bytes, its commit.
+//! One attempt of a transfer: its manifest, its bytes, its commit.
 //!
 //! The transfer's task calls it again after each pause, and after a restart of the daemon. It
 //! always begins at the first step, and each step skips what an earlier attempt left: manifest
@@ -28,16 +28,17 @@ use transport::Link;
 const PROGRESS_EVERY: Duration = Duration::from_secs(1);
 
 impl Runner {
+    /// One attempt, with a slot. `resumes_commit`: the transfer was committing before it waited for
+    /// the slot.
     pub(super) async fn attempt(
         &self,
         row: &mut TransferRow,
         counters: &Arc<Counters>,
         stop: &CancellationToken,
+        resumes_commit: bool,
     ) -> Result<(), Fault> {
         let inner = &self.inner;
-        let resumes_commit = row.state == State::Committing;
         let id = row.id.clone();
-        let _slot = self.wait_for_slot(row, stop).await?;
         let sink = inner.sinks.of(row.artifact.kind).clone();
         let known = inner
             .catalogue

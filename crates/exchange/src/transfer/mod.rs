@@ -1,7 +1,7 @@
 //! Transfers at a site. Each transfer is a task from `queued` to `done`, and survives everything
 //! between.
 //!
-//! The hub sends the complete list of what it wants ([`Runner::apply`], level-triggered). The
+//! The hub sends what it wants ([`Runner::apply`], level-triggered). The
 //! catalogue holds the state of each transfer, and is written before anything is reported. An
 //! attempt that fails with a temporary fault is repeated after a growing pause; staged content
 //! stays.
@@ -36,7 +36,7 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument as _;
 
-use base::fault::Fault;
+use base::fault::{Code, Fault};
 use base::locks::Locks;
 use base::names::{ArtifactRef, Kind, SiteName, TransferId};
 use base::spans;
@@ -92,7 +92,7 @@ impl Sinks {
     }
 }
 
-/// The part of a list from the hub that could not be stored.
+/// The part of what the hub wants that could not be stored.
 #[derive(Debug, Default)]
 pub struct Unapplied {
     /// The transfers that were not stored.
@@ -222,14 +222,9 @@ impl Runner {
         site.ok_or_else(|| Fault::config(format!("{} receives no transfers", identity.holder())))
     }
 
-    /// Applies the hub's list. A transfer that the catalogue cannot store does not delay the
-    /// others. `only`: the part of the list that an earlier call left.
-    pub async fn apply(
-        &self,
-        desired: &[Desired],
-        complete: bool,
-        only: Option<&HashSet<TransferId>>,
-    ) -> Unapplied {
+    /// Applies what the hub wants of these transfers. A transfer that the catalogue cannot store
+    /// does not delay the others.
+    pub async fn apply<'a>(&self, desired: impl Iterator<Item = &'a Desired>) -> Unapplied {
         let mut unapplied = Unapplied::default();
         let site = match self.site() {
             Ok(site) => site,
@@ -238,10 +233,7 @@ impl Runner {
                 return unapplied;
             }
         };
-        for wanted in desired
-            .iter()
-            .filter(|wanted| only.is_none_or(|only| only.contains(&wanted.id)))
-        {
+        for wanted in desired {
             match self.adopt(wanted, &site).await {
                 Ok(row) => self.follow(&row),
                 Err(fault) => {
@@ -250,24 +242,51 @@ impl Runner {
                 }
             }
         }
-        if complete && let Err(fault) = self.give_up_unlisted(desired, &site).await {
-            unapplied.fault.get_or_insert(fault);
-        }
         unapplied
     }
 
-    /// Cancels the transfers that the hub does not list any more.
-    async fn give_up_unlisted(&self, desired: &[Desired], site: &SiteName) -> Result<(), Fault> {
-        let listed: HashSet<&str> = desired.iter().map(|wanted| wanted.id.as_str()).collect();
-        for row in self.inner.catalogue.open_transfers(site).await? {
-            let has_ended = matches!(row.state, State::Done | State::Cancelled)
-                && self.task_of(&row.id, row.generation).is_none();
-            if !listed.contains(row.id.as_str()) && !has_ended {
+    /// Cancels the open transfers of which `is_wanted` says that the hub does not want them: it
+    /// does not list them, or has said so.
+    pub async fn give_up(&self, is_wanted: impl Fn(&TransferId) -> bool) -> Result<(), Fault> {
+        let site = self.site()?;
+        for row in self.inner.catalogue.open_transfers(&site).await? {
+            if !is_wanted(&row.id) && self.is_open(&row) {
                 self.end(&self.inner.catalogue.unlist(&row).await?, Want::Cancel);
             }
         }
-        self.inner.unwritten.retain(|id| listed.contains(id));
+        self.inner.unwritten.retain(&is_wanted);
         Ok(())
+    }
+
+    /// Whether there is something to cancel of a transfer. A failed one keeps its content.
+    fn is_open(&self, row: &TransferRow) -> bool {
+        match row.state {
+            State::Done | State::Cancelled => {
+                row.want == Want::Cancel && self.task_of(&row.id, row.generation).is_some()
+            }
+            State::Failed => row.want == Want::Cancel,
+            _ => true,
+        }
+    }
+
+    /// Cancels these transfers if they are open: the hub does not want them any more.
+    pub async fn give_up_these(&self, ids: &[TransferId]) -> Result<(), Fault> {
+        let mut first = Ok(());
+        for id in ids {
+            let given_up = async {
+                let row = self.inner.catalogue.transfer(id).await?;
+                if self.is_open(&row) {
+                    self.end(&self.inner.catalogue.unlist(&row).await?, Want::Cancel);
+                }
+                Ok::<(), Fault>(())
+            };
+            match given_up.await {
+                Err(fault) if fault.code != Code::NotFound => first = first.and(Err(fault)),
+                _ => {}
+            }
+        }
+        self.inner.unwritten.retain(|id| !ids.contains(id));
+        first
     }
 
     /// Stores a transfer in the catalogue. It replaces an older transfer of the same artifact that

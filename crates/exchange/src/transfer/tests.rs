@@ -187,7 +187,9 @@ impl Bench {
     }
 
     async fn apply(&self, wanted: &[Desired]) {
-        let unapplied = self.runner.apply(wanted, true, None).await;
+        let unapplied = self.runner.apply(wanted.iter()).await;
+        let is_wanted = |id: &TransferId| wanted.iter().any(|wanted| wanted.id == *id);
+        self.runner.give_up(is_wanted).await.unwrap();
         assert!(unapplied.fault.is_none(), "{unapplied:?}");
     }
 
@@ -274,6 +276,7 @@ fn desired(id: &str, generation: i64, want: Want) -> Desired {
         created_ms: 1,
         after: Vec::new(),
         lineage: None,
+        known: Default::default(),
     }
 }
 
@@ -466,7 +469,7 @@ async fn a_transfer_that_the_hub_does_not_know_any_more_leaves_nothing() {
     // The hub was restored from a backup, and delivers the same artifact again.
     bench
         .runner
-        .apply(&[desired("t-2", 0, Want::Run)], false, None)
+        .apply([desired("t-2", 0, Want::Run)].iter())
         .await;
     assert_eq!(bench.row("t-1").await.state, State::Cancelled);
     until("its task has ended", || {
@@ -480,7 +483,7 @@ async fn a_transfer_that_the_hub_does_not_know_any_more_leaves_nothing() {
     // Then it turns out to know the first after all.
     bench
         .runner
-        .apply(&[desired("t-1", 1, Want::Run)], false, None)
+        .apply([desired("t-1", 1, Want::Run)].iter())
         .await;
     assert_eq!(bench.row("t-2").await.state, State::Cancelled);
     bench
