@@ -27,6 +27,11 @@ use base::peer::Peer;
 
 /// The delay before the next address is tried, while the one before has not failed.
 const HEAD_START: Duration = Duration::from_millis(250);
+/// If a TCP handshake is not complete after this time, smaller segments are tried, and after twice
+/// this time even smaller ones.
+const TCP_SEGMENT_AFTER: Duration = Duration::from_secs(3);
+/// Segments for IP packets of 1,200 bytes, and for the 576 bytes that every IPv4 path carries.
+const TCP_SEGMENT_BYTES: [u32; 2] = [1160, 536];
 /// The difference of the two clocks from which a warning is logged.
 pub(crate) const CLOCK_DIFFERENCE_MAX: Duration = Duration::from_secs(60);
 
@@ -224,12 +229,17 @@ impl Call<'_> {
         }
     }
 
-    /// A TCP connection to the hub, and the address of its other end: of the hub, or of a proxy.
-    async fn socket(&self, route: Route<'_>) -> Result<(TcpStream, SocketAddr), Failure> {
+    /// A TCP connection to the hub, and the address of its other end: of the hub, or of a proxy. Both
+    /// ends send segments of at most `segment` bytes.
+    async fn socket(
+        &self,
+        route: Route<'_>,
+        segment: Option<u32>,
+    ) -> Result<(TcpStream, SocketAddr), Failure> {
         let no_answer = |e: std::io::Error| Failure::NoAnswer(e.to_string());
         match route {
             Route::Direct(address) => {
-                let socket = TcpStream::connect(address).await.map_err(no_answer)?;
+                let socket = tcp::open(address, segment).await.map_err(no_answer)?;
                 Ok((socket, address))
             }
             Route::Proxy { hub, proxy } => {
@@ -237,8 +247,16 @@ impl Call<'_> {
                 let addresses = addresses::of_host(proxy.address())
                     .await
                     .map_err(|why| blocked(&why))?;
-                let connecting = TcpStream::connect(&addresses[..]);
-                let mut socket = connecting.await.map_err(|e| blocked(&e.to_string()))?;
+                let mut opened = Err(blocked("its host name has no address"));
+                for address in addresses {
+                    opened = tcp::open(address, segment)
+                        .await
+                        .map_err(|e| blocked(&e.to_string()));
+                    if opened.is_ok() {
+                        break;
+                    }
+                }
+                let mut socket = opened?;
                 let remote = socket.peer_addr().map_err(no_answer)?;
                 proxy
                     .open(&mut socket, hub)
@@ -273,15 +291,26 @@ impl Call<'_> {
 
     async fn one_tcp(&self, route: Route<'_>) -> Result<(Link, Shown), Failure> {
         let name = tls::hub_name().map_err(Failure::Refused)?;
-        let (socket, address) = self.socket(route).await?;
-        let connecting = tcp::secure(
-            socket,
-            Arc::new(self.tls.clone()),
-            name,
-            self.settings.congestion,
-        )
-        .await;
-        let secured = connecting.map_err(|e| Failure::of_io(&e, self.address))?;
+        let tls = Arc::new(self.tls.clone());
+        let connecting = tcp_in_segments(|segment| {
+            let (tls, name) = (tls.clone(), name.clone());
+            async move {
+                let (socket, address) = self.socket(route, segment).await?;
+                let secured = tcp::secure(socket, tls, name, self.settings.congestion).await;
+                match secured {
+                    Ok(secured) => Ok((secured, address)),
+                    Err(error) => Err(Failure::of_io(&error, self.address)),
+                }
+            }
+        });
+        let (segment, (secured, address)) = connecting.await?;
+        if let Some(bytes) = segment {
+            tracing::warn!(
+                hub = self.address,
+                segment_bytes = bytes,
+                "large packets are lost on the path to the hub, and the sender is not told: this connection uses smaller TCP segments. Set the MTU of this machine's interface to what the path carries (for a VPN often 1,400), or let the firewall pass ICMP 'fragmentation needed'. QUIC needs a path for packets of 1,280 bytes"
+            );
+        }
         let mux = Mux::start(secured.io, End::Dialling, secured.handshake, ());
         mux.set_queue_limit(self.memory);
         self.reached(
@@ -327,6 +356,38 @@ impl Call<'_> {
             link.span().in_scope(|| tracing::warn!("{text}"));
         }
         Ok(())
+    }
+}
+
+/// Connects with segments of the usual size. If the handshake makes no progress, tries smaller
+/// segments beside it: a router may drop large packets without a report. Returns the first
+/// connection, and its segment size if that is not the usual one.
+async fn tcp_in_segments<T, E, F>(connect: impl Fn(Option<u32>) -> F) -> Result<(Option<u32>, T), E>
+where
+    F: Future<Output = Result<T, E>>,
+{
+    let sizes = std::iter::once(None).chain(TCP_SEGMENT_BYTES.map(Some));
+    let mut tries: FuturesUnordered<_> = sizes
+        .zip(0u32..)
+        .map(|(segment, position)| {
+            let connect = &connect;
+            async move {
+                tokio::time::sleep(TCP_SEGMENT_AFTER * position).await;
+                (segment, connect(segment).await)
+            }
+        })
+        .collect();
+    loop {
+        match tries.next().await {
+            Some((segment, Ok(connection))) => return Ok((segment, connection)),
+            // An answer to the usual segments counts; a failure of the others shows nothing.
+            Some((segment, Err(error))) if segment.is_none() || tries.is_empty() => {
+                return Err(error);
+            }
+            Some((_, Err(_))) => {}
+            // The last one returned its error.
+            None => std::future::pending().await,
+        }
     }
 }
 
@@ -507,4 +568,34 @@ pub(super) async fn join_link_for_test(
     .connect()
     .await?
     .0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn smaller_segments_are_tried_when_the_usual_ones_are_lost() {
+        // A path that carries segments up to this size.
+        let path = |largest: u32| {
+            tcp_in_segments(move |segment| async move {
+                if segment.unwrap_or(1460) > largest {
+                    std::future::pending::<()>().await;
+                }
+                Ok::<_, std::io::Error>(())
+            })
+        };
+        let started = tokio::time::Instant::now();
+        assert_eq!(path(1460).await.unwrap(), (None, ()));
+        assert!(started.elapsed() < TCP_SEGMENT_AFTER);
+        assert_eq!(path(1360).await.unwrap(), (Some(1160), ()));
+        assert_eq!(path(960).await.unwrap(), (Some(536), ()));
+        assert!(started.elapsed() < CONNECTION_HANDSHAKE_MAX);
+        // A refusal is reported at once.
+        let refused = tcp_in_segments(|_| async {
+            Err::<(), _>(std::io::Error::from(std::io::ErrorKind::ConnectionRefused))
+        });
+        let started = tokio::time::Instant::now();
+        assert!(refused.await.is_err() && started.elapsed() < TCP_SEGMENT_AFTER);
+    }
 }

@@ -7,7 +7,7 @@ use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use tokio::io::{AsyncRead, AsyncWrite, BufReader, ReadBuf};
-use tokio::net::TcpStream;
+use tokio::net::{TcpSocket, TcpStream};
 
 use super::congestion::LONG_RTT;
 use super::tls::Shown;
@@ -173,6 +173,20 @@ pub(super) async fn accept(
     })
 }
 
+/// Connects. Both ends send segments of at most `segment` bytes: the kernel tells the peer while it
+/// connects.
+pub(super) async fn open(remote: SocketAddr, segment: Option<u32>) -> std::io::Result<TcpStream> {
+    let socket = if remote.is_ipv4() {
+        TcpSocket::new_v4()?
+    } else {
+        TcpSocket::new_v6()?
+    };
+    if let Some(bytes) = segment {
+        socket2::SockRef::from(&socket).set_tcp_mss(bytes)?;
+    }
+    socket.connect(remote).await
+}
+
 /// Performs the handshake with the hub on a connection to it, which may lead through a proxy.
 pub(super) async fn secure(
     socket: TcpStream,
@@ -195,4 +209,27 @@ pub(super) async fn secure(
         shown,
         handshake,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn both_ends_send_segments_of_the_requested_size() {
+        for address in ["127.0.0.1:0", "[::1]:0"] {
+            let Ok(listener) = tokio::net::TcpListener::bind(address).await else {
+                continue; // This machine has no IPv6.
+            };
+            let remote = listener.local_addr().unwrap();
+            for (segment, largest) in [(None, 65_535), (Some(1160), 1160), (Some(536), 536)] {
+                let (dialled, accepted) = tokio::join!(open(remote, segment), listener.accept());
+                for end in [&dialled.unwrap(), &accepted.unwrap().0] {
+                    let bytes = socket2::SockRef::from(end).tcp_mss().unwrap();
+                    assert!(bytes <= largest, "{remote}, {segment:?}: {bytes}");
+                    assert!(segment.is_some() || bytes > 1160, "{remote}: {bytes}");
+                }
+            }
+        }
+    }
 }
