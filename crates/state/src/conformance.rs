@@ -27,6 +27,7 @@ macro_rules! catalogue_suite {
             artifacts::of_what_changed_the_newest_sound_version_from_the_same_place_is_known,
             artifacts::the_hub_believes_of_each_site_what_changed_of_its_own,
             events::event_numbers_have_no_gap_and_a_reader_misses_none,
+            events::a_cursor_from_which_changes_would_be_missed_is_refused,
             events::a_change_wakes_only_those_that_wait_for_its_subject,
             events::with_many_sites_a_change_for_one_is_read_by_one,
             lists::lists_go_on_behind_any_row,

@@ -41,6 +41,9 @@ impl Catalogue {
     ) -> Result<(Page<T>, u64), Fault> {
         // Before the rows: what changes meanwhile must still come.
         let newest = self.cursor().await?;
+        if let Some(since) = query.since {
+            self.check_cursor(since).await?;
+        }
         let mut pager = Pager::new(room);
         // The cursor of each row that was read, and whether it is on the page.
         let (mut cursors, mut cut_at): (Vec<(i64, bool)>, Option<i64>) = (Vec::new(), None);

@@ -249,11 +249,6 @@ pub fn new_id(prefix: &str) -> String {
     )
 }
 
-/// The same for a transfer.
-fn new_transfer_id() -> TransferId {
-    TransferId::made(clock::now_unix_ms(), rand::random())
-}
-
 /// The same for a delivery.
 pub fn new_delivery_id() -> DeliveryId {
     DeliveryId::made(clock::now_unix_ms(), rand::random())
