@@ -47,7 +47,11 @@ pub(super) async fn events(
         let cursor = events.last().map_or(since, |event| event.seq);
         return Ok(with_cursor(Json(events), cursor));
     }
-    let mut response = Sse::new(stream(app, since))
+    // A cursor that is refused must not become a stream: a client would connect again for ever.
+    let ready = app
+        .listed(app.backend.events(since, API_STREAM_EVENTS))
+        .await?;
+    let mut response = Sse::new(stream(app, since, ready.into()))
         .keep_alive(KeepAlive::new().interval(SSE_HEARTBEAT).text("heartbeat"))
         .into_response();
     // nginx, which is in front of many clusters, would buffer the stream.
@@ -86,11 +90,12 @@ struct Cursor {
 fn stream(
     app: App,
     since: u64,
+    ready: VecDeque<Event>,
 ) -> impl Stream<Item = Result<SseEvent, Infallible>> + Send + 'static {
     let start = Cursor {
         app,
         since,
-        ready: VecDeque::new(),
+        ready,
         ended: false,
     };
     futures::stream::unfold(start, |mut cursor| async move {

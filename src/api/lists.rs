@@ -186,7 +186,7 @@ pub(super) async fn show(
 }
 
 /// Transfers: a snapshot, or with `since` the changes after that cursor, with a wait of up to
-/// `wait` seconds (60 at most). The header X-Packhorse-Cursor is the next `since`; with
+/// `wait` seconds (50 at most). The header X-Packhorse-Cursor is the next `since`; with
 /// X-Packhorse-Next there are more changes already.
 #[utoipa::path(get, path = "/v1/transfers", tag = "transfers", params(TransferQuery), responses(
     (status = 200, description = "the transfers", body = Vec<Transfer>, headers(
@@ -282,7 +282,7 @@ pub(super) async fn deliveries(
         .await
 }
 
-/// One delivery and its parts, at its end or after `wait` seconds (60 at most), whichever is first.
+/// One delivery and its parts, at its end or after `wait` seconds (50 at most), whichever is first.
 #[utoipa::path(get, path = "/v1/deliveries/show", tag = "transfers", params(DeliveryQuery), responses(
     (status = 200, description = "the delivery", body = Delivery),
     (status = 404, description = "there is none", body = ErrorBody),

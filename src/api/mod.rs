@@ -168,6 +168,7 @@ pub async fn serve(
     let router = routes::router(routes::App {
         backend,
         token: Arc::new(token),
+        queries: Arc::new(openapi::Queries::documented()),
         run_jobs: Arc::default(),
         stop: stop.clone(),
         wrong_tokens,

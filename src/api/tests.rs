@@ -509,6 +509,36 @@ async fn a_stop_ends_waits_and_streams() {
 }
 
 #[tokio::test]
+async fn an_unknown_key_of_a_query_is_refused() {
+    let d = daemon().await;
+    for path in [
+        "/v1/transfers?site=fab",
+        "/v1/transfers?limt=1",
+        "/v1/transfers?limit=1&Wait=1",
+        "/v1/artifacts?kind=model",
+        "/v1/deliveries/show?id=d-1&x",
+        "/v1/events?format=json&sinc=1",
+        "/v1/jobs?id=j-1&wait=1&all=true",
+        "/v1/sites?limt=1",
+        "/metrics?site=b",
+    ] {
+        let answer = d.get(path).await;
+        assert_eq!(answer.status(), 400, "{path}");
+        let body: Value = answer.json().await.unwrap();
+        assert_eq!(body["code"], "usage");
+        let next = body["next"].as_str().unwrap();
+        assert!(
+            next.starts_with("use one of: ") || next == "leave the query out",
+            "{next}"
+        );
+    }
+    assert_eq!(
+        d.get("/v1/transfers?since=0&wait=0&limit=1").await.status(),
+        200
+    );
+}
+
+#[tokio::test]
 async fn the_description_names_every_route() {
     let d = daemon().await;
     let document: Value = d.get("/openapi.json").await.json().await.unwrap();

@@ -504,8 +504,10 @@ mod tests {
             (Action::Cancel, Ok(())),
             (Action::Pause, Err(Code::Conflict)),
             (Action::Retry, Ok(())),
-            (Action::Retry, Err(Code::Conflict)),
+            // A repeated request gets the same answer; what is paused is resumed, not tried again.
+            (Action::Retry, Ok(())),
             (Action::Pause, Ok(())),
+            (Action::Retry, Err(Code::Conflict)),
         ] {
             assert_eq!(code(all, action).await, expected, "{action:?}");
             if expected.is_err() {

@@ -31,6 +31,7 @@ use base::fault::Fault;
 use base::limits::CHANGE_WAIT_MAX;
 use base::names::SiteName;
 use base::peer::Peer;
+use base::text;
 use base::workers::{Pace, Worker, Workers};
 use content::chunk::ShortHash;
 use content::manifest::Digest;
@@ -249,9 +250,9 @@ impl RelayKeeper {
     pub(super) fn doctor_line(&self) -> String {
         let (kept, budget) = (self.inner.relay.kept_bytes(), self.inner.config.budget);
         format!(
-            "ok relay: the cache of content between sites has {} MiB of at most {} MiB",
-            kept >> 20,
-            budget >> 20
+            "ok relay: the cache of content between sites has {} of at most {}",
+            text::size(kept),
+            text::size(budget)
         )
     }
 

@@ -668,6 +668,11 @@ impl Backend for Site {
     }
 
     async fn events(&self, since: u64, limit: u32) -> Result<Vec<Event>, Fault> {
+        self.inner
+            .opened
+            .catalogue
+            .check_event_cursor(since)
+            .await?;
         let (mut out, mut room) = (Vec::new(), Budget::new(API_PAGE_BYTES));
         for row in self.inner.opened.catalogue.events(since, limit).await? {
             let (mut event, name) = (row.view(), row.name);

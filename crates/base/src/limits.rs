@@ -220,7 +220,7 @@ pub const LABEL_UNREACHABLE_MAX: Duration = Duration::from_secs(60);
 /// How often a change of tables is tried against locks of readers, half a second each.
 pub const LABEL_DDL_TRIES_MAX: u32 = 6;
 /// The longest wait of an API long poll.
-pub const LONG_POLL_MAX: Duration = Duration::from_secs(60);
+pub const LONG_POLL_MAX: Duration = Duration::from_secs(50);
 /// The largest body of an API request.
 pub const API_BODY_BYTES_MAX: usize = 1 << 20;
 /// The longest silence within the body of an API request, and its total time limit unless it keeps

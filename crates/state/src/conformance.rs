@@ -27,6 +27,7 @@ macro_rules! catalogue_suite {
             artifacts::a_changed_artifact_has_the_newest_unchanged_version_from_the_same_location,
             artifacts::the_hub_accepts_the_changes_that_a_site_reports_only_for_its_own_artifacts,
             events::event_numbers_have_no_gap_and_a_reader_misses_none,
+            events::a_cursor_from_which_changes_would_be_missed_is_refused,
             events::a_change_wakes_only_those_that_wait_for_its_subject,
             events::with_many_sites_a_change_for_one_is_read_by_one,
             lists::a_list_continues_after_any_row,

@@ -42,6 +42,9 @@ impl Catalogue {
     ) -> Result<(Page<T>, u64), Fault> {
         // Read before the rows: a change during the query must be returned by the next query.
         let newest = self.cursor().await?;
+        if let Some(since) = query.since {
+            self.check_cursor(since).await?;
+        }
         let mut pager = Pager::new(room);
         // The cursor of each row that was read, and whether it is on the page.
         let (mut cursors, mut cut_at): (Vec<(i64, bool)>, Option<i64>) = (Vec::new(), None);

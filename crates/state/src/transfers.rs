@@ -284,11 +284,6 @@ pub fn new_id(prefix: &str) -> String {
     )
 }
 
-/// Creates the id of a transfer.
-fn new_transfer_id() -> TransferId {
-    TransferId::made(clock::now_unix_ms(), rand::random())
-}
-
 /// Creates the id of a delivery.
 pub fn new_delivery_id() -> DeliveryId {
     DeliveryId::made(clock::now_unix_ms(), rand::random())

@@ -142,7 +142,8 @@ impl TransferRow {
             Action::Retry if self.state == State::Done => {
                 !others_failed && self.removed_ms.is_none()
             }
-            Action::Retry => matches!(self.state, State::Failed | State::Cancelled),
+            // What is open is being tried: a repeated request gets the same answer.
+            Action::Retry => self.state != State::Paused,
         }
     }
 
@@ -218,6 +219,7 @@ fn asked(row: &TransferRow, action: Action, now_ms: i64) -> Step {
         Action::Cancel => (Want::Cancel, State::Cancelled, Some(cancelled(&row.id))),
         Action::Resume if row.state == State::Paused => (Want::Run, State::Queued, None),
         Action::Resume => (Want::Run, row.state, None),
+        Action::Retry if !row.state.is_final() => return Step::nothing(),
         Action::Retry => {
             row = row.again(now_ms);
             (Want::Run, State::Queued, None)

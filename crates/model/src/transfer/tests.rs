@@ -449,6 +449,10 @@ fn a_paused_transfer_stays_paused_until_the_site_has_received_the_request() {
         (cancelled.state, cancelled.finished_ms),
         (State::Cancelled, Some(1))
     );
+    // A repeated request gets the same answer; one that is paused is resumed, not tried again.
+    assert!(resumed.takes(Action::Retry, false) && !paused.takes(Action::Retry, false));
+    let open = step(&resumed, Event::Asked(Action::Retry), 3).unwrap();
+    assert_eq!((open.row, open.effects.len()), (None, 0));
     let again = ask(&cancelled, Action::Retry);
     assert_eq!(
         (again.state, again.generation, again.finished_ms),

@@ -4,8 +4,10 @@ use futures::poll;
 
 use super::{join, part, root, signed};
 use crate::{Body, Catalogue, Offer, Subject, Watch};
+use base::fault::Code;
 use base::names::{ArtifactRef, SiteName};
-use model::transfer::{Action, State};
+use model::paging::Room;
+use model::transfer::{Action, State, TransferQuery};
 
 pub(crate) async fn event_numbers_have_no_gap_and_a_reader_misses_none(catalogue: Catalogue) {
     const WRITERS: u64 = 8;
@@ -60,6 +62,41 @@ pub(crate) async fn event_numbers_have_no_gap_and_a_reader_misses_none(catalogue
     names.sort();
     names.dedup();
     assert_eq!(names.len() as u64, WRITERS * EACH + 1, "each number once");
+}
+
+pub(crate) async fn a_cursor_from_which_changes_would_be_missed_is_refused(catalogue: Catalogue) {
+    for n in 0..4 {
+        let artifact: ArtifactRef = format!("model/m:{n}").parse().unwrap();
+        catalogue
+            .add_artifact(&artifact, &root(n), None)
+            .await
+            .unwrap();
+    }
+    let newest = catalogue.cursor().await.unwrap();
+    catalogue.check_cursor(newest).await.unwrap();
+    for since in [0, 1, newest] {
+        catalogue.check_event_cursor(since).await.unwrap();
+    }
+    // A catalogue that was restored from a backup.
+    for refused in [
+        catalogue.check_cursor(newest + 1).await,
+        catalogue.check_event_cursor(newest + 1).await,
+        catalogue.check_event_cursor(u64::MAX).await,
+    ] {
+        let fault = refused.unwrap_err();
+        assert_eq!(fault.code, Code::Conflict);
+        assert!(fault.next.contains("complete list"), "{fault:?}");
+    }
+    let query = TransferQuery {
+        since: Some(newest + 1),
+        ..TransferQuery::default()
+    };
+    let room = Room {
+        rows: 9,
+        bytes: 1 << 20,
+    };
+    let page = catalogue.transfer_page(&query, None, room, |row| row.id.to_string());
+    assert_eq!(page.await.unwrap_err().code, Code::Conflict);
 }
 
 async fn is_woken(watch: &mut Watch) -> bool {

@@ -6,10 +6,7 @@ use base::fault::{Code, Fault};
 use base::names::{DeliveryId, SiteName, TransferId};
 use model::transfer::{Action, Bytes, Event, State, step};
 
-use super::{
-    Adopted, Body, Difference, Part, TransferChanges, TransferRow, Want, new_transfer_id,
-    no_transfer,
-};
+use super::{Adopted, Body, Difference, Part, TransferChanges, TransferRow, Want, no_transfer};
 use crate::Catalogue;
 
 type Changes = Box<dyn TransferChanges>;
@@ -40,19 +37,20 @@ async fn change(
 /// Finds the current transfer of an artifact to a site, or begins one.
 async fn begin(
     changes: &mut Changes,
+    ids: &mut Ids,
     delivery: &DeliveryId,
     part: &Part,
     site: &SiteName,
     lost: &[TransferId],
 ) -> Result<TransferId, Fault> {
-    let now = clock::now_ms();
+    let now = ids.now_ms as i64;
     if let Some(row) = changes.current(&part.artifact, site).await? {
         let lost = row.state == State::Done
             && (lost.contains(&row.id) || changes.may_be_removing(&row.id, now).await?);
         return Ok(change(changes, row, Event::Delivered { lost }).await?.id);
     }
     let row = TransferRow {
-        id: new_transfer_id(),
+        id: ids.next(),
         delivery: delivery.clone(),
         artifact: part.artifact.clone(),
         digest: part.digest,
@@ -76,6 +74,35 @@ async fn begin(
     };
     changes.insert(&row, part.needs.as_ref()).await?;
     Ok(row.id)
+}
+
+/// The ids of the transfers that one delivery begins. They rise, because transfers are listed and
+/// delivered in the order of their time and, at the same time, of their ids: the parts of a
+/// delivery keep the order in which they were named.
+struct Ids {
+    now_ms: u64,
+    id_ms: u64,
+    random: u32,
+}
+
+impl Ids {
+    fn new(now_ms: u64, random: u32) -> Self {
+        Self {
+            now_ms,
+            id_ms: now_ms,
+            random,
+        }
+    }
+
+    fn next(&mut self) -> TransferId {
+        let id = TransferId::made(self.id_ms, self.random);
+        // A step of random length, so that no id can be guessed from another.
+        let step = u32::from(rand::random::<u16>()) + 1;
+        let (random, carries) = self.random.overflowing_add(step);
+        self.random = random;
+        self.id_ms += u64::from(carries);
+        id
+    }
 }
 
 /// Cancels the other open transfers of the same artifact to the same site. Returns the rows before
@@ -112,10 +139,11 @@ impl Catalogue {
     ) -> Result<Vec<TransferId>, Fault> {
         let mut changes = self.change_transfers().await?;
         changes.add_delivery(delivery, run, clock::now_ms()).await?;
+        let mut new_ids = Ids::new(clock::now_unix_ms(), rand::random());
         let mut ids: Vec<TransferId> = Vec::new();
         for part in parts {
             for site in &part.sites {
-                let id = begin(&mut changes, delivery, part, site, lost).await?;
+                let id = begin(&mut changes, &mut new_ids, delivery, part, site, lost).await?;
                 // An artifact that is named twice is one part.
                 if !ids.contains(&id) {
                     changes.add_part(delivery, &id, site).await?;
@@ -259,5 +287,20 @@ impl Catalogue {
             changes.commit().await?;
         }
         Ok(now)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Ids;
+
+    #[test]
+    fn the_ids_of_one_delivery_rise() {
+        // The random part overflows, too.
+        for random in [0, u32::MAX - 5, u32::MAX] {
+            let mut ids = Ids::new(7, random);
+            let all: Vec<_> = (0..10_000).map(|_| ids.next()).collect();
+            assert!(all.is_sorted_by(|a, b| a < b));
+        }
     }
 }
