@@ -17,6 +17,7 @@ use crate::api::VERSION;
 use base::fault::{Fault, Reason};
 use base::limits::{
     ANSWER_BYTES_MAX, BACKOFF_MAX, CHANGES_BYTES_MAX, REPORT_BYTES_MAX, STATE_RETRY_EVERY,
+    TRANSFERS_LISTED_MAX,
 };
 use base::names::{ArtifactRef, TransferId};
 use base::text::Message;
@@ -190,6 +191,11 @@ impl Connection {
         requests.remove(changes.removed);
         requests.gives_up |= complete;
         requests.runs = changes.runs.or(requests.runs.take());
+        if requests.removed.len() > TRANSFERS_LISTED_MAX {
+            return Err(Fault::integrity(format!(
+                "the hub removes more than {TRANSFERS_LISTED_MAX} transfers at once"
+            )));
+        }
         drop(requests);
         shared.has_requests.notify_one();
         Ok(())
