@@ -1,5 +1,6 @@
 //! TCP + TLS below the multiplexer: sockets, their options, the handshake.
 
+use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};

@@ -550,7 +550,7 @@ async fn a_transfer_that_cannot_be_read_stops_no_other_and_doctor_names_it() {
         &bad.id,
     )
     .await;
-    assert_eq!(desired().await, [sound.id.clone()]);
+    assert_eq!(desired().await, std::slice::from_ref(&sound.id));
     let body = bench.signed(&sound);
     assert_eq!(
         bench.report(&sound, State::Done, body).await.unwrap(),
