@@ -79,7 +79,7 @@ pub struct Config {
     /// The quotas of sites and publishers (hub only).
     #[serde(default)]
     pub quota: Quotas,
-    /// The trainer (sites only); without it this site trains for nobody.
+    /// The trainer (sites only); without it this site trains for no other site.
     pub train: Option<Train>,
 }
 

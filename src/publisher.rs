@@ -583,7 +583,7 @@ mod tests {
     use transport::identity::HubIdentity;
 
     #[test]
-    fn work_folders_are_taken_once_and_emptied() {
+    fn work_folders_are_used_once_and_emptied() {
         let dir = tempfile::tempdir().unwrap();
         let first = Work::take(dir.path()).unwrap();
         let second = Work::take(dir.path()).unwrap();

@@ -153,10 +153,10 @@ async fn with_room<T, F: Future<Output = Result<T, Fault>>>(
             tracing::error!(error = %fault, next = "make room; the daemon starts then", "the daemon waits for room on the disk of its state");
             logged = Some(fault.message.clone());
         }
-        let told = fault
+        let reported = fault
             .context("the daemon has not started yet")
             .with_next("make room on that disk; the daemon then starts automatically");
-        waits.send_replace(Some(told));
+        waits.send_replace(Some(reported));
         tokio::select! {
             () = tokio::time::sleep(pause) => {}
             () = stop.cancelled() => return Ok(None),
@@ -362,7 +362,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn who_asks_while_the_daemon_waits_for_room_is_told_so_at_once() {
+    async fn a_request_during_the_wait_for_disk_space_gets_the_reason_immediately() {
         let dir = tempfile::tempdir().unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());

@@ -269,10 +269,11 @@ impl<T: DeserializeOwned + Serialize, S: Send + Sync> FromRequest<S> for B<T> {
         let body = Body::from(body::read(body).await?);
         let Json(body) = Json::from_request(Request::from_parts(parts, body), state).await?;
         if let Some(asked) = asked {
-            // No body holds a secret: passwords are in files.
-            let _ = asked
-                .0
-                .set(clipped(&serde_json::to_string(&body).unwrap_or_default()));
+            // No body holds a secret: passwords are in files. A request that cannot be recorded is
+            // refused.
+            let text = serde_json::to_string(&body)
+                .map_err(|e| Fault::internal(format!("the request cannot be recorded: {e}")))?;
+            let _ = asked.0.set(clipped(&text));
         }
         Ok(Self(body))
     }

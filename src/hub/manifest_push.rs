@@ -43,7 +43,7 @@ impl ManifestPush {
         Self {
             catalogue,
             library,
-            since_ms: clock::now_unix_ms() as i64,
+            since_ms: clock::now_ms(),
             known: HashSet::new(),
         }
     }
@@ -122,7 +122,9 @@ impl ManifestPush {
         let catalogue = &self.catalogue;
         // A site that has another version requests only the difference.
         if catalogue.transfer(&wanted.id).await?.state != State::Queued
-            || catalogue.has_kin_at(site, &wanted.artifact).await?
+            || catalogue
+                .has_previous_version_at(site, &wanted.artifact)
+                .await?
         {
             return Ok(None);
         }

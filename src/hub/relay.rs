@@ -157,7 +157,7 @@ struct Inner {
     /// Bytes that crossed the connections of sites for the relay.
     wire: Arc<AtomicU64>,
     config: config::Relay,
-    /// The hub, as a peer of its own beside those that ask.
+    /// The hub as a separate peer, in addition to the peers that request content.
     own: Peer,
     tasks: TaskTracker,
     stop: CancellationToken,
@@ -320,7 +320,7 @@ impl RelayKeeper {
         let keep = self.inner.config.keep.as_millis() as i64;
         let mut freed = 0;
         loop {
-            let now = clock::now_unix_ms() as i64;
+            let now = clock::now_ms();
             let mut idle = self
                 .inner
                 .catalogue

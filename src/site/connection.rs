@@ -259,7 +259,11 @@ impl Connection {
         let opened = &self.opened;
         let fetcher = Fetcher::new(link.clone(), digest, Default::default());
         let root = fetcher.root().await?;
-        let base = opened.catalogue.kin(&artifact).await?.map(|kin| kin.root);
+        let base = opened
+            .catalogue
+            .previous_version(&artifact)
+            .await?
+            .map(|kin| kin.root);
         fetcher
             .pages(&root, base.as_ref(), &opened.shared.store)
             .await?;

@@ -16,7 +16,7 @@ pub mod fault;
 pub mod job_progress;
 pub mod limits;
 pub mod locks;
-mod mounts;
+pub mod mounts;
 pub mod names;
 pub mod number;
 pub mod omitted;

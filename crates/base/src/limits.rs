@@ -135,10 +135,10 @@ pub const SINK_SILENT_AFTER: Duration = Duration::from_secs(3);
 /// How long `doctor`, and other callers that do not serve a transfer, wait for a sink.
 pub const SINK_ANSWER_MAX: Duration = Duration::from_secs(5);
 /// The longest text about the state of an artifact in the answer of a site.
-pub const STANDING_TEXT_BYTES_MAX: usize = 1 << 10;
+pub const PRESENCE_TEXT_BYTES_MAX: usize = 1 << 10;
 /// How long a site checks an artifact that is to be delivered again, without reading it. The hub
 /// waits slightly longer.
-pub const STANDING_LOOK_MAX: Duration = Duration::from_secs(4);
+pub const PRESENCE_CHECK_MAX: Duration = Duration::from_secs(4);
 /// How long a stopped transfer waits for its threads, which may hang in a sink.
 pub const SINK_STOP_MAX: Duration = Duration::from_secs(2);
 /// How often a site retries the removal of leftovers in a staging directory.

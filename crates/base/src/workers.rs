@@ -29,7 +29,7 @@ use crate::text;
 /// What a worker does now, as operators see it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum State {
-    /// It serves whatever comes in and has no separate iterations.
+    /// It serves requests as they arrive and has no separate iterations.
     Running,
     /// It waits for its next iteration.
     Idle,
@@ -106,7 +106,7 @@ pub struct LastError {
     pub fault: Fault,
 }
 
-/// What is known of one worker.
+/// The report about one worker.
 #[derive(Debug, Clone)]
 pub struct Report {
     /// Its name, for example `relay-flush`.
@@ -589,7 +589,7 @@ impl Workers {
         });
     }
 
-    /// What is known of each worker, in the order in which they were started.
+    /// The report about each worker, in the order in which they were started.
     pub fn list(&self) -> Vec<Report> {
         let now = Instant::now();
         self.inner

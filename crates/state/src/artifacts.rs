@@ -135,10 +135,14 @@ pub trait Artifacts: Send + Sync {
     async fn artifact(&self, artifact: &ArtifactRef) -> Result<ArtifactRow, Fault>;
 
     /// The newest other version of this artifact that this daemon stores.
-    async fn kin(&self, of: &ArtifactRef) -> Result<Option<ArtifactRow>, Fault>;
+    async fn previous_version(&self, of: &ArtifactRef) -> Result<Option<ArtifactRow>, Fault>;
 
     /// Whether a site has, or published, any version of this artifact.
-    async fn has_kin_at(&self, site: &SiteName, of: &ArtifactRef) -> Result<bool, Fault>;
+    async fn has_previous_version_at(
+        &self,
+        site: &SiteName,
+        of: &ArtifactRef,
+    ) -> Result<bool, Fault>;
 
     /// The digests of all artifacts. Fails if one cannot be read, because callers remove the
     /// content of artifacts that are not in the list.

@@ -9,6 +9,7 @@ use async_trait::async_trait;
 use base::fault::Fault;
 use base::names::{ArtifactRef, SiteName};
 use base::text::Message;
+use sink::StorageLocation;
 
 /// An artifact that changed after it was published in place.
 pub struct Changed<P> {
@@ -62,8 +63,8 @@ pub fn what_changed<P: Eq + Hash>(
 /// Artifacts that were published in place, here or at a site, and their changes.
 #[async_trait]
 pub trait InPlace: Send + Sync {
-    /// The names of the artifacts that were published in place here.
-    async fn published(&self) -> Result<Vec<ArtifactRef>, Fault>;
+    /// The artifacts that were published in place here, with their storage locations.
+    async fn published(&self) -> Result<Vec<(ArtifactRef, StorageLocation)>, Fault>;
 
     /// The artifacts that were published at sites, as far as this hub knows.
     async fn published_at_sites(&self) -> Result<Vec<PublishedInPlace<SiteName>>, Fault>;

@@ -293,7 +293,7 @@ async fn a_transfer_that_cannot_be_adopted_delays_no_other() {
     bench.site.stopped().await;
 }
 
-fn changes(revision: u64, content: Value) -> Value {
+fn changes(revision: u64, content: &Value) -> Value {
     let mut changes = json!({ "revision": revision });
     changes
         .as_object_mut()
@@ -317,23 +317,23 @@ async fn changes_are_executed_and_a_missing_one_brings_the_complete_list() {
     // The complete list in two parts.
     let first = json!({ "begin": true, "set": [paused("t-1", "model/a:1")] });
     let last = json!({ "end": true, "set": [paused("t-2", "model/b:1"), paused("t-3", "model/c:1")], "runs": [] });
-    wire::send(&mut send, &changes(1, first)).await.unwrap();
-    wire::send(&mut send, &changes(2, last)).await.unwrap();
+    wire::send(&mut send, &changes(1, &first)).await.unwrap();
+    wire::send(&mut send, &changes(2, &last)).await.unwrap();
     for id in ["t-1", "t-2", "t-3"] {
         reported(&mut recv, id, is(id, State::Paused)).await;
     }
     let removed = json!({ "removed": ["t-1"] });
-    wire::send(&mut send, &changes(3, removed)).await.unwrap();
+    wire::send(&mut send, &changes(3, &removed)).await.unwrap();
     reported(&mut recv, "a removed one", is("t-1", State::Cancelled)).await;
     // Revision 4 is missing.
     let ignored = json!({ "removed": ["t-2"] });
-    wire::send(&mut send, &changes(5, ignored)).await.unwrap();
+    wire::send(&mut send, &changes(5, &ignored)).await.unwrap();
     let asked =
         async { while wire::receive::<FromSite>(&mut recv).await.unwrap() != FromSite::List {} };
     timeout(Duration::from_secs(30), asked).await.unwrap();
     // A transfer that the hub cannot read continues, one that it does not list is given up.
     let list = json!({ "begin": true, "end": true, "kept": ["t-2"], "runs": [] });
-    wire::send(&mut send, &changes(6, list)).await.unwrap();
+    wire::send(&mut send, &changes(6, &list)).await.unwrap();
     reported(
         &mut recv,
         "one that is not listed",

@@ -180,8 +180,8 @@ impl Store {
         // After most errors it is unknown how much was stored, so all of it counts. A full disk
         // stores nothing.
         match &appended {
-            Ok(kept) => meter.give_back(bytes.saturating_sub(*kept)),
-            Err(fault) if fault.code == Code::NoSpace => meter.give_back(bytes),
+            Ok(kept) => meter.release(bytes.saturating_sub(*kept)),
+            Err(fault) if fault.code == Code::NoSpace => meter.release(bytes),
             Err(_) => {}
         }
         appended

@@ -119,7 +119,7 @@ impl Fixture {
 }
 
 #[test]
-fn a_folder_is_given_out_from_where_it_lies() {
+fn a_folder_is_served_from_its_location() {
     let f = fixture();
     let folder = f.dir.path().join("set").canonicalize().unwrap();
     let base = StorageLocation::Folder {
@@ -138,7 +138,7 @@ fn a_folder_is_given_out_from_where_it_lies() {
 }
 
 #[test]
-fn what_lies_nowhere_is_kept() {
+fn content_that_exists_nowhere_else_is_stored() {
     let f = fixture();
     let folder = f.dir.path().join("set").canonicalize().unwrap();
     let published = f.publish(&folder, None);
@@ -194,7 +194,7 @@ fn a_changed_file_is_noticed_with_its_path() {
 }
 
 #[test]
-fn what_may_pass_by_itself_is_not_taken_for_a_change() {
+fn a_temporary_read_error_is_not_a_change() {
     let path = Path::new("/nas/set/a.bin");
     let of = |errno: Errno| unreadable(path, Fault::io("open a.bin", &errno.into()));
     for errno in [
@@ -242,7 +242,7 @@ fn what_may_pass_by_itself_is_not_taken_for_a_change() {
 }
 
 #[test]
-fn a_folder_that_is_away_is_waited_for() {
+fn a_request_waits_for_an_unavailable_folder() {
     let f = fixture();
     let folder = f.dir.path().join("set").canonicalize().unwrap();
     let published = f.publish(
@@ -312,7 +312,7 @@ fn layout(folder: &Path) {
 }
 
 #[test]
-fn the_layout_of_an_image_that_arrived_is_made_when_it_is_asked_for() {
+fn the_layout_of_a_received_image_is_created_on_request() {
     let f = fixture();
     let folder = f.dir.path().canonicalize().unwrap().join("images");
     layout(&folder);

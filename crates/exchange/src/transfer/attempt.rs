@@ -69,7 +69,7 @@ impl Runner {
                 {
                     Ok(landed) => return self.land(row, counters, &incoming, landed).await,
                     // The rest of the commit must wait, for room or for the sink.
-                    Err(fault) if !sink::must_be_brought_again(&fault) => return Err(fault),
+                    Err(fault) if !sink::needs_new_delivery(&fault) => return Err(fault),
                     // Nothing was committed, or not all of it is intact: it is fetched again.
                     Err(fault) => {
                         tracing::info!(error = %fault, "the commit cannot be resumed");
@@ -116,7 +116,7 @@ impl Runner {
         }
         let base = inner
             .catalogue
-            .kin(&row.artifact)
+            .previous_version(&row.artifact)
             .await?
             .map(|kin| kin.root);
         let mut fetcher = None;
@@ -284,7 +284,7 @@ impl Runner {
                     let stalls = stall.secs(bytes).map(|seconds| {
                         Fault::unreachable(format!("{} has stored nothing for {seconds} s", assembly.sink.staging_root().display()))
                     });
-                    let report = assembly.incoming.waits.now().or_else(|| assembly.sink.held_up()).or(stalls);
+                    let report = assembly.incoming.waits.now().or_else(|| assembly.sink.wait_reason()).or(stalls);
                     let gets_further = was_held_up || stays(row.body.reason) && counters.received.load(Ordering::Relaxed) > before;
                     if report.is_some() || gets_further {
                         row.body.set_fault(report.as_ref());

@@ -67,7 +67,7 @@ fn sink_number(kind: Kind) -> usize {
 }
 
 /// Queued requests for a check of published content.
-pub const LOOKS_ASKED_MAX: usize = 16;
+pub const CHECK_REQUESTS_MAX: usize = 16;
 
 /// The sinks of a site.
 #[derive(Clone)]
@@ -102,7 +102,7 @@ pub struct Unapplied {
 }
 
 /// A request to check content that was published at this site.
-pub struct AskLook {
+pub struct CheckRequest {
     /// Its digest.
     pub digest: Digest,
     /// Receives the change; `None`: unchanged, or unknown.
@@ -121,7 +121,7 @@ struct Inner {
     sinks: Sinks,
     identity: watch::Receiver<Arc<SiteIdentity>>,
     link: watch::Receiver<Option<Link>>,
-    looks: mpsc::Sender<AskLook>,
+    check_requests: mpsc::Sender<CheckRequest>,
     slots: [Slots; SINKS],
     running: Mutex<HashMap<TransferId, Running>>,
     /// Transfers that are being paused or cancelled, each with its generation.
@@ -168,7 +168,7 @@ fn stopped() -> Fault {
 }
 
 impl Runner {
-    /// A runner without transfers. `looks` receives requests to check published content; `stop`
+    /// A runner without transfers. `check_requests` receives requests to check published content; `stop`
     /// ends all work.
     pub fn new(
         catalogue: Catalogue,
@@ -176,7 +176,7 @@ impl Runner {
         sinks: Sinks,
         identity: watch::Receiver<Arc<SiteIdentity>>,
         link: watch::Receiver<Option<Link>>,
-        looks: mpsc::Sender<AskLook>,
+        check_requests: mpsc::Sender<CheckRequest>,
         stop: CancellationToken,
     ) -> Self {
         let (slots, running, ending, leftovers, staging) = Default::default();
@@ -187,7 +187,7 @@ impl Runner {
             sinks,
             identity,
             link,
-            looks,
+            check_requests,
             slots,
             running,
             ending,
@@ -362,7 +362,7 @@ impl Runner {
         match row.due() {
             Some(Effect::Run) => self.spawn(row),
             Some(Effect::End(want)) => self.end(row, want),
-            Some(Effect::TellSite) | None => {}
+            Some(Effect::SendList) | None => {}
         }
     }
 

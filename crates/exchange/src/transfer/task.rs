@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::progress_rate::Pause;
 use super::waiting::{Takes, stays};
-use super::{AskLook, Counters, Runner};
+use super::{CheckRequest, Counters, Runner};
 use crate::in_place::CHANGED_NEXT;
 use base::fault::{Code, Fault, Reason};
 use base::limits::STATE_RETRY_EVERY;
@@ -145,8 +145,8 @@ impl Runner {
         let (answer, answered) = oneshot::channel();
         let look = async {
             self.inner
-                .looks
-                .send(AskLook {
+                .check_requests
+                .send(CheckRequest {
                     digest: row.digest,
                     answer,
                 })

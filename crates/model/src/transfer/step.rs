@@ -83,7 +83,7 @@ pub enum Event {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Effect {
     /// At the hub: send the site its complete list.
-    TellSite,
+    SendList,
     /// At the site: a task of this generation runs. It starts when the task of an earlier
     /// generation has ended.
     Run,
@@ -206,8 +206,8 @@ pub fn step(row: &TransferRow, event: Event, now_ms: i64) -> Result<Step, Fault>
 
 fn delivered(row: &TransferRow, lost: bool, now_ms: i64) -> Step {
     match row.state {
-        State::Failed => Step::to(row.clone().again(now_ms), &[Effect::TellSite]),
-        State::Done if lost => Step::to(row.clone().again(now_ms), &[Effect::TellSite]),
+        State::Failed => Step::to(row.clone().again(now_ms), &[Effect::SendList]),
+        State::Done if lost => Step::to(row.clone().again(now_ms), &[Effect::SendList]),
         _ => Step::nothing(),
     }
 }
@@ -227,7 +227,7 @@ fn asked(row: &TransferRow, action: Action, now_ms: i64) -> Step {
     };
     row.want = want;
     row.body.set_fault(why.as_ref());
-    Step::to(row.at(state, now_ms), &[Effect::TellSite])
+    Step::to(row.at(state, now_ms), &[Effect::SendList])
 }
 
 fn reported(

@@ -85,7 +85,7 @@ impl World {
         };
         self.hub = step.row.unwrap_or_else(|| self.hub.clone());
         for effect in step.effects {
-            assert_eq!(effect, Effect::TellSite);
+            assert_eq!(effect, Effect::SendList);
             self.to_site.push((self.hub.want, self.hub.generation));
         }
         self.check();
@@ -110,7 +110,7 @@ impl World {
             return;
         };
         match effect {
-            Effect::TellSite => unreachable!("the site has nobody to tell"),
+            Effect::SendList => unreachable!("the site has nobody to tell"),
             Effect::Run
                 if self
                     .tasks

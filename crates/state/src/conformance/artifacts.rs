@@ -110,7 +110,11 @@ pub(crate) async fn a_change_of_published_content_is_recorded_as_an_event_once(
             .await
             .unwrap();
     }
-    assert_eq!(catalogue.published().await.unwrap(), names[..2]);
+    let published = names[..2].iter().map(|name| (name.clone(), place.clone()));
+    assert_eq!(
+        catalogue.published().await.unwrap(),
+        published.collect::<Vec<_>>()
+    );
     assert_eq!(catalogue.artifact(&names[0]).await.unwrap().published_ms, 7);
     let before = catalogue.cursor().await.unwrap();
     assert!(

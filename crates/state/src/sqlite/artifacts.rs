@@ -316,7 +316,7 @@ impl Artifacts for Sqlite {
             .map_or_else(|| Err(no_artifact(name)), artifact)
     }
 
-    async fn kin(&self, of: &ArtifactRef) -> Result<Option<ArtifactRow>, Fault> {
+    async fn previous_version(&self, of: &ArtifactRef) -> Result<Option<ArtifactRow>, Fault> {
         let (first, last) = versions(of);
         let row = sqlx::query(
             "SELECT * FROM artifact WHERE reference > $1 AND reference < $2 AND reference <> $3 AND place IS NOT NULL
@@ -331,7 +331,11 @@ impl Artifacts for Sqlite {
         Ok(row.and_then(|row| self.sound(TABLE, &key(&row), artifact(&row))))
     }
 
-    async fn has_kin_at(&self, site: &SiteName, of: &ArtifactRef) -> Result<bool, Fault> {
+    async fn has_previous_version_at(
+        &self,
+        site: &SiteName,
+        of: &ArtifactRef,
+    ) -> Result<bool, Fault> {
         let (first, last) = versions(of);
         sqlx::query_scalar(
             "SELECT EXISTS (SELECT 1 FROM transfer WHERE site = $1 AND reference > $2 AND reference < $3

@@ -8,6 +8,7 @@ use base::fault::Fault;
 use base::limits::CHANGED_REPORTED_MAX;
 use base::names::{ArtifactRef, SiteName};
 use base::text::Message;
+use sink::StorageLocation;
 
 use super::{Sqlite, Write, fault, malformed};
 use crate::changed::{InPlace, PublishedInPlace};
@@ -21,16 +22,20 @@ fn parsed(name: &str) -> Result<ArtifactRef, Fault> {
 
 #[async_trait]
 impl InPlace for Sqlite {
-    async fn published(&self) -> Result<Vec<ArtifactRef>, Fault> {
-        let rows: Vec<(String,)> = sqlx::query_as(
-            "SELECT reference FROM artifact WHERE published_ms IS NOT NULL ORDER BY reference",
+    async fn published(&self) -> Result<Vec<(ArtifactRef, StorageLocation)>, Fault> {
+        let rows: Vec<(String, String)> = sqlx::query_as(
+            "SELECT reference, place FROM artifact WHERE published_ms IS NOT NULL AND place IS NOT NULL ORDER BY reference",
         )
         .fetch_all(self.read())
         .await
         .map_err(fault)?;
         Ok(rows
             .iter()
-            .filter_map(|(name,)| self.sound(TABLE, name, parsed(name)))
+            .filter_map(|(name, place)| {
+                let place = serde_json::from_str(place).map_err(|e| malformed(TABLE, name, e));
+                let read = parsed(name).and_then(|artifact| Ok((artifact, place?)));
+                self.sound(TABLE, name, read)
+            })
             .collect())
     }
 
