@@ -25,6 +25,11 @@ use base::peer::Peer;
 
 /// The delay before the next address of a host name is tried.
 const HEAD_START: Duration = Duration::from_millis(250);
+/// If a TCP handshake is not complete after this time, smaller segments are tried, and after twice
+/// this time even smaller ones.
+const TCP_SEGMENT_AFTER: Duration = Duration::from_secs(3);
+/// Segments for IP packets of 1,200 bytes, and for the 576 bytes that every IPv4 path carries.
+const TCP_SEGMENT_BYTES: [u32; 2] = [1160, 536];
 /// The difference of the two clocks from which a warning is logged.
 pub(crate) const CLOCK_DIFFERENCE_MAX: Duration = Duration::from_secs(60);
 
@@ -216,14 +221,21 @@ impl Call<'_> {
 
     async fn one_tcp(&self, address: SocketAddr) -> Result<(Link, Shown), Failure> {
         let name = tls::hub_name().map_err(Failure::Refused)?;
-        let connecting = tcp::connect(
-            address,
-            Arc::new(self.tls.clone()),
-            name,
-            self.settings.congestion,
-        )
-        .await;
-        let secured = connecting.map_err(|e| Failure::of_io(&e, self.address))?;
+        let tls = Arc::new(self.tls.clone());
+        let connecting = tcp_in_segments(|segment| {
+            let (tls, name) = (tls.clone(), name.clone());
+            tcp::connect(address, segment, tls, name, self.settings.congestion)
+        });
+        let (segment, secured) = connecting
+            .await
+            .map_err(|e| Failure::of_io(&e, self.address))?;
+        if let Some(bytes) = segment {
+            tracing::warn!(
+                hub = self.address,
+                segment_bytes = bytes,
+                "large packets are lost on the path to the hub, and the sender is not told: this connection uses smaller TCP segments. Set the MTU of this machine's interface to what the path carries (for a VPN often 1,400), or let the firewall pass ICMP 'fragmentation needed'. QUIC needs a path for packets of 1,280 bytes"
+            );
+        }
         let mux = Mux::start(secured.io, End::Dialling, secured.handshake, ());
         mux.set_queue_limit(self.memory);
         self.reached(
@@ -270,6 +282,37 @@ impl Call<'_> {
         }
         Ok(())
     }
+}
+
+/// Connects with segments of the usual size. If the handshake makes no progress, tries smaller
+/// segments beside it: a router may drop large packets without a report. Returns the first
+/// connection, and its segment size if that is not the usual one.
+async fn tcp_in_segments<T, F>(
+    connect: impl Fn(Option<u32>) -> F,
+) -> std::io::Result<(Option<u32>, T)>
+where
+    F: Future<Output = std::io::Result<T>>,
+{
+    let sizes = std::iter::once(None).chain(TCP_SEGMENT_BYTES.map(Some));
+    let mut tries: FuturesUnordered<_> = sizes
+        .zip(0u32..)
+        .map(|(segment, position)| {
+            let connect = &connect;
+            async move {
+                tokio::time::sleep(TCP_SEGMENT_AFTER * position).await;
+                (segment, connect(segment).await)
+            }
+        })
+        .collect();
+    while let Some((segment, result)) = tries.next().await {
+        match result {
+            Ok(connection) => return Ok((segment, connection)),
+            // An answer to the usual segments counts; a failure of the others shows nothing.
+            Err(error) if segment.is_none() || tries.is_empty() => return Err(error),
+            Err(_) => {}
+        }
+    }
+    Err(std::io::ErrorKind::TimedOut.into())
 }
 
 /// Returns a message if the clocks of this machine and of the hub differ.
@@ -470,4 +513,34 @@ pub(super) async fn join_link_for_test(
     .connect()
     .await?
     .0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn smaller_segments_are_tried_when_the_usual_ones_are_lost() {
+        // A path that carries segments up to this size.
+        let path = |largest: u32| {
+            tcp_in_segments(move |segment| async move {
+                if segment.unwrap_or(1460) > largest {
+                    std::future::pending::<()>().await;
+                }
+                Ok(())
+            })
+        };
+        let started = tokio::time::Instant::now();
+        assert_eq!(path(1460).await.unwrap(), (None, ()));
+        assert!(started.elapsed() < TCP_SEGMENT_AFTER);
+        assert_eq!(path(1360).await.unwrap(), (Some(1160), ()));
+        assert_eq!(path(960).await.unwrap(), (Some(536), ()));
+        assert!(started.elapsed() < CONNECTION_HANDSHAKE_MAX);
+        // A refusal is reported at once.
+        let refused = tcp_in_segments(|_| async {
+            Err::<(), _>(std::io::Error::from(std::io::ErrorKind::ConnectionRefused))
+        });
+        let started = tokio::time::Instant::now();
+        assert!(refused.await.is_err() && started.elapsed() < TCP_SEGMENT_AFTER);
+    }
 }

@@ -8,7 +8,7 @@ use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use tokio::io::{AsyncRead, AsyncWrite, BufReader, ReadBuf};
-use tokio::net::TcpStream;
+use tokio::net::{TcpSocket, TcpStream};
 
 use super::congestion::LONG_RTT;
 use super::tls::Shown;
@@ -174,14 +174,30 @@ pub(super) async fn accept(
     })
 }
 
-/// Connects to the hub and performs the handshake.
+/// Connects. Both ends send segments of at most `segment` bytes: the kernel tells the peer while it
+/// connects.
+async fn open(remote: SocketAddr, segment: Option<u32>) -> std::io::Result<TcpStream> {
+    let socket = if remote.is_ipv4() {
+        TcpSocket::new_v4()?
+    } else {
+        TcpSocket::new_v6()?
+    };
+    if let Some(bytes) = segment {
+        socket2::SockRef::from(&socket).set_tcp_mss(bytes)?;
+    }
+    socket.connect(remote).await
+}
+
+/// Connects to the hub and performs the handshake. Both ends send segments of at most `segment`
+/// bytes.
 pub(super) async fn connect(
     remote: SocketAddr,
+    segment: Option<u32>,
     tls: Arc<rustls::ClientConfig>,
     name: rustls::pki_types::ServerName<'static>,
     congestion: Congestion,
 ) -> std::io::Result<Secured<ClientIo>> {
-    let (io, traffic) = prepare(TcpStream::connect(remote).await?);
+    let (io, traffic) = prepare(open(remote, segment).await?);
     let started = Instant::now();
     let mut io = tokio_rustls::TlsConnector::from(tls)
         .connect(name, io)
@@ -196,4 +212,27 @@ pub(super) async fn connect(
         shown,
         handshake,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn both_ends_send_segments_of_the_requested_size() {
+        for address in ["127.0.0.1:0", "[::1]:0"] {
+            let Ok(listener) = tokio::net::TcpListener::bind(address).await else {
+                continue; // This machine has no IPv6.
+            };
+            let remote = listener.local_addr().unwrap();
+            for (segment, largest) in [(None, 65_535), (Some(1160), 1160), (Some(536), 536)] {
+                let (dialled, accepted) = tokio::join!(open(remote, segment), listener.accept());
+                for end in [&dialled.unwrap(), &accepted.unwrap().0] {
+                    let bytes = socket2::SockRef::from(end).tcp_mss().unwrap();
+                    assert!(bytes <= largest, "{remote}, {segment:?}: {bytes}");
+                    assert!(segment.is_some() || bytes > 1160, "{remote}: {bytes}");
+                }
+            }
+        }
+    }
 }
