@@ -36,6 +36,8 @@ pub(crate) struct Fake {
     pub(crate) artifacts: Mutex<Vec<Artifact>>,
     pub(crate) workers: Workers,
     changed: Arc<Notify>,
+    /// How often somebody asked for transfers or events.
+    asks: tokio::sync::watch::Sender<u64>,
 }
 
 /// A transfer with plain values.
@@ -134,6 +136,7 @@ impl Default for Fake {
             artifacts: Mutex::new(vec![artifact("dataset/line3:v1")]),
             workers: Workers::default(),
             changed: Arc::default(),
+            asks: tokio::sync::watch::Sender::default(),
         }
     }
 }
@@ -204,6 +207,16 @@ impl Fake {
         world.transfers.push(transfer);
         drop(world);
         self.changed.notify_waiters();
+    }
+
+    /// Waits until somebody has asked for transfers or events so many times from now on: a client
+    /// that waits has asked once, and one that asked again was not satisfied.
+    pub(crate) fn asked(&self, times: u64) -> impl Future<Output = ()> + use<> {
+        let mut asks = self.asks.subscribe();
+        let enough = *asks.borrow_and_update() + times;
+        async move {
+            asks.wait_for(|asks| *asks >= enough).await.unwrap();
+        }
     }
 
     /// Sets or replaces a job.
@@ -303,6 +316,7 @@ impl Backend for Fake {
         behind: Option<&str>,
         room: Room,
     ) -> Result<(Page<Transfer>, u64), Fault> {
+        self.asks.send_modify(|asks| *asks += 1);
         let world = self.world.lock();
         let ids: Option<Vec<&str>> = query.id.as_ref().map(|ids| ids.split(',').collect());
         let wanted = |t: &&Transfer| {
@@ -486,6 +500,7 @@ impl Backend for Fake {
         Ok(job)
     }
     async fn events(&self, since: u64, limit: u32) -> Result<Vec<Event>, Fault> {
+        self.asks.send_modify(|asks| *asks += 1);
         let world = self.world.lock();
         Ok(world
             .events
