@@ -38,6 +38,8 @@ pub(crate) struct Fake {
     /// The pages of a query with ids, which may repeat rows.
     pub(crate) repeating: Mutex<Option<Vec<Vec<Transfer>>>>,
     changed: Arc<Notify>,
+    /// How often somebody asked for transfers or events.
+    asks: tokio::sync::watch::Sender<u64>,
 }
 
 /// A transfer with plain values.
@@ -137,6 +139,7 @@ impl Default for Fake {
             workers: Workers::default(),
             repeating: Mutex::default(),
             changed: Arc::default(),
+            asks: tokio::sync::watch::Sender::default(),
         }
     }
 }
@@ -207,6 +210,16 @@ impl Fake {
         world.transfers.push(transfer);
         drop(world);
         self.changed.notify_waiters();
+    }
+
+    /// Waits until somebody has asked for transfers or events so many times from now on: a client
+    /// that waits has asked once, and one that asked again was not satisfied.
+    pub(crate) fn asked(&self, times: u64) -> impl Future<Output = ()> + use<> {
+        let mut asks = self.asks.subscribe();
+        let enough = *asks.borrow_and_update() + times;
+        async move {
+            asks.wait_for(|asks| *asks >= enough).await.unwrap();
+        }
     }
 
     /// Sets or replaces a job.
@@ -306,6 +319,7 @@ impl Backend for Fake {
         behind: Option<&str>,
         room: Room,
     ) -> Result<(Page<Transfer>, u64), Fault> {
+        self.asks.send_modify(|asks| *asks += 1);
         if let (Some(pages), Some(_)) = (&*self.repeating.lock(), &query.id) {
             let at = behind.map_or(0, |at| at.parse().unwrap());
             let page = Page {
@@ -498,6 +512,7 @@ impl Backend for Fake {
         Ok(job)
     }
     async fn events(&self, since: u64, limit: u32) -> Result<Vec<Event>, Fault> {
+        self.asks.send_modify(|asks| *asks += 1);
         let world = self.world.lock();
         Ok(world
             .events

@@ -402,12 +402,16 @@ async fn a_long_poll_ends_with_the_change_and_with_its_time() {
     assert!(began.elapsed() >= Duration::from_millis(900));
     assert_eq!(none.headers()["x-packhorse-cursor"], "1");
     assert_eq!(none.json::<Value>().await.unwrap(), json!([]));
-    let began = Instant::now();
-    let (changed, ()) = tokio::join!(d.get("/v1/transfers?since=1&wait=15"), async {
-        tokio::time::sleep(Duration::from_millis(200)).await;
-        d.fake.put(transfer("t1", "chengdu", State::Planning));
-    });
-    assert!(began.elapsed() < Duration::from_secs(3));
+    let asked = d.fake.asked(1);
+    let both = async {
+        tokio::join!(d.get("/v1/transfers?since=1&wait=60"), async {
+            asked.await;
+            d.fake.put(transfer("t1", "chengdu", State::Planning));
+        })
+    };
+    let (changed, ()) = tokio::time::timeout(Duration::from_secs(30), both)
+        .await
+        .expect("the change ends the wait");
     assert_eq!(changed.headers()["x-packhorse-cursor"], "2");
     assert_eq!(
         changed.json::<Value>().await.unwrap()[0]["state"],
@@ -446,6 +450,8 @@ async fn the_event_stream_resumes_after_the_last_event() {
         "{frames:?}"
     );
     // Last-Event-ID goes before since.
+    // One query for what there is, and a second that finds nothing new.
+    let asked = d.fake.asked(2);
     let again = d
         .request(Method::GET, "/v1/events?since=0")
         .header("Last-Event-ID", "2")
@@ -453,7 +459,7 @@ async fn the_event_stream_resumes_after_the_last_event() {
         .await
         .unwrap();
     let (frames, ()) = tokio::join!(read_frames(again, 2), async {
-        tokio::time::sleep(Duration::from_millis(100)).await;
+        asked.await;
         d.fake.put(transfer("t1", "chengdu", State::Done));
     });
     assert!(
@@ -497,15 +503,20 @@ async fn a_stop_ends_waits_and_streams() {
             .send(),
         d.task,
     );
-    let began = Instant::now();
-    let (answer, ()) = tokio::join!(poll, async {
-        tokio::time::sleep(Duration::from_millis(200)).await;
-        d.stop.send(()).unwrap();
-    });
-    assert_eq!(answer.unwrap().status(), 200);
-    assert_eq!(stream.bytes().await.unwrap(), "");
-    task.await.unwrap().unwrap();
-    assert!(began.elapsed() < Duration::from_secs(5));
+    let asked = d.fake.asked(1);
+    let all = async {
+        let (answer, ()) = tokio::join!(poll, async {
+            asked.await;
+            d.stop.send(()).unwrap();
+        });
+        assert_eq!(answer.unwrap().status(), 200);
+        assert_eq!(stream.bytes().await.unwrap(), "");
+        task.await.unwrap().unwrap();
+    };
+    // Less than the poll would wait.
+    tokio::time::timeout(Duration::from_secs(30), all)
+        .await
+        .expect("a stop ends them");
 }
 
 #[tokio::test]

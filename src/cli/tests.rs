@@ -1,7 +1,6 @@
 //! The command line with an in-memory daemon: exit codes, requests, and printed text.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use clap::Parser;
 use clap::error::ErrorKind;
@@ -190,8 +189,9 @@ async fn publish_sends_its_options_and_waits_for_the_end() {
     let published = json!({"artifact": "labels/x:1", "digest": "ab", "transfers": ["t1"], "bytes": 10, "stored": 5, "unchanged": false});
     d.fake.put_job(job("publish", Ok(published)));
     d.fake.put(transfer("t1", "chengdu", State::Transferring));
+    let asked = d.fake.asked(2);
     let finish = async {
-        tokio::time::sleep(Duration::from_millis(300)).await;
+        asked.await;
         d.fake.put(transfer("t1", "chengdu", State::Done));
     };
     let line = "publish l.csv --as labels/x:1 --to all --wait --for dataset/x:1 --column sample_path=image class=defect -o json";
@@ -251,10 +251,11 @@ async fn a_wait_ends_with_the_documented_exit_codes() {
         late.message.contains("waiting: chengdu (site_offline)"),
         "{late}"
     );
-    assert_eq!(
-        d.code("status t1 --watch --since 0").now_or_pending().await,
-        None
-    );
+    let asked = d.fake.asked(2);
+    tokio::select! {
+        code = d.code("status t1 --watch --since 0") => unreachable!("it did not wait: {code:?}"),
+        () = asked => {}
+    }
     d.fake.put(transfer("t1", "chengdu", State::Done));
     d.run("deliver dataset/line3:v1 --to all --wait")
         .await
@@ -262,16 +263,6 @@ async fn a_wait_ends_with_the_documented_exit_codes() {
     d.run("status t1 --watch").await.unwrap();
     d.run("status --since 0 -o ndjson").await.unwrap();
 }
-
-/// The result of a future that ends within a short time.
-trait NowOrPending: Future + Sized {
-    async fn now_or_pending(self) -> Option<Self::Output> {
-        tokio::time::timeout(Duration::from_millis(700), self)
-            .await
-            .ok()
-    }
-}
-impl<F: Future> NowOrPending for F {}
 
 #[tokio::test]
 async fn a_transfer_whose_dependency_failed_is_not_waited_for() {
@@ -377,29 +368,23 @@ async fn an_earlier_failure_of_a_dependency_ends_the_wait_too() {
 #[tokio::test]
 async fn a_wait_continues_after_a_restart_of_the_daemon() {
     let d = daemon().await;
-    let Daemon {
-        fake,
-        base,
-        dir,
-        _stop: stop,
-    } = d;
+    let fake = Arc::clone(&d.fake);
+    let (base, stop, task) = fake.serve().await;
+    let d = Daemon { base, ..d };
     fake.put(transfer("t1", "chengdu", State::Transferring));
-    let address = base[7..].to_owned();
-    let d = Daemon {
-        fake: Arc::clone(&fake),
-        base,
-        dir,
-        _stop: tokio::sync::oneshot::channel().0,
-    };
+    let asked = fake.asked(1);
     let restart = async {
-        tokio::time::sleep(Duration::from_millis(300)).await;
+        asked.await;
         stop.send(()).unwrap();
-        tokio::time::sleep(Duration::from_millis(600)).await;
-        fake.put(transfer("t1", "chengdu", State::Done));
+        task.await.unwrap().unwrap();
         let listener = tokio::net::TcpSocket::new_v4().unwrap();
         listener.set_reuseaddr(true).unwrap();
-        listener.bind(address.parse().unwrap()).unwrap();
-        fake.serve_on(listener.listen(16).unwrap())
+        listener.bind(d.base[7..].parse().unwrap()).unwrap();
+        let listener = listener.listen(16).unwrap();
+        // The next request gets no answer; only the one after that reaches the new daemon.
+        drop(listener.accept().await.unwrap());
+        fake.put(transfer("t1", "chengdu", State::Done));
+        fake.serve_on(listener)
     };
     let (end, _again) = tokio::join!(d.run("deliver dataset/line3:v1 --to all --wait"), restart);
     end.unwrap();

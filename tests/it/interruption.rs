@@ -435,7 +435,7 @@ fn a_publish_interrupted_by_a_kill_of_the_hub_leaves_no_artifact_and_can_be_repe
     let _limit = limit(secs(200));
     let scratch = Scratch::new();
     let mut hub = Hub::start_new(scratch.path());
-    write(&scratch.join("big.bin"), &noise(&mut rng("big"), 200 << 20));
+    write(&scratch.join("big.bin"), &noise(&mut rng("big"), 96 << 20));
     let source = scratch.join("big.bin");
     let before = disk_usage(&hub.data_dir);
     std::thread::scope(|scope| {

@@ -747,40 +747,47 @@ fn every_filesystem_stores_a_version_and_a_full_one_delays_the_transfer() {
     if !is_root() {
         return;
     }
-    for kind in ["ext4", "xfs", "btrfs", "tmpfs"] {
-        let scratch = Scratch::new();
-        let root = scratch.join("nas");
-        let Some(disk) = SmallDisk::mount(kind, &root, &scratch.join("image")) else {
-            continue;
-        };
-        let hub = Hub::start_new(scratch.path());
-        let site = Site::start_new(
-            scratch.path(),
-            &hub,
-            "chengdu",
-            &SiteSpec {
-                root: Some(root.clone()),
-                ..SiteSpec::default()
-            },
-        );
-        let source = scratch.join("one");
-        for number in 0..40 {
-            data::write(
-                &source.join(format!("f{number}")),
-                &data::noise(&mut data::rng(&format!("{kind}{number}")), 20_000),
-            );
+    // Each waits most of the time, so they wait together.
+    std::thread::scope(|scope| {
+        for kind in ["ext4", "xfs", "btrfs", "tmpfs"] {
+            scope.spawn(move || a_filesystem_stores_a_version_and_a_full_one_delays_it(kind));
         }
-        hub.publish(&source, "dataset/x:v1", &[]);
-        let filler = disk.fill("filler", 0);
-        let id = hub.deliver(&["dataset/x:v1"], "chengdu").remove(0);
-        hub.wait_transfer(&id, "full", secs(30), |t| {
-            t.reason.as_deref() == Some("no_space")
-        });
-        std::fs::remove_file(filler).unwrap();
-        hub.wait_done(&id, secs(40));
-        assert_same(&source, &site.folder("dataset/x:v1"));
-        assert_eq!(site.current("dataset/x"), "v1", "{kind}");
+    });
+}
+
+fn a_filesystem_stores_a_version_and_a_full_one_delays_it(kind: &str) {
+    let scratch = Scratch::new();
+    let root = scratch.join("nas");
+    let Some(disk) = SmallDisk::mount(kind, &root, &scratch.join("image")) else {
+        return;
+    };
+    let hub = Hub::start_new(scratch.path());
+    let site = Site::start_new(
+        scratch.path(),
+        &hub,
+        "chengdu",
+        &SiteSpec {
+            root: Some(root),
+            ..SiteSpec::default()
+        },
+    );
+    let source = scratch.join("one");
+    for number in 0..40 {
+        data::write(
+            &source.join(format!("f{number}")),
+            &data::noise(&mut data::rng(&format!("{kind}{number}")), 20_000),
+        );
     }
+    hub.publish(&source, "dataset/x:v1", &[]);
+    let filler = disk.fill("filler", 0);
+    let id = hub.deliver(&["dataset/x:v1"], "chengdu").remove(0);
+    hub.wait_transfer(&id, "full", secs(30), |t| {
+        t.reason.as_deref() == Some("no_space")
+    });
+    std::fs::remove_file(filler).unwrap();
+    hub.wait_done(&id, secs(40));
+    assert_same(&source, &site.folder("dataset/x:v1"));
+    assert_eq!(site.current("dataset/x"), "v1", "{kind}");
 }
 
 #[test]

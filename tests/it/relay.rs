@@ -271,7 +271,7 @@ fn an_artifact_arrives_although_either_end_is_offline_for_a_time() {
     wait_for("prefetched", secs(20), || {
         hub.log().contains(": prefetched digest=").then_some(())
     });
-    a.kill();
+    a.stop();
     hub.wait_online("a", false, secs(60));
     b.start();
     hub.wait_done(&transfer.id, secs(60));
@@ -379,12 +379,12 @@ fn chunks_are_forwarded_before_the_source_has_sent_a_tenth() {
             ..SiteSpec::default()
         },
     );
-    let folder = model(&dir.join("model"), 256);
+    let folder = model(&dir.join("model"), 128);
     a.publish(&folder, "model/through:v1", &[]);
     // B first fetches the manifest, which is much smaller than this.
     let manifest = 2 * MIB;
     let (sent, received) = (line_a.up(), line_b.down());
-    line_a.hold_up_at(sent + 256 * MIB / 10);
+    line_a.hold_up_at(sent + 128 * MIB / 10);
     let id = hub.deliver(&["model/through:v1"], "b").remove(0);
     wait_for("B has its first bytes", secs(25), || {
         (line_b.down() - received > manifest).then_some(())
@@ -393,7 +393,7 @@ fn chunks_are_forwarded_before_the_source_has_sent_a_tenth() {
     hub.wait_done(&id, secs(120));
     tree::assert_same(&folder, &b.folder("model/through:v1"));
     let sent = line_a.up() - sent;
-    assert!(sent < uplink_max(256 * MIB, 0), "A sent {sent}");
+    assert!(sent < uplink_max(128 * MIB, 0), "A sent {sent}");
 }
 
 #[test]
@@ -1183,7 +1183,8 @@ fn a_slow_receiver_slows_down_its_source_and_does_not_fill_the_hubs_memory() {
     let (sent, got) = (line_a.up(), line_b.down());
     let id = hub.deliver(&["model/slow:v1"], "b").remove(0);
     let (began, mut ahead) = (Instant::now(), 0);
-    while began.elapsed() < secs(10) {
+    // Five seconds of the connection to B, in which A could send everything.
+    while line_b.down() - got < 5 * MIB && began.elapsed() < secs(60) {
         // A's counter is read first: bytes that B receives in between only decrease the difference.
         let sent = line_a.up() - sent;
         ahead = ahead.max(sent.saturating_sub(line_b.down() - got));
@@ -1191,7 +1192,7 @@ fn a_slow_receiver_slows_down_its_source_and_does_not_fill_the_hubs_memory() {
     }
     let got = line_b.down() - got;
     assert!(
-        got > 2 * MIB,
+        got >= 5 * MIB,
         "B received only {got} bytes: the test proves nothing"
     );
     assert!(

@@ -5,7 +5,6 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 use std::time::Instant;
 
-use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
 use crate::support::command::{Output, bound, run, tool, wait};
@@ -268,13 +267,11 @@ fn one_publisher_can_run_two_publishes_at_once() {
     let second = world.scratch.join("second");
     data::write(
         &second.join("weights.bin"),
-        &data::noise(&mut data::rng("second"), 8 << 20),
+        &data::noise(&mut data::rng("second"), 256 << 10),
     );
-    // Slow enough that the first is still running when the second starts.
-    world.line.throttle_up(RATE);
-    let mut child = world.begin(&first, "model/first:v1", &["--join-token", &token], 4 << 20);
-    let first = Pid::from_child(&child);
-    kill_process(first, Signal::STOP).unwrap();
+    // At this rate the first lasts for more than half a minute, and the second for a few seconds.
+    world.line.throttle_up(1 << 20);
+    let mut child = world.begin(&first, "model/first:v1", &["--join-token", &token], 2 << 20);
     let other = world
         .publish(&second, "model/second:v1", &[])
         .expect(0)
@@ -284,7 +281,7 @@ fn one_publisher_can_run_two_publishes_at_once() {
         child.try_wait().unwrap().is_none(),
         "the first publish ended too early, the test proves nothing"
     );
-    kill_process(first, Signal::CONT).unwrap();
+    world.line.throttle_up(0);
     assert!(
         wait(&mut child, secs(60))
             .expect("the first ends")

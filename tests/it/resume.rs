@@ -11,7 +11,7 @@ use crate::support::tree::assert_same;
 use crate::support::{Scratch, limit, secs};
 
 /// The size of the artifact: much more than a kill may cost.
-const SIZE: usize = 192 << 20;
+const SIZE: usize = 136 << 20;
 /// Bytes per second of the connection: fast enough that the bytes in flight reach their limit, slow
 /// enough to kill a daemon in the middle.
 const RATE: u64 = 48 << 20;

@@ -16,7 +16,6 @@ pub(crate) mod registry;
 pub(crate) mod tree;
 
 use std::io::Write;
-use std::net::{Ipv4Addr, TcpListener, UdpSocket};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
@@ -24,7 +23,7 @@ use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rand::Rng;
+pub(crate) use base::testing::{bound_port, free_port};
 
 /// Seconds, for time limits.
 pub(crate) fn secs(n: u64) -> Duration {
@@ -137,49 +136,6 @@ impl Drop for Scratch {
             print_logs(|p| p.starts_with(self.path()));
         }
     }
-}
-
-/// A port on 127.0.0.1 that is free for TCP and UDP now. No outgoing connection takes it, and as
-/// long as this process lives no other test.
-pub(crate) fn free_port() -> u16 {
-    bound_port().0.local_addr().expect("know the port").port()
-}
-
-/// The same, with both sockets bound.
-pub(crate) fn bound_port() -> (TcpListener, UdpSocket) {
-    // Linux takes the ports of outgoing connections from 32768 upwards.
-    for _ in 0..1000 {
-        let port = rand::rng().random_range(12_000..32_000);
-        if is_reserved(port)
-            && let Ok(tcp) = TcpListener::bind((Ipv4Addr::LOCALHOST, port))
-            && let Ok(udp) = UdpSocket::bind((Ipv4Addr::LOCALHOST, port))
-        {
-            return (tcp, udp);
-        }
-    }
-    panic!("no free port on 127.0.0.1");
-}
-
-/// Reserves a port among the tests, which are processes of their own: by the lock of a file, until
-/// the process ends.
-fn is_reserved(port: u16) -> bool {
-    static RESERVED: Mutex<Vec<std::fs::File>> = Mutex::new(Vec::new());
-    let dir = std::env::temp_dir().join("packhorse-test-ports");
-    let _ = std::fs::create_dir(&dir);
-    let file = std::fs::File::options()
-        .create(true)
-        .truncate(false)
-        .write(true)
-        .open(dir.join(port.to_string()));
-    // The folder may be another user's.
-    let Ok(file) = file else { return true };
-    let lock = rustix::fs::FlockOperation::NonBlockingLockExclusive;
-    let is_mine = rustix::fs::flock(&file, lock).is_ok();
-    if is_mine {
-        let mut reserved = RESERVED.lock().unwrap_or_else(PoisonError::into_inner);
-        reserved.push(file);
-    }
-    is_mine
 }
 
 /// Whether this runs as root, which is required for mounts and for other users.

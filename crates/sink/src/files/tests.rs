@@ -2,6 +2,7 @@
 
 use std::fs::File;
 
+use super::versions::is_same_entry;
 use super::*;
 use base::fault::{Reason, Retry};
 use base::limits::ROOT_USE_ENDS_AFTER;

@@ -238,7 +238,7 @@ pub(super) fn is_folder(path: &Path) -> Result<bool, Fault> {
 }
 
 /// Whether two names refer to one entry. A missing entry equals no other.
-fn is_same_entry(one: &Path, other: &Path) -> Result<bool, Fault> {
+pub(super) fn is_same_entry(one: &Path, other: &Path) -> Result<bool, Fault> {
     let entry = |path: &Path| match std::fs::symlink_metadata(path) {
         Ok(meta) => Ok(Some((meta.dev(), meta.ino()))),
         Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),

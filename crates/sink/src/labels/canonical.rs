@@ -21,7 +21,7 @@ use base::fault::{Fault, IoContext};
 use base::limits::{LABEL_CLASSES_MAX, LABEL_LINE_BYTES_MAX};
 use base::names::RelPath;
 use content::chunk::Hash;
-use content::label_rows::{ANNOTATIONS, CLASSES, SAMPLES};
+use content::label_rows::{ANNOTATIONS, CLASSES, ClassRow, SAMPLES};
 
 const KINDS: [&str; 8] = [
     "bbox",
@@ -64,6 +64,18 @@ pub(super) struct Class<'a> {
     pub(super) id: i64,
     pub(super) name: &'a str,
     pub(super) attrs: Option<&'a str>,
+}
+
+impl Class<'_> {
+    /// The class with its own text.
+    pub(super) fn owned(&self) -> ClassRow {
+        let attrs = self.attrs.map(str::to_owned);
+        ClassRow {
+            id: self.id,
+            name: self.name.to_owned(),
+            attrs: attrs.and_then(|json| RawValue::from_string(json).ok()),
+        }
+    }
 }
 
 /// A sample, borrowed from its line or row.

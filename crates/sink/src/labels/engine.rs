@@ -15,7 +15,7 @@ use crate::{Threads, Waits};
 use base::fault::Fault;
 use base::limits::{LABEL_BATCH_BYTES, LABEL_BATCHES_QUEUED_MAX};
 use content::chunk::Hash;
-use content::label_rows::QueryRow;
+use content::label_rows::{ClassRow, QueryRow};
 use content::manifest::{Digest, LabelsInfo};
 
 /// A version to be loaded.
@@ -120,6 +120,9 @@ pub(super) trait Engine: Send + Sync {
         version: &str,
         out: mpsc::Sender<Rows>,
     ) -> Result<StoredVersion, Fault>;
+
+    /// The classes of a stored version; none if it is not stored.
+    async fn classes(&self, set: &str, version: &str) -> Result<Vec<ClassRow>, Fault>;
 
     /// Sends the rows of a query from one consistent snapshot, in any order. The query can only
     /// read.

@@ -62,7 +62,7 @@ use base::durable;
 use base::fault::{Fault, IoContext};
 use base::limits::{LABEL_BATCHES_QUEUED_MAX, SINK_THREADS_MAX};
 use base::names::{ArtifactRef, Kind, RelPath};
-use content::label_rows::QueryRow;
+use content::label_rows::{ClassRow, QueryRow};
 use content::manifest::{KindInfo, LabelsInfo};
 
 /// Label sets in a database.
@@ -174,6 +174,12 @@ impl LabelsSink {
     /// The active version of a label set.
     pub async fn active_version(&self, label_set: &str) -> Result<Option<String>, Fault> {
         self.engine.active(label_set).await
+    }
+
+    /// The classes of a stored version, also those that no annotation has; none if it is not
+    /// stored.
+    pub async fn classes(&self, label_set: &str, version: &str) -> Result<Vec<ClassRow>, Fault> {
+        self.engine.classes(label_set, version).await
     }
 
     /// Sends the rows of a query from one consistent snapshot, in any order: `source::labels` sorts

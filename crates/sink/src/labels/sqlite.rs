@@ -6,6 +6,7 @@
 //! writer at a time, between processes the lock of SQLite does; readers never wait. The file must
 //! not be on a network filesystem, where the locks and the shared memory of SQLite do not work.
 
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use async_trait::async_trait;
@@ -30,7 +31,7 @@ use crate::Threads;
 use base::fault::{Fault, IoContext, Reason, Retry};
 use base::limits::{LABEL_BATCH_BYTES, LABEL_BATCHES_QUEUED_MAX, LABEL_WRITER_WAIT_MAX};
 use base::space::Space;
-use content::label_rows::QueryRow;
+use content::label_rows::{ClassRow, QueryRow};
 
 /// The rows of one INSERT: SQLite accepts at most 32,766 parameters, and more rows are not faster.
 const ROWS_AN_INSERT: usize = 100;
@@ -56,7 +57,18 @@ pub(super) struct Sqlite {
     file: PathBuf,
     options: SqliteConnectOptions,
     writer: tokio::sync::Mutex<()>,
+    /// An idle connection to this file: with the last connection, SQLite would remove the files
+    /// beside the database, without which a user who may not write there cannot read it.
+    keeper: tokio::sync::Mutex<Option<(SqliteConnection, FileId)>>,
     threads: Threads,
+}
+
+/// Device and inode.
+type FileId = (u64, u64);
+
+fn file_id(file: &Path) -> Option<FileId> {
+    let meta = std::fs::metadata(file).ok()?;
+    Some((meta.dev(), meta.ino()))
 }
 
 /// One value of a row.
@@ -140,6 +152,7 @@ impl Sqlite {
             file: file.into(),
             options,
             writer: tokio::sync::Mutex::new(()),
+            keeper: tokio::sync::Mutex::new(None),
             threads,
         }
     }
@@ -198,6 +211,16 @@ impl Sqlite {
     }
 
     async fn connect(&self) -> Result<SqliteConnection, Fault> {
+        let mut keeper = self.keeper.lock().await;
+        if let Some((_, kept)) = &*keeper
+            && self.id().await? != Some(*kept)
+            && let Some((conn, _)) = keeper.take()
+        {
+            // The file was moved away. This connection must be closed before another file has its
+            // name, because it removes the files beside the database by their names.
+            let _ = conn.close().await;
+        }
+        drop(keeper);
         self.options
             .connect()
             .await
@@ -221,7 +244,21 @@ impl Sqlite {
         Ok((tables == 1).then_some(conn))
     }
 
+    /// The file that has the name of the database now.
+    async fn id(&self) -> Result<Option<FileId>, Fault> {
+        let file = self.file.clone();
+        self.threads.run(move || Ok(file_id(&file))).await
+    }
+
+    /// Ends the use of a connection: the first one is kept.
     async fn close(&self, conn: SqliteConnection) {
+        let mut keeper = self.keeper.lock().await;
+        if keeper.is_none()
+            && let Ok(Some(id)) = self.id().await
+        {
+            *keeper = Some((conn, id));
+            return;
+        }
         // Everything is committed.
         let _ = conn.close().await;
     }
@@ -675,6 +712,13 @@ impl Engine for Sqlite {
             let _ = transaction.rollback().await;
             return Err(fault);
         }
+        // Without statistics, a query for one image would walk all annotations of its version.
+        self.run(
+            &mut transaction,
+            "analyse the tables",
+            "PRAGMA analysis_limit = 2000; ANALYZE",
+        )
+        .await?;
         transaction
             .commit()
             .await
@@ -786,12 +830,31 @@ impl Engine for Sqlite {
         Ok(held)
     }
 
+    async fn classes(&self, set: &str, version: &str) -> Result<Vec<ClassRow>, Fault> {
+        let Some(mut conn) = self.connect_existing().await? else {
+            return Ok(Vec::new());
+        };
+        let mut classes = Vec::new();
+        if let Some((id, _)) = self.held_on(&mut conn, set, version).await? {
+            let read = |e: sqlx::Error| self.fault("read the classes", &e);
+            let mut rows = sqlx::query(EXPORT_CLASSES).bind(id).fetch(&mut conn);
+            while let Some(row) = rows.try_next().await.map_err(read)? {
+                classes.push(class_of(&row).map_err(read)?.owned());
+            }
+        }
+        self.close(conn).await;
+        Ok(classes)
+    }
+
     async fn query(&self, sql: &str, out: mpsc::Sender<Vec<QueryRow>>) -> Result<(), Fault> {
-        if self.connect_existing().await?.is_none() {
-            return Err(Fault::not_found(format!(
-                "{} contains no labels yet",
-                self.file.display()
-            )));
+        match self.connect_existing().await? {
+            Some(conn) => self.close(conn).await,
+            None => {
+                return Err(Fault::not_found(format!(
+                    "{} contains no labels yet",
+                    self.file.display()
+                )));
+            }
         }
         // Opened read-only, so that no query can write.
         let options = self

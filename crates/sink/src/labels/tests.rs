@@ -1,4 +1,5 @@
-//! One contract for both engines, and tests of PostgreSQL only.
+//! One contract for both engines, tests of PostgreSQL only, and what real installations have.
 
 mod contract;
+mod installations;
 mod postgres_only;

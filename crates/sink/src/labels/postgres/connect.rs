@@ -14,6 +14,10 @@ use base::limits::{LABEL_CONNECT_MAX, LABEL_LOCK_WAIT_MAX, LABEL_STATEMENT_MAX};
 /// An arbitrary number of our own: the advisory lock for creating and migrating the schema.
 const MIGRATION_LOCK: i64 = 0x7061_636b_686f_7273;
 const VERSION_MIN: u32 = 150_000;
+/// The locks that a reader takes for each version: two tables and their five indexes.
+const LOCKS_A_VERSION: i64 = 7;
+/// The readers for which there must be locks.
+const READERS_MIN: i64 = 20;
 const DDL_LOCK_WAIT: Duration = Duration::from_millis(500);
 
 /// The settings of our sessions, which override those of the role and the database. A time limit
@@ -29,7 +33,7 @@ fn session_settings(version: u32) -> String {
         "SET lock_timeout = {}; {NO_TIME_LIMITS}; SET idle_session_timeout = 0; {transaction_timeout}
          SET default_transaction_read_only = off; SET default_transaction_isolation = 'read committed';
          SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') IN ('off', 'local');
-         SET client_min_messages = warning; SET TimeZone = 'UTC';
+         SET client_min_messages = warning; SET TimeZone = 'UTC'; SET extra_float_digits = 1;
          SET tcp_keepalives_idle = 20; SET tcp_keepalives_interval = 10; SET tcp_keepalives_count = 4",
         LABEL_LOCK_WAIT_MAX.as_millis()
     )
@@ -43,13 +47,22 @@ pub(super) const NO_TIME_LIMITS_HERE: &str =
 
 impl Postgres {
     pub(super) async fn connect(&self) -> Result<PgConnection, Fault> {
+        let mut conn = self.open().await?;
+        let version = conn.server_version_num().unwrap_or(0);
+        self.run(&mut conn, "set up the session", session_settings(version))
+            .await?;
+        Ok(conn)
+    }
+
+    /// A connection without the settings of our sessions.
+    async fn open(&self) -> Result<PgConnection, Fault> {
         let mut options = self.options.clone();
         if let Some(file) = self.password_file.clone() {
             let read = move || password(&file).map_err(|e| Fault::secret_unreadable(&file, &e));
             let secret = self.threads.run(read).await?;
             options = options.password(&secret);
         }
-        let mut conn = match tokio::time::timeout(LABEL_CONNECT_MAX, options.connect()).await {
+        let conn = match tokio::time::timeout(LABEL_CONNECT_MAX, options.connect()).await {
             Ok(Ok(conn)) => conn,
             Ok(Err(error)) => return Err(self.fault("connect", &error)),
             Err(_) => {
@@ -69,9 +82,50 @@ impl Postgres {
             ))
             .with_next("configure a newer server in [sink.labels]"));
         }
-        self.run(&mut conn, "set up the session", session_settings(version))
-            .await?;
         Ok(conn)
+    }
+
+    /// Refuses a connection pool in transaction mode, which gives the server's session of one
+    /// connection to another between two transactions: settings, locks and prepared statements of
+    /// a session do not work there. Two open connections with one session, or one connection that
+    /// changes its session, give it away.
+    pub(super) async fn check_sessions(&self) -> Result<(), Fault> {
+        let (mut first, mut second) = (self.open().await?, self.open().await?);
+        let once = format!("BEGIN; {NO_TIME_LIMITS_HERE}; SELECT pg_backend_pid(); COMMIT");
+        let before = self.session(&mut first, once.clone()).await?;
+        // The second connection keeps its transaction open, and with it a session.
+        let held = format!("BEGIN; {NO_TIME_LIMITS_HERE}; SELECT pg_backend_pid()");
+        let other = self.session(&mut second, held).await?;
+        // A pool of one session would not answer the first connection now, which is asked last.
+        let shared = other == before || self.session(&mut first, once).await? != before;
+        self.close(second).await;
+        self.close(first).await;
+        if shared {
+            return Err(self.pooled(format!(
+                "{} is a connection pool in transaction mode",
+                self.place
+            )));
+        }
+        Ok(())
+    }
+
+    /// The server's process of a connection, without a prepared statement.
+    async fn session(&self, conn: &mut PgConnection, sql: String) -> Result<i32, Fault> {
+        let what = "look up the session";
+        let query = sqlx::raw_sql(AssertSqlSafe(sql));
+        let rows = self
+            .within(what, LABEL_CONNECT_MAX, query.fetch_all(conn))
+            .await?;
+        let row = rows.first().ok_or_else(|| {
+            Fault::unreachable(format!("{} did not name its session", self.place))
+        })?;
+        row.try_get(0).map_err(|e| self.fault(what, &e))
+    }
+
+    fn pooled(&self, message: String) -> Fault {
+        Fault::config(message)
+            .with_reason(Reason::SinkUnavailable)
+            .with_next("name the server itself in [sink.labels], or a pool in session mode (PgBouncer: pool_mode = session)")
     }
 
     /// Waits for a future of the driver with a time limit, and classifies its error.
@@ -165,11 +219,15 @@ impl Postgres {
         let user = self.options.get_username();
         let Some(database) = error.as_database_error() else {
             return match error {
-                sqlx::Error::Io(e) => Fault::unreachable(format!("{place} cannot be reached ({what}): {e}")),
-                sqlx::Error::Tls(e) => Fault::unreachable(format!("{place}: the TLS connection failed ({what}): {e}"))
-                    .with_next("check the server's certificate and sslmode/sslrootcert in the url of [sink.labels]"),
+                sqlx::Error::Io(e) if self.is_tls(e) => self.tls_fault(what, &e.to_string()),
+                sqlx::Error::Io(e) => {
+                    Fault::unreachable(format!("{place} cannot be reached ({what}): {e}"))
+                }
+                sqlx::Error::Tls(e) => self.tls_fault(what, &e.to_string()),
                 sqlx::Error::Configuration(e) => Fault::config(format!("{place}: {e}")),
-                sqlx::Error::Protocol(e) => Fault::unreachable(format!("{place} closed the connection ({what}): {e}")),
+                sqlx::Error::Protocol(e) => {
+                    Fault::unreachable(format!("{place} closed the connection ({what}): {e}"))
+                }
                 other => Fault::internal(format!("{place} ({what}): {other}")),
             };
         };
@@ -182,9 +240,12 @@ impl Postgres {
             "3D000" => Fault::not_allowed(message).with_next(format!("create it as an administrator: CREATE DATABASE … OWNER {user}")),
             "53100" => Fault::no_space(message).with_next("free space on the database's disk; the transfer resumes automatically"),
             "40001" | "40P01" | "55P03" => Fault::unreachable(message).with_next("other sessions hold locks; this is retried automatically"),
-            "42P05" | "26000" => Fault::config(message)
+            "42P05" | "26000" => self.pooled(format!("{message}: this is a connection pool in transaction mode")),
+            "08P01" if database.message().contains("startup parameter") => Fault::config(message)
                 .with_reason(Reason::SinkUnavailable)
-                .with_next("this is a connection pool in transaction mode: configure the server itself or a pool in session mode in [sink.labels]"),
+                .with_next("name the server itself in [sink.labels], or let the pool accept this parameter (PgBouncer: ignore_startup_parameters)"),
+            _ if database.message().contains("pooling mode") => self.pooled(message),
+            "28000" if database.message().contains("no encryption") => self.tls_fault(what, database.message()),
             "25006" => Fault::unreachable(message).with_next("this server is read-only (possibly a standby); this is retried automatically"),
             c if c.starts_with("28") => Fault::not_allowed(message)
                 .with_next(format!("check the user {user} and the password_file in [sink.labels], and pg_hba.conf on the server")),
@@ -195,6 +256,58 @@ impl Postgres {
             c if ["53", "57", "58", "08", "25P"].iter().any(|class| c.starts_with(class)) => Fault::unreachable(message),
             c => Fault::internal(format!("{message} ({c})")),
         }
+    }
+
+    /// Whether an error of a connection over TCP is one of TLS. The driver gives those of the
+    /// handshake, and those of the file of `sslrootcert`, as errors of input and output.
+    fn is_tls(&self, error: &std::io::Error) -> bool {
+        use std::io::ErrorKind;
+        const WORDS: [&str; 6] = [
+            "certificate",
+            "fatal alert",
+            "peer is incompatible",
+            "peer misbehaved",
+            "corrupt message",
+            "tls",
+        ];
+        let is_file = matches!(
+            error.kind(),
+            ErrorKind::NotFound | ErrorKind::PermissionDenied
+        );
+        let text = error.to_string();
+        self.options.get_socket().is_none()
+            && (is_file || WORDS.iter().any(|word| text.contains(word)))
+    }
+
+    /// A fault of TLS, with what to do about its cause.
+    fn tls_fault(&self, what: &str, why: &str) -> Fault {
+        let has = |words: &[&str]| words.iter().any(|word| why.contains(word));
+        let next = if has(&["NotValidForName", "not valid for name", "certificate name"]) {
+            "the server's certificate is for another name: use that name as the host in the url of [sink.labels], or sslmode=verify-ca"
+        } else if has(&["Expired", "expired", "NotValidYet", "not valid yet"]) {
+            "the server's certificate is outside of its time: renew it, and check both clocks"
+        } else if has(&[
+            "UnknownIssuer",
+            "CaUsedAsEndEntity",
+            "BadSignature",
+            "self-signed",
+            "self signed",
+        ]) {
+            "the server's certificate is not signed by a known CA: set sslrootcert in the url of [sink.labels] to the certificate of its CA"
+        } else if has(&["CertificateRequired", "certificate required"]) {
+            "the server asks for a certificate of the client: set sslcert and sslkey in the url of [sink.labels]"
+        } else if has(&["does not support"]) {
+            "the server has no TLS: set ssl = on there, or sslmode=disable in the url of [sink.labels]"
+        } else if has(&["no encryption"]) {
+            "the server demands TLS: set sslmode=require (or verify-full) in the url of [sink.labels]"
+        } else {
+            "check the server's certificate, and sslmode, sslrootcert, sslcert and sslkey in the url of [sink.labels]"
+        };
+        Fault::unreachable(format!(
+            "{}: the TLS connection failed ({what}): {why}",
+            self.place
+        ))
+        .with_next(next)
     }
 
     /// Whether the schema exists; it does not before the first commit.
@@ -212,13 +325,43 @@ impl Postgres {
         .await
     }
 
+    /// How many locks of the server a query over all versions takes, and how many there are:
+    /// each partition and each of its indexes counts. Advice if too few are left for readers.
+    pub(super) async fn lock_advice(
+        &self,
+        conn: &mut PgConnection,
+    ) -> Result<Option<String>, Fault> {
+        let query = sqlx::query(
+            "SELECT count(*), current_setting('max_locks_per_transaction')::bigint
+                * (current_setting('max_connections')::bigint + current_setting('max_prepared_transactions')::bigint),
+                current_setting('max_locks_per_transaction')::bigint
+             FROM packhorse.label_version",
+        );
+        let what = "count the locks";
+        let row = self
+            .within(what, LABEL_STATEMENT_MAX, query.fetch_one(conn))
+            .await?;
+        let number = |at: usize| row.try_get::<i64, _>(at).map_err(|e| self.fault(what, &e));
+        let (versions, all, each) = (number(0)?, number(1)?, number(2)?);
+        let taken = versions * LOCKS_A_VERSION;
+        // At least this many readers at once.
+        if taken * READERS_MIN <= all {
+            return Ok(None);
+        }
+        let needed = (each * taken * READERS_MIN).div_euclid(all.max(1)) + 1;
+        Ok(Some(format!(
+            "a query over all versions holds {taken} of {all} locks: set max_locks_per_transaction to at least {needed} in postgresql.conf and restart the server"
+        )))
+    }
+
     pub(super) async fn rights(&self, conn: &mut PgConnection) -> Result<(), Fault> {
         let query = sqlx::query(
             "SELECT pg_is_in_recovery(), to_regnamespace('packhorse') IS NOT NULL,
              CASE WHEN to_regnamespace('packhorse') IS NULL THEN has_database_privilege(current_database(), 'CREATE')
                   ELSE has_schema_privilege('packhorse', 'CREATE') AND has_schema_privilege('packhorse', 'USAGE') END,
              (SELECT coalesce(bool_and(pg_has_role(c.relowner, 'USAGE')), true)
-              FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = 'packhorse' AND c.relname = 'annotation')",
+              FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = 'packhorse' AND c.relname = 'annotation'),
+             current_setting('server_encoding')",
         );
         let row = self
             .within(
@@ -238,6 +381,16 @@ impl Postgres {
             column_value(2)?,
             column_value(3)?,
         );
+        let encoding: String = row
+            .try_get(4)
+            .map_err(|e| self.fault("read the permissions", &e))?;
+        if encoding != "UTF8" {
+            return Err(Fault::not_allowed(format!(
+                "{} has the encoding {encoding}, which cannot store every text",
+                self.place
+            ))
+            .with_next("create a database with CREATE DATABASE … ENCODING 'UTF8' TEMPLATE template0, and name it in [sink.labels]"));
+        }
         if standby {
             return Err(Fault::unreachable(format!(
                 "{} is a standby and is read-only",

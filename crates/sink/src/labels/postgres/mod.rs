@@ -55,7 +55,7 @@ use super::row_mapping::{self, LabelRow};
 use crate::Threads;
 use base::fault::{Fault, Reason};
 use base::limits::{LABEL_DDL_TRIES_MAX, LABEL_STATEMENT_MAX};
-use content::label_rows::QueryRow;
+use content::label_rows::{ClassRow, QueryRow};
 
 const HELD: &str =
     "SELECT v.manifest_digest, v.n_classes, v.n_samples, v.n_annotations, v.rows_digest, v.id
@@ -114,6 +114,8 @@ impl Postgres {
         let options = PgConnectOptions::from_str(url)
             .map_err(|_| Fault::config("the url of [sink.labels] does not have the form postgres://user@host:port/database"))?
             .application_name("packhorse")
+            // Connection pools refuse it as a parameter of the connection; it is set later.
+            .extra_float_digits(None)
             .disable_statement_logging();
         if let Some(file) = password_file {
             password(file).map_err(|e| {
@@ -339,6 +341,7 @@ impl LabelRow for PgRow {
 #[async_trait]
 impl Engine for Postgres {
     async fn prepare(&self, _room_bytes: u64) -> Result<(), Fault> {
+        self.check_sessions().await?;
         let mut conn = self.connect().await?;
         self.rights(&mut conn).await?;
         self.migrate(&mut conn).await?;
@@ -347,10 +350,13 @@ impl Engine for Postgres {
     }
 
     async fn probe(&self) -> Result<String, Fault> {
+        self.check_sessions().await?;
         let mut conn = self.connect().await?;
         self.rights(&mut conn).await?;
         let version = conn.server_version_num().unwrap_or(0);
+        let mut advice = None;
         let held: i64 = if self.has_schema(&mut conn).await? {
+            advice = self.lock_advice(&mut conn).await?;
             let query = sqlx::query_scalar(
                 "SELECT count(*) FROM packhorse.label_version WHERE state = 'ready'",
             );
@@ -365,10 +371,11 @@ impl Engine for Postgres {
         };
         self.close(conn).await;
         Ok(format!(
-            "{}: PostgreSQL {}.{}, {held} label versions stored",
+            "{}: PostgreSQL {}.{}, {held} label versions stored{}",
             self.place,
             version / 10_000,
-            version % 10_000
+            version % 10_000,
+            advice.map_or(String::new(), |advice| format!("; {advice}"))
         ))
     }
 
@@ -496,6 +503,26 @@ impl Engine for Postgres {
         let held = self.export_on(&mut conn, set, version, out).await?;
         self.close(conn).await;
         Ok(held)
+    }
+
+    async fn classes(&self, set: &str, version: &str) -> Result<Vec<ClassRow>, Fault> {
+        let mut conn = self.connect().await?;
+        let mut classes = Vec::new();
+        if self.has_schema(&mut conn).await?
+            && let Some((id, _)) = self.held_on(&mut conn, set, version).await?
+        {
+            let what = "read the classes";
+            let mut rows = sqlx::query(EXPORT_CLASSES).bind(id).fetch(&mut conn);
+            while let Some(row) = self
+                .within(what, LABEL_STATEMENT_MAX, rows.try_next())
+                .await?
+            {
+                let class = class_of(&row).map_err(|e| self.fault(what, &e))?;
+                classes.push(class.owned());
+            }
+        }
+        self.close(conn).await;
+        Ok(classes)
     }
 
     async fn query(&self, sql: &str, out: mpsc::Sender<Vec<QueryRow>>) -> Result<(), Fault> {

@@ -13,6 +13,29 @@ pub struct Server {
     pub port: u16,
 }
 
+/// A connection pool; it ends when it is dropped.
+pub struct Pool {
+    child: std::process::Child,
+    folder: tempfile::TempDir,
+}
+
+impl Pool {
+    pub fn url(&self, database: &str) -> String {
+        format!(
+            "postgres:///{database}?host={}&port=6432&user=packhorse",
+            self.folder.path().display()
+        )
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        // A pool that is gone is none the worse.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
 /// The password of every role that the tests create.
 pub const PASSWORD: &str = "correct horse";
 
@@ -223,6 +246,161 @@ impl Server {
     /// The URL over TCP, which requires a password.
     pub fn url(&self, user: &str, database: &str) -> String {
         format!("postgres://{user}@127.0.0.1:{}/{database}", self.port)
+    }
+
+    /// A PgBouncer before this server, on a Unix socket; it ends with the test.
+    pub fn pool(&self, database: &str, mode: &str, size: u32) -> Pool {
+        let folder = tempfile::Builder::new()
+            .prefix("packhorse-pool-")
+            .tempdir_in("/tmp")
+            .unwrap();
+        let config = folder.path().join("pgbouncer.ini");
+        let text = format!(
+            "[databases]\n{database} = host={} port={} user=packhorse\n[pgbouncer]\nlisten_addr =\nlisten_port = 6432\n\
+             unix_socket_dir = {}\nauth_type = any\npool_mode = {mode}\ndefault_pool_size = {size}\n",
+            self.dir.display(),
+            self.port,
+            folder.path().display()
+        );
+        base::durable::replace_secret(&config, text.as_bytes()).unwrap();
+        if rustix::process::geteuid().is_root() {
+            let owned = Command::new("chown")
+                .args(["-R", "postgres:postgres"])
+                .arg(folder.path())
+                .status();
+            assert!(owned.unwrap().success());
+        }
+        let path = std::env::var("PATH").unwrap_or_default();
+        let child = as_postgres(Path::new("pgbouncer"))
+            .env("PATH", format!("{path}:/usr/sbin"))
+            .arg(&config)
+            .current_dir("/")
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let pool = Pool { child, folder };
+        let socket = pool.folder.path().join(".s.PGSQL.6432");
+        let started = (0..600).any(|_| {
+            std::thread::sleep(Duration::from_millis(20));
+            std::os::unix::net::UnixStream::connect(&socket).is_ok()
+        });
+        assert!(
+            started,
+            "PgBouncer did not start: install Debian's package 'pgbouncer'"
+        );
+        pool
+    }
+
+    /// Switches TLS on, with a certificate for this name; its CA is `ca.pem` in `dir`.
+    pub fn use_tls(&self, dir: &Path, name: &str) {
+        let openssl = |args: &[&str]| {
+            let output = Command::new("openssl").args(args).current_dir(dir).output();
+            let output = output.unwrap();
+            assert!(
+                output.status.success(),
+                "{}",
+                String::from_utf8_lossy(&output.stderr)
+            );
+        };
+        let key = [
+            "-newkey",
+            "ec",
+            "-pkeyopt",
+            "ec_paramgen_curve:P-256",
+            "-nodes",
+        ];
+        openssl(
+            &[
+                &[
+                    "req", "-x509", "-days", "2", "-subj", "/CN=CA", "-keyout", "ca.key", "-out",
+                    "ca.pem",
+                ][..],
+                &key,
+            ]
+            .concat(),
+        );
+        openssl(
+            &[
+                &[
+                    "req",
+                    "-subj",
+                    &format!("/CN={name}"),
+                    "-addext",
+                    &format!("subjectAltName=DNS:{name}"),
+                    "-keyout",
+                    "server.key",
+                    "-out",
+                    "server.csr",
+                ][..],
+                &key,
+            ]
+            .concat(),
+        );
+        openssl(&[
+            "x509",
+            "-req",
+            "-days",
+            "2",
+            "-copy_extensions",
+            "copy",
+            "-in",
+            "server.csr",
+            "-CA",
+            "ca.pem",
+            "-CAkey",
+            "ca.key",
+            "-CAcreateserial",
+            "-out",
+            "server.pem",
+        ]);
+        let data = self.dir.join("data");
+        for file in ["server.key", "server.pem"] {
+            let mut install = Command::new("install");
+            install.args(["-m", "600"]);
+            if rustix::process::geteuid().is_root() {
+                install.args(["-o", "postgres", "-g", "postgres"]);
+            }
+            let installed = install.arg(dir.join(file)).arg(data.join(file)).status();
+            assert!(installed.unwrap().success());
+        }
+        for setting in [
+            "ssl_cert_file = 'server.pem'",
+            "ssl_key_file = 'server.key'",
+            "ssl = on",
+        ] {
+            self.psql("postgres", &format!("ALTER SYSTEM SET {setting}"));
+        }
+        self.reload("SELECT current_setting('ssl')", "on");
+    }
+
+    /// Refuses connections over TCP without TLS.
+    pub fn demand_tls(&self) {
+        let lines = "local all all trust\nhostssl all all 127.0.0.1/32 scram-sha-256\n";
+        let file = self.dir.join("data/pg_hba.conf");
+        // Written in place, so that it keeps its owner.
+        let mut hba = std::fs::File::options()
+            .write(true)
+            .truncate(true)
+            .open(file)
+            .unwrap();
+        std::io::Write::write_all(&mut hba, lines.as_bytes()).unwrap();
+        self.reload(
+            "SELECT string_agg(type, ',' ORDER BY line_number) FROM pg_hba_file_rules",
+            "local,hostssl",
+        );
+    }
+
+    /// Reloads the configuration, and waits until new sessions have it.
+    fn reload(&self, sql: &str, expected: &str) {
+        let before = self.psql("postgres", "SELECT pg_conf_load_time()");
+        self.psql("postgres", "SELECT pg_reload_conf()");
+        let loaded = (0..600).any(|_| {
+            std::thread::sleep(Duration::from_millis(20));
+            self.psql("postgres", "SELECT pg_conf_load_time()") != before
+                && self.psql("postgres", sql) == expected
+        });
+        assert!(loaded, "{sql} is not {expected}");
     }
 
     /// The URL over the Unix socket, as the superuser.

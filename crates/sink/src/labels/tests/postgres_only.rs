@@ -330,7 +330,9 @@ async fn a_database_of_the_previous_revision_is_migrated() {
     // The state that the previous version left.
     server.psql(
         database,
-        "DROP VIEW packhorse.current_annotations; DROP TABLE packhorse.label_switch; DELETE FROM packhorse.schema_migration WHERE version = 2;
+        "DROP VIEW packhorse.current_annotations, packhorse.samples, packhorse.current_samples, packhorse.classes,
+         packhorse.current_classes;
+         DROP TABLE packhorse.label_switch; DELETE FROM packhorse.schema_migration WHERE version >= 2;
          CREATE VIEW packhorse.current_annotations AS SELECT s.name AS label_set, v.version, i.path AS sample_path,
          i.hash AS sample_hash, c.name AS class, n.kind, n.x, n.y, n.w, n.h, n.geom, n.attrs, n.raw FROM packhorse.annotation n
          JOIN packhorse.label_active a ON a.version_id = n.version_id JOIN packhorse.label_version v ON v.id = n.version_id
