@@ -436,7 +436,7 @@ impl Uploads {
             })
             .collect();
         let mut frames = fetcher.ask(wants, 0).await?;
-        let mut frames = Vec::with_capacity(batch.chunks.len());
+        let mut received = Vec::with_capacity(batch.chunks.len());
         for chunk in batch.chunks {
             let frame = frames.next().await?;
             // Checked immediately: the whole batch is held in memory, and the share covers only the
@@ -448,14 +448,14 @@ impl Uploads {
                 ))
                 .with_next("publish again with the same version of packhorse as the hub"));
             }
-            frames.push((chunk, frame));
+            received.push((chunk, frame));
         }
         let _place = self.parts().budgets.work_place(publisher).await;
         // The work started here is completed even if the connection ends; the lease is held until
         // then.
         blocking(move || {
             let mut stored = 0;
-            for (chunk, frame) in frames {
+            for (chunk, frame) in received {
                 let raw = frame.verify(chunk.id, chunk.len)?;
                 stored += store.put(&frame.fit_to_store(&raw))?;
             }

@@ -101,7 +101,7 @@ impl Rounds {
     }
 }
 
-fn panicked(error: JoinError) -> Fault {
+fn panicked(error: &JoinError) -> Fault {
     Fault::internal(format!("a check of published content ended early: {error}"))
 }
 
@@ -180,7 +180,7 @@ impl Watch {
         let ended = async {
             let mut result = Ok(());
             while let Some(ended) = rounds.tasks.join_next().await {
-                result = result.and(ended.map_err(panicked));
+                result = result.and(ended.map_err(|e| panicked(&e)));
             }
             result
         };
@@ -211,7 +211,7 @@ impl Watch {
                     None => return Ok(()),
                 },
                 Some(ended) = tasks.join_next() => {
-                    let ended = ended.map_err(panicked).and_then(|result| result);
+                    let ended = ended.map_err(|e| panicked(&e)).and_then(|result| result);
                     // The worker reports a fault.
                     let _ = worker.iterate(async { ended }).await;
                 }

@@ -223,7 +223,12 @@ impl RunKeeper {
 
     /// The run, if `actor` may do `verb` with it. A run that the actor may not know gets the answer
     /// for one that does not exist.
-    async fn run_for(&self, actor: &Actor, verb: Verb, name: &str) -> Result<Run, Fault> {
+    pub(super) async fn run_for(
+        &self,
+        actor: &Actor,
+        verb: Verb,
+        name: &str,
+    ) -> Result<Run, Fault> {
         let run = self.load(name).await?;
         let Spec { from, on, .. } = &run.spec;
         match policy::may(actor, verb, &Object::Run { from, on }) {

@@ -13,7 +13,7 @@ use base::blocking::{blocking, blocking_at};
 use base::fault::Fault;
 use base::job_progress::JobProgress;
 use base::limits::SINK_ANSWER_MAX;
-use base::names::ArtifactRef;
+use base::names::{ArtifactRef, TransferId};
 use exchange::transfer::{VerifyReport, beside, verify};
 use model::protocol::AskHub;
 use sink::{Incoming, Verification};

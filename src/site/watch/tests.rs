@@ -81,7 +81,7 @@ impl Fixture {
             .path()
             .canonicalize()
             .unwrap()
-            .join(artifact.name.as_str());
+            .join(artifact.name());
         fs::create_dir(&folder).unwrap();
         fs::write(folder.join("file"), content).unwrap();
         let (reader, path) = (self.watch.reader.clone(), folder.clone());

@@ -839,7 +839,7 @@ impl Engine for Sqlite {
             let read = |e: sqlx::Error| self.fault("read the classes", &e);
             let mut rows = sqlx::query(EXPORT_CLASSES).bind(id).fetch(&mut conn);
             while let Some(row) = rows.try_next().await.map_err(read)? {
-                classes.push(class_of(&row).map_err(read)?.owned());
+                classes.push(row_mapping::class(&row).map_err(read)?.owned());
             }
         }
         self.close(conn).await;

@@ -517,7 +517,7 @@ impl Engine for Postgres {
                 .within(what, LABEL_STATEMENT_MAX, rows.try_next())
                 .await?
             {
-                let class = class_of(&row).map_err(|e| self.fault(what, &e))?;
+                let class = row_mapping::class(&row).map_err(|e| self.fault(what, &e))?;
                 classes.push(class.owned());
             }
         }
