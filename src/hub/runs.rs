@@ -265,11 +265,15 @@ impl RunKeeper {
     }
 
     /// The runs of a site's desired state: the oldest, as many as fit in a message. The others
-    /// wait.
-    pub(super) async fn desired(&self, site: &SiteName) -> Result<Vec<DesiredRun>, Fault> {
+    /// wait. `None`: a run cannot be read, and a list without it would end it at its site.
+    pub(super) async fn desired(&self, site: &SiteName) -> Result<Option<Vec<DesiredRun>>, Fault> {
+        let catalogue = &self.inner.catalogue;
+        let Some(open) = catalogue.complete_open_runs::<Run>(OPEN_MAX).await? else {
+            return Ok(None);
+        };
         let mut out = Vec::new();
         let mut listed_bytes = 0;
-        for run in self.inner.catalogue.open_runs::<Run>(OPEN_MAX).await? {
+        for run in open {
             if run.spec.on != *site {
                 continue;
             }
@@ -301,7 +305,7 @@ impl RunKeeper {
                 ready,
             });
         }
-        Ok(out)
+        Ok(Some(out))
     }
 
     /// Handles a site's report of a run.

@@ -52,7 +52,8 @@ pub trait Runs: Send + Sync {
     /// Records the lineage of a model.
     async fn set_lineage(&self, artifact: &ArtifactRef, lineage: &Lineage) -> Result<(), Fault>;
 
-    /// The lineage of a model, if it is known.
+    /// The lineage of a model, if it is known. One that cannot be read is reported and counts as
+    /// unknown.
     async fn lineage(&self, artifact: &ArtifactRef) -> Result<Option<Lineage>, Fault>;
 }
 
@@ -96,6 +97,20 @@ impl Catalogue {
             .iter()
             .filter_map(|row| self.common.malformed.sound(TABLE, &row.name, parsed(row)))
             .collect())
+    }
+
+    /// The same; `None` if one cannot be read: who is not listed is ended at its site.
+    pub async fn complete_open_runs<T: DeserializeOwned>(
+        &self,
+        limit: u32,
+    ) -> Result<Option<Vec<T>>, Fault> {
+        let rows = self.open_run_rows(limit).await?;
+        // All are parsed, so that each one that cannot be read is reported.
+        let runs: Vec<Option<T>> = rows
+            .iter()
+            .map(|row| self.common.malformed.sound(TABLE, &row.name, parsed(row)))
+            .collect();
+        Ok(runs.into_iter().collect())
     }
 
     /// The same; fails if one cannot be read. For callers that remove what no run needs.

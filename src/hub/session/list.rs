@@ -147,7 +147,10 @@ impl Sessions {
             }
         }
         let runs = self.inner.runs.desired(site).await?;
-        let runs: Option<Vec<DesiredRun>> = list.runs_differ(&runs)?.then_some(runs);
+        let runs = match runs {
+            Some(runs) => list.runs_differ(&runs)?.then_some(runs),
+            None => None,
+        };
         if let Some(last) = part.end(runs, is_list, is_partial, list) {
             self.tell(send, &FromHub::Changes(last)).await?;
         }
@@ -254,10 +257,15 @@ impl Sessions {
                     last = None;
                 }
             }
-            let now = (
-                self.desired_transfers(control.site).await?,
-                inner.runs.desired(control.site).await?,
-            );
+            // These sites know no list without runs: if one cannot be read, the last list stays.
+            let runs = match inner.runs.desired(control.site).await? {
+                Some(runs) => runs,
+                None => last
+                    .as_ref()
+                    .map(|(_, runs)| runs.clone())
+                    .unwrap_or_default(),
+            };
+            let now = (self.desired_transfers(control.site).await?, runs);
             if last.as_ref() != Some(&now) {
                 revision += 1;
                 let (transfers, runs) = now.clone();

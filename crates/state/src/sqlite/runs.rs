@@ -120,7 +120,9 @@ impl Runs for Sqlite {
                 .fetch_optional(self.read())
                 .await
                 .map_err(fault)?;
-        row.map(|(body,)| serde_json::from_str(&body).map_err(|e| malformed("lineage", &name, e)))
-            .transpose()
+        Ok(row.and_then(|(body,)| {
+            let read = serde_json::from_str(&body).map_err(|e| malformed("lineage", &name, e));
+            self.sound("lineage", &name, read)
+        }))
     }
 }

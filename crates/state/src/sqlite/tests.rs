@@ -324,6 +324,9 @@ async fn a_row_that_cannot_be_read_is_skipped_and_reported() {
             .message
             .contains("r-1")
     );
+    // A list without that run would end it at its site.
+    let open = catalogue.complete_open_runs::<serde_json::Value>(9);
+    assert_eq!(open.await.unwrap(), None);
     assert!(
         catalogue
             .artifact(&"model/m:1".parse().unwrap())
@@ -399,6 +402,18 @@ async fn the_content_of_the_relay_cache_is_listed_without_root_manifests() {
     // If the root manifest was read, this would fail.
     assert_eq!(sql(dir.path(), "UPDATE artifact SET root = x'00'").await, 3);
     assert_eq!(catalogue.relay_kept().await.unwrap().len(), 3);
+}
+
+#[tokio::test]
+async fn a_lineage_that_cannot_be_read_counts_as_unknown_and_is_reported() {
+    let (dir, catalogue) = opened().await;
+    let model: ArtifactRef = "model/m:1".parse().unwrap();
+    let damaged = "INSERT INTO lineage (reference, body) VALUES ('model/m:1', '{')";
+    assert_eq!(sql(dir.path(), damaged).await, 1);
+    assert!(catalogue.lineage(&model).await.unwrap().is_none());
+    let rows = catalogue.malformed_rows();
+    assert_eq!(rows.len(), 1);
+    assert_eq!((rows[0].table, &*rows[0].key), ("lineage", "model/m:1"));
 }
 
 #[tokio::test]
