@@ -43,7 +43,7 @@ fn is_reserved(port: u16) -> bool {
         .create(true)
         .truncate(false)
         .write(true)
-        .open(dir.join(port.to_string()));
+        .open(dir.join(format!("{port}")));
     // The folder may be another user's.
     let Ok(file) = file else { return true };
     let is_mine = flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok();
