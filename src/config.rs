@@ -14,14 +14,18 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
+use base::cgroup;
 use base::durable;
 use base::fault::Fault;
-use base::limits::{CONFIG_BYTES_MAX, MEMORY_BUDGET_BYTES_MIN};
+use base::limits::{
+    CONFIG_BYTES_MAX, MEMORY_BUDGET_BYTES, MEMORY_BUDGET_BYTES_MIN, MEMORY_BUDGET_CGROUP_PART,
+};
 use base::names::SiteName;
 pub use base::secrets::read_secret;
 pub use sink::settings::{FilesSink, ImagesSink, LabelsSink};
 use source::own::Own;
 pub use transport::{Congestion, ConnectionSettings, Transport};
+use transport::{Proxy, ProxySettings};
 
 mod rules;
 
@@ -75,7 +79,7 @@ pub struct Config {
     /// The quotas of sites and publishers (hub only).
     #[serde(default)]
     pub quota: Quotas,
-    /// The trainer (sites only); without it this site trains for nobody.
+    /// The trainer (sites only); without it this site trains for no other site.
     pub train: Option<Train>,
 }
 
@@ -115,8 +119,45 @@ pub const API_WITHOUT_TLS: &str = "the API is served to other machines without T
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Hub {
-    /// `HOST:PORT`.
+    /// `HOST:PORT`, or several in a list, the preferred one first; here separated by commas.
+    #[serde(deserialize_with = "addresses")]
     pub address: String,
+    /// The proxy of the TCP transport: `http://[USER@]HOST:PORT` or `socks5://[USER@]HOST:PORT`;
+    /// `none`: not even the one of the environment.
+    pub proxy: Option<String>,
+    /// A file that holds the password of the proxy.
+    pub proxy_password_file: Option<PathBuf>,
+}
+
+impl Hub {
+    /// The proxies of the TCP transport: the configured one, or those of the environment.
+    fn proxies(&self) -> Result<ProxySettings, String> {
+        match self.proxy.as_deref() {
+            None => Ok(ProxySettings::from_environment()),
+            Some("none") => Ok(ProxySettings::default()),
+            Some(url) => {
+                let proxy = Proxy::parse(url)?;
+                Ok(ProxySettings::of(match &self.proxy_password_file {
+                    Some(path) => proxy.with_password_file(path.clone()),
+                    None => proxy,
+                }))
+            }
+        }
+    }
+}
+
+/// One address, or a list of them.
+fn addresses<'de, D: serde::Deserializer<'de>>(d: D) -> Result<String, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged, expecting = "expected \"HOST:PORT\" or a list of them")]
+    enum Addresses {
+        One(String),
+        Several(Vec<String>),
+    }
+    Ok(match Addresses::deserialize(d)? {
+        Addresses::One(address) => address,
+        Addresses::Several(list) => list.join(","),
+    })
 }
 
 /// `[sink]`
@@ -200,9 +241,17 @@ pub struct Limits {
 impl Default for Limits {
     fn default() -> Self {
         Self {
-            memory: base::limits::MEMORY_BUDGET_BYTES,
+            memory: default_memory(cgroup::memory_limit_bytes()),
         }
     }
+}
+
+/// The default of [`Limits::memory`] in a control group with this limit.
+fn default_memory(limit: Option<u64>) -> u64 {
+    limit.map_or(MEMORY_BUDGET_BYTES, |limit| {
+        let part = limit / MEMORY_BUDGET_CGROUP_PART;
+        part.clamp(MEMORY_BUDGET_BYTES_MIN, MEMORY_BUDGET_BYTES)
+    })
 }
 
 /// `[quota]`
@@ -252,9 +301,9 @@ pub struct Train {
     pub allow: Vec<String>,
 }
 
-/// Reads `HOST:PORT`, or `[V6]:PORT`.
+/// Reads `HOST:PORT`, or `[V6]:PORT`, or several, separated by commas.
 pub fn parse_host_port(text: &str) -> Result<String, String> {
-    rules::check_host_port(text).map(|()| text.to_owned())
+    rules::check_hosts(text).map(|()| text.to_owned())
 }
 
 /// Reads `20MiB`, `4GB`, `512KiB`, `100B`: a whole number and a unit.
@@ -418,7 +467,12 @@ impl Config {
                 registry.ca_file.as_deref().map(|p| ("registry.ca_file", p)),
             ]
         });
-        [labels, password, ca]
+        let proxy = self
+            .hub
+            .as_ref()
+            .and_then(|hub| hub.proxy_password_file.as_deref())
+            .map(|p| ("hub.proxy_password_file", p));
+        [labels, password, ca, proxy]
             .into_iter()
             .chain(registries)
             .flatten()
@@ -459,7 +513,7 @@ pub fn read(path: &Path) -> Result<Config, Fault> {
 
 /// Reads a configuration from text; `origin` is the file's name for messages.
 pub fn parse(text: &str, origin: &str) -> Result<Config, Fault> {
-    let config: Config = toml::from_str(text).map_err(|e| {
+    let mut config: Config = toml::from_str(text).map_err(|e| {
         // serde says "field"; TOML files have keys.
         let message = e
             .message()
@@ -477,6 +531,11 @@ pub fn parse(text: &str, origin: &str) -> Result<Config, Fault> {
             broken.message
         ))
     })?;
+    if let Some(hub) = &config.hub {
+        config.line.proxy = hub
+            .proxies()
+            .map_err(|why| Fault::config(format!("{origin}: hub.proxy: {why}")))?;
+    }
     Ok(config)
 }
 

@@ -296,7 +296,7 @@ mod tests {
     }
 
     #[test]
-    fn the_whole_follows_from_its_parts() {
+    fn the_state_of_a_delivery_follows_from_its_parts() {
         use State as S;
         let cases: [(&[State], State); 9] = [
             (&[S::Done, S::Done], S::Done),
@@ -315,7 +315,7 @@ mod tests {
     }
 
     #[test]
-    fn bytes_add_up_and_a_failed_part_is_told_first() {
+    fn bytes_add_up_and_a_failed_part_is_reported_first() {
         use crate::api::fake::{offline, transfer};
         let failed = Transfer {
             reason: Some(Reason::NoSpace),

@@ -200,6 +200,7 @@ impl Hub {
             runs: runs.clone(),
             quotas: quotas.clone(),
             manifests: manifests.clone(),
+            traffic: Default::default(),
             tasks: tasks.clone(),
             stop: stop.clone(),
         });

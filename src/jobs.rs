@@ -319,7 +319,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_is_kept_of_a_job_has_a_bound_and_the_list_comes_in_pages() {
+    async fn the_stored_result_of_a_job_is_bounded_and_the_list_is_paged() {
         let dir = tempfile::tempdir().unwrap();
         let jobs = Jobs::new(Catalogue::open(dir.path()).await.unwrap());
         let mut newest_first = Vec::new();
@@ -415,7 +415,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_job_that_hangs_is_given_up_and_one_that_ends_is_left_to_end() {
+    async fn a_cancelled_job_that_hangs_is_abandoned_and_others_may_end() {
         let dir = tempfile::tempdir().unwrap();
         let jobs = Jobs::new(Catalogue::open(dir.path()).await.unwrap());
         let (release, hang) = std::sync::mpsc::sync_channel::<()>(1);

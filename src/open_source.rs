@@ -34,7 +34,7 @@ mod database;
 mod database_tests;
 mod kept;
 
-/// The sources of a site besides paths.
+/// The sources of a site other than paths.
 #[derive(Clone)]
 pub struct AtSite {
     /// Its label database.
@@ -166,7 +166,7 @@ pub async fn dataset_of(
 /// The access of the reader of a source.
 #[derive(Clone)]
 pub struct Access {
-    /// The sources of a site besides paths.
+    /// The sources of a site other than paths.
     pub site: Option<AtSite>,
     /// The paths that are never a source.
     own: Arc<Own>,

@@ -50,7 +50,7 @@ use exchange::in_place::{HeldArtifact, Holdings, InPlaceReader};
 use exchange::wire;
 use model::protocol::{AskHub, FETCH, renewal};
 use transport::identity::{CertificateRequest, Claim, JoinToken, SiteIdentity, fingerprint};
-use transport::{self, Link, Redial};
+use transport::{self, Link, ProxySettings, Redial};
 
 /// Bytes that are read and not yet given to the connection, which has its own send buffer.
 const MEMORY_TO_READ: u64 = 32 << 20;
@@ -108,7 +108,10 @@ pub async fn publish(asked: Asked, progress: Arc<JobProgress>) -> Result<Uploade
         hub: asked.hub.clone(),
         token,
         dir: dir.clone(),
-        line: ConnectionSettings::default(),
+        line: ConnectionSettings {
+            proxy: ProxySettings::from_environment(),
+            ..ConnectionSettings::default()
+        },
         wire: 0,
         link: None,
     };
@@ -581,7 +584,7 @@ mod tests {
     use transport::identity::HubIdentity;
 
     #[test]
-    fn work_folders_are_taken_once_and_emptied() {
+    fn work_folders_are_used_once_and_emptied() {
         let dir = tempfile::tempdir().unwrap();
         let first = Work::take(dir.path()).unwrap();
         let second = Work::take(dir.path()).unwrap();

@@ -79,7 +79,7 @@ const OPERATOR: [(&str, bool, &str); 9] = [
 /// The line of code that a later version edits.
 const EDITED: (&str, &str) = ("adc/features.py", "MARGIN = 4");
 
-/// Where each kind of the set lies.
+/// The location of each kind of the set.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SampleSet {
     /// A folder of images.
@@ -185,7 +185,7 @@ fn coco(shots: &[Shot], defects: &[Vec<Defect>], version: u64) -> Value {
             }));
         }
     }
-    // Somebody looked again: these few were marked doubtful.
+    // A second review marked these few as doubtful.
     for v in 2..=version {
         let count = annotations.len() as u64;
         for step in [3, 31, 67] {
@@ -434,7 +434,7 @@ fn parent_of(path: &Path) -> Result<(), Fault> {
         }
         _ => {}
     }
-    // Whatever the umask: modes are part of an artifact.
+    // Independent of the umask, because modes are part of an artifact.
     fs::set_permissions(parent, Permissions::from_mode(0o755))
         .at(format_args!("create {}", parent.display()))
 }
@@ -536,7 +536,7 @@ mod tests {
     }
 
     #[test]
-    fn a_seed_gives_the_same_set_and_a_version_changes_little() {
+    fn a_seed_creates_the_same_set_and_a_version_changes_little() {
         let dir = tempfile::tempdir().unwrap();
         let one = make(&dir.path().join("1"), 7, 1).unwrap();
         make(&dir.path().join("again"), 7, 1).unwrap();

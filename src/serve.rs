@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::net::TcpListener;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
@@ -23,7 +23,8 @@ use base::{durable, open_files, private};
 use content::store::{Rebuilt, rebuild_index as rebuild_index_of};
 use transport::identity::{CertificateRequest, Claim, JoinToken, SiteIdentity};
 
-/// Runs a daemon until SIGTERM or SIGINT, or, if requested, until standard input ends.
+/// Runs a daemon until SIGTERM or SIGINT, or, if requested, until standard input ends. SIGHUP makes
+/// it read its API token again.
 pub async fn run(config: Config, until_stdin_ends: bool) -> Result<(), Fault> {
     let stop = CancellationToken::new();
     let token = stop.clone();
@@ -44,17 +45,33 @@ pub async fn run(config: Config, until_stdin_ends: bool) -> Result<(), Fault> {
             token.cancel();
         });
     }
-    run_until(config, stop).await
+    let hangups = signal(SignalKind::hangup()).at("listen for SIGHUP")?;
+    run_until(config, stop, hangups).await
+}
+
+/// Reads the API token again at each SIGHUP. Passwords are read when they are used.
+async fn reload_at(mut hangups: Signal, token: ApiToken, data_dir: PathBuf) {
+    while hangups.recv().await.is_some() {
+        let (token, data_dir) = (token.clone(), data_dir.clone());
+        match blocking(move || token.reload(&data_dir)).await {
+            Ok(changed) => tracing::info!(changed, "SIGHUP: the API token was read again"),
+            Err(fault) => {
+                tracing::error!(error = %fault, "SIGHUP: the API token cannot be read; the old one is kept");
+            }
+        }
+    }
 }
 
 /// Runs a daemon until `stop`. Unfinished work is recorded and resumes at the next start.
-pub async fn run_until(config: Config, stop: CancellationToken) -> Result<(), Fault> {
+async fn run_until(config: Config, stop: CancellationToken, hangups: Signal) -> Result<(), Fault> {
     open_files::raise();
     durable::create_dir_all(&config.data_dir)?;
     let data_dir = config.data_dir.clone();
     private::tighten(&data_dir);
     let _lock = Lock::take(&config.data_dir)?;
     let token = ApiToken::open_or_create(&config.data_dir)?;
+    let reload = reload_at(hangups, token.clone(), config.data_dir.clone());
+    let _reload = tokio_util::task::AbortOnDropHandle::new(tokio::spawn(reload));
     let listener = TcpListener::bind(config.listen.api).await.map_err(|e| {
         Fault::config(format!(
             "cannot listen on {} for the API: {e}",
@@ -136,10 +153,10 @@ async fn with_room<T, F: Future<Output = Result<T, Fault>>>(
             tracing::error!(error = %fault, next = "make room; the daemon starts then", "the daemon waits for room on the disk of its state");
             logged = Some(fault.message.clone());
         }
-        let told = fault
+        let reported = fault
             .context("the daemon has not started yet")
             .with_next("make room on that disk; the daemon then starts automatically");
-        waits.send_replace(Some(told));
+        waits.send_replace(Some(reported));
         tokio::select! {
             () = tokio::time::sleep(pause) => {}
             () = stop.cancelled() => return Ok(None),
@@ -345,7 +362,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn who_asks_while_the_daemon_waits_for_room_is_told_so_at_once() {
+    async fn a_request_during_the_wait_for_disk_space_gets_the_reason_immediately() {
         let dir = tempfile::tempdir().unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
@@ -378,7 +395,7 @@ mod tests {
             }
         };
         let asking = async {
-            let (status, body) = ask(token.secret()).await;
+            let (status, body) = ask(&token.secret()).await;
             assert!(
                 status == 507
                     && body.contains("no_space")

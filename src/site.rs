@@ -33,7 +33,7 @@ use connection::Connection;
 use content::store::Store;
 use exchange::chunk_index::ChunkIndex;
 use exchange::in_place::InPlaceReader;
-use exchange::transfer::{self, AssemblyContext, LOOKS_ASKED_MAX, Runner, Sinks};
+use exchange::transfer::{self, AssemblyContext, CHECK_REQUESTS_MAX, Runner, Sinks};
 use hub_link::HubLink;
 use index::IndexKeeper;
 use publish::Publications;
@@ -152,14 +152,14 @@ impl Site {
             images: sinks.images.clone(),
         };
         let hub = Arc::new(HubLink::new(identity, config.data_dir.clone()));
-        let (looks, asked) = mpsc::channel(LOOKS_ASKED_MAX);
+        let (check_requests, requested) = mpsc::channel(CHECK_REQUESTS_MAX);
         let runner = Runner::new(
             catalogue.clone(),
             shared.clone(),
             sinks.clone(),
             hub.watch_identity(),
             hub.watch_link(),
-            looks,
+            check_requests,
             stop.clone(),
         );
         tracing::info!(name = %config.name, api = %config.listen.api, data = %config.data_dir.display(), "the site is ready");
@@ -183,7 +183,7 @@ impl Site {
             stop,
         };
         let publications = Publications::new(&opened, sources, hub.clone());
-        let watch = Watch::new(&opened, asked);
+        let watch = Watch::new(&opened, requested);
         let runs = RunKeeper::new(&opened, watch.clone(), publications.clone());
         let connection = Connection::new(
             &opened,

@@ -377,7 +377,7 @@ fn work(folder: &Folder, job: &Job) -> Result<Ended, Fault> {
             .map_or(how.clone(), |why| format!("{how}: {why}"))
             .into(),
         tail: tail.into(),
-        ended_ms: clock::now_unix_ms() as i64,
+        ended_ms: clock::now_ms(),
     })
 }
 
@@ -414,7 +414,7 @@ fn wait(
             None => {
                 let why = if folder.file("stop").exists() {
                     Some("the run was ended")
-                } else if clock::now_unix_ms() as i64 >= job.deadline_ms {
+                } else if clock::now_ms() >= job.deadline_ms {
                     Some("the run's time was up")
                 } else {
                     None
@@ -475,7 +475,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_log_keeps_its_bounds_and_its_last_words() {
+    fn a_log_is_bounded_and_keeps_its_last_lines() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("trainer.log");
         let mut log = Log::open(path.clone()).unwrap();
@@ -495,7 +495,7 @@ mod tests {
     }
 
     #[test]
-    fn a_look_does_not_send_a_new_watcher_away() {
+    fn a_check_does_not_prevent_a_new_watcher() {
         let dir = tempfile::tempdir().unwrap();
         let folder = Folder::new(dir.path().join("r"));
         folder.prepare(&serde_json::json!({"run": "r"})).unwrap();
@@ -597,7 +597,7 @@ mod end_tests {
     use super::*;
 
     #[test]
-    fn a_trainer_that_ended_keeps_its_number_until_its_group_was_killed() {
+    fn the_process_id_of_an_ended_trainer_is_kept_until_its_group_was_killed() {
         let mut command = Command::new("sh");
         // One that is left behind in the group, and says its number.
         command

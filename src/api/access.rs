@@ -15,7 +15,7 @@ use base::fault::Fault;
 use model::actor::Actor;
 use model::policy::{self, Object, Verb};
 
-/// What a route asks for. `None`: the route is not in this table, and nobody may use it.
+/// The verb of a route. `None`: the route is not in this table, and no actor may use it.
 fn verb_of(method: &Method, path: &str) -> Option<Verb> {
     Some(match (method.as_str(), path) {
         ("GET" | "HEAD", _) => Verb::Read,
@@ -134,7 +134,7 @@ mod tests {
     }
 
     #[test]
-    fn a_parameter_that_is_given_twice_is_none() {
+    fn a_repeated_parameter_counts_as_missing() {
         let check = |query: &str, expected: Option<&str>| {
             let uri = format!("/v1/jobs?{query}");
             let request = Request::builder().uri(uri).body(Body::empty()).unwrap();

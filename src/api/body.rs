@@ -64,7 +64,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_body_that_comes_too_slowly_is_given_up() {
+    async fn a_body_that_arrives_too_slowly_is_rejected() {
         const SILENCE: Duration = Duration::from_millis(300);
         let whole = read_within(body(vec![b"{", b"}"], Duration::ZERO), SILENCE, 1 << 20)
             .await

@@ -48,6 +48,18 @@ pub struct ErrorBody {
     pub next: String,
 }
 
+impl ErrorBody {
+    /// The body as one line of JSON.
+    pub fn to_json(&self) -> String {
+        let Self {
+            code,
+            message,
+            next,
+        } = self;
+        serde_json::json!({ "code": code, "message": message, "next": next }).to_string()
+    }
+}
+
 impl From<&Fault> for ErrorBody {
     fn from(fault: &Fault) -> Self {
         let code = CLASSES

@@ -47,7 +47,11 @@ pub(super) async fn events(
         let cursor = events.last().map_or(since, |event| event.seq);
         return Ok(with_cursor(Json(events), cursor));
     }
-    let mut response = Sse::new(stream(app, since))
+    // A cursor that is refused must not become a stream: a client would connect again for ever.
+    let ready = app
+        .listed(app.backend.events(since, API_STREAM_EVENTS))
+        .await?;
+    let mut response = Sse::new(stream(app, since, ready.into()))
         .keep_alive(KeepAlive::new().interval(SSE_HEARTBEAT).text("heartbeat"))
         .into_response();
     // nginx, which is in front of many clusters, would buffer the stream.
@@ -86,11 +90,12 @@ struct Cursor {
 fn stream(
     app: App,
     since: u64,
+    ready: VecDeque<Event>,
 ) -> impl Stream<Item = Result<SseEvent, Infallible>> + Send + 'static {
     let start = Cursor {
         app,
         since,
-        ready: VecDeque::new(),
+        ready,
         ended: false,
     };
     futures::stream::unfold(start, |mut cursor| async move {
@@ -119,23 +124,33 @@ fn stream(
                 Ok(events) => cursor.ready = events.into(),
                 Err(fault) => {
                     cursor.ended = true;
-                    let body = serde_json::to_string(&ErrorBody::from(&fault)).unwrap_or_default();
-                    return Some((Ok(SseEvent::default().event("error").data(body)), cursor));
+                    return Some((Ok(error_frame(&fault)), cursor));
                 }
             }
         }
         let event = cursor.ready.pop_front()?;
         cursor.since = event.seq;
-        Some((Ok(frame(&event)), cursor))
+        let sent = frame(&event).unwrap_or_else(|fault| {
+            cursor.ended = true;
+            error_frame(&fault)
+        });
+        Some((Ok(sent), cursor))
     })
 }
 
-fn frame(event: &Event) -> SseEvent {
-    let data = serde_json::to_string(event).unwrap_or_default();
+/// The last event of a stream that failed.
+fn error_frame(fault: &Fault) -> SseEvent {
+    let body = ErrorBody::from(fault).to_json();
+    SseEvent::default().event("error").data(body)
+}
+
+fn frame(event: &Event) -> Result<SseEvent, Fault> {
+    let data = serde_json::to_string(event)
+        .map_err(|e| Fault::internal(format!("event {} has no JSON form: {e}", event.seq)))?;
     // A name with a line break would be a frame of its own; these names are single words.
     let name: String = event.what.chars().filter(|c| !c.is_control()).collect();
-    SseEvent::default()
+    Ok(SseEvent::default()
         .id(event.seq.to_string())
         .event(name)
-        .data(data)
+        .data(data))
 }

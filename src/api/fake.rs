@@ -35,6 +35,8 @@ pub(crate) struct Fake {
     pub(crate) world: Mutex<World>,
     pub(crate) artifacts: Mutex<Vec<Artifact>>,
     pub(crate) workers: Workers,
+    /// The pages of a query with ids, which may repeat rows.
+    pub(crate) repeating: Mutex<Option<Vec<Vec<Transfer>>>>,
     changed: Arc<Notify>,
     /// How often somebody asked for transfers or events.
     asks: tokio::sync::watch::Sender<u64>,
@@ -135,6 +137,7 @@ impl Default for Fake {
             world: Mutex::default(),
             artifacts: Mutex::new(vec![artifact("dataset/line3:v1")]),
             workers: Workers::default(),
+            repeating: Mutex::default(),
             changed: Arc::default(),
             asks: tokio::sync::watch::Sender::default(),
         }
@@ -317,6 +320,15 @@ impl Backend for Fake {
         room: Room,
     ) -> Result<(Page<Transfer>, u64), Fault> {
         self.asks.send_modify(|asks| *asks += 1);
+        if let (Some(pages), Some(_)) = (&*self.repeating.lock(), &query.id) {
+            let at = behind.map_or(0, |at| at.parse().unwrap());
+            let page = Page {
+                rows: pages[at].clone(),
+                next: (at + 1 < pages.len()).then(|| (at + 1).to_string()),
+                repeats: true,
+            };
+            return Ok((page, 0));
+        }
         let world = self.world.lock();
         let ids: Option<Vec<&str>> = query.id.as_ref().map(|ids| ids.split(',').collect());
         let wanted = |t: &&Transfer| {

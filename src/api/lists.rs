@@ -2,6 +2,9 @@
 //! takes much memory: a page has [`API_PAGE_BYTES`], and only a few are created at once. The answer
 //! is still one JSON array, or one object with an array in it.
 
+use std::collections::HashSet;
+use std::hash::{BuildHasher as _, RandomState};
+
 use axum::body::{Body, Bytes};
 use axum::extract::State;
 use axum::http::{HeaderValue, header};
@@ -33,6 +36,10 @@ struct List<T> {
     behind: Option<String>,
     /// Rows that may still be sent.
     left: u32,
+    /// The rows that were sent, if the pages may repeat rows.
+    sent: SentRows,
+    /// The id of a row.
+    id: Option<fn(&T) -> &str>,
     /// The text before the next row, and after the last.
     before: String,
     tail: String,
@@ -48,9 +55,19 @@ impl<T: Serialize + Send + 'static> List<T> {
             ready: None,
             behind: None,
             left: rows,
+            sent: SentRows::default(),
+            id: None,
             before: "[".into(),
             tail: "]".into(),
             ended: false,
+        }
+    }
+
+    /// Sends each row with the same id only once.
+    fn unique_by(self, id: fn(&T) -> &str) -> Self {
+        Self {
+            id: Some(id),
+            ..self
         }
     }
 
@@ -111,7 +128,11 @@ impl<T: Serialize + Send + 'static> List<T> {
 
     /// The text of the next page. A fault ends the body early, which a reader detects.
     async fn step(&mut self) -> Result<Bytes, Fault> {
-        let page = self.page().await?;
+        let mut page = self.page().await?;
+        let was_empty = page.rows.is_empty();
+        if let Some(id) = self.id.filter(|_| page.repeats) {
+            page.rows.retain(|row| self.sent.insert(id(row)));
+        }
         let mut text = Vec::new();
         for row in &page.rows {
             text.extend_from_slice(self.before.as_bytes());
@@ -122,7 +143,7 @@ impl<T: Serialize + Send + 'static> List<T> {
         self.left = self
             .left
             .saturating_sub(u32::try_from(page.rows.len()).unwrap_or(u32::MAX));
-        self.behind = page.next.filter(|_| self.left > 0 && !page.rows.is_empty());
+        self.behind = page.next.filter(|_| self.left > 0 && !was_empty);
         if self.behind.is_none() {
             if self.before != "," {
                 text.extend_from_slice(self.before.as_bytes());
@@ -132,6 +153,25 @@ impl<T: Serialize + Send + 'static> List<T> {
         }
         Ok(text.into())
     }
+}
+
+/// The ids of the rows that were sent, as hashes: a long list takes little memory.
+#[derive(Default)]
+struct SentRows {
+    hasher: RandomState,
+    ids: HashSet<u64>,
+}
+
+impl SentRows {
+    /// Adds a row; `false` if it was sent before.
+    fn insert(&mut self, id: &str) -> bool {
+        self.ids.insert(self.hasher.hash_one(id))
+    }
+}
+
+/// The transfers that a query selects, at most `rows` of them.
+fn transfer_list(app: App, rows: u32, query: TransferQuery) -> List<Transfer> {
+    List::new(app, rows, transfers_of(query)).unique_by(|transfer| &transfer.id)
 }
 
 /// The transfers of ids, or the newest.
@@ -186,7 +226,7 @@ pub(super) async fn show(
 }
 
 /// Transfers: a snapshot, or with `since` the changes after that cursor, with a wait of up to
-/// `wait` seconds (60 at most). The header X-Packhorse-Cursor is the next `since`; with
+/// `wait` seconds (50 at most). The header X-Packhorse-Cursor is the next `since`; with
 /// X-Packhorse-Next there are more changes already.
 #[utoipa::path(get, path = "/v1/transfers", tag = "transfers", params(TransferQuery), responses(
     (status = 200, description = "the transfers", body = Vec<Transfer>, headers(
@@ -215,7 +255,7 @@ pub(super) async fn transfers(
         // The answer is the current state: without a cursor there is nothing to wait for. With ids
         // it is complete.
         let limit = if query.id.is_some() { u32::MAX } else { limit };
-        let mut list = List::new(app, limit, transfers_of(query.clone()));
+        let mut list = transfer_list(app, limit, query.clone());
         let (first, cursor) = list
             .app
             .listed(list.app.backend.transfers(&query, None, list.room()))
@@ -255,7 +295,7 @@ pub(super) async fn act(
         id: Some(request.id.clone()),
         ..TransferQuery::default()
     };
-    let mut list = List::new(app, u32::MAX, transfers_of(query));
+    let mut list = transfer_list(app, u32::MAX, query);
     list.ready = Some(
         list.app
             .backend
@@ -282,7 +322,7 @@ pub(super) async fn deliveries(
         .await
 }
 
-/// One delivery and its parts, at its end or after `wait` seconds (60 at most), whichever is first.
+/// One delivery and its parts, at its end or after `wait` seconds (50 at most), whichever is first.
 #[utoipa::path(get, path = "/v1/deliveries/show", tag = "transfers", params(DeliveryQuery), responses(
     (status = 200, description = "the delivery", body = Delivery),
     (status = 404, description = "there is none", body = ErrorBody),
@@ -313,7 +353,7 @@ pub(super) async fn delivery(
         parts: Vec::new(),
         ..whole
     };
-    List::new(app, u32::MAX, transfers_of(parts))
+    transfer_list(app, u32::MAX, parts)
         .within(&whole, "parts")?
         .into_response()
         .await

@@ -122,7 +122,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn it_is_for_the_owner_only_and_goes_with_the_daemon_however_long_the_path_is() {
+    async fn the_socket_is_private_and_is_removed_with_the_daemon_for_any_path_length() {
         let dir = tempfile::tempdir().unwrap();
         for data_dir in [dir.path().join("d"), dir.path().join("d".repeat(200))] {
             std::fs::create_dir(&data_dir).unwrap();
@@ -138,7 +138,7 @@ mod tests {
             UnixStream::connect(running.path()).await.unwrap();
             drop(socket);
             assert!(!file.exists());
-            // A socket that a crash left does no harm: nobody listens on it, and the next start
+            // A socket that a crash left is harmless: no process listens on it, and the next start
             // replaces it.
             let left = SocketPath::of(&data_dir).unwrap();
             drop(std::os::unix::net::UnixListener::bind(left.path()).unwrap());

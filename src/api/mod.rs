@@ -71,7 +71,7 @@ pub trait Backend: Send + Sync {
     fn role(&self) -> &'static str;
     /// This daemon's name.
     fn name(&self) -> String;
-    /// `Ok` when it can work; otherwise the fault says what is missing.
+    /// `Ok` if it can work; otherwise the fault states what is missing.
     async fn ready(&self) -> Result<(), Fault>;
     /// Starts a publish.
     async fn publish(&self, request: PublishRequest) -> Result<Job, Fault>;
@@ -168,6 +168,7 @@ pub async fn serve(
     let router = routes::router(routes::App {
         backend,
         token: Arc::new(token),
+        queries: Arc::new(openapi::Queries::documented()),
         run_jobs: Arc::default(),
         stop: stop.clone(),
         wrong_tokens,
@@ -184,7 +185,7 @@ pub async fn serve(
     Ok(())
 }
 
-/// A page of the workers behind the one of this name.
+/// A page of the workers after the one with this name.
 pub(crate) fn worker_page(workers: &Workers, behind: Option<&str>, room: Room) -> Page<Worker> {
     let all = workers.list();
     let from = behind.and_then(|behind| all.iter().position(|worker| worker.name == behind));

@@ -1,6 +1,10 @@
 //! The description of the API, generated from the handlers and types.
 
+use std::collections::HashMap;
+
 use axum::Json;
+use axum::http::Method;
+use utoipa::openapi::path::ParameterIn;
 use utoipa::openapi::security::{ApiKey, ApiKeyValue, HttpAuthScheme, HttpBuilder, SecurityScheme};
 use utoipa::{Modify, OpenApi};
 
@@ -40,4 +44,41 @@ impl Modify for Schemes {
 /// The document.
 pub(super) async fn document() -> Json<utoipa::openapi::OpenApi> {
     Json(Document::openapi())
+}
+
+/// The query keys of each method and path, by the description.
+pub(super) struct Queries(HashMap<(Method, String), Vec<String>>);
+
+impl Queries {
+    pub(super) fn documented() -> Self {
+        let paths = Document::openapi().paths.paths.into_iter();
+        let operations = paths.flat_map(|(path, item)| {
+            let of = [
+                (Method::GET, item.get),
+                (Method::POST, item.post),
+                (Method::DELETE, item.delete),
+            ];
+            of.into_iter()
+                .filter_map(move |(method, operation)| Some(((method, path.clone()), operation?)))
+        });
+        let keys = operations.map(|(route, operation)| {
+            let parameters = operation.parameters.unwrap_or_default().into_iter();
+            let keys = parameters
+                .filter(|parameter| parameter.parameter_in == ParameterIn::Query)
+                .map(|parameter| parameter.name);
+            (route, keys.collect())
+        });
+        Self(keys.collect())
+    }
+
+    /// The keys that a request may have. HEAD is answered as GET.
+    pub(super) fn keys(&self, method: &Method, path: &str) -> &[String] {
+        let method = match *method {
+            Method::HEAD => Method::GET,
+            ref other => other.clone(),
+        };
+        self.0
+            .get(&(method, path.to_owned()))
+            .map_or(&[], Vec::as_slice)
+    }
 }

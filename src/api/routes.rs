@@ -43,6 +43,8 @@ use model::actor::Actor;
 pub(super) struct App {
     pub(super) backend: Arc<dyn Backend>,
     pub(super) token: Arc<ApiToken>,
+    /// The query keys of every route.
+    pub(super) queries: Arc<openapi::Queries>,
     /// The jobs that trainers started.
     pub(super) run_jobs: Arc<run_token::RunJobs>,
     /// Cancelled when the daemon stops: waits end early, streams end.
@@ -99,6 +101,7 @@ pub(super) fn router(app: App) -> Router {
         .route("/v1/workers", get(lists::workers))
         .route("/v1/events", get(events::events))
         .route("/metrics", get(metrics))
+        .route_layer(middleware::from_fn_with_state(app.clone(), check_query))
         .route_layer(middleware::from_fn_with_state(app.clone(), authenticate));
     Router::new()
         .route("/", get(home))
@@ -232,6 +235,29 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequestParts<S> for Q<T> {
     }
 }
 
+/// Refuses query keys that the description of the API does not name: a caller that trusts a filter
+/// which does not exist would act on too much.
+async fn check_query(
+    State(app): State<App>,
+    Query(keys): Query<Vec<(String, String)>>,
+    request: Request,
+    next: Next,
+) -> Result<Response, ApiError> {
+    let known = app.queries.keys(request.method(), request.uri().path());
+    match keys.iter().find(|(key, _)| !known.contains(key)) {
+        None => Ok(next.run(request).await),
+        Some((key, _)) => {
+            let fault = Fault::usage(format!("the query has the unknown key {:?}", clipped(key)));
+            Err(fault
+                .with_next(match known.join(", ") {
+                    none if none.is_empty() => "leave the query out".to_owned(),
+                    keys => format!("use one of: {keys}"),
+                })
+                .into())
+        }
+    }
+}
+
 /// A JSON body; its errors have the usual form.
 pub(super) struct B<T>(pub(super) T);
 
@@ -243,10 +269,11 @@ impl<T: DeserializeOwned + Serialize, S: Send + Sync> FromRequest<S> for B<T> {
         let body = Body::from(body::read(body).await?);
         let Json(body) = Json::from_request(Request::from_parts(parts, body), state).await?;
         if let Some(asked) = asked {
-            // No body holds a secret: passwords are in files.
-            let _ = asked
-                .0
-                .set(clipped(&serde_json::to_string(&body).unwrap_or_default()));
+            // No body holds a secret: passwords are in files. A request that cannot be recorded is
+            // refused.
+            let text = serde_json::to_string(&body)
+                .map_err(|e| Fault::internal(format!("the request cannot be recorded: {e}")))?;
+            let _ = asked.0.set(clipped(&text));
         }
         Ok(Self(body))
     }
@@ -388,7 +415,7 @@ pub(super) async fn deliver(
     Ok(accepted(app.backend.deliver(request).await?))
 }
 
-/// One training run, at its end or after `wait` seconds (60 at most), whichever is first.
+/// One training run, at its end or after `wait` seconds (50 at most), whichever is first.
 #[utoipa::path(get, path = "/v1/runs/show", tag = "runs", params(RunQuery), responses(
     (status = 200, description = "the run", body = Run),
     (status = 404, description = "there is none", body = ErrorBody),
@@ -528,7 +555,7 @@ pub(super) async fn doctor(State(app): State<App>) -> Result<Json<Vec<String>>, 
     Ok(Json(app.backend.doctor().await?))
 }
 
-/// A job, at its end or after `wait` seconds (60 at most), whichever is first.
+/// A job, at its end or after `wait` seconds (50 at most), whichever is first.
 #[utoipa::path(get, path = "/v1/jobs", tag = "daemon", params(JobQuery), responses(
     (status = 200, description = "the job", body = Job),
     (status = 404, description = "there is none (a restart forgets them)", body = ErrorBody),

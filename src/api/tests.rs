@@ -72,7 +72,7 @@ async fn error(response: Response, status: StatusCode, code: &str) -> String {
 }
 
 #[tokio::test]
-async fn what_changed_comes_in_answers_of_a_bounded_size() {
+async fn changes_are_returned_in_answers_of_a_bounded_size() {
     let d = daemon().await;
     // Each about 8 KiB as JSON: more than one answer holds.
     for n in 0..700 {
@@ -436,7 +436,7 @@ async fn read_frames(response: Response, frames: usize) -> Vec<String> {
 }
 
 #[tokio::test]
-async fn the_event_stream_goes_on_where_it_stopped() {
+async fn the_event_stream_resumes_after_the_last_event() {
     let d = daemon().await;
     for state in [State::Queued, State::Planning, State::Transferring] {
         d.fake.put(transfer("t1", "chengdu", state));
@@ -517,6 +517,36 @@ async fn a_stop_ends_waits_and_streams() {
     tokio::time::timeout(Duration::from_secs(30), all)
         .await
         .expect("a stop ends them");
+}
+
+#[tokio::test]
+async fn an_unknown_key_of_a_query_is_refused() {
+    let d = daemon().await;
+    for path in [
+        "/v1/transfers?site=fab",
+        "/v1/transfers?limt=1",
+        "/v1/transfers?limit=1&Wait=1",
+        "/v1/artifacts?kind=model",
+        "/v1/deliveries/show?id=d-1&x",
+        "/v1/events?format=json&sinc=1",
+        "/v1/jobs?id=j-1&wait=1&all=true",
+        "/v1/sites?limt=1",
+        "/metrics?site=b",
+    ] {
+        let answer = d.get(path).await;
+        assert_eq!(answer.status(), 400, "{path}");
+        let body: Value = answer.json().await.unwrap();
+        assert_eq!(body["code"], "usage");
+        let next = body["next"].as_str().unwrap();
+        assert!(
+            next.starts_with("use one of: ") || next == "leave the query out",
+            "{next}"
+        );
+    }
+    assert_eq!(
+        d.get("/v1/transfers?since=0&wait=0&limit=1").await.status(),
+        200
+    );
 }
 
 #[tokio::test]
@@ -728,7 +758,7 @@ async fn the_local_socket_serves_the_same() {
 }
 
 #[tokio::test]
-async fn a_long_list_comes_whole_a_page_at_a_time() {
+async fn a_long_list_is_complete_and_sent_in_pages() {
     use base::limits::{API_PAGE_ROWS, API_ROWS_MAX};
     let d = daemon().await;
     let count = API_PAGE_ROWS + API_PAGE_ROWS / 2;
@@ -772,7 +802,25 @@ async fn a_long_list_comes_whole_a_page_at_a_time() {
 }
 
 #[tokio::test]
-async fn every_list_is_whole_and_is_read_within_pages() {
+async fn a_row_that_is_on_several_pages_is_sent_once() {
+    let d = daemon().await;
+    let row = |id: &str, state| transfer(id, "chengdu", state);
+    *d.fake.repeating.lock() = Some(vec![
+        vec![row("t1", State::Queued), row("t2", State::Queued)],
+        vec![row("t2", State::Planning)],
+        vec![row("t3", State::Queued), row("t1", State::Done)],
+    ]);
+    let rows: Vec<Value> = d.get("/v1/transfers?id=d-1").await.json().await.unwrap();
+    let seen = rows.iter().map(|row| (&row["id"], &row["state"]));
+    let expected = ["t1", "t2", "t3"].map(|id| (json!(id), json!("queued")));
+    assert!(
+        seen.eq(expected.iter().map(|(id, state)| (id, state))),
+        "{rows:?}"
+    );
+}
+
+#[tokio::test]
+async fn every_list_is_complete_and_read_in_pages() {
     let d = daemon().await;
     let long = "x".repeat(3000);
     for n in 0..100 {

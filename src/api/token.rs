@@ -3,15 +3,18 @@
 
 use std::fmt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
+use parking_lot::RwLock;
 use rand::TryRngCore;
 
 use base::durable;
 use base::fault::{Code, Fault};
 
-/// The token that the API requires in every request.
+/// The token that the API requires in every request. Its clones are one token: [`ApiToken::reload`]
+/// changes it for all.
 #[derive(Clone)]
-pub struct ApiToken(String);
+pub struct ApiToken(Arc<RwLock<Arc<str>>>);
 
 impl fmt::Debug for ApiToken {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -39,7 +42,7 @@ impl ApiToken {
             .map_err(|e| Fault::internal(format!("no random bits from the system: {e}")))?;
         let token = hex::encode(bits);
         durable::replace_secret(&path, format!("{token}\n").as_bytes())?;
-        Ok(Self(token))
+        Self::parse(&token)
     }
 
     /// Reads a token from its file.
@@ -53,18 +56,28 @@ impl ApiToken {
             return Err(Fault::not_allowed("this is not an API token")
                 .with_next("give the file that the daemon wrote: <data_dir>/api-token"));
         }
-        Ok(Self(text.into()))
+        Ok(Self(Arc::new(RwLock::new(text.into()))))
     }
 
     /// The text, for a request's header.
-    pub fn secret(&self) -> &str {
-        &self.0
+    pub fn secret(&self) -> Arc<str> {
+        self.0.read().clone()
+    }
+
+    /// Reads the token of the daemon with this state folder again. If the file is gone, a new token
+    /// is created. Returns whether it is another one now.
+    pub fn reload(&self, data_dir: &Path) -> Result<bool, Fault> {
+        let new = Self::open_or_create(data_dir)?.secret();
+        let mut current = self.0.write();
+        let is_other = *current != new;
+        *current = new;
+        Ok(is_other)
     }
 
     /// Whether this is the token. Hashes are compared in constant time, so the duration reveals
     /// nothing about it.
     pub fn is(&self, presented: &[u8]) -> bool {
-        blake3::hash(self.0.as_bytes()) == blake3::hash(presented)
+        blake3::hash(self.secret().as_bytes()) == blake3::hash(presented)
     }
 }
 
@@ -91,6 +104,16 @@ mod tests {
                 && !first.is(b"")
                 && !first.is(&again.secret().as_bytes()[..63])
         );
-        assert!(!format!("{first:?}").contains(first.secret()));
+        assert!(!format!("{first:?}").contains(&*first.secret()));
+        // A file that cannot be used changes nothing; one that is gone is made anew.
+        let old = first.secret();
+        durable::replace(&ApiToken::path(dir.path()), b"short").unwrap();
+        first.reload(dir.path()).unwrap_err();
+        assert_eq!(first.secret(), old);
+        std::fs::remove_file(ApiToken::path(dir.path())).unwrap();
+        let clone = first.clone();
+        let reload = move || clone.reload(dir.path()).unwrap();
+        assert!(reload());
+        assert!(!first.is(old.as_bytes()) && !reload());
     }
 }

@@ -255,7 +255,7 @@ impl Client {
     ) -> Result<(T, HeaderMap), Fault> {
         self.check_daemon().await?;
         let request = request
-            .header(TOKEN_HEADER, self.token.secret())
+            .header(TOKEN_HEADER, &*self.token.secret())
             .timeout(wait + API_REPLY_MAX);
         let response = request.send().await.map_err(|e| self.unreachable(&e))?;
         let (status, headers) = (response.status(), response.headers().clone());

@@ -579,7 +579,7 @@ fn value_text(value: &Value) -> String {
         Value::Object(map) => {
             let field = |(name, v): (&'_ String, &Value)| match v
                 .as_u64()
-                .filter(|_| name.contains("bytes"))
+                .filter(|_| name.contains("bytes") || name == "freed")
             {
                 Some(count) => format!("{} ({count})", human::bytes(count)),
                 None => plain(v),

@@ -5,22 +5,7 @@ use jiff::tz::TimeZone;
 
 use crate::api::types::{State, Transfer};
 use base::text::is_unsafe;
-
-/// `512 B`, `1.5 GiB`, `40 MiB`: rounded down, so that no value looks larger than it is.
-pub(crate) fn bytes(count: u64) -> String {
-    const UNITS: [&str; 5] = ["KiB", "MiB", "GiB", "TiB", "PiB"];
-    if count < 1024 {
-        return format!("{count} B");
-    }
-    let power = (count.ilog2() / 10).min(UNITS.len() as u32);
-    let unit = UNITS[power as usize - 1];
-    let tenths = (u128::from(count) * 10) >> (10 * power);
-    if tenths < 100 {
-        format!("{}.{} {unit}", tenths / 10, tenths % 10)
-    } else {
-        format!("{} {unit}", tenths / 10)
-    }
-}
+pub(crate) use base::text::size as bytes;
 
 /// `12 MiB/s`; a dash for zero.
 pub(super) fn rate(bytes_per_second: u64) -> String {

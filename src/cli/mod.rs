@@ -179,7 +179,7 @@ fn render_error(fault: &Fault, format: Output) -> String {
         text.push_str(&format!("  next: {}\n", human::clean_lines(&fault.next)));
     }
     if format != Output::Table {
-        text.push_str(&serde_json::to_string(&ErrorBody::from(fault)).unwrap_or_default());
+        text.push_str(&ErrorBody::from(fault).to_json());
         text.push('\n');
     }
     text

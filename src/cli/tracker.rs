@@ -15,7 +15,7 @@ pub(crate) struct Tracker {
     /// Other transfers on which these depend, in their last known state.
     firsts: Vec<Transfer>,
     /// For each transfer, the state and reason of its last printed line.
-    said: BTreeMap<String, (bool, Option<Reason>)>,
+    printed: BTreeMap<String, (bool, Option<Reason>)>,
 }
 
 impl Tracker {
@@ -24,7 +24,7 @@ impl Tracker {
         Self {
             transfers: ids.iter().map(|id| (id.clone(), None)).collect(),
             firsts: Vec::new(),
-            said: BTreeMap::new(),
+            printed: BTreeMap::new(),
         }
     }
 
@@ -72,7 +72,7 @@ impl Tracker {
             transfer.state.is_final() || transfer.state == State::Paused,
             transfer.reason,
         );
-        let line = line.filter(|_| self.said.insert(transfer.id.clone(), now) != Some(now));
+        let line = line.filter(|_| self.printed.insert(transfer.id.clone(), now) != Some(now));
         *known = Some(transfer);
         line
     }
@@ -263,22 +263,22 @@ fn why(transfer: &Transfer) -> &'static str {
 /// The line for a transfer that ended or waits; `None` for one that progresses.
 pub(super) fn notice(transfer: &Transfer) -> Option<String> {
     let (artifact, site) = (&transfer.artifact, &transfer.site);
-    let said = transfer
+    let detail = transfer
         .message
         .as_deref()
         .map(|m| format!(": {}", human::clean(m)))
         .unwrap_or_default();
     match (transfer.state, transfer.reason) {
-        (State::Done, _) => Some(format!("{artifact} arrived at {site}{said}")),
+        (State::Done, _) => Some(format!("{artifact} arrived at {site}{detail}")),
         (State::Failed | State::Cancelled, _) => Some(format!(
-            "{artifact} to {site}: {} ({}){said}",
+            "{artifact} to {site}: {} ({}){detail}",
             transfer.state.as_str(),
             why(transfer)
         )),
-        (State::Paused, _) => Some(format!("{artifact} to {site} is paused{said}")),
+        (State::Paused, _) => Some(format!("{artifact} to {site} is paused{detail}")),
         (_, Some(Reason::WaitingForTurn) | None) => None,
         (_, Some(reason)) => Some(format!(
-            "{artifact} to {site} waits ({}){said}",
+            "{artifact} to {site} waits ({}){detail}",
             reason.as_str()
         )),
     }
@@ -287,9 +287,9 @@ pub(super) fn notice(transfer: &Transfer) -> Option<String> {
 /// The fault of a command whose transfer cannot start because another transfer failed.
 fn after_failed(transfer: &Transfer, first: &Transfer) -> Fault {
     let (artifact, site) = (&transfer.artifact, &transfer.site);
-    let said = first.message.as_deref().unwrap_or(why(first));
+    let detail = first.message.as_deref().unwrap_or(why(first));
     let message = format!(
-        "{artifact} did not arrive at {site}: it waits for {}, which failed ({}): {said}",
+        "{artifact} did not arrive at {site}: it waits for {}, which failed ({}): {detail}",
         first.artifact,
         why(first)
     );
@@ -327,9 +327,9 @@ fn fault_of(transfer: &Transfer) -> Fault {
         None if transfer.state == State::Cancelled => Code::Partial,
         None => Code::Internal,
     };
-    let said = transfer.message.as_deref().unwrap_or(why(transfer));
+    let detail = transfer.message.as_deref().unwrap_or(why(transfer));
     let message = format!(
-        "{} did not arrive at {}: {said}",
+        "{} did not arrive at {}: {detail}",
         transfer.artifact, transfer.site
     );
     let next = transfer

@@ -162,17 +162,17 @@ async fn start(client: &Client, global: &Global, start: TrainStart) -> Result<()
 /// Waits for the end of a run.
 async fn follow(client: &Client, mut run: Run, deadline: Deadline) -> Result<Run, Fault> {
     let progress = Progress::new();
-    let mut said = None;
+    let mut printed = None;
     loop {
         let now = (run.state, run.message.clone());
-        if said.as_ref() != Some(&now) {
+        if printed.as_ref() != Some(&now) {
             let why = run
                 .message
                 .as_deref()
                 .map(|m| format!(": {}", human::clean(m)))
                 .unwrap_or_default();
             progress.say(&format!("run {} is {}{why}", run.name, run.state.as_str()));
-            said = Some(now);
+            printed = Some(now);
         }
         if run.state.is_final() {
             return Ok(run);

@@ -123,7 +123,7 @@ impl Screen {
         for transfer in changed {
             if self.format != Output::Table {
                 out.push_str(&output::line(transfer)?);
-            } else if self.worth_a_line(transfer) {
+            } else if self.is_worth_printing(transfer) {
                 out.push_str(&change_line(transfer));
             }
         }
@@ -133,7 +133,7 @@ impl Screen {
 
     /// Whether to print a line: at each change of state or reason; for progress alone, once per
     /// interval.
-    fn worth_a_line(&mut self, t: &Transfer) -> bool {
+    fn is_worth_printing(&mut self, t: &Transfer) -> bool {
         let now = Instant::now();
         match self.said.get(&t.id) {
             Some((state, reason, at))
@@ -224,7 +224,7 @@ mod tests {
     use crate::api::fake::{offline, transfer};
 
     #[test]
-    fn a_line_for_each_change_and_not_for_each_byte() {
+    fn one_line_for_each_change_and_none_for_each_byte() {
         let mut screen = Screen {
             format: Output::Table,
             terminal: false,
@@ -232,11 +232,11 @@ mod tests {
             said: HashMap::new(),
         };
         let mut t = transfer("t1", "chengdu", State::Transferring);
-        assert!(screen.worth_a_line(&t));
+        assert!(screen.is_worth_printing(&t));
         t.bytes.committed = 500;
-        assert!(!screen.worth_a_line(&t));
+        assert!(!screen.is_worth_printing(&t));
         t.state = State::Committing;
-        assert!(screen.worth_a_line(&t));
+        assert!(screen.is_worth_printing(&t));
         let line = change_line(&offline("t2", "xian"));
         assert!(line.ends_with(" t2 dataset/line3:v1 xian queued (site_offline) 0 % of 1000 B: site xian is not connected\n"), "{line}");
     }

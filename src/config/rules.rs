@@ -3,8 +3,9 @@
 use std::path::Path;
 
 use super::{Config, MEMORY_BUDGET_BYTES_MIN, Role};
-use base::limits::CHECK_EVERY_MIN;
+use base::limits::{CHECK_EVERY_MIN, CONNECTION_HUBS_MAX};
 use base::names::SiteSelector;
+use transport::Proxy;
 
 /// A broken rule.
 #[derive(Debug)]
@@ -92,9 +93,10 @@ impl Rules<'_> {
         let Some(hub) = &config.hub else {
             return self.broken("role", "a site needs [hub] with address = \"HOST:PORT\"");
         };
-        if let Err(why) = check_host_port(&hub.address) {
+        if let Err(why) = check_hosts(&hub.address) {
             return self.broken("hub.address", why);
         }
+        self.proxy(hub)?;
         if let Some(files) = &config.sink.files {
             self.absolute("sink.files.root", &files.root)?;
             if files.root == config.data_dir {
@@ -113,6 +115,36 @@ impl Rules<'_> {
             .images
             .as_ref()
             .map_or(Ok(()), |images| self.images(images))
+    }
+
+    fn proxy(&self, hub: &super::Hub) -> Result<(), Broken> {
+        let key = "hub.proxy";
+        let proxy = match hub.proxy.as_deref() {
+            None | Some("none") => {
+                return match &hub.proxy_password_file {
+                    Some(_) => self.broken("hub.proxy_password_file", "it needs hub.proxy"),
+                    None => Ok(()),
+                };
+            }
+            Some(url) => Proxy::parse(url),
+        };
+        let proxy = proxy.map_or_else(|why| self.broken(key, why), Ok)?;
+        if proxy.has_password_text() {
+            return self.broken(
+                key,
+                "a password does not belong in the URL; use hub.proxy_password_file",
+            );
+        }
+        let Some(path) = &hub.proxy_password_file else {
+            return Ok(());
+        };
+        if !proxy.has_user() {
+            return self.broken(
+                "hub.proxy_password_file",
+                "it needs a user name in hub.proxy: http://USER@HOST:PORT",
+            );
+        }
+        self.absolute("hub.proxy_password_file", path)
     }
 
     fn share(&self, share: &super::Share) -> Result<(), Broken> {
@@ -308,6 +340,18 @@ impl Rules<'_> {
 /// `user@host:port` of the text after `scheme://`.
 fn authority(rest: &str) -> &str {
     rest.split(['/', '?', '#']).next().unwrap_or_default()
+}
+
+/// One or more `HOST:PORT`, separated by commas.
+pub(super) fn check_hosts(addresses: &str) -> Result<(), String> {
+    if addresses.split(',').count() > CONNECTION_HUBS_MAX {
+        return Err(format!(
+            "there are more than {CONNECTION_HUBS_MAX} addresses"
+        ));
+    }
+    addresses
+        .split(',')
+        .try_for_each(|address| check_host_port(address.trim()))
 }
 
 /// `HOST:PORT`, `[v6]:PORT`.

@@ -182,6 +182,56 @@ fn roles_have_their_own_tables() {
 }
 
 #[test]
+fn the_default_memory_fits_the_control_group() {
+    let mib = |limit: Option<u64>| default_memory(limit.map(|limit| limit << 20)) >> 20;
+    assert_eq!(mib(None), 256);
+    assert_eq!(mib(Some(64 << 10)), 256);
+    assert_eq!(mib(Some(512)), 128);
+    assert_eq!(mib(Some(128)), 32);
+    assert_eq!(mib(Some(16)), 32, "the least that a daemon works with");
+}
+
+#[test]
+fn a_site_has_several_hub_addresses_and_a_proxy() {
+    let hub = |rest: &str| SITE.replace("address = \"hub:7443\"", rest);
+    let address = |text: &str| parse(&hub(text), "x").unwrap().hub.unwrap().address;
+    assert_eq!(address("address = [\"a:1\", \"[::1]:2\"]"), "a:1,[::1]:2");
+    check(
+        &hub("address = [\"a:1\", \"b\"]"),
+        "x.toml:5:1: hub.address: \"b\" is not HOST:PORT",
+    );
+    check(
+        &hub("address = 7"),
+        "x.toml:5:11: expected \"HOST:PORT\" or a list of them",
+    );
+    let proxy = |rest: &str| format!("{SITE}{rest}\n");
+    let line = |rest: &str| parse(&proxy(rest), "x").unwrap().line.proxy;
+    let used = line("proxy = \"socks5://u@p:1\"\nproxy_password_file = \"/s\"");
+    assert_eq!(used.of_hub("hub:7443").unwrap().to_string(), "socks5://p:1");
+    assert_eq!(line("proxy = \"none\"").of_hub("hub:7443"), None);
+    for (rest, why) in [
+        (
+            "proxy = \"http://u:secret@p:1\"",
+            "x.toml:6:1: hub.proxy: a password does not belong in the URL; use hub.proxy_password_file",
+        ),
+        (
+            "proxy = \"p:1\"",
+            "x.toml:6:1: hub.proxy: the proxy is not http://HOST:PORT or socks5://HOST:PORT",
+        ),
+        (
+            "proxy = \"http://p:1\"\nproxy_password_file = \"/s\"",
+            "x.toml:7:1: hub.proxy_password_file: it needs a user name in hub.proxy: http://USER@HOST:PORT",
+        ),
+        (
+            "proxy_password_file = \"/s\"",
+            "x.toml:6:1: hub.proxy_password_file: it needs hub.proxy",
+        ),
+    ] {
+        check(&proxy(rest), why);
+    }
+}
+
+#[test]
 fn hub_and_site_say_alike_who_may_have_what_is_published() {
     for role in [HUB, SITE] {
         let share = |list: &str| format!("{role}[share]\nallow = {list}\n");

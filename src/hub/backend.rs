@@ -13,6 +13,7 @@ use base::fault::{Code, Fault, Reason};
 use base::limits::API_PAGE_BYTES;
 use base::names::{ArtifactRef, check_label};
 use base::peer::Peer;
+use base::text;
 use content::bundle::Member;
 use model::actor::Actor;
 use model::paging::{Budget, Page, Pager, Room};
@@ -301,8 +302,8 @@ impl Backend for Hub {
             blocking(move || Ok((store.stored_bytes()?, store.lost_packs()?))).await?;
         let packs = self.inner.store.path();
         out.push(format!(
-            "ok store: {} MiB in packs at {}",
-            stored >> 20,
+            "ok store: {} in packs at {}",
+            text::size(stored),
             packs.display()
         ));
         if self.inner.store.is_damaged() {
@@ -363,6 +364,7 @@ impl Backend for Hub {
     }
 
     async fn events(&self, since: u64, limit: u32) -> Result<Vec<Event>, Fault> {
+        self.inner.catalogue.check_event_cursor(since).await?;
         let (mut out, mut room) = (Vec::new(), Budget::new(API_PAGE_BYTES));
         for row in self.inner.catalogue.events(since, limit).await? {
             let (mut event, name) = (row.view(), row.name);
@@ -427,6 +429,7 @@ impl Backend for Hub {
         let stored = blocking(move || store.stored_bytes()).await?;
         let online = self.inner.links.count();
         out.push_str(&self.inner.relay.metrics());
+        out.push_str(&self.inner.sessions.metrics());
         let _ = writeln!(
             out,
             "# TYPE packhorse_store_bytes gauge\npackhorse_store_bytes {stored}"

@@ -1,4 +1,4 @@
-//! Deliveries: which transfers begin, what is done to them, and what an actor sees of them.
+//! Deliveries: starts transfers, applies actions to them, and decides which of them an actor sees.
 //!
 //! The API, sessions, uploads and runs call it. Each change is written to the catalogue before it
 //! has an effect; nothing else is stored.
@@ -30,7 +30,7 @@ use state::{Body, Catalogue, DeliveryRow, Part, TransferRow, new_delivery_id};
 const HOLDS_MAX: Duration = Duration::from_secs(5);
 /// Sites that are asked this at once.
 const HOLDS_AT_ONCE: usize = 32;
-/// The bytes of an answer besides its list.
+/// The bytes of an answer in addition to its list.
 const ANSWER_FRAME_BYTES: usize = 1 << 10;
 
 pub(super) fn no_artifact_named() -> Fault {
@@ -111,13 +111,13 @@ impl Deliveries {
         Ok(whole.end(row))
     }
 
-    /// Starts a delivery. `brought`: the actor offers or uploads the artifacts in this request.
+    /// Starts a delivery. `supplied`: the actor offers or uploads the artifacts in this request.
     pub(super) async fn deliver(
         &self,
         actor: &Actor,
         artifacts: &[ArtifactRef],
         selector: &SiteSelector,
-        brought: bool,
+        supplied: bool,
     ) -> Result<Delivered, Fault> {
         if artifacts.is_empty() {
             return Err(no_artifact_named());
@@ -128,7 +128,7 @@ impl Deliveries {
         for artifact in artifacts {
             let entitlement = &self.inner.entitlement;
             let row = entitlement
-                .artifact_for(actor, Verb::Deliver, artifact, brought)
+                .artifact_for(actor, Verb::Deliver, artifact, supplied)
                 .await?;
             let targets = entitlement
                 .targets(actor, artifact, row.origin.as_ref(), &sites, selector)
@@ -137,7 +137,7 @@ impl Deliveries {
             left_out.extend(targets.left_out);
         }
         let delivery = new_delivery_id();
-        let (transfers, notes) = self.begin_noted(&delivery, None, &parts).await?;
+        let (transfers, notes) = self.begin_and_compare(&delivery, None, &parts).await?;
         let digest = parts
             .first()
             .map(|part| part.digest.hex())
@@ -166,11 +166,11 @@ impl Deliveries {
         run: Option<&str>,
         parts: &[Part],
     ) -> Result<Vec<TransferId>, Fault> {
-        Ok(self.begin_noted(id, run, parts).await?.0)
+        Ok(self.begin_and_compare(id, run, parts).await?.0)
     }
 
     /// The same, and returns the state at the sites that had received something of it before.
-    async fn begin_noted(
+    async fn begin_and_compare(
         &self,
         id: &DeliveryId,
         run: Option<&str>,
@@ -504,8 +504,10 @@ mod tests {
             (Action::Cancel, Ok(())),
             (Action::Pause, Err(Code::Conflict)),
             (Action::Retry, Ok(())),
-            (Action::Retry, Err(Code::Conflict)),
+            // A repeated request gets the same answer; what is paused is resumed, not tried again.
+            (Action::Retry, Ok(())),
             (Action::Pause, Ok(())),
+            (Action::Retry, Err(Code::Conflict)),
         ] {
             assert_eq!(code(all, action).await, expected, "{action:?}");
             if expected.is_err() {

@@ -146,14 +146,14 @@ impl Entitlement {
     }
 
     /// The artifact, if `actor` may do `verb` with it. An artifact that the actor may not know gets
-    /// the answer for one that does not exist. `brought`: the actor offers or uploads the artifact
+    /// the answer for one that does not exist. `supplied`: the actor offers or uploads the artifact
     /// in this request.
     pub(super) async fn artifact_for(
         &self,
         actor: &Actor,
         verb: Verb,
         artifact: &ArtifactRef,
-        brought: bool,
+        supplied: bool,
     ) -> Result<ArtifactRow, Fault> {
         let hidden = || match actor {
             Actor::Site(site) => {
@@ -168,7 +168,7 @@ impl Entitlement {
         let object = Object::Artifact {
             origin: row.origin.as_ref(),
             delivered: self.is_delivered(actor, row.digest).await?,
-            brought,
+            supplied,
         };
         match policy::may(actor, verb, &object) {
             Ok(()) => Ok(row),

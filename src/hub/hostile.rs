@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::upload::tests::Bench;
+use super::upload::tests::{Bench, hello};
 use crate::api::Backend as _;
 use crate::api::types::{Job, PublishRequest, VerifyRequest};
 use base::fault::Code;
@@ -12,7 +12,7 @@ use content::frame::{Frame, HEADER_BYTES, Header};
 use content::manifest::Digest;
 use exchange::wire;
 use model::actor::Actor;
-use model::protocol::{AskHub, CONTROL, FETCH, FetchRequest, FromHub, FromSite, QUESTION, Wanted};
+use model::protocol::{AskHub, CONTROL, FETCH, FetchRequest, FromHub, QUESTION, Wanted};
 use transport::identity::Claim;
 use transport::{Link, RecvHalf};
 
@@ -60,17 +60,7 @@ fn frames(answer: &[u8]) -> Vec<Result<u32, Code>> {
 async fn control(link: &Link) -> (transport::SendHalf, RecvHalf) {
     let (mut send, recv) = link.open(wire::PRIORITY_CONTROL).await.unwrap();
     send.write_all(&[CONTROL]).await.unwrap();
-    wire::send(
-        &mut send,
-        &FromSite::Hello {
-            version: "0".into(),
-            share: None,
-            train: None,
-            congestion: Default::default(),
-        },
-    )
-    .await
-    .unwrap();
+    wire::send(&mut send, &hello(false)).await.unwrap();
     (send, recv)
 }
 

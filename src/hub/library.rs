@@ -1,7 +1,8 @@
 //! The artifacts of the hub: takes them into the catalogue, and gives their manifests and content
 //! to peers that may read them.
 //!
-//! Sessions, uploads, runs and jobs call it. What is open for reading is in memory only.
+//! Sessions, uploads, runs and jobs call it. The list of artifacts open for reading is in memory
+//! only.
 
 use std::sync::Arc;
 

@@ -1,6 +1,6 @@
 //! Which sites are connected, and how a question reaches one of them.
 //!
-//! Sessions enter and leave their connections; whatever asks a site something goes through here.
+//! Sessions register and remove their connections; every question to a site goes through here.
 //! Nothing is stored: after a restart the sites connect again.
 
 use std::collections::HashMap;

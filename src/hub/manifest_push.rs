@@ -43,7 +43,7 @@ impl ManifestPush {
         Self {
             catalogue,
             library,
-            since_ms: clock::now_unix_ms() as i64,
+            since_ms: clock::now_ms(),
             known: HashSet::new(),
         }
     }
@@ -55,14 +55,28 @@ impl ManifestPush {
         site: &SiteName,
         wanted: &[Desired],
     ) -> (Vec<PushedManifest>, Option<Share>) {
-        let is_new = |wanted: &&Desired| {
+        let new: Vec<Desired> = wanted
+            .iter()
+            .filter(|wanted| !self.known.contains(&wanted.id))
+            .cloned()
+            .collect();
+        self.known = wanted.iter().map(|wanted| wanted.id.clone()).collect();
+        self.next_new(site, &new).await
+    }
+
+    /// The same of transfers that were not sent before.
+    pub(super) async fn next_new(
+        &self,
+        site: &SiteName,
+        new: &[Desired],
+    ) -> (Vec<PushedManifest>, Option<Share>) {
+        let begins = |wanted: &&Desired| {
             let begins = wanted.want == Want::Run
                 && wanted.generation == 0
                 && wanted.created_ms >= self.since_ms;
-            begins && wanted.total <= TOTAL_MAX && !self.known.contains(&wanted.id)
+            begins && wanted.total <= TOTAL_MAX
         };
-        let new: Vec<&Desired> = wanted.iter().filter(is_new).take(TOLD_MAX).collect();
-        self.known = wanted.iter().map(|wanted| wanted.id.clone()).collect();
+        let new: Vec<&Desired> = new.iter().filter(begins).take(TOLD_MAX).collect();
         if new.is_empty() {
             return (Vec::new(), None);
         }
@@ -108,7 +122,9 @@ impl ManifestPush {
         let catalogue = &self.catalogue;
         // A site that has another version requests only the difference.
         if catalogue.transfer(&wanted.id).await?.state != State::Queued
-            || catalogue.has_kin_at(site, &wanted.artifact).await?
+            || catalogue
+                .has_previous_version_at(site, &wanted.artifact)
+                .await?
         {
             return Ok(None);
         }

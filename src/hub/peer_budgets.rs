@@ -1,7 +1,7 @@
-//! What one peer may take of the hub at once: memory for content, questions and messages, blocking
-//! work, and how fast it reports and asks for changes.
+//! The resources of the hub that one peer may use at once: memory for content, questions and
+//! messages, blocking work, and how fast it reports and asks for changes.
 //!
-//! Whatever serves a peer takes its part here first, and gives it back by dropping it. In memory.
+//! Code that serves a peer takes its share here first, and releases it by dropping it. In memory.
 
 use tokio::sync::OwnedSemaphorePermit;
 

@@ -115,7 +115,7 @@ impl Meter for Reservation {
         Ok(())
     }
 
-    fn give_back(&self, bytes: u64) {
+    fn release(&self, bytes: u64) {
         // The used part of the quota does not decrease until the end.
         let mut counted = self.counted.lock();
         counted.stored = counted.stored.saturating_sub(bytes);

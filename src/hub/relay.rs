@@ -31,6 +31,7 @@ use base::fault::Fault;
 use base::limits::CHANGE_WAIT_MAX;
 use base::names::SiteName;
 use base::peer::Peer;
+use base::text;
 use base::workers::{Pace, Worker, Workers};
 use content::chunk::ShortHash;
 use content::manifest::Digest;
@@ -156,7 +157,7 @@ struct Inner {
     /// Bytes that crossed the connections of sites for the relay.
     wire: Arc<AtomicU64>,
     config: config::Relay,
-    /// The hub, as a peer of its own beside those that ask.
+    /// The hub as a separate peer, in addition to the peers that request content.
     own: Peer,
     tasks: TaskTracker,
     stop: CancellationToken,
@@ -249,9 +250,9 @@ impl RelayKeeper {
     pub(super) fn doctor_line(&self) -> String {
         let (kept, budget) = (self.inner.relay.kept_bytes(), self.inner.config.budget);
         format!(
-            "ok relay: the cache of content between sites has {} MiB of at most {} MiB",
-            kept >> 20,
-            budget >> 20
+            "ok relay: the cache of content between sites has {} of at most {}",
+            text::size(kept),
+            text::size(budget)
         )
     }
 
@@ -319,7 +320,7 @@ impl RelayKeeper {
         let keep = self.inner.config.keep.as_millis() as i64;
         let mut freed = 0;
         loop {
-            let now = clock::now_unix_ms() as i64;
+            let now = clock::now_ms();
             let mut idle = self
                 .inner
                 .catalogue

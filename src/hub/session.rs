@@ -1,15 +1,18 @@
 //! The connections of the sites at the hub: which streams a site may open, and what happens on
 //! each.
 //!
-//! `control` is the control stream of a site, `questions` answers its questions. The hub calls
+//! `control` is the control stream of a site, `list` sends on it what the site has to do, `questions`
+//! answers its questions. The hub calls
 //! [`Sessions::welcome`] for each connection. Nothing is stored here: a site that connects again
 //! starts from the beginning.
 
 mod control;
+mod list;
 mod questions;
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::Mutex;
 use tokio::sync::Semaphore;
@@ -69,8 +72,39 @@ pub(super) struct SessionParts {
     pub(super) runs: RunKeeper,
     pub(super) quotas: QuotaLedger,
     pub(super) manifests: Manifests,
+    pub(super) traffic: ControlTraffic,
     pub(super) tasks: TaskTracker,
     pub(super) stop: CancellationToken,
+}
+
+/// The bytes of the messages of all control streams.
+#[derive(Default)]
+pub(super) struct ControlTraffic {
+    sent: AtomicU64,
+    received: AtomicU64,
+}
+
+impl ControlTraffic {
+    fn sent(&self, bytes: usize) {
+        self.sent.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+
+    fn received(&self, bytes: u64) {
+        self.received.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// The metrics.
+    fn metrics(&self) -> String {
+        let (sent, received) = (
+            self.sent.load(Ordering::Relaxed),
+            self.received.load(Ordering::Relaxed),
+        );
+        format!(
+            "# HELP packhorse_control_bytes Bytes of control messages since the start, manifests included.\n\
+             # TYPE packhorse_control_bytes counter\n\
+             packhorse_control_bytes{{to=\"sites\"}} {sent}\npackhorse_control_bytes{{to=\"hub\"}} {received}\n"
+        )
+    }
 }
 
 impl Sessions {
@@ -79,6 +113,11 @@ impl Sessions {
         Self {
             inner: Arc::new(parts),
         }
+    }
+
+    /// The metrics of the control streams.
+    pub(super) fn metrics(&self) -> String {
+        self.inner.traffic.metrics()
     }
 
     /// Serves a site until its connection ends.

@@ -62,7 +62,7 @@ fn may_know(actor: &Actor, origin: &SiteName) -> bool {
     let artifact = Object::Artifact {
         origin: Some(origin),
         delivered: false,
-        brought: false,
+        supplied: false,
     };
     policy::may(actor, Verb::ReadExclusions, &artifact).is_ok()
 }
@@ -261,14 +261,14 @@ mod tests {
             .set_train_allow(&west, Some(&list(&["esat"])))
             .await
             .unwrap();
-        let told = faults().await;
+        let lines = faults().await;
         assert!(
-            told[0].starts_with("fault site west: [share] allow: no site is called weest;"),
-            "{told:?}"
+            lines[0].starts_with("fault site west: [share] allow: no site is called weest;"),
+            "{lines:?}"
         );
         assert!(
-            told[1].starts_with("fault site west: [train] allow: no site is called esat;"),
-            "{told:?}"
+            lines[1].starts_with("fault site west: [train] allow: no site is called esat;"),
+            "{lines:?}"
         );
     }
 }

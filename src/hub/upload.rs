@@ -324,7 +324,7 @@ impl Uploads {
         let lacking = self.lacking_where_room_is_short(root).await?;
         let (planned, packs) = (root.clone(), store.clone());
         let planning = base::blocking::spawn(move || {
-            // Without space, any further content would be sent in vain.
+            // Without space, further content cannot be stored.
             plan(&planned, &packs, |batch| {
                 packs
                     .check_room()
@@ -334,23 +334,25 @@ impl Uploads {
         let batches = futures::stream::unfold(batches, |mut batches| async move {
             Some((batches.recv().await?, batches))
         });
-        let bring = |batch| self.bring(publisher, fetcher, batch, store.clone());
-        let running = batches.map(bring).buffer_unordered(FETCH_IN_FLIGHT_MAX);
+        let fetch_batch = |batch| self.fetch_batch(publisher, fetcher, batch, store.clone());
+        let running = batches
+            .map(fetch_batch)
+            .buffer_unordered(FETCH_IN_FLIGHT_MAX);
         tokio::pin!(running);
-        let (mut brought, mut stored, mut unflushed, mut flushed) = (0, 0, 0, Instant::now());
+        let (mut fetched, mut stored, mut unflushed, mut flushed) = (0, 0, 0, Instant::now());
         let mut flushing: Option<tokio::task::JoinHandle<Result<(), Fault>>> = None;
         while let Some(bytes) = running.next().await {
             let (raw, bytes) = bytes?;
-            brought += raw;
+            fetched += raw;
             stored += bytes;
             unflushed += bytes;
             // From an eighth of the content on, its compression ratio is known. The result is
             // reported before half of the content has arrived.
             if let Some(lacking) =
-                lacking.filter(|lacking| (lacking / 8..lacking / 2).contains(&brought))
+                lacking.filter(|lacking| (lacking / 8..lacking / 2).contains(&fetched))
             {
-                let rest = (u128::from(lacking - brought) * u128::from(stored)
-                    / u128::from(brought.max(1))) as u64;
+                let rest = (u128::from(lacking - fetched) * u128::from(stored)
+                    / u128::from(fetched.max(1))) as u64;
                 self.check_room_for(rest).await.inspect_err(|_| {
                     self.inner
                         .short_of
@@ -412,7 +414,7 @@ impl Uploads {
     }
 
     /// Fetches one batch into the store. Returns its size, and the number of stored bytes.
-    async fn bring(
+    async fn fetch_batch(
         &self,
         publisher: &Peer,
         fetcher: &Fetcher,
@@ -434,7 +436,7 @@ impl Uploads {
             })
             .collect();
         let mut frames = fetcher.ask(wants, 0).await?;
-        let mut brought = Vec::with_capacity(batch.chunks.len());
+        let mut received = Vec::with_capacity(batch.chunks.len());
         for chunk in batch.chunks {
             let frame = frames.next().await?;
             // Checked immediately: the whole batch is held in memory, and the share covers only the
@@ -446,14 +448,14 @@ impl Uploads {
                 ))
                 .with_next("publish again with the same version of packhorse as the hub"));
             }
-            brought.push((chunk, frame));
+            received.push((chunk, frame));
         }
         let _place = self.parts().budgets.work_place(publisher).await;
         // The work started here is completed even if the connection ends; the lease is held until
         // then.
         blocking(move || {
             let mut stored = 0;
-            for (chunk, frame) in brought {
+            for (chunk, frame) in received {
                 let raw = frame.verify(chunk.id, chunk.len)?;
                 stored += store.put(&frame.fit_to_store(&raw))?;
             }
@@ -463,7 +465,7 @@ impl Uploads {
     }
 }
 
-/// Tells the publisher that a full disk is the hub's. The upload ends with this fault.
+/// States for the publisher that the full disk is that of the hub. The upload ends with this fault.
 fn of_the_hub(fault: Fault) -> Fault {
     if fault.code != Code::NoSpace {
         return fault;

@@ -18,14 +18,14 @@ use sink::labels::testing::{Bench, Db};
 use state::Catalogue;
 
 sink::on_both!(
-    a_version_comes_out_as_it_went_in,
+    an_exported_version_equals_the_imported_one,
     a_version_keeps_its_dataset,
     rows_of_a_query_do_not_depend_on_their_order,
     a_query_that_returns_all_rows_can_be_loaded_again,
     queries_that_are_refused,
     a_query_keeps_classes_sizes_and_splits,
     a_query_only_reads,
-    a_change_meanwhile_is_not_seen,
+    a_change_during_the_query_is_not_visible,
 );
 
 struct Out {
@@ -89,7 +89,7 @@ async fn commit(bench: &Bench, set: &Set, version: &str) {
     bench.sink.commit(&incoming, &staged).await.unwrap();
 }
 
-async fn a_version_comes_out_as_it_went_in(bench: Bench) {
+async fn an_exported_version_equals_the_imported_one(bench: Bench) {
     let set = Set::new(1, 300, 4, 10);
     commit(&bench, &set, "v1").await;
     let out = publish(&bench, "db:aoi-line3:v1").await.unwrap();
@@ -442,7 +442,7 @@ async fn a_query_only_reads(bench: Bench) {
 }
 
 /// What is written while a query runs is not in it: it sees one snapshot.
-async fn a_change_meanwhile_is_not_seen(bench: Bench) {
+async fn a_change_during_the_query_is_not_visible(bench: Bench) {
     bench
         .sink
         .check(&Set::new(1, 1, 1, 0).incoming("v1"))

@@ -1,10 +1,10 @@
 //! The site's implementation of the API. Requests that only the hub can decide are forwarded to the
 //! hub.
 
+mod checks;
+mod hub_transfers;
+
 use std::fmt::Write as _;
-use std::path::PathBuf;
-use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use async_trait::async_trait;
 
@@ -13,134 +13,16 @@ use crate::api::types::{Site as SiteView, *};
 use crate::api::{Backend, RunToken, View, worker_page};
 use crate::delivery::Whole;
 use crate::serve::wrong_role;
-use crate::trainer;
-use base::blocking::{blocking, blocking_at};
 use base::fault::{Code, Fault};
-use base::job_progress::JobProgress;
-use base::limits::{
-    ANSWER_BYTES_MAX, API_PAGE_BYTES, API_ROWS_MAX, ID_BYTES_MAX, ROOM_AWAITED_MAX, SINK_ANSWER_MAX,
-};
-use base::names::{ArtifactRef, DeliveryId, RunName, TransferId, WorkId, WorkIds};
-use exchange::transfer::{VerifyReport, beside, verify};
-use model::paging::{self, Budget, Page, Pager, Room};
+use base::limits::{API_PAGE_BYTES, ROOM_AWAITED_MAX};
+use base::names::{ArtifactRef, DeliveryId, RunName, WorkId};
+use hub_transfers::{OF_HUB, cursor_of_hub, is_full, no_such_work};
+use model::paging::{Budget, Page, Pager, Room};
 use model::protocol::AskHub;
 use model::run;
-use sink::{Incoming, Look};
-use state::{ArtifactRow, DeliveryRow, TransferRow};
-
-/// Marks a cursor as the hub's. Hub and site count independently, so a cursor of one has no meaning
-/// for the other. A client that uses a cursor with the other daemon receives all transfers.
-const OF_HUB: u64 = 1 << 52;
+use state::{DeliveryRow, TransferRow};
 
 impl Site {
-    /// Reads and checks this site's copy of an artifact. Returns one line for each fault; other
-    /// differences are notes.
-    async fn verify_now(
-        &self,
-        row: ArtifactRow,
-        quick: bool,
-        progress: Arc<JobProgress>,
-    ) -> Result<Vec<String>, Fault> {
-        let Some(place) = row.place.clone() else {
-            return Ok(vec![format!("this site has no copy of {}", row.artifact)]);
-        };
-        progress.doing(format!("re-reading {}", row.artifact));
-        if row.published {
-            if quick {
-                progress.note(
-                    "it was published here, and there is no quick check for that: its content was read",
-                );
-            }
-            let origin = self.inner.opened.reader.clone();
-            let path = place.filesystem().to_owned();
-            return blocking_at(&path, move || {
-                let read = |bytes| {
-                    progress.bytes.fetch_add(bytes, Ordering::Relaxed);
-                    progress.check()
-                };
-                origin.verify(row.digest, &row.root, &[place], read)
-            })
-            .await;
-        }
-        let sink = self.inner.opened.sinks.of(row.artifact.kind).clone();
-        let incoming = Incoming {
-            artifact: row.artifact,
-            digest: row.digest,
-            root: row.root,
-            transfer: TransferId::none(),
-            waits: Default::default(),
-        };
-        let counted = progress.clone();
-        let look = Look::new(quick, move |bytes| {
-            counted.bytes.fetch_add(bytes, Ordering::Relaxed);
-        });
-        let store = &self.inner.opened.shared.store;
-        let VerifyReport {
-            faults,
-            notes,
-            unread,
-        } = verify(sink.as_ref(), store.clone(), &incoming, &place, &look).await?;
-        if let Some(why) = unread.filter(|_| faults.is_empty()) {
-            return Err(Fault::not_allowed(format!(
-                "{} was not verified: {why}",
-                incoming.artifact
-            ))
-            .with_next(
-                "run 'packhorse verify' again when the registry allows a pull of the image",
-            ));
-        }
-        notes.into_iter().for_each(|note| progress.note(note));
-        // A repair keeps additional files, so they are reported before it.
-        progress.doing(format!(
-            "looking for additional files of {}",
-            incoming.artifact
-        ));
-        if let Some(note) = beside(
-            sink.as_ref(),
-            store.clone(),
-            &incoming,
-            &place,
-            faults.is_empty(),
-        )
-        .await?
-        {
-            progress.note(note);
-        }
-        Ok(faults)
-    }
-
-    /// Requests from the hub a new delivery of an artifact that is damaged or incomplete here.
-    async fn ask_again(&self, artifact: &ArtifactRef) -> Result<String, Fault> {
-        let rows = self
-            .inner
-            .opened
-            .catalogue
-            .transfers_of_artifact(artifact)
-            .await?;
-        let Some(brought) = rows
-            .iter()
-            .rev()
-            .find(|row| row.state == State::Done && row.removed_ms.is_none())
-        else {
-            return Err(Fault::conflict(format!(
-                "no completed transfer delivered {artifact} to this site"
-            ))
-            .with_next("see 'packhorse status'; at the hub: packhorse deliver"));
-        };
-        let _: Vec<Transfer> = self
-            .inner
-            .hub
-            .ask(&AskHub::Act {
-                id: (&brought.id).into(),
-                action: Action::Retry,
-            })
-            .await?;
-        Ok(format!(
-            "the missing content was requested from the hub: packhorse status {}",
-            brought.id
-        ))
-    }
-
     /// The state of this site's own transfers.
     async fn own_transfers(
         &self,
@@ -173,16 +55,6 @@ impl Site {
             .await
     }
 
-    /// The transfers as the hub reports them, as one page.
-    async fn page_at_hub(
-        &self,
-        id: &str,
-        query: &TransferQuery,
-    ) -> Result<(Page<Transfer>, u64), Fault> {
-        let (rows, cursor) = self.transfers_at_hub(id, query).await?;
-        Ok((Page::whole(rows), cursor))
-    }
-
     /// The part of a delivery that goes to this site.
     async fn own_delivery(&self, row: &DeliveryRow, max: usize) -> Result<Delivery, Fault> {
         let mut whole = Whole::new(max);
@@ -192,43 +64,6 @@ impl Site {
             .each_part(&row.id, |part| whole.add(part.view()))
             .await?;
         Ok(whole.end(row))
-    }
-
-    /// The state of transfers as the hub reports it: the content of one of the hub's answers, or,
-    /// without a cursor, all of them up to the maximum rows of a list.
-    async fn transfers_at_hub(
-        &self,
-        id: &str,
-        query: &TransferQuery,
-    ) -> Result<(Vec<Transfer>, u64), Fault> {
-        let since = query
-            .since
-            .filter(|cursor| cursor & OF_HUB != 0)
-            .map(|cursor| cursor & !OF_HUB);
-        // An id that does not parse belongs to no transfer.
-        let id: WorkIds = id.parse().map_err(|_| no_such_work(id))?;
-        let asked = AskHub::Transfers {
-            id: id.clone(),
-            since,
-            wait: since.and(query.wait).unwrap_or(0),
-        };
-        let (mut rows, mut cursor): (Vec<Transfer>, u64) = self.inner.hub.ask(&asked).await?;
-        // A client with a cursor requests the next page itself.
-        let mut full = since.is_none() && is_full(&rows);
-        while full {
-            let asked = AskHub::Transfers {
-                id: id.clone(),
-                since: Some(cursor),
-                wait: 0,
-            };
-            let (more, next): (Vec<Transfer>, u64) = self.inner.hub.ask(&asked).await?;
-            // A transfer that changed in the meantime is returned again.
-            rows.retain(|row| more.iter().all(|new| new.id != row.id));
-            full = is_full(&more) && next > cursor && rows.len() < API_ROWS_MAX as usize;
-            rows.extend(more);
-            cursor = next.max(cursor);
-        }
-        Ok((rows, cursor | OF_HUB))
     }
 }
 
@@ -283,6 +118,9 @@ impl Backend for Site {
         behind: Option<&str>,
         room: Room,
     ) -> Result<(Page<Transfer>, u64), Fault> {
+        if let (Some(id), Some(after)) = (&query.id, behind.and_then(cursor_of_hub)) {
+            return self.page_at_hub(id, query, Some(after)).await;
+        }
         let Some(id) = query.id.as_ref().filter(|_| behind.is_none()) else {
             return self.own_transfers(query, behind, room).await;
         };
@@ -290,7 +128,7 @@ impl Backend for Site {
         // another site, and the hub knows it.
         let whole = id.split(',').any(|id| id.trim().starts_with("d-"));
         let first = if whole {
-            self.page_at_hub(id, query).await
+            self.page_at_hub(id, query, None).await
         } else {
             self.own_transfers(query, None, room).await
         };
@@ -302,7 +140,7 @@ impl Backend for Site {
         let second = if whole {
             self.own_transfers(query, None, room).await
         } else {
-            self.page_at_hub(id, query).await
+            self.page_at_hub(id, query, None).await
         };
         second.map_err(|second| if whole { fault } else { second })
     }
@@ -317,14 +155,12 @@ impl Backend for Site {
                 action,
             })
             .await?;
-        match is_full(&rows) {
-            true => Ok(Page::whole(
-                self.transfers_at_hub(&id, &TransferQuery::default())
-                    .await?
-                    .0,
-            )),
-            false => Ok(Page::whole(rows)),
+        if is_full(&rows) {
+            // The following pages continue after the cursor of this one.
+            let all = TransferQuery::default();
+            return Ok(self.page_at_hub(&id, &all, None).await?.0);
         }
+        Ok(Page::whole(rows))
     }
 
     async fn deliveries(&self, behind: Option<&str>, room: Room) -> Result<Page<Delivery>, Fault> {
@@ -563,86 +399,7 @@ impl Backend for Site {
     }
 
     async fn doctor(&self) -> Result<Vec<String>, Fault> {
-        let inner = &self.inner;
-        let mut out = Vec::new();
-        let link = inner.hub.link();
-        out.push(match (&link, inner.hub.fault()) {
-            (Some(link), _) => {
-                format!(
-                    "ok line: {} to {}, round trip {} ms",
-                    link.transport(),
-                    link.remote_address(),
-                    link.rtt().as_millis()
-                )
-            }
-            (None, Some(fault)) => format!("fault line: {}; {}", fault.message, fault.next),
-            (None, None) => "fault line: not connected yet".into(),
-        });
-        out.extend(
-            link.as_ref()
-                .and_then(transport::clock_difference)
-                .map(|text| format!("fault clock: {text}")),
-        );
-        let probes = inner.opened.sinks.all().map(|sink| async move {
-            let silent = |_| {
-                let text = format!(
-                    "{} has not answered for {} s",
-                    sink.staging_root().display(),
-                    SINK_ANSWER_MAX.as_secs()
-                );
-                Err(sink.held_up().unwrap_or_else(|| Fault::unreachable(text)))
-            };
-            tokio::time::timeout(SINK_ANSWER_MAX, sink.probe())
-                .await
-                .unwrap_or_else(silent)
-        });
-        for probed in futures::future::join_all(probes).await {
-            out.push(match probed {
-                Ok(text) => format!("ok {text}"),
-                Err(fault) => format!("fault {}; {}", fault.message, fault.next),
-            });
-        }
-        if let Some(program) = inner
-            .opened
-            .config
-            .train
-            .as_ref()
-            .and_then(|train| train.command.first().cloned())
-        {
-            let path = PathBuf::from(&program);
-            let checked = blocking_at(&path, move || {
-                trainer::check_program(&program)
-                    .map(|()| format!("ok train: {program} is executable"))
-            });
-            let silent = |_| {
-                let text = format!(
-                    "{} has not answered for {} s",
-                    path.display(),
-                    SINK_ANSWER_MAX.as_secs()
-                );
-                Err(Fault::unreachable(text))
-            };
-            let checked = tokio::time::timeout(SINK_ANSWER_MAX, checked).await;
-            out.push(match checked.unwrap_or_else(silent) {
-                Ok(text) => text,
-                Err(fault) => format!("fault {}; {}", fault.message, fault.next),
-            });
-        }
-        let (data, index) = (
-            inner.opened.config.data_dir.clone(),
-            inner.opened.shared.chunk_index.clone(),
-        );
-        let own = move || {
-            let mut out = vec![sink::stage::room_report(&data)?];
-            out.extend(crate::site::lost::report(&data));
-            out.extend(index.loss().map(|loss| loss.report(&data)));
-            Ok(out)
-        };
-        out.extend(blocking(own).await?);
-        out.extend(inner.watch.changed_lines().await?);
-        out.extend(crate::api::malformed_lines(&inner.opened.catalogue));
-        out.extend(inner.workers.doctor());
-        Ok(out)
+        self.checks().await
     }
 
     async fn job(&self, id: &str) -> Result<Job, Fault> {
@@ -662,6 +419,11 @@ impl Backend for Site {
     }
 
     async fn events(&self, since: u64, limit: u32) -> Result<Vec<Event>, Fault> {
+        self.inner
+            .opened
+            .catalogue
+            .check_event_cursor(since)
+            .await?;
         let (mut out, mut room) = (Vec::new(), Budget::new(API_PAGE_BYTES));
         for row in self.inner.opened.catalogue.events(since, limit).await? {
             let (mut event, name) = (row.view(), row.name);
@@ -716,22 +478,6 @@ impl Backend for Site {
         );
         Ok(out)
     }
-}
-
-/// Whether an answer of the hub may be incomplete for lack of space: it ends after a row, and no
-/// row takes half the space.
-fn is_full<T: serde::Serialize>(rows: &[T]) -> bool {
-    paging::json_bytes(rows) > ANSWER_BYTES_MAX / 2
-}
-
-/// The fault for an id that belongs to no transfer or delivery.
-fn no_such_work(id: &str) -> Fault {
-    let id: String = id.chars().take(ID_BYTES_MAX).collect();
-    Fault::not_found(format!(
-        "there is no transfer or delivery {}",
-        id.escape_debug()
-    ))
-    .with_next("'packhorse status' lists them")
 }
 
 /// The fault for a command that this version does not implement.

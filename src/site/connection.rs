@@ -1,10 +1,13 @@
-//! The site's side of the connection: connects, keeps the connection, reports, and moves from TCP
-//! to QUIC when QUIC works again.
+//! The site's side of the connection: connects, keeps the connection, answers questions, and moves
+//! from TCP to QUIC when QUIC works again. `control` is the control stream.
+
+mod control;
+mod reporter;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tokio::sync::{Semaphore, mpsc, watch};
+use tokio::sync::Semaphore;
 use tokio::time::timeout;
 use tracing::Instrument as _;
 
@@ -12,45 +15,27 @@ use super::Opened;
 use super::hub_link::HubLink;
 use super::publish::Publications;
 use super::runs::RunKeeper;
-use crate::api::VERSION;
 use crate::config::Transport;
 use base::budget::Budget;
-use base::fault::{Fault, Reason};
+use base::fault::Fault;
 use base::limits::{
-    ANSWER_BYTES_MAX, ANSWER_MAX, BACKOFF_MAX, FETCH_STREAMS_MAX, QUESTIONS_AT_ONCE_MAX,
-    QUESTIONS_BYTES_MAX, REPORT_BYTES_MAX, SILENCE_MAX, SINK_ANSWER_MAX, STATE_RETRY_EVERY,
+    ANSWER_MAX, FETCH_STREAMS_MAX, QUESTIONS_AT_ONCE_MAX, QUESTIONS_BYTES_MAX, SILENCE_MAX,
+    SINK_ANSWER_MAX,
 };
 use base::names::{ArtifactRef, TransferId};
 use base::peer::Peer;
-use base::text::Message;
 use base::workers::Worker;
 use content::manifest::Digest;
 use exchange::fetch::{self, Fetcher};
 use exchange::transfer::{Assembly, free_room};
 use exchange::wire;
 use model::actor::Actor;
-use model::paging;
 use model::policy::{self, Object, Verb};
-use model::protocol::{
-    AllowList, AskSite, CONTROL, Desired, FETCH, FromHub, FromSite, Planned, QUESTION, Report,
-};
-use model::run::{DesiredRun, RunReport};
-use state::TransferRow;
+use model::protocol::{AskSite, FETCH, Planned, QUESTION};
 use transport::{self, Link, RecvHalf, Redial, SendHalf};
 
 /// How often a site on TCP checks whether QUIC works again.
 const QUIC_PROBE_EVERY: Duration = Duration::from_secs(60);
-/// How often the age of the certificate is checked.
-const RENEW_CHECK_EVERY: Duration = Duration::from_secs(3600);
-/// Desired lists shorter than this are complete.
-const DESIRED_MAX: usize = 1000;
-
-/// The complete desired state.
-struct List {
-    transfers: Vec<Desired>,
-    runs: Vec<DesiredRun>,
-}
-
 /// Connects to the hub, executes the desired state, reports, and answers questions.
 #[derive(Clone)]
 pub(super) struct Connection {
@@ -177,185 +162,6 @@ impl Connection {
         }
     }
 
-    /// The control stream: sends the hello, executes the desired state, and reports each change.
-    async fn talk(&self, link: &Link) -> Result<(), Fault> {
-        let opened = &self.opened;
-        let (mut send, mut recv) = link.open(wire::PRIORITY_CONTROL).await?;
-        send.write_all(&[CONTROL]).await?;
-        let congestion = opened.config.line.congestion;
-        let share = opened.config.share.allow.as_deref().map(AllowList::of);
-        // Always sent: for a hub, `None` means a site of an earlier version, which decides itself.
-        let train = Some(AllowList::of(
-            opened
-                .config
-                .train
-                .as_ref()
-                .map_or(&[], |train| &train.allow),
-        ));
-        wire::send(
-            &mut send,
-            &FromSite::Hello {
-                version: VERSION.into(),
-                share,
-                train,
-                congestion,
-            },
-        )
-        .await?;
-        let (listed, mut asked) = mpsc::channel::<Vec<TransferId>>(4);
-        let (newest, lists) = watch::channel(None);
-        let read = async {
-            loop {
-                let FromHub::Desired {
-                    revision,
-                    transfers,
-                    runs,
-                    manifests,
-                } = wire::receive(&mut recv).await?;
-                tracing::debug!(
-                    revision,
-                    transfers = transfers.len(),
-                    runs = runs.len(),
-                    "desired"
-                );
-                opened.runner.accept_pushed(manifests).await;
-                newest.send_replace(Some(Arc::new(List { transfers, runs })));
-            }
-        };
-        let write = async {
-            let mut cursor = opened.catalogue.cursor().await?;
-            let mut said: Vec<RunReport> = Vec::new();
-            let mut said_unwritten: Vec<TransferRow> = Vec::new();
-            // An empty list is sent too: files may have been restored since the last connection.
-            let mut said_changed: Option<Vec<(ArtifactRef, Message)>> = None;
-            let mut renew = tokio::time::interval(RENEW_CHECK_EVERY);
-            loop {
-                let changed = opened.catalogue.changed();
-                let query = crate::api::types::TransferQuery {
-                    since: Some(cursor),
-                    ..Default::default()
-                };
-                let (rows, next) = opened.catalogue.transfers(&query).await?;
-                cursor = next;
-                if !rows.is_empty() {
-                    send_reports(&mut send, rows.into_iter().map(report).collect()).await?;
-                }
-                let unwritten = opened.runner.unwritten();
-                if unwritten != said_unwritten {
-                    send_reports(&mut send, unwritten.iter().cloned().map(report).collect())
-                        .await?;
-                    said_unwritten = unwritten;
-                }
-                let runs = self.runs.reports().await?;
-                if runs != said {
-                    for some in paging::pages(runs.clone(), REPORT_BYTES_MAX) {
-                        wire::send(&mut send, &FromSite::Runs(some)).await?;
-                    }
-                    said = runs;
-                }
-                let mut changed_here = opened.catalogue.changed_here().await?;
-                // The complete list is sent. Entries that do not fit are sent when other entries
-                // are removed.
-                changed_here.truncate(paging::fitting(&changed_here, ANSWER_BYTES_MAX));
-                if said_changed.as_ref() != Some(&changed_here) {
-                    wire::send(&mut send, &FromSite::Changed(changed_here.clone())).await?;
-                    said_changed = Some(changed_here);
-                }
-                tokio::select! {
-                    () = changed => {}
-                    Some(ids) = asked.recv() => {
-                        let mut reports = Vec::new();
-                        for id in ids {
-                            // The row is read just before it is sent, so that an older state never
-                            // follows a newer one.
-                            match opened.catalogue.transfer(&id).await {
-                                Ok(row) => reports.push(report(row)),
-                                // A transfer that could not be adopted is reported with the
-                                // unwritten ones.
-                                Err(fault) => tracing::debug!(transfer = %id, error = %fault, "a transfer is not reported"),
-                            }
-                        }
-                        send_reports(&mut send, reports).await?;
-                    }
-                    _ = renew.tick() => self.hub.renew(link).await,
-                }
-            }
-        };
-        tokio::select! {
-            result = read => result,
-            result = self.apply_lists(lists, listed) => result,
-            result = write => result,
-            result = self.publications.keep_offering() => result,
-        }
-    }
-
-    /// Executes the newest desired state of the hub, and passes its transfers to `listed`. A change
-    /// that cannot be stored is tried again here and not over a new connection, which would bring
-    /// the same list. It delays neither the rest of the list nor a newer list.
-    async fn apply_lists(
-        &self,
-        mut lists: watch::Receiver<Option<Arc<List>>>,
-        listed: mpsc::Sender<Vec<TransferId>>,
-    ) -> Result<(), Fault> {
-        let mut logged = None;
-        while lists.changed().await.is_ok() {
-            let Some(list) = lists.borrow_and_update().clone() else {
-                continue;
-            };
-            let (mut left, mut pause) = (None, STATE_RETRY_EVERY);
-            loop {
-                let unapplied = self
-                    .opened
-                    .runner
-                    .apply(
-                        &list.transfers,
-                        list.transfers.len() < DESIRED_MAX,
-                        left.as_ref(),
-                    )
-                    .await;
-                // After the transfers: an ended run removes the content that they delivered.
-                let runs = self.runs.apply(&list.runs, &unapplied.transfers).await;
-                let fault = unapplied.fault.or(runs.err());
-                if left.is_none() || fault.is_none() {
-                    let ids = list
-                        .transfers
-                        .iter()
-                        .map(|wanted| wanted.id.clone())
-                        .collect();
-                    if listed.send(ids).await.is_err() {
-                        return Ok(());
-                    }
-                }
-                let Some(fault) = fault else {
-                    logged = None;
-                    break;
-                };
-                // Space may become free at any moment; any other fault may be permanent.
-                pause = if fault.reason == Reason::NoSpace {
-                    STATE_RETRY_EVERY
-                } else {
-                    pause
-                };
-                if logged.as_ref() != Some(&fault.message) {
-                    tracing::warn!(error = %fault, "the desired state of the hub could not be stored; retrying");
-                    logged = Some(fault.message);
-                }
-                left = Some(unapplied.transfers);
-                tokio::select! {
-                    () = tokio::time::sleep(pause) => pause = (pause * 2).min(BACKOFF_MAX),
-                    newer = lists.changed() => {
-                        if newer.is_err() {
-                            return Ok(());
-                        }
-                        lists.mark_changed();
-                        break;
-                    }
-                }
-            }
-        }
-        Ok(())
-    }
-
     /// Answers the streams that the hub opens.
     async fn answer(&self, link: &Link) {
         let fetches = Arc::new(Semaphore::new(FETCH_STREAMS_MAX));
@@ -453,7 +259,11 @@ impl Connection {
         let opened = &self.opened;
         let fetcher = Fetcher::new(link.clone(), digest, Default::default());
         let root = fetcher.root().await?;
-        let base = opened.catalogue.kin(&artifact).await?.map(|kin| kin.root);
+        let base = opened
+            .catalogue
+            .previous_version(&artifact)
+            .await?
+            .map(|kin| kin.root);
         fetcher
             .pages(&root, base.as_ref(), &opened.shared.store)
             .await?;
@@ -487,23 +297,6 @@ impl Connection {
             free,
             rate: opened.runner.last_rate(),
         })
-    }
-}
-
-/// Sends reports in as many messages as they need.
-async fn send_reports(send: &mut SendHalf, reports: Vec<Report>) -> Result<(), Fault> {
-    for some in paging::pages(reports, REPORT_BYTES_MAX) {
-        wire::send(send, &FromSite::Report(some)).await?;
-    }
-    Ok(())
-}
-
-fn report(row: TransferRow) -> Report {
-    Report {
-        id: row.id,
-        generation: row.generation,
-        state: row.state,
-        body: row.body,
     }
 }
 

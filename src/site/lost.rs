@@ -8,7 +8,7 @@ use base::clock;
 use base::durable;
 use base::fault::Fault;
 
-/// State that each site has besides its catalogue once it has started.
+/// State that each site has in addition to its catalogue after its first start.
 const BESIDE: [&str; 3] = ["places.redb", "store/index.redb", "published"];
 
 const NEXT: &str = "transfers that are open at the hub continue; for artifacts that had arrived here, run 'packhorse deliver' again at the hub: intact \

@@ -39,7 +39,7 @@ pub(super) struct Publications {
     catalogue: Catalogue,
     store: Store,
     reader: InPlaceReader,
-    /// The sources of a publish besides paths.
+    /// The sources of a publish other than paths.
     sources: AtSite,
     hub: Arc<HubLink>,
     /// Held while an offer is sent to the hub.
@@ -69,7 +69,7 @@ impl Publications {
         progress: Arc<JobProgress>,
         patience: Duration,
     ) -> Result<Published, Fault> {
-        let since_ms = clock::now_unix_ms() as i64;
+        let since_ms = clock::now_ms();
         let artifact: ArtifactRef = request.as_ref.parse()?;
         let to = request.to.as_deref().map(str::parse).transpose()?;
         let options = request.options.clone();

@@ -6,37 +6,36 @@
 //! `trainer`.
 
 mod cleanup;
+mod inputs;
+mod trainer_calls;
 
-use std::collections::{BTreeMap, HashMap, HashSet};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
-use serde_json::{Value, json};
 use tracing::Instrument as _;
 
 use super::Opened;
 use super::publish::Publications;
-use super::watch::{Watch, WatchResult};
-use crate::api::RunToken;
+use super::watch::Watch;
 use crate::api::types::{PublishRequest, SourceOptions, State};
 use crate::trainer::Folder;
 use base::blocking::blocking;
 use base::clock;
 use base::fault::{Code, Fault, Retry};
-use base::limits::{BACKOFF_FIRST, BACKOFF_MAX, TRAINER_CALL_MAX, TRAINER_LOOK_EVERY};
-use base::names::{ArtifactRef, Kind, RunName, SiteName, TransferId};
+use base::limits::{BACKOFF_FIRST, BACKOFF_MAX, TRAINER_LOOK_EVERY};
+use base::names::{RunName, SiteName, TransferId};
 use base::spans;
 use base::workers::Worker;
 use model::actor::Actor;
 use model::policy::{self, Object, Verb};
 use model::run::site::{Effect, Event, Observation, Phase, Process, Run, Trainer, step};
-use model::run::{DesiredRun, Input, Lineage, Model, RunReport};
+use model::run::{DesiredRun, Lineage, Model, RunReport};
 
 /// The most open runs that are checked.
 const OPEN_MAX: u32 = 10_000;
-/// The shortest pause between two checks, whatever changes.
+/// The shortest pause between two checks.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
 
 /// Operations that are retried independently: a platform that does not answer must not delay the
@@ -75,10 +74,6 @@ impl Drop for Busy<'_> {
     fn drop(&mut self) {
         self.0.busy.lock().remove(self.1);
     }
-}
-
-fn now_ms() -> i64 {
-    clock::now_unix_ms() as i64
 }
 
 /// Executes the training runs of this site.
@@ -127,7 +122,7 @@ impl RunKeeper {
                     .iter()
                     .any(|wanted| wanted.spec.name == run.spec.name)
                 {
-                    let (after, _) = step(&run, Event::Unlisted, now_ms());
+                    let (after, _) = step(&run, Event::Unlisted, clock::now_ms());
                     if after != run {
                         first = first.and(self.save_run(&after).await);
                     }
@@ -159,7 +154,14 @@ impl RunKeeper {
             .await?
             .filter(|run| run.spec.id == wanted.spec.id);
         let run = match &here {
-            Some(run) => step(run, Event::Wanted(Box::new(wanted.clone())), now_ms()).0,
+            Some(run) => {
+                step(
+                    run,
+                    Event::Wanted(Box::new(wanted.clone())),
+                    clock::now_ms(),
+                )
+                .0
+            }
             None => Run::new(wanted.clone()),
         };
         if here.is_none_or(|before| before != run) {
@@ -301,7 +303,7 @@ impl RunKeeper {
 
     /// Called with `turn` held.
     async fn go_on(&self, before: &Run, event: Event) -> Result<(Run, Vec<Effect>), Fault> {
-        let (after, effects) = step(before, event, now_ms());
+        let (after, effects) = step(before, event, clock::now_ms());
         if after != *before {
             let name = &after.spec.name;
             if after.phase != before.phase {
@@ -395,82 +397,6 @@ impl RunKeeper {
         })
     }
 
-    /// Whether the catalogue lists an input as present. An input that is being delivered again is
-    /// not present until it has arrived.
-    async fn is_listed(&self, input: &Input) -> Result<bool, Fault> {
-        let catalogue = &self.opened.catalogue;
-        match catalogue.artifact(&input.artifact).await {
-            Ok(row) if row.place.is_some() && row.digest == input.digest => {}
-            Err(fault) if fault.code != Code::NotFound => return Err(fault),
-            _ => return Ok(false),
-        }
-        Ok(catalogue
-            .transfers_of_artifact(&input.artifact)
-            .await?
-            .iter()
-            .all(|row| row.state.is_final()))
-    }
-
-    /// Whether a trainer may start with the inputs now. If not, the reason is recorded.
-    async fn may_begin(&self, run: &Run) -> Result<bool, Fault> {
-        let name = &run.spec.name;
-        if self.is_too_soon(name, Try::GoOn) {
-            return Ok(false);
-        }
-        let Err(fault) = self.check_inputs(run).await else {
-            return Ok(true);
-        };
-        self.put_off(name, Try::GoOn);
-        let event = match fault.retry {
-            Retry::Never => Event::NotStarted(fault.message),
-            Retry::Backoff | Retry::AfterMs(_) => Event::NotYet(fault.message),
-        };
-        self.take(name, event).await?;
-        Ok(false)
-    }
-
-    /// Checks the inputs before a trainer starts. Files that were published here in place may have
-    /// changed since, and the lineage of the model would then be wrong. A failed check is tried
-    /// again; only a missing or changed input is a permanent failure.
-    async fn check_inputs(&self, run: &Run) -> Result<(), Fault> {
-        for Input {
-            artifact, digest, ..
-        } in &run.spec.inputs
-        {
-            let in_place = match self.opened.catalogue.artifact(artifact).await {
-                Ok(there) => artifact.kind.is_files() && there.published,
-                Err(fault) => return Err(not_now(artifact, fault)),
-            };
-            if in_place {
-                match self.watch.look_over(artifact, true).await {
-                    Ok(WatchResult::Sound) => {}
-                    Ok(WatchResult::Changed(how)) => {
-                        return Err(Fault::integrity(format!(
-                            "{artifact} differs from its published content: {how}"
-                        )));
-                    }
-                    Ok(WatchResult::Unknown) => {
-                        return Err(not_now(
-                            artifact,
-                            Fault::unreachable("its folder is not available"),
-                        ));
-                    }
-                    Err(fault) => return Err(not_now(artifact, fault)),
-                }
-            }
-            match self.opened.runner.holds(artifact, *digest).await {
-                Ok(true) => {}
-                Ok(false) => {
-                    return Err(Fault::not_found(format!(
-                        "{artifact} is no longer at this site"
-                    )));
-                }
-                Err(fault) => return Err(not_now(artifact, fault)),
-            }
-        }
-        Ok(())
-    }
-
     async fn run_effect(&self, run: &Run, effect: Effect) -> Result<(), Fault> {
         let name = &run.spec.name;
         match effect {
@@ -524,7 +450,7 @@ impl RunKeeper {
                 };
                 self.take(name, event).await
             }
-            Effect::Remove(list) => self.give_all_back(name, list).await,
+            Effect::Remove(list) => self.remove_all_borrowed(name, list).await,
         }
     }
 
@@ -547,163 +473,6 @@ impl RunKeeper {
                 .saturating_mul(1 << (*tries).min(16))
                 .min(BACKOFF_MAX);
         *tries += 1;
-    }
-
-    async fn start_command(&self, run: &Run) -> Result<(), Fault> {
-        let Some(train) = &self.opened.config.train else {
-            return Err(Fault::config("there is no [train]"));
-        };
-        let descriptor = self.descriptor(run).await?;
-        let folder = self.folder(run);
-        let path = folder.descriptor().display().to_string();
-        let mut command = train.command.clone();
-        command.push(path.clone());
-        let environment = BTreeMap::from([
-            ("PACKHORSE_RUN".to_owned(), path),
-            (
-                "PACKHORSE_API".to_owned(),
-                format!("http://{}", from_here(self.opened.config.listen.api)),
-            ),
-            // Never the admin token: this token may only publish and finish this run, during its
-            // training.
-            (
-                "PACKHORSE_TOKEN_FILE".to_owned(),
-                folder.token().display().to_string(),
-            ),
-        ]);
-        let (deadline_ms, token) = (run.spec.deadline_ms, RunToken::new(run.spec.name.clone())?);
-        blocking(move || {
-            folder.prepare(&descriptor)?;
-            folder.keep_token(&token)?;
-            folder.start(&command, environment, deadline_ms)
-        })
-        .await
-    }
-
-    async fn call_platform(&self, run: &Run) -> Result<(), Fault> {
-        self.check_inputs(run).await?;
-        let descriptor = self.descriptor(run).await?;
-        let (folder, text, id) = (self.folder(run), descriptor.clone(), run.spec.id.clone());
-        // A platform may have accepted a call that was not answered: the output that it has written
-        // since is kept.
-        blocking(move || {
-            if folder.descriptor_of(&id)?.is_some() {
-                Ok(())
-            } else {
-                folder.prepare(&text)
-            }
-        })
-        .await?;
-        self.post(&descriptor).await
-    }
-
-    /// Informs a platform that its run has ended, with the content of the first call.
-    async fn call_off(&self, run: &Run) -> Result<(), Fault> {
-        let (folder, id) = (self.folder(run), run.spec.id.clone());
-        // Without a descriptor the platform was never called.
-        let Some(mut descriptor) = blocking(move || folder.descriptor_of(&id)).await? else {
-            return Ok(());
-        };
-        descriptor["cancel"] = true.into();
-        self.post(&descriptor).await
-    }
-
-    async fn post(&self, descriptor: &Value) -> Result<(), Fault> {
-        let url = self
-            .opened
-            .config
-            .train
-            .as_ref()
-            .and_then(|train| train.url.clone());
-        let Some(url) = url else {
-            return Err(Fault::config("there is no [train] url"));
-        };
-        // Set once for each process; every caller sets the same provider.
-        let _ = rustls::crypto::ring::default_provider().install_default();
-        let client = reqwest::Client::builder()
-            .redirect(reqwest::redirect::Policy::none())
-            .timeout(TRAINER_CALL_MAX)
-            .build();
-        let client =
-            client.map_err(|e| Fault::internal(format!("cannot create an HTTP client: {e}")))?;
-        let unreachable =
-            |why: String| Fault::unreachable(format!("the training platform at {url} {why}"));
-        let answer = client
-            .post(&url)
-            .json(descriptor)
-            .send()
-            .await
-            .map_err(|e| unreachable(format!("does not answer: {e}")))?;
-        if answer.status().is_success() {
-            Ok(())
-        } else {
-            Err(unreachable(format!("answers {}", answer.status())))
-        }
-    }
-
-    /// The descriptor for a trainer: the location of each input, and the output folder for the
-    /// model.
-    async fn descriptor(&self, run: &Run) -> Result<Value, Fault> {
-        let spec = &run.spec;
-        let mut inputs = Vec::new();
-        for input in &spec.inputs {
-            let row = self.opened.catalogue.artifact(&input.artifact).await?;
-            let artifact = &input.artifact;
-            let mut about = json!({
-                "artifact": artifact, "kind": artifact.kind, "name": artifact.name(), "version": artifact.version(),
-                "digest": input.digest.hex(), "bytes": input.bytes,
-            });
-            let more = match artifact.kind {
-                Kind::Dataset | Kind::Operator | Kind::Model => json!({ "path": row.location }),
-                Kind::Image => json!({ "image": row.location }),
-                Kind::Labels => {
-                    let sink = self.opened.config.labels_sink();
-                    let schema = if sink.url.starts_with("sqlite:") {
-                        ""
-                    } else {
-                        "packhorse."
-                    };
-                    json!({
-                        "database": sink.url, "table": format!("{schema}annotations"),
-                        "label_set": artifact.name(), "location": row.location,
-                        "rows": row.place.as_ref().and_then(|place| match place {
-                            sink::StorageLocation::Folder { path } => Some(path.display().to_string()),
-                            sink::StorageLocation::Registry { .. } => None,
-                        }),
-                    })
-                }
-            };
-            if let (Some(about), Value::Object(more)) = (about.as_object_mut(), more) {
-                about.extend(more);
-            }
-            inputs.push(about);
-        }
-        let deadline = jiff::Timestamp::from_millisecond(spec.deadline_ms)
-            .map(clock::rfc3339)
-            .unwrap_or_default();
-        Ok(json!({
-            "run": spec.name, "id": spec.id, "from": spec.from, "on": spec.on, "start": run.starts, "deadline_at": deadline,
-            "inputs": inputs, "output": self.folder(run).output(), "expect": spec.expect,
-            "model": spec.expect.reference(&spec.name)?,
-        }))
-    }
-
-    /// The token of a run, during its training at this site.
-    pub(super) async fn token_of(&self, name: &RunName) -> Option<RunToken> {
-        let run = self
-            .opened
-            .catalogue
-            .run::<Run>(name.as_str())
-            .await
-            .ok()??;
-        if run.phase != Phase::Training || run.by_platform {
-            return None;
-        }
-        let folder = self.folder(&run);
-        blocking(move || Ok(folder.read_token()))
-            .await
-            .ok()?
-            .filter(|token| token.run() == name)
     }
 
     async fn publish_output(&self, run: &Run) -> Result<Model, Fault> {
@@ -735,29 +504,8 @@ impl RunKeeper {
     }
 }
 
-/// The fault for an input that cannot be checked. This is temporary unless its manifest is damaged.
-fn not_now(artifact: &ArtifactRef, fault: Fault) -> Fault {
-    match fault.code {
-        Code::Integrity => fault.context(artifact),
-        _ => fault
-            .context(format_args!("waits for {artifact}"))
-            .with_retry(Retry::Backoff),
-    }
-}
-
 /// Whether a run is training. A run whose trainer has ended, and that only waits until the hub has
 /// its model, is not.
 fn is_at_work(run: &Run) -> bool {
     run.phase == Phase::Training && run.ended.is_none()
-}
-
-/// The address by which a local process reaches an address that the daemon listens on.
-fn from_here(mut address: SocketAddr) -> SocketAddr {
-    if address.ip().is_unspecified() {
-        address.set_ip(match address.ip() {
-            IpAddr::V4(_) => Ipv4Addr::LOCALHOST.into(),
-            IpAddr::V6(_) => Ipv6Addr::LOCALHOST.into(),
-        });
-    }
-    address
 }

@@ -373,9 +373,12 @@ fn the_error_of_a_damaged_catalogue_has_a_next_step() {
     hub.stop();
     let catalogue = hub.data_dir.join("catalogue.db");
     let log = hub.data_dir.join("catalogue.db-wal");
-    let sound = [&catalogue, &log].map(|file| std::fs::read(file).unwrap());
-    // SQLite would restore the content from its log.
-    std::fs::remove_file(&log).unwrap();
+    let sound = std::fs::read(&catalogue).unwrap();
+    // SQLite would restore the content from its log, which a clean end of the last connection removes.
+    let sound_log = std::fs::read(&log).ok();
+    if sound_log.is_some() {
+        std::fs::remove_file(&log).unwrap();
+    }
     data::write(
         &catalogue,
         "not a database, and longer than the header of one: "
@@ -387,8 +390,10 @@ fn the_error_of_a_damaged_catalogue_has_a_next_step() {
         .expect(1)
         .says(&["catalogue.db is damaged", "backup"]);
     assert!(!said.err.contains("panicked"), "{}", said.err);
-    data::write(&catalogue, &sound[0]);
-    data::write(&log, &sound[1]);
+    data::write(&catalogue, &sound);
+    if let Some(bytes) = sound_log {
+        data::write(&log, &bytes);
+    }
     hub.start();
     hub.stop();
 }

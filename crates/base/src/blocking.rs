@@ -5,7 +5,7 @@
 //! this thread serves. So such a call runs in one of these ways:
 //! - [`blocking`]: on the shared pool of the runtime. For the daemon's own files in `data_dir`, and
 //!   for work that only computes.
-//! - [`blocking_at`]: on threads that belong to the filesystem of a path. For a path that somebody
+//! - [`blocking_at`]: on threads that belong to the filesystem of a path. For a path that a user
 //!   names: a source, a published folder, a bundle. A filesystem that hangs takes its own threads
 //!   and no others.
 //! - [`crate::threads::Threads`]: on the threads of a sink.
@@ -36,7 +36,7 @@ pub async fn blocking<T: Send + 'static>(
         .map_err(|e| Fault::internal(format!("a blocking task panicked or was cancelled: {e}")))?
 }
 
-/// Starts `work` on a thread of the shared pool; it goes on when nobody waits for it.
+/// Starts `work` on a thread of the shared pool; it continues when no task waits for it.
 #[expect(
     clippy::disallowed_methods,
     reason = "this is the place that takes the span along"
@@ -101,7 +101,7 @@ mod tests {
             blocking(checked).await
         };
         tokio::spawn(elsewhere).await.unwrap().unwrap();
-        // What is nested may block as long as what is around it.
+        // A nested call may block as long as the call around it may.
         may_block(|| may_block(|| ()));
         assert!(!MAY_BLOCK.get());
     }

@@ -59,6 +59,13 @@ pub struct Seat {
     inner: Arc<Inner>,
 }
 
+impl Share {
+    /// The bytes that were taken.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+}
+
 impl Budget {
     /// Creates a budget of `total` bytes. One peer gets at most `part_max` of them.
     pub fn new(total: u64, part_max: u64) -> Self {

@@ -26,9 +26,14 @@ pub fn now_rfc3339() -> String {
     rfc3339(now())
 }
 
-/// Milliseconds since 1970.
+/// Milliseconds since 1970, for a field that cannot be negative.
 pub fn now_unix_ms() -> u64 {
     now().as_millisecond().unsigned_abs()
+}
+
+/// Milliseconds since 1970, as the rows of a catalogue store them.
+pub fn now_ms() -> i64 {
+    now().as_millisecond()
 }
 
 /// A duration for people: `2 d 3 h`, `1 h 5 min`, `90 s`.

@@ -277,8 +277,8 @@ impl Fault {
         )
     }
 
-    /// A secret file that was readable at start and no longer is. Whoever replaces the file may
-    /// still be writing it, so this is retried.
+    /// A secret file that was readable at start and no longer is. The program that replaces the
+    /// file may still be writing it, so this is retried.
     pub fn secret_unreadable(file: &Path, error: &std::io::Error) -> Self {
         Self::not_allowed(format!(
             "read the password file {}: {error}",

@@ -5,8 +5,11 @@
 use std::time::Duration;
 
 /// The bytes in flight that all transfers of one daemon share, unless the configuration sets
-/// another value.
+/// another value, or the control group of the process has little memory.
 pub const MEMORY_BUDGET_BYTES: u64 = 256 << 20;
+/// The part of the memory of a control group that these bytes may have without a configured value:
+/// one of so many. The rest is for connections, databases and the memory map of files.
+pub const MEMORY_BUDGET_CGROUP_PART: u64 = 4;
 /// The largest control message of a connection.
 pub const CONTROL_FRAME_BYTES_MAX: usize = 4 << 20;
 /// The number of manifests that the hub sends to a site in one control message without a request.
@@ -132,10 +135,10 @@ pub const SINK_SILENT_AFTER: Duration = Duration::from_secs(3);
 /// How long `doctor`, and other callers that do not serve a transfer, wait for a sink.
 pub const SINK_ANSWER_MAX: Duration = Duration::from_secs(5);
 /// The longest text about the state of an artifact in the answer of a site.
-pub const STANDING_TEXT_BYTES_MAX: usize = 1 << 10;
+pub const PRESENCE_TEXT_BYTES_MAX: usize = 1 << 10;
 /// How long a site checks an artifact that is to be delivered again, without reading it. The hub
 /// waits slightly longer.
-pub const STANDING_LOOK_MAX: Duration = Duration::from_secs(4);
+pub const PRESENCE_CHECK_MAX: Duration = Duration::from_secs(4);
 /// How long a stopped transfer waits for its threads, which may hang in a sink.
 pub const SINK_STOP_MAX: Duration = Duration::from_secs(2);
 /// How often a site retries the removal of leftovers in a staging directory.
@@ -217,7 +220,7 @@ pub const LABEL_UNREACHABLE_MAX: Duration = Duration::from_secs(60);
 /// How often a change of tables is tried against locks of readers, half a second each.
 pub const LABEL_DDL_TRIES_MAX: u32 = 6;
 /// The longest wait of an API long poll.
-pub const LONG_POLL_MAX: Duration = Duration::from_secs(60);
+pub const LONG_POLL_MAX: Duration = Duration::from_secs(50);
 /// The largest body of an API request.
 pub const API_BODY_BYTES_MAX: usize = 1 << 20;
 /// The longest silence within the body of an API request, and its total time limit unless it keeps
@@ -293,6 +296,30 @@ pub const ALLOW_ENTRIES_MAX: usize = 10_000;
 pub const RENEWAL_BYTES_MAX: usize = 16 << 10;
 /// The reports that a site sends in one message, in bytes of JSON.
 pub const REPORT_BYTES_MAX: usize = 1 << 20;
+/// The transfers in one part of a desired state, or the reports in one batch, in bytes of JSON. On
+/// a slow connection it delays an urgent message by this much.
+pub const CHANGES_BYTES_MAX: usize = 32 << 10;
+/// The open transfers of one site that the hub lists, and that a site accepts.
+pub const TRANSFERS_LISTED_MAX: usize = 100_000;
+/// The transfers whose reports a site has sent and the hub has not acknowledged.
+pub const REPORTS_UNACKED_MAX: usize = 1_000;
+/// The reports that a site sends at once after the hub could not store some.
+pub const REPORTS_PROBE_MAX: usize = 8;
+/// A report that the hub has not acknowledged for this long is sent again.
+pub const REPORTS_ACK_MAX: Duration = Duration::from_secs(120);
+/// The shortest pause between two batches of reports, unless one contains the end of a transfer.
+pub const REPORTS_EVERY: Duration = Duration::from_millis(250);
+/// The same, for a batch that contains the end of a transfer.
+pub const REPORTS_OF_ENDS_EVERY: Duration = Duration::from_millis(20);
+/// The longest pause before reports that the hub could not store are sent again.
+pub const REPORTS_AGAIN_MAX: Duration = Duration::from_secs(15);
+/// The shortest pause between two complete lists of desired transfers on one connection.
+pub const LIST_EVERY_MIN: Duration = Duration::from_secs(5);
+/// How long the hub rests after it compared the desired state of a site, in multiples of the time
+/// that this took.
+pub const LIST_REST_FACTOR: u32 = 4;
+/// The longest such rest.
+pub const LIST_REST_MAX: Duration = Duration::from_secs(5);
 /// One answer to a question between hub and site, in bytes of JSON; a longer list is sent in
 /// several answers.
 pub const ANSWER_BYTES_MAX: usize = CONTROL_FRAME_BYTES_MAX - (64 << 10);
@@ -461,6 +488,16 @@ pub const CONNECTION_HANDSHAKES_EASY: usize = 32;
 pub const CONNECTION_ARRIVALS_WAITING_MAX: usize = 64;
 /// The addresses of one host name that are tried.
 pub const CONNECTION_ADDRESSES_MAX: usize = 8;
+/// The hub addresses in one configuration.
+pub const CONNECTION_HUBS_MAX: usize = 8;
+/// How long the name of a hub may take to resolve.
+pub const CONNECTION_RESOLVE_MAX: Duration = Duration::from_secs(5);
+/// The longest URL of a proxy.
+pub const PROXY_URL_BYTES_MAX: usize = 2 << 10;
+/// How long a proxy may take to open a connection; less than a handshake may take.
+pub const PROXY_ANSWER_MAX: Duration = Duration::from_secs(8);
+/// The largest answer of an HTTP proxy to CONNECT.
+pub const PROXY_ANSWER_BYTES_MAX: usize = 8 << 10;
 /// The largest join request, join answer or welcome.
 pub const CONNECTION_HELLO_BYTES_MAX: usize = 64 << 10;
 /// The longest reason in a close message.
@@ -501,7 +538,12 @@ pub const LABEL_SIDE_FILE_BYTES_MAX: u64 = 4 << 20;
 /// The label rows kept in memory before they are written to disk, for each running sort (at most
 /// two).
 pub const LABEL_SORT_BYTES: usize = 32 << 20;
-/// The longest pause between two attempts to reach the hub.
+/// The longest pause between two attempts to reach the hub in the first minutes: a hub that was
+/// killed has its sites back soon after its start.
+pub const RECONNECT_SOON_MAX: Duration = Duration::from_secs(3);
+/// The attempts with such pauses.
+pub const RECONNECT_SOON_ATTEMPTS: u32 = 100;
+/// The longest pause between later attempts to reach the hub.
 pub const RECONNECT_MAX: Duration = Duration::from_secs(15);
 /// The pause before a write, report or open that failed because of a full disk is retried.
 pub const STATE_RETRY_EVERY: Duration = Duration::from_secs(5);
@@ -516,7 +558,7 @@ pub const BUNDLE_LIST_BYTES_MAX: usize = 64 << 20;
 pub const CHECK_EVERY_MIN: Duration = Duration::from_secs(1);
 /// The artifacts changed at their source that a site reports to the hub in one message; the others
 /// are reported after these are restored.
-pub const CHANGED_TOLD_MAX: i64 = 500;
+pub const CHANGED_REPORTED_MAX: i64 = 500;
 /// How long a command waits for a daemon that disappeared during a job; a restarted daemon no
 /// longer has the job.
 pub const JOB_AWAY_MAX: Duration = Duration::from_secs(15);

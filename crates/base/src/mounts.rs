@@ -18,10 +18,15 @@ use crate::threads::Threads;
 /// The threads of each filesystem, by its mount point.
 static MOUNTS: LazyLock<Mutex<HashMap<PathBuf, Threads>>> = LazyLock::new(Mutex::default);
 
-/// The threads of the filesystem that a path is on. A symbolic link in the path is not followed:
-/// that would ask the filesystem.
+/// The mount point of the filesystem that a path is on. A symbolic link in the path is not
+/// followed: that would ask the filesystem.
+pub fn mount_point(path: &Path) -> PathBuf {
+    mount_of(&table(), path)
+}
+
+/// The threads of the filesystem that a path is on; see [`mount_point`].
 pub(crate) fn threads_of(path: &Path) -> Threads {
-    let mount = mount_of(&table(), path);
+    let mount = mount_point(path);
     let mut all = MOUNTS.lock();
     if all.len() >= MOUNTS_KEPT {
         all.retain(|_, threads| !threads.is_idle());

@@ -136,8 +136,8 @@ impl Category {
         }
     }
 
-    /// Whether it tells how the input was read, and nothing is left out: `--strict` does not refuse
-    /// it.
+    /// Whether it only reports how the input was read, and nothing is left out: `--strict` does not
+    /// refuse it.
     pub fn is_note(self) -> bool {
         matches!(
             self,
@@ -480,7 +480,7 @@ mod tests {
         let mut omitted = Omitted::default();
         omitted.add_many(Category::Times, 3, []);
         omitted.add(Category::HardLinks, "b");
-        // How the input was read is reported, and refused by nobody.
+        // A report of how the input was read is never refused.
         omitted.add(Category::Inferred, "a.csv is read as GBK");
         let accepted = |names: &[&str]| {
             Accepted::try_from(

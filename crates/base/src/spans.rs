@@ -1,7 +1,7 @@
 //! The spans of the log: one for each connection, transfer, run and job.
 //!
 //! Owns their names and the names of their fields, which are the same at hub and site: a search for
-//! one transfer id finds what both did for it. Whoever works on such an object does so inside its
+//! one transfer id finds what both did for it. Code that works on such an object runs inside its
 //! span, and the log lines in it carry its fields without repeating them. No span has a parent: a
 //! line carries the fields of the innermost one. [`crate::blocking`] and [`crate::threads`] take
 //! the span of their caller along.
@@ -18,7 +18,7 @@ use tracing::{Span, info_span};
 use crate::names::{ArtifactRef, RunName, SiteName, TransferId};
 use crate::peer::Peer;
 
-/// The target of every span: whatever the filter of the log leaves out, it leaves these in.
+/// The target of every span: the filter of the log never removes these.
 pub const TARGET: &str = "span";
 
 /// A connection to a peer at this address. `connection` counts the connections of this process. A
@@ -68,7 +68,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_line_has_the_fields_of_its_span_on_whatever_thread() {
+    async fn a_log_line_has_the_fields_of_its_span_on_any_thread() {
         let (log, _guard) = Log::capture();
         let site: SiteName = "chengdu".parse().unwrap();
         let who = Peer::Site(site.clone());

@@ -154,6 +154,10 @@ impl<const MAX: usize> Exact<MAX> {
         (text.len() <= MAX).then_some(Self(text))
     }
 
+    pub fn empty() -> Self {
+        Self(String::new())
+    }
+
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -246,6 +250,22 @@ pub fn skip_seq<'de, A: SeqAccess<'de>>(seq: &mut A) -> Result<(), A::Error> {
 /// sent.
 pub fn parse_json<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, String> {
     serde_json::from_slice(bytes).map_err(|e| line(&e.to_string(), 300))
+}
+
+/// `512 B`, `1.5 GiB`, `40 MiB`: rounded down, so that no value looks larger than it is.
+pub fn size(count: u64) -> String {
+    const UNITS: [&str; 5] = ["KiB", "MiB", "GiB", "TiB", "PiB"];
+    if count < 1024 {
+        return format!("{count} B");
+    }
+    let power = (count.ilog2() / 10).min(UNITS.len() as u32);
+    let unit = UNITS[power as usize - 1];
+    let tenths = (u128::from(count) * 10) >> (10 * power);
+    if tenths < 100 {
+        format!("{}.{} {unit}", tenths / 10, tenths % 10)
+    } else {
+        format!("{} {unit}", tenths / 10)
+    }
 }
 
 #[cfg(test)]

@@ -65,7 +65,7 @@ impl Threads {
         })
     }
 
-    /// [`Threads::run`] of a call that goes on while its caller does something else. Dropping the
+    /// [`Threads::run`] of a call that continues while its caller does something else. Dropping the
     /// handle leaves the thread to itself.
     pub fn spawn<T: Send + 'static>(
         &self,
@@ -75,7 +75,7 @@ impl Threads {
         tokio::spawn(async move { this.run(work).await }.in_current_span())
     }
 
-    /// [`Threads::run`] for at most so long. The call itself goes on.
+    /// [`Threads::run`] with a maximum wait. The call itself continues after it.
     pub async fn run_for<T: Send + 'static>(
         &self,
         time: Duration,

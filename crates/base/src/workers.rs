@@ -29,7 +29,7 @@ use crate::text;
 /// What a worker does now, as operators see it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum State {
-    /// It serves whatever comes in and has no separate iterations.
+    /// It serves requests as they arrive and has no separate iterations.
     Running,
     /// It waits for its next iteration.
     Idle,
@@ -106,7 +106,7 @@ pub struct LastError {
     pub fault: Fault,
 }
 
-/// What is known of one worker.
+/// The report about one worker.
 #[derive(Debug, Clone)]
 pub struct Report {
     /// Its name, for example `relay-flush`.
@@ -196,7 +196,7 @@ impl Entry {
             tracing::warn!(worker = self.name, error = %fault, next = %fault.next, "a background worker failed; it tries again");
         }
         progress.last_error = Some(LastError {
-            at_ms: clock::now_unix_ms() as i64,
+            at_ms: clock::now_ms(),
             fault,
         });
     }
@@ -215,7 +215,7 @@ impl Entry {
         }
         progress.is_failing = failed.is_some();
         progress.iterations += 1;
-        progress.last_iteration_ms = Some(clock::now_unix_ms() as i64);
+        progress.last_iteration_ms = Some(clock::now_ms());
     }
 
     /// Waits until no iteration is in progress.
@@ -364,7 +364,7 @@ impl Worker {
         progress.errors += 1;
         let message = text::prefix(&fault.message, WORKER_ERROR_BYTES_MAX).to_owned();
         progress.last_error = Some(LastError {
-            at_ms: clock::now_unix_ms() as i64,
+            at_ms: clock::now_ms(),
             fault: Fault {
                 message,
                 ..fault.clone()
@@ -589,7 +589,7 @@ impl Workers {
         });
     }
 
-    /// What is known of each worker, in the order in which they were started.
+    /// The report about each worker, in the order in which they were started.
     pub fn list(&self) -> Vec<Report> {
         let now = Instant::now();
         self.inner

@@ -122,7 +122,7 @@ pub trait Keeper: Sync {
     }
     /// The number of bytes that [`Keeper::keep`] would store for these chunks. The chunks must be
     /// distinct.
-    fn would_take(&self, _chunks: &[Verified]) -> Result<u64, Fault> {
+    fn bytes_needed(&self, _chunks: &[Verified]) -> Result<u64, Fault> {
         Ok(0)
     }
 }
@@ -145,7 +145,7 @@ impl Keeper for Store {
         Store::check_room_for(self, bytes)
     }
 
-    fn would_take(&self, chunks: &[Verified]) -> Result<u64, Fault> {
+    fn bytes_needed(&self, chunks: &[Verified]) -> Result<u64, Fault> {
         let ids: Vec<Hash> = chunks.iter().map(|chunk| chunk.id).collect();
         let lacking = chunks
             .iter()
@@ -424,7 +424,7 @@ impl Reading<'_, '_> {
                 cut += len;
             }
             chunks.retain(|chunk| seen.is_new(&chunk.id));
-            takes += self.keeper.would_take(&chunks)?;
+            takes += self.keeper.bytes_needed(&chunks)?;
             if is_last {
                 break;
             }

@@ -5,27 +5,27 @@
 //! folder, after the commit the folder or repository that the sink reports. A row of the index is a
 //! hint: the reader of a chunk hashes the bytes, and removes the row when the hash differs.
 //!
-//! The same file holds the journals of transfers: one bit for each chunk of a staged artifact, set
-//! when the chunk is durable. Rows and bits are written only after their bytes were synced. After a
-//! kill or a power cut a transfer resumes from the last commit, and nothing is hashed again. Bits
-//! are written at every group commit. Rows are spread over the whole tree, and a commit copies each
-//! page that it changes, so rows are written in large batches. A location whose rows are older than
-//! its bits is completed when its transfer resumes (see [`ChunkIndex::is_behind`]).
+//! The same file holds the journals of transfers (module `journal`). Rows and bits are written only
+//! after their bytes were synced. After a kill or a power cut a transfer resumes from the last
+//! commit, and nothing is hashed again. Bits are written at every group commit. Rows are spread
+//! over the whole tree, and a commit copies each page that it changes, so rows are written in large
+//! batches. A location whose rows are older than its bits is completed when its transfer resumes
+//! (see [`ChunkIndex::is_behind`]).
 //!
 //! A damaged file is moved aside, and a damaged or missing file is rebuilt (see [`Loss`]).
 
+mod journal;
 mod loss;
 mod reader;
 mod sweep;
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use parking_lot::{Mutex, RwLock};
 use redb::{ReadableTable, TableDefinition};
 use serde::{Deserialize, Serialize};
-use xxhash_rust::xxh3::Xxh3;
 
 use base::clock;
 use base::durable;
@@ -38,13 +38,11 @@ use content::manifest::{Digest, FileInfo};
 use content::redb_file::{NotOpened, Tree};
 use sink::StorageLocation;
 
+pub use journal::Journal;
 pub use loss::Loss;
 pub use reader::{Reader, buffers};
 
 const CACHE_BYTES: usize = 16 << 20;
-/// Journal bits in one row.
-const SEGMENT_BITS: u64 = 1 << 16;
-const SEGMENT_WORDS: usize = (SEGMENT_BITS / 64) as usize;
 const FILE: &str = "places.redb";
 
 type ChunkRow = (u32, u64, u64, u32);
@@ -56,11 +54,6 @@ const PLACES: TableDefinition<'_, u32, &str> = TableDefinition::new("places");
 /// The number of the next location. A number is never used again, so that a late row cannot be
 /// taken for a row of another location.
 const NEXT: TableDefinition<'_, (), u32> = TableDefinition::new("next");
-/// Location and segment → the bits of the segment in words of 64, little endian, and their XXH3-64
-/// with location and segment before them (8 bytes, little endian; rows of older versions have no
-/// checksum). A wrong bit would mark a chunk as written that is not.
-const JOURNAL: TableDefinition<'_, (u32, u32), &[u8]> = TableDefinition::new("journal");
-
 /// Where a chunk is stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct At {
@@ -83,38 +76,14 @@ pub struct LocationInfo {
     pub digest: Digest,
     /// The transfer that stages it; `None` after its commit.
     pub transfer: Option<String>,
-    /// Whether its files belong to somebody else (published in place). The owner may write to them,
-    /// so they are never shared by hard link.
+    /// Whether its files belong to a user (published in place). The owner may write to them, so
+    /// they are never shared by hard link.
     #[serde(default)]
     pub foreign: bool,
     /// Whether its journal is being rebuilt from the staging folder. The folder may hold more than
     /// the journal lists.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub adopting: bool,
-}
-
-fn segment_sum(place: u32, segment: u32, bits: &[u8]) -> u64 {
-    let mut sum = Xxh3::new();
-    sum.update(&place.to_le_bytes());
-    sum.update(&segment.to_le_bytes());
-    sum.update(bits);
-    sum.digest()
-}
-
-fn with_sum(place: u32, segment: u32, mut bits: Vec<u8>) -> Vec<u8> {
-    let sum = segment_sum(place, segment, &bits);
-    bits.extend_from_slice(&sum.to_le_bytes());
-    bits
-}
-
-/// The bits of a journal row that should have so many words; `None`: the row is damaged.
-fn sound_segment(place: u32, segment: u32, row: &[u8], words: usize) -> Option<&[u8]> {
-    if row.len() == words * 8 {
-        return Some(row);
-    }
-    let (bits, sum) = row.split_last_chunk::<8>()?;
-    (bits.len() == words * 8 && segment_sum(place, segment, bits) == u64::from_le_bytes(*sum))
-        .then_some(bits)
 }
 
 /// What one group commit records.
@@ -126,49 +95,6 @@ pub struct Commit {
     pub entries: Vec<(u64, RelPath, FileInfo)>,
     /// Their ordinals.
     pub ordinals: Vec<u64>,
-}
-
-/// A transfer's journal: one bit for each chunk of the artifact.
-#[derive(Debug)]
-pub struct Journal {
-    bits: Vec<u64>,
-    set: u64,
-}
-
-impl Journal {
-    /// Whether the chunk of this ordinal is durable.
-    pub fn has(&self, ordinal: u64) -> bool {
-        self.bits
-            .get((ordinal / 64) as usize)
-            .is_some_and(|word| word >> (ordinal % 64) & 1 == 1)
-    }
-
-    fn set(&mut self, ordinal: u64) {
-        if let Some(word) = self.bits.get_mut((ordinal / 64) as usize) {
-            self.set += u64::from(*word >> (ordinal % 64) & 1 == 0);
-            *word |= 1 << (ordinal % 64);
-        }
-    }
-
-    fn clear(&mut self, ordinal: u64) {
-        if let Some(word) = self.bits.get_mut((ordinal / 64) as usize) {
-            self.set -= *word >> (ordinal % 64) & 1;
-            *word &= !(1 << (ordinal % 64));
-        }
-    }
-
-    /// The number of durable chunks.
-    pub fn count(&self) -> u64 {
-        self.set
-    }
-
-    fn segment(&self, number: u64) -> Vec<u8> {
-        let start = number as usize * SEGMENT_WORDS;
-        self.bits[start..(start + SEGMENT_WORDS).min(self.bits.len())]
-            .iter()
-            .flat_map(|w| w.to_le_bytes())
-            .collect()
-    }
 }
 
 /// The index.
@@ -226,7 +152,7 @@ impl ChunkIndex {
         let rows = tree.write(|write| {
             write.open_table(CHUNKS)?;
             write.open_table(ENTRIES)?;
-            write.open_table(JOURNAL)?;
+            journal::create(write)?;
             write.open_table(NEXT)?;
             let index = write.open_table(PLACES)?;
             index
@@ -314,9 +240,7 @@ impl ChunkIndex {
             };
             write.open_table(PLACES)?.insert(number, text.as_str())?;
             if info.transfer.is_none() {
-                write
-                    .open_table(JOURNAL)?
-                    .retain_in((number, 0)..(number, u32::MAX), |_, _| false)?;
+                journal::remove(write, number)?;
             }
             Ok(number)
         })?;
@@ -329,9 +253,7 @@ impl ChunkIndex {
         let mut known = self.known.write();
         self.tree.write(|write| {
             write.open_table(PLACES)?.remove(number)?;
-            write
-                .open_table(JOURNAL)?
-                .retain_in((number, 0)..(number, u32::MAX), |_, _| false)?;
+            journal::remove(write, number)?;
             write
                 .open_table(ENTRIES)?
                 .retain_in((number, 0)..(number, u64::MAX), |_, _| false)?;
@@ -351,13 +273,13 @@ impl ChunkIndex {
             .map(|(number, _)| *number)
     }
 
-    /// Records chunks of committed locations. `anew`: also those for which another committed
+    /// Records chunks of committed locations. `replace`: also those for which another committed
     /// location is known.
     pub fn note(
         &self,
         rows: &mut Vec<(Hash, At)>,
         entries: &mut Vec<(u32, u64, RelPath, FileInfo)>,
-        anew: bool,
+        replace: bool,
     ) -> Result<(), Fault> {
         rows.sort_unstable_by_key(|(id, _)| *id);
         let known = self.known.read();
@@ -369,7 +291,7 @@ impl ChunkIndex {
                         .get(&row.0)
                         .is_some_and(|info| info.transfer.is_none())
                 };
-                if anew || !chunks.get(&id.0)?.is_some_and(|row| keep(&row.value())) {
+                if replace || !chunks.get(&id.0)?.is_some_and(|row| keep(&row.value())) {
                     chunks.insert(&id.0, (at.place, at.entry, at.offset, at.len))?;
                 }
             }
@@ -478,66 +400,6 @@ impl ChunkIndex {
         })
     }
 
-    /// A transfer's journal as of its last commit. A damaged part counts as empty: its chunks are
-    /// fetched again.
-    pub fn journal(&self, place: u32, chunks: u64) -> Result<Journal, Fault> {
-        let rows: Vec<(u32, Vec<u8>)> = self.tree.read(|read| {
-            let journal = read.open_table(JOURNAL)?;
-            let rows = journal.range((place, 0)..(place, u32::MAX))?;
-            rows.map(|row| {
-                row.map(|(key, value)| (key.value().1, value.value().to_vec()))
-                    .map_err(Into::into)
-            })
-            .collect()
-        })?;
-        let mut bits = vec![0u64; chunks.div_ceil(64) as usize];
-        for (segment, value) in rows {
-            let start = (segment as usize).saturating_mul(SEGMENT_WORDS);
-            let words = bits.len().saturating_sub(start).min(SEGMENT_WORDS);
-            let Some(sound) = sound_segment(place, segment, &value, words) else {
-                tracing::error!(
-                    place,
-                    segment,
-                    "a part of a transfer's journal is damaged: its chunks are fetched again"
-                );
-                continue;
-            };
-            for (word, bytes) in bits.iter_mut().skip(start).zip(sound.chunks_exact(8)) {
-                let mut out = [0; 8];
-                out.copy_from_slice(bytes);
-                *word = u64::from_le_bytes(out);
-            }
-        }
-        let set = bits.iter().map(|w| u64::from(w.count_ones())).sum();
-        Ok(Journal { bits, set })
-    }
-
-    /// Clears the bits of these chunks: their file must be written again.
-    pub fn uncommit(
-        &self,
-        place: u32,
-        journal: &RwLock<Journal>,
-        ordinals: &[u64],
-    ) -> Result<(), Fault> {
-        let mut journal = journal.write();
-        let segments: BTreeSet<u64> = ordinals
-            .iter()
-            .map(|ordinal| ordinal / SEGMENT_BITS)
-            .collect();
-        ordinals.iter().for_each(|ordinal| journal.clear(*ordinal));
-        self.tree.write(|write| {
-            let mut table = write.open_table(JOURNAL)?;
-            for segment in segments {
-                let number = segment as u32;
-                table.insert(
-                    (place, number),
-                    with_sum(place, number, journal.segment(segment)).as_slice(),
-                )?;
-            }
-            Ok(())
-        })
-    }
-
     /// Writes a small value. Called after a failed write, before more bytes are requested that
     /// could not be recorded.
     pub fn trial(&self) -> Result<(), Fault> {
@@ -596,24 +458,11 @@ impl ChunkIndex {
             for (number, path, file) in &commit.entries {
                 entries.insert((place, *number), (path.as_str(), file.size, &file.hash.0))?;
             }
-            let mut table = write.open_table(JOURNAL)?;
-            let segments: BTreeSet<u64> = commit
-                .ordinals
-                .iter()
-                .map(|ordinal| ordinal / SEGMENT_BITS)
-                .collect();
             let mut journal = journal.write();
             for ordinal in &commit.ordinals {
                 journal.set(*ordinal);
             }
-            for segment in segments {
-                let number = segment as u32;
-                table.insert(
-                    (place, number),
-                    with_sum(place, number, journal.segment(segment)).as_slice(),
-                )?;
-            }
-            Ok(())
+            journal::write_bits(write, place, &journal, &commit.ordinals)
         })?;
         if !commit.chunks.is_empty() {
             self.behind.lock().remove(&place);
@@ -624,234 +473,4 @@ impl ChunkIndex {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_commit_survives_and_a_removed_place_is_forgotten() {
-        let dir = tempfile::tempdir().unwrap();
-        let index = ChunkIndex::open(dir.path()).unwrap();
-        let info = LocationInfo {
-            place: StorageLocation::Folder { path: "/x".into() },
-            digest: Hash([1; 32]),
-            transfer: Some("t-1".into()),
-            foreign: false,
-            adopting: false,
-        };
-        let place = index.put(None, info).unwrap();
-        let journal = RwLock::new(index.journal(place, 200_000).unwrap());
-        let file = FileInfo {
-            size: 5,
-            hash: Hash([2; 32]),
-        };
-        let at = At {
-            place,
-            entry: 7,
-            offset: 0,
-            len: 5,
-        };
-        let mut commit = Commit {
-            chunks: vec![(Hash([3; 32]), at)],
-            entries: vec![(7, "a/b".parse().unwrap(), file)],
-            ordinals: vec![0, 70_000, 199_999],
-        };
-        index.commit(place, &journal, &mut commit).unwrap();
-        drop(index);
-        let index = ChunkIndex::open(dir.path()).unwrap();
-        assert_eq!(index.staged_by("t-1"), Some(place));
-        let journal = index.journal(place, 200_000).unwrap();
-        assert_eq!(journal.count(), 3);
-        assert!(journal.has(70_000) && journal.has(199_999) && !journal.has(1));
-        let journal = RwLock::new(journal);
-        index.uncommit(place, &journal, &[70_000, 70_001]).unwrap();
-        for journal in [journal.into_inner(), index.journal(place, 200_000).unwrap()] {
-            assert!(
-                journal.count() == 2
-                    && !journal.has(70_000)
-                    && journal.has(0)
-                    && journal.has(199_999)
-            );
-        }
-        assert_eq!(
-            index.find(&[Hash([3; 32]), Hash([4; 32])]).unwrap(),
-            [Some(at), None]
-        );
-        assert_eq!(index.entry(place, 7).unwrap().unwrap().1, file);
-        index.remove(place).unwrap();
-        assert_eq!(index.find(&[Hash([3; 32])]).unwrap(), [None]);
-    }
-
-    #[test]
-    fn rows_that_wait_are_missed_until_they_are_noted() {
-        let dir = tempfile::tempdir().unwrap();
-        let index = ChunkIndex::open(dir.path()).unwrap();
-        let transfer = Some("t-1".into());
-        let info = LocationInfo {
-            place: StorageLocation::Folder { path: "/x".into() },
-            digest: Hash([1; 32]),
-            transfer,
-            foreign: false,
-            adopting: false,
-        };
-        let place = index.put(None, info).unwrap();
-        let journal = RwLock::new(index.journal(place, 2).unwrap());
-        let row = |n: u8| {
-            (
-                Hash([n; 32]),
-                At {
-                    place,
-                    entry: 0,
-                    offset: 0,
-                    len: 5,
-                },
-            )
-        };
-        assert!(!index.is_behind(place));
-        index
-            .commit(
-                place,
-                &journal,
-                &mut Commit {
-                    ordinals: vec![0],
-                    ..Commit::default()
-                },
-            )
-            .unwrap();
-        assert!(index.is_behind(place));
-        let both = Commit {
-            chunks: vec![row(1), row(2)],
-            ordinals: vec![1],
-            ..Commit::default()
-        };
-        index.commit(place, &journal, &mut { both }).unwrap();
-        assert!(!index.is_behind(place));
-        drop(index);
-        let index = ChunkIndex::open(dir.path()).unwrap();
-        assert!(
-            index.is_behind(place),
-            "it is unknown what the previous process had not written"
-        );
-        index
-            .note(&mut vec![row(1), row(2)], &mut Vec::new(), false)
-            .unwrap();
-        index.caught_up(place);
-        assert!(!index.is_behind(place) && index.find(&[row(2).0]).unwrap()[0].is_some());
-    }
-
-    fn staged(dir: &Path) -> u32 {
-        let index = ChunkIndex::open(dir).unwrap();
-        let info = LocationInfo {
-            place: StorageLocation::Folder { path: "/x".into() },
-            digest: Hash([1; 32]),
-            transfer: Some("t-1".into()),
-            foreign: false,
-            adopting: false,
-        };
-        let place = index.put(None, info).unwrap();
-        let journal = RwLock::new(index.journal(place, 100).unwrap());
-        index
-            .commit(
-                place,
-                &journal,
-                &mut Commit {
-                    ordinals: vec![3, 64],
-                    ..Commit::default()
-                },
-            )
-            .unwrap();
-        place
-    }
-
-    #[test]
-    fn a_damaged_or_missing_file_is_made_again_and_reported() {
-        let dir = tempfile::tempdir().unwrap();
-        staged(dir.path());
-        let path = dir.path().join(FILE);
-        let sound = std::fs::read(&path).unwrap();
-        std::fs::File::options()
-            .write(true)
-            .open(&path)
-            .unwrap()
-            .set_len(sound.len() as u64 / 2)
-            .unwrap();
-        let index = ChunkIndex::open(dir.path()).unwrap();
-        let loss = index.loss().unwrap();
-        assert_eq!(
-            index.staged_by("t-1"),
-            None,
-            "nothing of the damaged file is used"
-        );
-        assert_eq!(
-            std::fs::read(loss.aside.as_ref().unwrap()).unwrap(),
-            sound[..sound.len() / 2],
-            "it is kept"
-        );
-        assert!(
-            loss.report(dir.path())
-                .starts_with("fault places: being made again"),
-            "{}",
-            loss.report(dir.path())
-        );
-        drop(index);
-        let index = ChunkIndex::open(dir.path()).unwrap();
-        assert_eq!(
-            index.loss().unwrap().artifacts,
-            None,
-            "a restart does not forget that rows lack"
-        );
-        index.rebuilt(7).unwrap();
-        drop(index);
-        let report = ChunkIndex::open(dir.path())
-            .unwrap()
-            .loss()
-            .unwrap()
-            .report(dir.path());
-        assert!(
-            report.starts_with("ok places: made again on") && report.contains("7 artifacts"),
-            "{report}"
-        );
-
-        let dir = tempfile::tempdir().unwrap();
-        assert_eq!(
-            ChunkIndex::open_expected(dir.path(), false).unwrap().loss(),
-            None,
-            "a new site has lost nothing"
-        );
-        std::fs::remove_file(dir.path().join(FILE)).unwrap();
-        let loss = ChunkIndex::open_expected(dir.path(), true)
-            .unwrap()
-            .loss()
-            .unwrap();
-        assert!(
-            loss.why.contains("missing") && loss.aside.is_none(),
-            "{loss:?}"
-        );
-    }
-
-    #[test]
-    fn a_bit_of_a_journal_that_flipped_on_the_disk_is_not_believed() {
-        let sum = with_sum(7, 0, vec![0; 16]);
-        assert_eq!(sound_segment(7, 0, &sum, 2), Some(&[0; 16][..]));
-        assert_eq!(
-            sound_segment(7, 0, &[0; 16], 2),
-            Some(&[0; 16][..]),
-            "a row of an older version"
-        );
-        for bit in 0..sum.len() * 8 {
-            let mut flipped = sum.clone();
-            flipped[bit / 8] ^= 1 << (bit % 8);
-            assert_eq!(sound_segment(7, 0, &flipped, 2), None, "bit {bit}");
-        }
-        assert_eq!(
-            sound_segment(8, 0, &sum, 2),
-            None,
-            "the journal of another transfer"
-        );
-        assert_eq!(sound_segment(7, 0, &sum, 1), None);
-        let dir = tempfile::tempdir().unwrap();
-        let place = staged(dir.path());
-        let index = ChunkIndex::open(dir.path()).unwrap();
-        let journal = index.journal(place, 100).unwrap();
-        assert!(journal.has(3) && journal.has(64) && journal.count() == 2);
-    }
-}
+mod tests;

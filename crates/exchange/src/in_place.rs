@@ -6,7 +6,7 @@
 //! folder are written to `<data_dir>/published/<digest>/`, each at its path in the artifact. The
 //! same applies to the layout files of a received image when another site requests it.
 //! [`fetch::serve`](crate::fetch::serve) reads the chunks again, hashes each, and never sends a
-//! changed chunk: the error is `integrity`, with the path. [`InPlaceReader::look`] finds changed
+//! changed chunk: the error is `integrity`, with the path. [`InPlaceReader::check`] finds changed
 //! files before a request does.
 //!
 //! The site's daemon calls it, and so does a publish from another machine; [`Holdings`] says which
@@ -34,6 +34,7 @@ use base::buffers::Buffers;
 use base::durable;
 use base::expiring_cache::ExpiringCache;
 use base::fault::{Code, Fault, IoContext, Reason, Retry};
+use base::locks::Locks;
 use base::names::RelPath;
 use base::peer::Peer;
 use content::chunk::Hash;
@@ -47,7 +48,7 @@ use sink::{Sink, StorageLocation};
 use state::Catalogue;
 
 pub use keep::InPlace;
-pub use watch::{Look, Mark, RESTS};
+pub use watch::{ContentCheck, Mark, RESTS};
 
 /// The next step for a file that changed after it was published.
 pub const CHANGED_NEXT: &str = "restore the original content and retry the transfer, or publish the current content as a new version";
@@ -95,8 +96,10 @@ struct Inner {
     images: Option<Arc<dyn Sink>>,
     opened: Mutex<Vec<Arc<Opened>>>,
     budget: Budget,
-    /// The artifacts whose rows were just recreated; locked while this runs.
+    /// The artifacts whose rows were just recreated.
     indexed: Mutex<ExpiringCache<Digest, ()>>,
+    /// Locked while the rows of an artifact are recreated.
+    indexing: Locks<Digest>,
     /// Buffers for reading published files.
     buffers: Buffers,
     /// Recent answers of `holdings`: a path of the filesystem of each artifact.
@@ -117,7 +120,7 @@ impl InPlaceReader {
         memory: u64,
     ) -> Self {
         let budget = Budget::new(memory, memory);
-        let (opened, held, indexed, keeping) = Default::default();
+        let (opened, held, indexed, indexing, keeping) = Default::default();
         let buffers = chunk_index::buffers();
         Self {
             inner: Arc::new(Inner {
@@ -129,6 +132,7 @@ impl InPlaceReader {
                 opened,
                 budget,
                 indexed,
+                indexing,
                 buffers,
                 held,
                 keeping,
@@ -192,14 +196,14 @@ impl InPlaceReader {
             .collect()
     }
 
-    /// Records the location of every chunk of an artifact. `anew`: also where another location of
+    /// Records the location of every chunk of an artifact. `replace`: also where another location of
     /// it is known. Blocks.
     pub fn index(
         &self,
         digest: Digest,
         root: &Root,
         places: &[StorageLocation],
-        anew: bool,
+        replace: bool,
     ) -> Result<(), Fault> {
         let known = &self.inner.chunk_index;
         let candidates = self.candidates(digest, places)?;
@@ -232,18 +236,23 @@ impl InPlaceReader {
                 }
             }
             if rows.len() >= ROWS_TOGETHER || entries.len() >= ROWS_TOGETHER {
-                known.note(&mut rows, &mut entries, anew)?;
+                known.note(&mut rows, &mut entries, replace)?;
             }
         }
-        known.note(&mut rows, &mut entries, anew)
+        known.note(&mut rows, &mut entries, replace)
     }
 
     /// [`InPlaceReader::index`] once more, unless that was just done. Returns whether the rows are
     /// fresh.
-    fn index_anew(&self, opened: &Opened, runtime: &tokio::runtime::Handle) -> Result<bool, Fault> {
-        // One at a time: a task that waited here finds the work done.
-        let mut indexed = self.inner.indexed.lock();
-        if indexed.get(&opened.digest).is_some() {
+    fn recreate_rows(
+        &self,
+        opened: &Opened,
+        runtime: &tokio::runtime::Handle,
+    ) -> Result<bool, Fault> {
+        // One task for each artifact: a task that waited here finds the work done. A slow disk
+        // delays only the readers of its own artifacts.
+        let _alone = runtime.block_on(self.inner.indexing.lock(&opened.digest));
+        if self.inner.indexed.lock().get(&opened.digest).is_some() {
             return Ok(false);
         }
         // Asked again now: no rows may be written for an artifact that was removed a moment ago.
@@ -253,6 +262,7 @@ impl InPlaceReader {
         tracing::info!(digest = %opened.digest, "recreating the chunk rows of an artifact");
         self.keep_layout(opened.digest, &opened.root)?;
         self.index(opened.digest, &opened.root, &held.places, true)?;
+        let mut indexed = self.inner.indexed.lock();
         indexed.put(opened.digest, (), INDEX_EVERY);
         Ok(true)
     }
@@ -273,7 +283,7 @@ impl InPlaceReader {
 
     /// Fails when this site does not hold an artifact. Asked for each request, with a short cache,
     /// so that a removed artifact is soon not served any more. Returns a path of its filesystem.
-    async fn lies_here(&self, digest: Digest) -> Result<PathBuf, Fault> {
+    async fn ensure_held(&self, digest: Digest) -> Result<PathBuf, Fault> {
         if let Some(path) = self.inner.held.lock().get(&digest) {
             return Ok(path.clone());
         }
@@ -311,7 +321,7 @@ impl InPlaceReader {
             let chunk = match first {
                 Ok(read) => read,
                 Err(_) => {
-                    let fresh = self.index_anew(opened, runtime)?;
+                    let fresh = self.recreate_rows(opened, runtime)?;
                     let at = self
                         .inner
                         .chunk_index
@@ -427,7 +437,7 @@ impl InPlaceReader {
                 }
                 Step::Chunk(chunk, spot) => {
                     read(u64::from(chunk.len))?;
-                    let Some((path, at, told)) = &mut file else {
+                    let Some((path, at, is_reported)) = &mut file else {
                         continue;
                     };
                     // The location of this entry, not of an equal chunk elsewhere.
@@ -437,9 +447,9 @@ impl InPlaceReader {
                         ..*at
                     };
                     if let Err(fault) = reader.chunk(chunk, at)
-                        && !*told
+                        && !*is_reported
                     {
-                        *told = true;
+                        *is_reported = true;
                         faults.push(format!("{path}: {fault}"));
                     }
                 }
@@ -507,11 +517,11 @@ fn is_away(folder: &Path) -> bool {
 fn place_of(candidates: &[(u32, StorageLocation)], path: &RelPath, file: &FileInfo) -> Option<u32> {
     let here = candidates
         .iter()
-        .find(|(_, place)| candidates.len() > 1 && lies_at(place, path, file));
+        .find(|(_, place)| candidates.len() > 1 && has_file(place, path, file));
     here.or(candidates.last()).map(|(number, _)| *number)
 }
 
-fn lies_at(place: &StorageLocation, path: &RelPath, file: &FileInfo) -> bool {
+fn has_file(place: &StorageLocation, path: &RelPath, file: &FileInfo) -> bool {
     match place {
         StorageLocation::Folder { path: folder } => std::fs::symlink_metadata(path.in_dir(folder))
             .is_ok_and(|meta| meta.is_file() && meta.len() == file.size),
@@ -583,7 +593,7 @@ impl Library for InPlaceReader {
                 .await
                 .map(pieces);
         }
-        let path = self.lies_here(opened.digest).await?;
+        let path = self.ensure_held(opened.digest).await?;
         let (this, opened) = (self.clone(), opened.clone());
         let runtime = tokio::runtime::Handle::current();
         blocking_at(&path, move || this.read(&opened, &chunks, &runtime))

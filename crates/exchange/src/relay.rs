@@ -127,7 +127,7 @@ struct Claimed {
 pub struct Of {
     /// The artifact.
     pub digest: Digest,
-    /// The page that lists what is asked for.
+    /// The page that lists the requested chunks.
     pub page: Hash,
     /// Higher is sent first, also by the source. A request that joins an in-flight fetch gets the
     /// priority of the request that began it.
@@ -258,7 +258,7 @@ impl Relay {
     }
 
     /// Fetches the chunks that are not here, and waits until they are kept.
-    pub async fn bring(&self, of: Of, children: Vec<Child>) -> Result<(), Fault> {
+    pub async fn fetch_and_keep(&self, of: Of, children: Vec<Child>) -> Result<(), Fault> {
         for slot in self.plan(None, of, children, false).await? {
             if let Slot::Coming(ticket) = slot {
                 ticket.settled(of.digest).await?;

@@ -109,6 +109,14 @@ async fn receive_answer<T: DeserializeOwned + Send + 'static>(
 
 /// Sends one message behind its length.
 pub async fn send<T: Serialize + Sync>(to: &mut SendHalf, message: &T) -> Result<(), Fault> {
+    send_counted(to, message).await.map(drop)
+}
+
+/// [`send`]; returns the bytes of the message.
+pub async fn send_counted<T: Serialize + Sync>(
+    to: &mut SendHalf,
+    message: &T,
+) -> Result<usize, Fault> {
     let text = to_json(message)?;
     if text.len() > CONTROL_FRAME_BYTES_MAX {
         // The other end would refuse it, and end the stream.
@@ -117,7 +125,8 @@ pub async fn send<T: Serialize + Sync>(to: &mut SendHalf, message: &T) -> Result
             text.len()
         )));
     }
-    send_bytes(to, &text).await
+    send_bytes(to, &text).await?;
+    Ok(text.len() + 4)
 }
 
 /// Sends bytes behind their length.

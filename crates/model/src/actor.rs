@@ -2,8 +2,8 @@
 //! [`crate::policy::may`] decides what it may do.
 //!
 //! The shells make the actor where they authenticate: the API from the token of a request, a
-//! connection from the certificate of its peer. Everything behind them passes the actor on. Nothing
-//! is stored.
+//! connection from the certificate of its peer. All other code passes the actor on. Nothing is
+//! stored.
 
 use std::fmt;
 

@@ -5,6 +5,7 @@
 //! socket, so nothing has to survive a crash.
 
 pub mod actor;
+pub mod desired;
 pub mod paging;
 pub mod policy;
 pub mod protocol;

@@ -49,12 +49,19 @@ pub struct Page<T> {
     pub rows: Vec<T>,
     /// The key of the next page; `None`: this is the last page.
     pub next: Option<String>,
+    /// Whether a row that changed while the list was read may be on several pages. The reader
+    /// keeps the first one.
+    pub repeats: bool,
 }
 
 impl<T> Page<T> {
     /// A last page.
     pub fn whole(rows: Vec<T>) -> Self {
-        Self { rows, next: None }
+        Self {
+            rows,
+            next: None,
+            repeats: false,
+        }
     }
 }
 
@@ -96,8 +103,8 @@ impl<T: Serialize> Pager<T> {
         !self.is_cut
     }
 
-    /// Passes over a row that cannot be shown. The list continues behind its key, if it has one.
-    /// Always `true`: a skipped row takes no room.
+    /// Skips a row that cannot be shown. The list continues after its key, if it has one. Always
+    /// `true`: a skipped row takes no room.
     pub fn skip(&mut self, key: impl Into<String>) -> bool {
         self.read += 1;
         let key = key.into();
@@ -114,6 +121,7 @@ impl<T: Serialize> Pager<T> {
         Page {
             rows: self.rows,
             next: self.last.filter(|_| is_cut),
+            repeats: false,
         }
     }
 }

@@ -90,7 +90,7 @@ pub enum Object<'a> {
         /// Whether the actor has a transfer of its content that was neither cancelled nor removed.
         delivered: bool,
         /// Whether the actor offers or uploads it in this request.
-        brought: bool,
+        supplied: bool,
     },
     /// An artifact that a site may receive.
     Published(Published<'a>),
@@ -193,7 +193,7 @@ pub enum ShareList {
     Origin,
 }
 
-/// Why something is refused. The caller chooses the words where it knows the names of what is
+/// Why something is refused. The caller chooses the text where it knows the names of what is
 /// refused.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Refusal {
@@ -415,9 +415,9 @@ fn site(site: &SiteName, verb: Verb, object: &Object<'_>) -> Result<(), Refusal>
             Object::Artifact {
                 origin,
                 delivered,
-                brought,
+                supplied,
             },
-        ) => visible(brought || delivered || origin == Some(site)),
+        ) => visible(supplied || delivered || origin == Some(site)),
         (
             Verb::Read | Verb::Train,
             Object::Artifact {
@@ -477,7 +477,7 @@ fn publisher(name: &PublisherName, verb: Verb, object: &Object<'_>) -> Result<()
             }
         }
         (Verb::Upload | Verb::Renew, Object::Daemon) => Ok(()),
-        (Verb::Deliver, Object::Artifact { brought: true, .. }) => Ok(()),
+        (Verb::Deliver, Object::Artifact { supplied: true, .. }) => Ok(()),
         (Verb::ReadDigest, Object::Taken { publisher, .. }) => visible(publisher == Some(name)),
         (Verb::ReadManifest | Verb::ReadContent | Verb::ReadExclusions, _) => Err(Refusal::Hidden),
         _ => refuse(
@@ -487,7 +487,7 @@ fn publisher(name: &PublisherName, verb: Verb, object: &Object<'_>) -> Result<()
     }
 }
 
-/// At a site and at a publisher the hub reads whatever is there: it decides for whom.
+/// At a site and at a publisher the hub may read all content: the hub decides for whom.
 fn hub(verb: Verb) -> Result<(), Refusal> {
     match verb {
         Verb::ReadManifest | Verb::ReadContent | Verb::Plan | Verb::Verify => Ok(()),

@@ -23,6 +23,7 @@
 //! renamed or removed. Variants of the fetch request keep their numbers, and new ones come last.
 //! The test `bytes` holds the bytes of each message.
 
+mod changes;
 mod control;
 mod fetch;
 mod question;
@@ -35,7 +36,8 @@ use serde::de::DeserializeOwned;
 use base::fault::Fault;
 use base::text;
 
-pub use control::{AllowList, Desired, FromHub, FromSite, PushedManifest, Report};
+pub use changes::{Changes, ReportBatch};
+pub use control::{AllowList, Desired, FromHub, FromSite, Known, PushedManifest, Report};
 pub use fetch::{FetchRequest, Wanted};
 pub use question::{AskHub, AskSite, Planned, Standing, Stands, renewal};
 

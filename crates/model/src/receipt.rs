@@ -23,7 +23,8 @@ use content::manifest::Digest;
 
 use crate::transfer::TransferRow;
 
-type Certificate = Exact<RECEIPT_CERTIFICATE_BYTES_MAX>;
+/// A certificate in base64.
+pub type Certificate = Exact<RECEIPT_CERTIFICATE_BYTES_MAX>;
 type Signature = Exact<RECEIPT_SIGNATURE_BYTES_MAX>;
 type StatementText = Exact<RECEIPT_STATEMENT_BYTES_MAX>;
 
@@ -109,6 +110,19 @@ impl Receipt {
         match said.digest == row.digest && said.artifact == row.artifact && said.site == row.site {
             true => Ok(()),
             false => Err(wrong("is for something else")),
+        }
+    }
+
+    /// Removes the certificate, which is the same in all receipts of a batch of reports, and returns
+    /// it.
+    pub(crate) fn take_certificate(&mut self) -> Certificate {
+        std::mem::replace(&mut self.certificate, Certificate::empty())
+    }
+
+    /// Restores the certificate of a receipt that was sent without it.
+    pub(crate) fn restore_certificate(&mut self, certificate: &Certificate) {
+        if self.certificate.as_str().is_empty() {
+            self.certificate = certificate.clone();
         }
     }
 

@@ -336,8 +336,8 @@ pub struct RunReport {
     pub phase: site::Phase,
     /// Whether a platform trains, which reports its own end.
     pub by_platform: bool,
-    /// Whether a command trains, which finishes only by itself. An earlier version does not send
-    /// this.
+    /// Whether the trainer is a command, which reports its own end. An earlier version does not
+    /// send this.
     #[serde(default)]
     pub by_command: bool,
     /// The number of starts of the trainer.

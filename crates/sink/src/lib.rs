@@ -9,9 +9,9 @@ pub mod files;
 pub mod heartbeat;
 pub mod images;
 pub mod labels;
-mod look;
 pub mod settings;
 pub mod stage;
+mod verification;
 mod waits;
 
 use std::path::{Path, PathBuf};
@@ -29,12 +29,12 @@ use content::manifest::{Digest, FileInfo, Root};
 
 pub use base::threads::Threads;
 pub use heartbeat::{Heartbeat, rounded_secs};
-pub use look::Look;
+pub use verification::Verification;
 pub use waits::Waits;
 
 impl StorageLocation {
-    /// A path of the filesystem that a read of it may hang in. A registry has none; `/` stands for
-    /// it.
+    /// A path on the filesystem that a read of this location may hang in. A registry has none and
+    /// is represented by `/`.
     pub fn filesystem(&self) -> &Path {
         match self {
             Self::Folder { path } => path,
@@ -76,7 +76,7 @@ pub enum StorageLocation {
 
 /// The result of a commit.
 #[derive(Debug, Clone)]
-pub struct Landed {
+pub struct Committed {
     /// The location from which the files can be read.
     pub place: StorageLocation,
     /// The location for users: a path, `host/repo:tag@digest`, or a table and version.
@@ -108,7 +108,7 @@ impl Folding {
 }
 
 /// The fault of a commit without staged content: the artifact must be delivered again. See
-/// [`must_be_brought_again`].
+/// [`needs_new_delivery`].
 fn nothing_staged(staged: &Path) -> Fault {
     Fault::integrity(format!(
         "the staged content in {} is missing",
@@ -120,7 +120,7 @@ fn nothing_staged(staged: &Path) -> Fault {
 
 /// Whether a failed commit can succeed only after the artifact was delivered again. All other
 /// temporary failures must be waited for.
-pub fn must_be_brought_again(fault: &Fault) -> bool {
+pub fn needs_new_delivery(fault: &Fault) -> bool {
     fault.retry == Retry::Never || matches!(fault.code, Code::Integrity | Code::Conflict)
 }
 
@@ -143,7 +143,7 @@ pub trait Sink: Send + Sync {
     /// Why the running calls take so long; `None` while the target responds. Returns immediately. A
     /// transfer calls this once a second while it waits for the sink, and shows the result as its
     /// reason until the call returns.
-    fn held_up(&self) -> Option<Fault> {
+    fn wait_reason(&self) -> Option<Fault> {
         None
     }
 
@@ -229,7 +229,7 @@ pub trait Sink: Send + Sync {
     /// Makes the staged artifact visible, complete and durable. `staged` is
     /// `<staging_root>/<transfer>`; it does not contain files for which [`Sink::holds`] returned
     /// true. After a success, the staging directory is removed.
-    async fn commit(&self, incoming: &Incoming, staged: &Path) -> Result<Landed, Fault>;
+    async fn commit(&self, incoming: &Incoming, staged: &Path) -> Result<Committed, Fault>;
 
     /// Makes a committed artifact the active version of its series. A commit does this itself; this
     /// call is for activating an older version.
@@ -246,7 +246,7 @@ pub trait Sink: Send + Sync {
     ) -> Result<Bytes, Fault>;
 
     /// Whether a committed artifact still exists, by a quick check.
-    async fn stands(&self, incoming: &Incoming) -> Result<bool, Fault>;
+    async fn exists_at_target(&self, incoming: &Incoming) -> Result<bool, Fault>;
 
     /// The version of this artifact's series that readers use, if it is known.
     async fn active(&self, _artifact: &ArtifactRef) -> Result<Option<String>, Fault> {
@@ -265,7 +265,7 @@ pub trait Sink: Send + Sync {
         &self,
         incoming: &Incoming,
         place: &StorageLocation,
-        look: &Look,
+        verification: &Verification,
     ) -> Result<Vec<String>, Fault>;
 
     /// Removes the content for which [`Sink::verify`] or the engine found a problem, so that a

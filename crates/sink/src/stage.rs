@@ -29,7 +29,7 @@ pub const FILE_MODE: u32 = 0o644;
 const TMPFS: rustix::fs::FsWord = 0x0102_1994;
 /// The numbers of the filesystems on which syncfs(2) writes everything: ext4, XFS, btrfs, tmpfs,
 /// F2FS, ZFS, bcachefs.
-const SYNCED_WHOLE: [rustix::fs::FsWord; 7] = [
+const SYNCED_FILESYSTEMS: [rustix::fs::FsWord; 7] = [
     0xef53,
     0x5846_5342,
     0x9123_683e,
@@ -74,7 +74,7 @@ pub struct Stage {
     /// writers wait.
     preallocates: bool,
     /// Whether one call syncs the complete filesystem and reports each lost write.
-    syncs_whole: bool,
+    syncs_filesystem: bool,
     /// Whether permission bits cannot be changed here.
     fixed_modes: bool,
 }
@@ -175,7 +175,7 @@ impl Stage {
         let kind = rustix::fs::fstatfs(&handle)
             .map(|stat| stat.f_type)
             .unwrap_or_default();
-        let syncs_whole = SYNCED_WHOLE.contains(&kind) && syncfs_reports();
+        let syncs_filesystem = SYNCED_FILESYSTEMS.contains(&kind) && syncfs_reports();
         let reflinks = AtomicBool::new(true);
         Ok(Self {
             dir,
@@ -183,7 +183,7 @@ impl Stage {
             path,
             reflinks,
             preallocates: kind != TMPFS,
-            syncs_whole,
+            syncs_filesystem,
             fixed_modes: false,
         })
     }
@@ -203,8 +203,8 @@ impl Stage {
 
     /// Whether [`Stage::sync_filesystem`] makes everything durable and reports losses. Through
     /// FUSE, the call never reaches the server.
-    pub fn syncs_whole(&self) -> bool {
-        self.syncs_whole
+    pub fn syncs_filesystem(&self) -> bool {
+        self.syncs_filesystem
     }
 
     pub fn path(&self) -> &Path {
@@ -354,7 +354,7 @@ impl Stage {
             Ok(()) => {
                 // Not by its new name: an SMB server may refuse to open it while the file is open
                 // under the other name.
-                if !self.syncs_whole {
+                if !self.syncs_filesystem {
                     source.sync_all().at_sink(self.what("sync", path))?;
                 }
                 Ok(Sharing::Link)
@@ -452,7 +452,7 @@ impl Stage {
     }
 
     /// Syncs the complete filesystem, which is cheaper than many single files. Only valid if
-    /// [`Stage::syncs_whole`].
+    /// [`Stage::syncs_filesystem`].
     pub fn sync_filesystem(&self) -> Result<(), Fault> {
         rustix::fs::syncfs(&self.handle)
             .map_err(|e| sink_fault(format_args!("sync {}", self.path.display()), e))

@@ -486,7 +486,7 @@ impl Walk {
     /// than the daemon's are not checked.
     fn check_file(&self, full: &Path) -> io::Result<()> {
         match self.levels.last() {
-            Some(level) if self.own.may_lie_on(level.device) => {
+            Some(level) if self.own.may_be_on(level.device) => {
                 self.own.check(&fs::symlink_metadata(full)?)
             }
             _ => Ok(()),

@@ -179,7 +179,7 @@ impl Own {
     }
 
     /// Whether a file on this device may belong to the daemon; otherwise no check is needed.
-    pub fn may_lie_on(&self, device: u64) -> bool {
+    pub fn may_be_on(&self, device: u64) -> bool {
         self.devices.contains(&device)
     }
 

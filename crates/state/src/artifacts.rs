@@ -1,4 +1,4 @@
-//! Artifacts: what is known of each by its name, and which of them there are.
+//! Artifacts: the rows of the artifacts that this daemon knows.
 
 use async_trait::async_trait;
 use base::fault::Fault;
@@ -20,51 +20,52 @@ pub struct ArtifactRow {
     pub digest: Digest,
     /// The root manifest.
     pub root: Root,
-    /// The site whose bytes these are; `None`: this daemon's own.
+    /// The site that published it and stores its content; `None`: this daemon.
     pub origin: Option<SiteName>,
-    /// Where people find it on this daemon's sinks.
+    /// Its location for users on this daemon's sinks.
     pub location: Option<String>,
     /// Where the daemon reads its files, if it holds them.
     pub place: Option<StorageLocation>,
     /// When it was recorded.
     pub created_ms: i64,
-    /// Whether it was published here, at this site, and is where it was published.
+    /// Whether it was published in place at this site.
     pub published: bool,
-    /// When its source began to be read for that; 0 if it was not.
+    /// When the publish began to read its source; 0 if it was not published here.
     pub published_ms: i64,
-    /// How it changed since it was published, in place here or at its site; `None`: no change is
-    /// known.
+    /// How its files changed after it was published in place, here or at its site; `None`: no
+    /// change is known.
     pub changed: Option<String>,
-    /// What the hub has still to be told of it (at a site).
+    /// The offer that the hub has not confirmed yet (at a site).
     pub offer: Option<Offer>,
-    /// Whether its relayed bytes stay whatever their age (at the hub).
+    /// Whether its relayed content is pinned: kept at any age (at the hub).
     pub pinned: bool,
-    /// When its relayed bytes were last asked for (at the hub).
+    /// When its relayed content was last requested (at the hub).
     pub used_ms: i64,
     /// What its publish left out.
     pub omitted: Omitted,
 }
 
-/// What a site tells the hub of an artifact that was published there, until the hub has confirmed
-/// it.
+/// The offer of an artifact that was published at a site. The site sends it to the hub until the
+/// hub has confirmed it.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Offer {
-    /// Sites to deliver to at once.
+    /// The sites to which the hub delivers it immediately.
     pub to: Option<SiteSelector>,
     /// The training run that made it.
     pub run: Option<RunName>,
-    /// Whether the hub has never heard of the artifact.
+    /// Whether the hub has never received this artifact name.
     pub new: bool,
 }
 
-/// The answer for an artifact that does not exist, and for one that the caller may not see.
+/// The fault for an artifact that does not exist. An artifact that the caller may not see gets the
+/// same fault.
 pub fn no_artifact(artifact: &ArtifactRef) -> Fault {
     Fault::not_found(format!("there is no artifact {artifact}"))
         .with_next("'packhorse artifacts' lists what there is")
 }
 
-/// The refusal of other content under a name.
+/// The fault for different content under an existing name.
 pub(crate) fn other_content(artifact: &ArtifactRef, there: &[u8], new: Digest) -> Fault {
     Fault::conflict(format!(
         "{artifact} is published already with other content: {} there, {new} now",
@@ -76,8 +77,8 @@ pub(crate) fn other_content(artifact: &ArtifactRef, there: &[u8], new: Digest) -
 /// Artifacts.
 #[async_trait]
 pub trait Artifacts: Send + Sync {
-    /// Records a published or arriving artifact. `false` when the same content has this name
-    /// already; other content is a conflict.
+    /// Records a published or arriving artifact. Returns `false` if the name exists with the same
+    /// content; different content is a conflict.
     async fn add_artifact(
         &self,
         artifact: &ArtifactRef,
@@ -106,8 +107,8 @@ pub trait Artifacts: Send + Sync {
         location: Option<&str>,
     ) -> Result<(), Fault>;
 
-    /// Records that an artifact was published here, where it is, when its source began to be read,
-    /// and what the hub has to be told of it. The location of what was received before stays.
+    /// Records that an artifact was published here: its storage location, when its source began to
+    /// be read, and the offer for the hub. The location of content that was received before stays.
     async fn set_published(
         &self,
         artifact: &ArtifactRef,
@@ -121,26 +122,30 @@ pub trait Artifacts: Send + Sync {
     /// another source.
     async fn set_omitted(&self, artifact: &ArtifactRef, omitted: &Omitted) -> Result<(), Fault>;
 
-    /// Records that the hub knows an artifact that was published here.
+    /// Records that the hub has confirmed the offer of an artifact.
     async fn offered(&self, artifact: &ArtifactRef) -> Result<(), Fault>;
 
-    /// What the hub has still to be told of, oldest first: the names, and what to tell.
+    /// The offers that the hub has not confirmed, oldest first, each with the name of its artifact.
     async fn offers(&self) -> Result<Vec<(ArtifactRef, Offer)>, Fault>;
 
-    /// All artifacts of this digest, those that this daemon holds first.
+    /// All artifacts with this digest; those that this daemon stores come first.
     async fn all_by_digest(&self, digest: Digest) -> Result<Vec<ArtifactRow>, Fault>;
 
     /// One artifact by name.
     async fn artifact(&self, artifact: &ArtifactRef) -> Result<ArtifactRow, Fault>;
 
-    /// The newest other version of this artifact that this daemon holds.
-    async fn kin(&self, of: &ArtifactRef) -> Result<Option<ArtifactRow>, Fault>;
+    /// The newest other version of this artifact that this daemon stores.
+    async fn previous_version(&self, of: &ArtifactRef) -> Result<Option<ArtifactRow>, Fault>;
 
     /// Whether a site has, or published, any version of this artifact.
-    async fn has_kin_at(&self, site: &SiteName, of: &ArtifactRef) -> Result<bool, Fault>;
+    async fn has_previous_version_at(
+        &self,
+        site: &SiteName,
+        of: &ArtifactRef,
+    ) -> Result<bool, Fault>;
 
-    /// The digests of all artifacts. Fails if one cannot be read: content of an artifact that is
-    /// missing here is removed.
+    /// The digests of all artifacts. Fails if one cannot be read, because callers remove the
+    /// content of artifacts that are not in the list.
     async fn digests(&self) -> Result<Vec<Digest>, Fault>;
 
     /// Whether there is any artifact.
@@ -149,14 +154,14 @@ pub trait Artifacts: Send + Sync {
     /// The names of all artifacts, in order. Fails if one cannot be read.
     async fn artifact_names(&self) -> Result<Vec<ArtifactRef>, Fault>;
 
-    /// The same, after every transaction that has begun is committed or rolled back: an artifact
-    /// that is about to become visible is among them.
+    /// The same, after every open transaction was committed or rolled back, so that the list
+    /// includes artifacts that were being added.
     async fn artifact_names_settled(&self) -> Result<Vec<ArtifactRef>, Fault>;
 
     /// The names and digests of all artifacts, in order. Fails if one cannot be read.
     async fn artifacts_by_digest(&self) -> Result<Vec<(ArtifactRef, Digest)>, Fault>;
 
-    /// Shows `rows` artifacts behind this one, by name.
+    /// Passes `rows` artifacts to `see`, by name, beginning after this one.
     async fn each_artifact(
         &self,
         behind: Option<&str>,
@@ -164,12 +169,12 @@ pub trait Artifacts: Send + Sync {
         see: See<'_, ArtifactRow>,
     ) -> Result<(), Fault>;
 
-    /// Records that what arrived here is being removed. `false`: it is published here, or is being
-    /// published, and stays.
+    /// Records that received content is being removed. Returns `false` if the artifact is published
+    /// here or is being published: then it stays.
     async fn leave(&self, artifact: &ArtifactRef) -> Result<bool, Fault>;
 
-    /// Removes the row of what was removed, unless it came here in another way since
-    /// [`Artifacts::leave`].
+    /// Removes the row of removed content, unless the artifact was published or received again
+    /// after [`Artifacts::leave`].
     async fn remove_left(&self, artifact: &ArtifactRef) -> Result<(), Fault>;
 
     /// Removes an artifact's row.

@@ -1,5 +1,5 @@
-//! What was published in place and is no longer what it was: at its site as the watch found it, at
-//! the hub as the site tells it.
+//! Artifacts that were published in place and whose files changed since: at the site as its checks
+//! found them, at the hub as the site reported them.
 
 use std::collections::HashMap;
 use std::hash::Hash;
@@ -9,6 +9,7 @@ use async_trait::async_trait;
 use base::fault::Fault;
 use base::names::{ArtifactRef, SiteName};
 use base::text::Message;
+use sink::StorageLocation;
 
 /// An artifact that changed after it was published in place.
 pub struct Changed<P> {
@@ -18,14 +19,15 @@ pub struct Changed<P> {
     pub place: P,
     /// How it changed.
     pub how: String,
-    /// The newest version that was published there since, and is sound.
+    /// The newest version that was published from the same location later and is unchanged.
     pub newer: Option<ArtifactRef>,
 }
 
-/// What was published in place: where, when, its name, and how it changed since.
+/// An artifact that was published in place: its location, the time of the publish, its name, and
+/// how it changed since.
 pub type PublishedInPlace<P> = (P, i64, ArtifactRef, Option<String>);
 
-/// What changed of what was published in place.
+/// Selects the changed artifacts.
 pub fn what_changed<P: Eq + Hash>(
     published: impl Iterator<Item = PublishedInPlace<P>>,
 ) -> Vec<Changed<P>> {
@@ -58,36 +60,38 @@ pub fn what_changed<P: Eq + Hash>(
     changed.collect()
 }
 
-/// What was published in place, here or at a site, and how it changed since.
+/// Artifacts that were published in place, here or at a site, and their changes.
 #[async_trait]
 pub trait InPlace: Send + Sync {
-    /// The names of what was published here, in place.
-    async fn published(&self) -> Result<Vec<ArtifactRef>, Fault>;
+    /// The artifacts that were published in place here, with their storage locations.
+    async fn published(&self) -> Result<Vec<(ArtifactRef, StorageLocation)>, Fault>;
 
-    /// What was published at sites, as far as this hub knows.
+    /// The artifacts that were published at sites, as far as this hub knows.
     async fn published_at_sites(&self) -> Result<Vec<PublishedInPlace<SiteName>>, Fault>;
 
-    /// What was published here, in place; the place as it is stored.
+    /// The artifacts that were published in place here, with the storage location as it is in the
+    /// row.
     async fn published_here(&self) -> Result<Vec<PublishedInPlace<Option<String>>>, Fault>;
 
-    /// An artifact that was published here and is read in this folder, or below it. The folder is
-    /// resolved, as places are.
+    /// An artifact that was published here and whose storage location is this folder or is below
+    /// it. The folder must be resolved, as storage locations are.
     async fn published_in(&self, folder: &Path) -> Result<Option<ArtifactRef>, Fault>;
 
-    /// Records how an artifact of this daemon changed since it was published; `None`: it is as it
-    /// was. Returns whether that is new.
+    /// Records how the files of an artifact changed after it was published here; `None`: they are
+    /// unchanged. Returns whether this differs from the recorded state.
     async fn set_changed(
         &self,
         artifact: &ArtifactRef,
         changed: Option<&str>,
     ) -> Result<bool, Fault>;
 
-    /// What the hub has to know of the changes here: what it knows the artifact of, and how that
+    /// The changes to report to the hub: artifacts whose offer the hub confirmed, and how each
     /// changed.
     async fn changed_here(&self) -> Result<Vec<(ArtifactRef, Message)>, Fault>;
 
-    /// Records what changed at a site, at the hub: `all` of what is published there, and nothing
-    /// else of it. Returns whether anything of it is new.
+    /// Records the changes that a site reported, at the hub: `all` is the complete list, so other
+    /// artifacts of this site are unchanged. Returns whether anything differs from the recorded
+    /// state.
     async fn set_changed_at(
         &self,
         site: &SiteName,

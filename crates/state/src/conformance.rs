@@ -1,5 +1,5 @@
-//! The conformance suite of engines: what every database must do. Each engine runs it in its own
-//! tests, on an empty catalogue for each case, through [`catalogue_suite`].
+//! The test suite that every engine must pass. Each engine runs it in its own tests through
+//! [`catalogue_suite`], with an empty catalogue for each case.
 
 pub(crate) mod artifacts;
 pub(crate) mod events;
@@ -15,31 +15,32 @@ use transport::identity::Claim;
 
 use crate::{Body, Catalogue, Part, TransferRow, Want};
 
-/// Defines one test for each case. `$open` is an async function that returns an empty catalogue,
-/// after what must live as long.
+/// Defines one test for each case. `$open` is an async function that returns an object to keep
+/// alive (for example a directory) and an empty catalogue.
 macro_rules! catalogue_suite {
     ($open:path) => {
         crate::conformance::catalogue_suite! { $open;
             artifacts::an_artifact_never_changes,
-            artifacts::what_is_published_while_it_is_given_back_stays,
-            artifacts::what_is_read_in_a_folder_is_found,
-            artifacts::what_changed_where_it_was_published_is_an_event_once,
-            artifacts::of_what_changed_the_newest_sound_version_from_the_same_place_is_known,
-            artifacts::the_hub_believes_of_each_site_what_changed_of_its_own,
+            artifacts::an_artifact_that_is_published_during_its_removal_stays,
+            artifacts::an_artifact_is_found_by_the_folder_of_its_storage_location,
+            artifacts::a_change_of_published_content_is_recorded_as_an_event_once,
+            artifacts::a_changed_artifact_has_the_newest_unchanged_version_from_the_same_location,
+            artifacts::the_hub_accepts_the_changes_that_a_site_reports_only_for_its_own_artifacts,
             events::event_numbers_have_no_gap_and_a_reader_misses_none,
+            events::a_cursor_from_which_changes_would_be_missed_is_refused,
             events::a_change_wakes_only_those_that_wait_for_its_subject,
             events::with_many_sites_a_change_for_one_is_read_by_one,
-            lists::lists_go_on_behind_any_row,
-            lists::whoever_follows_by_a_cursor_misses_none_of_many_that_change_at_once,
-            sites::a_token_is_good_once_and_for_a_while,
-            sites::a_publisher_is_no_site,
-            sites::the_list_of_a_site_and_the_labels_of_another_decide_whether_it_receives,
-            sites::the_origins_of_content_are_those_of_what_was_delivered,
-            transfers::delivering_twice_is_one_transfer_and_a_cursor_shows_what_is_new,
+            lists::a_list_continues_after_any_row,
+            lists::a_reader_that_follows_a_cursor_misses_none_of_many_simultaneous_changes,
+            sites::a_token_can_be_used_once_and_expires,
+            sites::a_publisher_is_not_a_site,
+            sites::the_sharing_list_of_a_site_and_the_labels_of_another_decide_whether_it_receives,
+            sites::the_origins_of_content_are_the_origins_of_the_delivered_artifacts,
+            transfers::a_repeated_delivery_has_one_transfer_and_a_cursor_returns_only_changes,
             transfers::labels_wait_for_their_dataset_at_the_same_site,
-            transfers::what_a_run_borrowed_goes_and_what_others_want_stays,
-            transfers::what_a_run_may_be_giving_back_is_brought_again,
-            transfers::a_transfer_knows_whether_it_landed_before_it_was_begun_again,
+            transfers::only_inputs_that_nothing_else_needs_are_removed_after_a_run,
+            transfers::an_input_that_may_be_in_removal_is_delivered_again,
+            transfers::a_restarted_transfer_records_whether_it_committed_its_artifact_before,
         }
     };
     ($open:path; $($subject:ident::$case:ident,)*) => {
@@ -71,13 +72,13 @@ pub(crate) fn root(bytes: u64) -> Root {
     }
 }
 
-/// What a site reports of a transfer that is done.
+/// The report of a site about a done transfer.
 pub(crate) fn signed() -> Body {
     serde_json::from_str(r#"{"receipt":{"statement":"s","signature":"x","certificate":"y"}}"#)
         .unwrap()
 }
 
-/// What a hub asks of site b.
+/// The request of a hub to site b.
 pub(crate) fn wanted(id: &str, artifact: &str, generation: i64) -> TransferRow {
     TransferRow {
         id: id.parse().unwrap(),
@@ -115,7 +116,7 @@ pub(crate) async fn join(catalogue: &Catalogue, name: &str, labels: &[(&str, &st
     site
 }
 
-/// An artifact with the root of [`root`]`(1)` to these sites.
+/// An artifact with the root [`root`]`(1)` for these sites.
 pub(crate) fn part(name: &str, sites: &[SiteName]) -> Part {
     Part {
         artifact: name.parse().unwrap(),

@@ -1,4 +1,4 @@
-//! Deliveries: what was asked for in one request.
+//! Deliveries: the transfers of one request.
 
 use async_trait::async_trait;
 use base::fault::{Code, Fault};
@@ -6,18 +6,19 @@ use base::names::{DeliveryId, SiteName};
 
 use crate::{Catalogue, TransferRow};
 
-/// One delivery; [`Catalogue::each_part`] shows its transfers.
+/// The row of a delivery; [`Catalogue::each_part`] returns its transfers.
 #[derive(Debug, Clone)]
 pub struct DeliveryRow {
     /// Its id.
     pub id: DeliveryId,
-    /// The run that borrows by it.
+    /// The training run that requested it, if there is one.
     pub run: Option<String>,
-    /// When it was asked for.
+    /// When it was requested.
     pub created_ms: i64,
 }
 
-/// The answer for a delivery that does not exist, and for one that the caller may not see.
+/// The fault for a delivery that does not exist. A delivery that the caller may not see gets the
+/// same fault.
 pub fn no_delivery(id: &str) -> Fault {
     Fault::not_found(format!("there is no delivery {id}"))
         .with_next("'packhorse status' lists the transfers")
@@ -26,14 +27,14 @@ pub fn no_delivery(id: &str) -> Fault {
 /// Deliveries.
 #[async_trait]
 pub trait Deliveries: Send + Sync {
-    /// One delivery. A site knows it by those of its transfers that go to that site.
+    /// One delivery. A site knows only the transfers of it that go to that site.
     async fn delivery(&self, id: &str) -> Result<DeliveryRow, Fault>;
 
     /// Whether a delivery was begun.
     async fn has_delivery(&self, id: &str) -> Result<bool, Fault>;
 
-    /// The newest deliveries behind this one, newest first. `by_transfers`: those too that are
-    /// known by their transfers alone, as a site knows them.
+    /// The deliveries before this one, newest first. `by_transfers`: includes deliveries that only
+    /// have transfers and no row of their own, as at a site.
     async fn deliveries(
         &self,
         behind: Option<&str>,
@@ -41,20 +42,16 @@ pub trait Deliveries: Send + Sync {
         by_transfers: bool,
     ) -> Result<Vec<DeliveryRow>, Fault>;
 
-    /// Of the transfers that a run waits for, those that only ended runs need besides: every
-    /// delivery that they are part of was asked for by a run that has ended, or by this one. What
-    /// was delivered before the run, or was asked for since, is not among them. A run that has its
-    /// model counts as ended, though its trainer may still run: the site takes care of that.
+    /// The transfers of a run that nothing else needs: every delivery that they are part of was
+    /// requested by this run or by a run that has ended. Transfers that were delivered before the
+    /// run, or were requested later, are excluded. A run that has its model counts as ended,
+    /// although its trainer may still run; the site checks that.
     async fn only_borrowed(&self, run: &str, site: &SiteName) -> Result<Vec<TransferRow>, Fault>;
-
-    /// Records that a site removed what a transfer brought, unless the transfer began again
-    /// meanwhile.
-    async fn set_removed(&self, id: &str, removed_ms: i64) -> Result<(), Fault>;
 }
 
 impl Catalogue {
-    /// The transfers of a delivery; `None` when it was never begun. Fails if one cannot be read: a
-    /// run would begin without it.
+    /// The transfers of a delivery; `None` if it was never begun. Fails if one cannot be read,
+    /// because a run would begin without it.
     pub async fn delivery_parts(&self, id: &str) -> Result<Option<Vec<TransferRow>>, Fault> {
         if !self.has_delivery(id).await? {
             return Ok(None);

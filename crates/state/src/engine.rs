@@ -1,15 +1,15 @@
-//! What a database must provide: one trait for each subject, which store and return rows, and
-//! [`Engine`], all of them together.
+//! What a database must provide: one trait for each subject, which stores and returns rows, and
+//! [`Engine`], which combines them.
 //!
-//! SQLite implements them (`sqlite`). What is common to all databases is in
-//! [`Catalogue`](crate::Catalogue) and is written once: wake-ups, the calls of the transfer state
-//! machine, pages, and what rows mean. `conformance` tests any engine.
+//! SQLite implements them (`sqlite`). The parts that are common to all databases are in
+//! [`Catalogue`](crate::Catalogue): wake-ups, the calls of the transfer state machine, pages, and
+//! the meaning of rows. `conformance` tests any engine.
 //!
-//! What an engine promises:
+//! Guarantees of an engine:
 //! - A method that writes is one transaction, durable when the method returns.
 //! - A transaction takes its event numbers from a counter row that stays locked until its commit.
-//!   So numbers become visible in their order, and a reader that continues behind a number misses
-//!   nothing.
+//!   So numbers become visible in their order, and a reader that continues after a number misses no
+//!   event.
 //! - After the commit it wakes the subjects of the transaction ([`Common::wakes`]).
 //! - A list skips a row that cannot be read and reports it ([`Common::malformed`]), unless its
 //!   documentation says otherwise.
@@ -58,7 +58,7 @@ pub enum Listed<T> {
     Row(T),
     /// A row that cannot be read, and was reported.
     Malformed {
-        /// The key behind which the list continues.
+        /// The key after which the list continues.
         key: String,
         /// Its event number, where the list has one.
         cursor: i64,

@@ -1,9 +1,9 @@
-//! The catalogue: what exists, which sites there are, and what is on its way.
+//! The catalogue: the artifacts, sites, transfers and training runs that a daemon knows.
 //!
 //! The daemons (`hub`, `site`) and `exchange` call it. Every write is one transaction, durable when
-//! its call returns, so that a crash loses nothing that a caller was told. It returns rows; the API
-//! makes views of them. Hub and site have the same tables: at a site the transfers are its own, as
-//! the hub asked for them.
+//! its call returns: a crash loses nothing that was confirmed to a caller. It returns rows; the API
+//! makes views of them. Hub and site have the same tables. At a site, the transfers are those that
+//! the hub requested of this site.
 //!
 //! [`Catalogue`] has what is common to all databases: wake-ups, the calls of the transfer state
 //! machine, pages, and the meaning of rows. [`Engine`] is the database below it, one trait for each
@@ -43,6 +43,7 @@ pub use runs::{RunRow, Runs};
 pub use sites::{AllowLists, SiteRow, Sites};
 pub use transfers::{
     Adopted, Body, Counted, Difference, Part, TransferChanges, TransferRow, Transfers, Want,
+    WorkRow,
 };
 pub use transfers::{new_delivery_id, new_id, new_run_id};
 pub use wake::{Subject, Watch};
@@ -85,8 +86,8 @@ impl Catalogue {
         self.common.wakes.changed()
     }
 
-    /// Watches one subject from now on. A task that looks, then waits for the watch, misses
-    /// nothing.
+    /// Watches one subject from now on. A task that reads the catalogue and then waits for the
+    /// watch misses no change.
     pub fn watch(&self, subject: Subject) -> Watch {
         self.common.wakes.watch(Some(subject))
     }
@@ -96,13 +97,12 @@ impl Catalogue {
         self.common.wakes.watch(None)
     }
 
-    /// Wakes those that wait for any change: something changed that is not in the catalogue.
+    /// Wakes the tasks that wait for any change, after a change outside the catalogue.
     pub fn notify(&self) {
         self.notify_of(Subject::Other);
     }
 
-    /// Wakes those that wait for this subject: something of it changed that is not in the
-    /// catalogue.
+    /// Wakes the tasks that wait for this subject, after a change of it outside the catalogue.
     pub fn notify_of(&self, subject: Subject) {
         self.common.wakes.wake(&[subject]);
     }
@@ -118,7 +118,7 @@ impl Catalogue {
         Ok(self.all_by_digest(digest).await?.into_iter().next())
     }
 
-    /// All artifacts, by name, with their root manifests: too much to have in memory but in a test.
+    /// All artifacts, by name, with their root manifests. For tests only: it can take much memory.
     #[cfg(any(test, feature = "testing"))]
     pub async fn artifacts(&self) -> Result<Vec<ArtifactRow>, Fault> {
         let mut out = Vec::new();

@@ -1,5 +1,5 @@
-//! Lists that are read a page at a time, each page within a number of rows and of bytes: no list is
-//! in memory as a whole.
+//! Lists that are read in pages. Each page has a maximum number of rows and of bytes, so that no
+//! complete list is in memory.
 
 use base::fault::Fault;
 use base::limits::API_ROWS_DEFAULT;
@@ -12,10 +12,10 @@ use crate::engine::Listed;
 use crate::{ArtifactRow, Catalogue, SiteRow, TransferRow};
 
 impl Catalogue {
-    /// Shows the transfers that a query means one by one until `see` says `false`, `rows` of them
-    /// at most: what changed since a cursor in that order, the transfers of ids as they were begun,
-    /// else the newest first. `behind`: the transfer behind which it continues, where there is no
-    /// cursor.
+    /// Passes the transfers that a query selects to `see`, one by one, until `see` returns `false`;
+    /// `rows` at most. The order: by event number for a query with a cursor, by time of creation
+    /// for a query with ids, else the newest first. `behind`: the list continues after this
+    /// transfer, if the query has no cursor.
     pub async fn scan_transfers(
         &self,
         query: &TransferQuery,
@@ -30,8 +30,9 @@ impl Catalogue {
         self.each_transfer(query, behind, rows, see).await
     }
 
-    /// A page of the transfers that a query means, as `show` shows them, and the cursor to continue
-    /// from: behind what the page holds, where the query has one.
+    /// A page of the transfers that a query selects, converted by `show`, and the cursor to
+    /// continue from. If the query has a cursor, the new cursor is that of the last row of the
+    /// page.
     pub async fn transfer_page<T: Serialize + Send>(
         &self,
         query: &TransferQuery,
@@ -39,8 +40,11 @@ impl Catalogue {
         room: Room,
         mut show: impl FnMut(&TransferRow) -> T + Send,
     ) -> Result<(Page<T>, u64), Fault> {
-        // Before the rows: what changes meanwhile must still come.
+        // Read before the rows: a change during the query must be returned by the next query.
         let newest = self.cursor().await?;
+        if let Some(since) = query.since {
+            self.check_cursor(since).await?;
+        }
         let mut pager = Pager::new(room);
         // The cursor of each row that was read, and whether it is on the page.
         let (mut cursors, mut cut_at): (Vec<(i64, bool)>, Option<i64>) = (Vec::new(), None);
@@ -66,7 +70,8 @@ impl Catalogue {
         else {
             return Ok((page, newest));
         };
-        // An earlier version gave several transfers one cursor: those go together, if they fit.
+        // An earlier version gave several transfers the same cursor: they are on the same page if
+        // they fit.
         let before = cursors
             .iter()
             .take_while(|(cursor, _)| *cursor < last)
@@ -80,8 +85,8 @@ impl Catalogue {
         Ok((page, cursor))
     }
 
-    /// The transfers that a query means, `limit` of them at most (1,000 when it does not say), and
-    /// the cursor to continue from.
+    /// The transfers that a query selects, at most `limit` (default: 1,000), and the cursor to
+    /// continue from.
     pub async fn transfers(&self, query: &TransferQuery) -> Result<(Vec<TransferRow>, u64), Fault> {
         let newest = self.cursor().await?;
         let limit = i64::from(query.limit.unwrap_or(API_ROWS_DEFAULT));
@@ -98,13 +103,13 @@ impl Catalogue {
             true
         };
         self.each_transfer(query, None, limit, see).await?;
-        // A reader who got a full page continues behind it, not behind what it was not shown.
+        // A reader that received a full page continues after its last row, not after rows that it
+        // did not receive.
         let is_full = query.since.is_some() && read > 0 && read == limit;
         Ok((rows, if is_full { last as u64 } else { newest }))
     }
 
-    /// A page of the transfers of an artifact, in the order in which they were begun, behind this
-    /// one.
+    /// A page of the transfers of an artifact, by time of creation, beginning after this one.
     pub async fn artifact_transfer_page<T: Serialize + Send>(
         &self,
         artifact: &ArtifactRef,
@@ -122,7 +127,7 @@ impl Catalogue {
         Ok(pager.page())
     }
 
-    /// A page of the artifacts by name, behind this one, as `show` shows them.
+    /// A page of the artifacts by name, beginning after this one, converted by `show`.
     pub async fn artifact_page<T: Serialize + Send>(
         &self,
         behind: Option<&str>,
@@ -138,7 +143,7 @@ impl Catalogue {
         Ok(pager.page())
     }
 
-    /// A page of the sites by name, behind this one, as `show` shows them.
+    /// A page of the sites by name, beginning after this one, converted by `show`.
     pub async fn site_page<T: Serialize + Send>(
         &self,
         behind: Option<&str>,
@@ -154,7 +159,7 @@ impl Catalogue {
         Ok(pager.page())
     }
 
-    /// Shows the transfers of a delivery one by one, in the order in which they were begun.
+    /// Passes the transfers of a delivery one by one, by time of creation.
     pub async fn each_part(
         &self,
         id: &DeliveryId,

@@ -1,4 +1,4 @@
-//! Training runs, as JSON whose meaning is in `model::run`; and the lineage of models.
+//! Training runs, stored as JSON that `model::run` defines, and the lineage of models.
 
 use async_trait::async_trait;
 use base::fault::Fault;
@@ -13,14 +13,14 @@ use crate::{Catalogue, json, malformed};
 
 const TABLE: &str = "run";
 
-/// A training run as it is stored.
+/// The row of a training run.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RunRow {
     /// Its name.
     pub name: String,
     /// Its state.
     pub state: String,
-    /// Whether it has not ended, or something of it is still to be cleaned up.
+    /// Whether the run has not ended, or its cleanup is not complete.
     pub open: bool,
     /// The run, as JSON.
     pub body: String,
@@ -29,7 +29,7 @@ pub struct RunRow {
 /// Training runs, and the lineage of models.
 #[async_trait]
 pub trait Runs: Send + Sync {
-    /// Writes a run, in which these sites take part.
+    /// Writes a run that involves these sites.
     async fn put_run(&self, run: &RunRow, sites: &[SiteName]) -> Result<(), Fault>;
 
     /// One run.
@@ -38,8 +38,8 @@ pub trait Runs: Send + Sync {
     /// The runs that are open, oldest first.
     async fn open_run_rows(&self, limit: u32) -> Result<Vec<RunRow>, Fault>;
 
-    /// Shows `rows` runs, the newest first: those that a site takes part in, or all; behind the run
-    /// of this name, and without the first `skip` of them.
+    /// Passes `rows` runs to `see`, the newest first: those that involve a site, or all. The list
+    /// begins after the run `behind` and omits the first `skip` runs.
     async fn each_run(
         &self,
         of: Option<&SiteName>,
@@ -49,10 +49,11 @@ pub trait Runs: Send + Sync {
         see: See<'_, RunRow>,
     ) -> Result<(), Fault>;
 
-    /// Records what a model was made of.
+    /// Records the lineage of a model.
     async fn set_lineage(&self, artifact: &ArtifactRef, lineage: &Lineage) -> Result<(), Fault>;
 
-    /// What a model was made of, where that is known.
+    /// The lineage of a model, if it is known. One that cannot be read is reported and counts as
+    /// unknown.
     async fn lineage(&self, artifact: &ArtifactRef) -> Result<Option<Lineage>, Fault>;
 }
 
@@ -61,7 +62,7 @@ fn parsed<T: DeserializeOwned>(row: &RunRow) -> Result<T, Fault> {
 }
 
 impl Catalogue {
-    /// Writes a run. `open` until it has ended and nothing of it is left to be cleaned up.
+    /// Writes a run. It is `open` until it has ended and its cleanup is complete.
     pub async fn save_run<T: Serialize + Sync>(
         &self,
         name: &str,
@@ -98,7 +99,21 @@ impl Catalogue {
             .collect())
     }
 
-    /// The same; fails if one cannot be read: for callers that remove what no run needs.
+    /// The same; `None` if one cannot be read: who is not listed is ended at its site.
+    pub async fn complete_open_runs<T: DeserializeOwned>(
+        &self,
+        limit: u32,
+    ) -> Result<Option<Vec<T>>, Fault> {
+        let rows = self.open_run_rows(limit).await?;
+        // All are parsed, so that each one that cannot be read is reported.
+        let runs: Vec<Option<T>> = rows
+            .iter()
+            .map(|row| self.common.malformed.sound(TABLE, &row.name, parsed(row)))
+            .collect();
+        Ok(runs.into_iter().collect())
+    }
+
+    /// The same; fails if one cannot be read. For callers that remove what no run needs.
     pub async fn all_open_runs<T: DeserializeOwned>(&self, limit: u32) -> Result<Vec<T>, Fault> {
         self.open_run_rows(limit)
             .await?
@@ -107,8 +122,8 @@ impl Catalogue {
             .collect()
     }
 
-    /// A page of the runs, the newest first, as `show` shows them: those that a site takes part in,
-    /// or all; behind the run of this name, and without the first `skip` of them.
+    /// A page of the runs, the newest first, converted by `show`: those that involve a site, or
+    /// all. The list begins after the run of this name and omits the first `skip` runs.
     pub async fn run_page<T: DeserializeOwned, S: Serialize + Send>(
         &self,
         of: Option<&SiteName>,

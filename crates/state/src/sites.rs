@@ -11,11 +11,11 @@ use transport::identity::Claim;
 use crate::Catalogue;
 use crate::engine::See;
 
-/// What a token's certificate is good for, as the table says it.
+/// The holder of a token's certificate, as it is stored in the table.
 pub(crate) const SITE: &str = "site";
 pub(crate) const PUBLISHER: &str = "publisher";
 
-/// A site as the catalogue knows it.
+/// The row of a site.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SiteRow {
     /// Its name.
@@ -32,7 +32,7 @@ pub struct SiteRow {
     pub open_transfers: u64,
 }
 
-/// Whom a site shares with and trains for, as it reported.
+/// The sharing and training lists of a site, as it reported them.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AllowLists {
     /// The site.
@@ -48,7 +48,7 @@ pub struct AllowLists {
 pub(crate) struct TokenRow {
     /// The hash of its secret.
     pub secret_hash: Vec<u8>,
-    /// Whose it is.
+    /// The name of its holder.
     pub name: String,
     /// The labels of the site (a JSON object).
     pub labels: String,
@@ -65,9 +65,9 @@ pub(crate) struct TokenRow {
 }
 
 impl TokenRow {
-    /// Whether a token (`None`: there is none of this id) may be used now, and by whom. `claim` is
-    /// what the caller says of itself. A token that was used by a key stays good for that key until
-    /// its holder has connected.
+    /// Whether a token may be used now, and its holder; `None`: no token has this id. `claim` is
+    /// what the caller states about itself. A token that a key has used stays valid for that key
+    /// until its holder has connected.
     pub(crate) fn redeemed(
         row: Option<&Self>,
         id: &str,
@@ -89,7 +89,7 @@ impl TokenRow {
             return Err(refuse("is not one of this hub"));
         };
         if let Some(used) = row.used_ms {
-            // The answer may have been lost on its way to the holder of this key, who has not
+            // The answer to the holder of this key may have been lost, because the holder has not
             // connected since.
             let is_again = row.key_hash.as_ref().is_some_and(|key| key == key_hash)
                 && row.seen_ms.is_none_or(|seen| seen < used);
@@ -144,7 +144,7 @@ pub trait Sites: Send + Sync {
     /// number: their reason has changed.
     async fn site_seen(&self, site: &SiteName, version: Option<&str>) -> Result<(), Fault>;
 
-    /// Records which sites a site trains for; `None`: it has not said.
+    /// Records which sites a site trains for; `None`: it has reported no list.
     async fn set_train_allow(&self, site: &SiteName, allow: Option<&[String]>)
     -> Result<(), Fault>;
 
@@ -157,10 +157,10 @@ pub trait Sites: Send + Sync {
     /// All sites, by name.
     async fn sites(&self) -> Result<Vec<SiteRow>, Fault>;
 
-    /// One site, if there is one of this name.
+    /// The site with this name, if it exists.
     async fn site(&self, name: &str) -> Result<Option<SiteRow>, Fault>;
 
-    /// Shows `rows` sites behind this one, by name.
+    /// Passes `rows` sites to `see`, by name, beginning after this one.
     async fn each_site(
         &self,
         behind: Option<&str>,
@@ -176,7 +176,7 @@ impl Catalogue {
         Ok(allow.map(|allow| serde_json::from_str(&allow).unwrap_or_default()))
     }
 
-    /// The sites that a selection means; a name that does not exist, or a selection of none, is
+    /// The selected sites. A name that does not exist, and a selection without sites, is the fault
     /// `not_found`.
     pub async fn select_sites(&self, selector: &SiteSelector) -> Result<Vec<SiteName>, Fault> {
         let all = self.sites().await?;

@@ -5,10 +5,10 @@
 //! log, full sync).
 //!
 //! The statements are in the common subset of SQLite and PostgreSQL, except for:
-//! - `PRAGMA quick_check` and `sqlite_schema` when the file is opened, and `BEGIN IMMEDIATE`: how
-//!   SQLite locks and damages.
+//! - `PRAGMA quick_check` and `sqlite_schema` when the file is opened, and `BEGIN IMMEDIATE`:
+//!   locking and damage detection are specific to SQLite.
 //! - `json_extract` on `run.body`, `transfer.body` and `artifact.place`, with `TOTAL` for sums of
-//!   its values: the alternative is a column for each value, written at each progress report.
+//!   its values: the alternative is one column for each value, written at each progress report.
 //! - `json_each` for a list of ids as one parameter (PostgreSQL: `unnest`), and `CROSS JOIN … ON`,
 //!   which fixes the order of a join in SQLite.
 //! - `WITHOUT ROWID`, `AUTOINCREMENT` and JSON functions in the migrations: each engine has its own
@@ -49,24 +49,24 @@ use crate::json;
 use crate::malformed::malformed;
 use crate::wake::Subject;
 
-/// A file up to this size is checked when it is opened: that reads all of it.
+/// A file up to this size is checked when it is opened, which reads the complete file.
 const CHECKED_BYTES_MAX: u64 = 64 << 20;
 
 /// A catalogue in a SQLite file.
 #[derive(Debug)]
 pub(crate) struct Sqlite {
-    /// One connection: writers wait for it here and not in SQLite's busy loop.
+    /// One connection: writers wait for it here instead of in SQLite's busy loop.
     write: SqlitePool,
     read: SqlitePool,
     common: Arc<Common>,
     reads: AtomicU64,
 }
 
-/// The catalogues that this process has open, for messages: an error of SQLite does not say of
-/// which file it is. A daemon has one.
+/// The open catalogues of this process, for messages: an error of SQLite does not name its file. A
+/// daemon has one.
 static OPENED: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
-/// A filesystem with less than this is full for SQLite: it writes whole pages, and its log grows by
-/// some at a time.
+/// A filesystem with less free space than this is full for SQLite, which writes complete pages and
+/// extends its log by several pages at a time.
 const FULL_BELOW_BYTES: u64 = 256 << 10;
 
 /// The open catalogue whose disk has the least room, and whether that disk is full.
@@ -84,7 +84,8 @@ fn fullest() -> Option<(PathBuf, bool)> {
     Some((path.clone(), room < FULL_BELOW_BYTES))
 }
 
-/// An error of the database as a fault. A full disk and a damaged file are told from a defect.
+/// An error of the database as a fault. A full disk and a damaged file are distinguished from a
+/// defect.
 #[expect(
     clippy::needless_pass_by_value,
     reason = "every use is `map_err(fault)`, which gives it by value"
@@ -122,7 +123,7 @@ const SQLITE_FULL: i32 = 13;
 const SQLITE_CANTOPEN: i32 = 14;
 const SQLITE_NOTADB: i32 = 26;
 
-/// The file is damaged. What it holds is nowhere else, so it cannot be made again.
+/// The file is damaged. Its content exists nowhere else, so it cannot be recreated.
 fn damaged(path: &Path, why: impl std::fmt::Display) -> Fault {
     let data_dir = path.parent().unwrap_or(path).display();
     Fault::internal(format!("the catalogue {} is damaged: {why}", path.display())).with_next(format!(
@@ -132,13 +133,13 @@ fn damaged(path: &Path, why: impl std::fmt::Display) -> Fault {
     ))
 }
 
-/// A digest as a column has it.
+/// A digest from a column.
 fn digest_of(bytes: Vec<u8>) -> Option<Digest> {
     bytes.try_into().ok().map(Hash)
 }
 
 impl Sqlite {
-    /// Opens or makes the catalogue. A schema newer than this program's is refused.
+    /// Opens or creates the catalogue. A schema newer than this program's is refused.
     pub(crate) async fn open(data_dir: &Path, common: Arc<Common>) -> Result<Self, Fault> {
         let path = data_dir.join("catalogue.db");
         let options = SqliteConnectOptions::new()
@@ -158,8 +159,8 @@ impl Sqlite {
         let open = |e: sqlx::Error| fault(e);
         let write = SqlitePoolOptions::new()
             .max_connections(1)
-            // A commit that fails, on a full disk say, leaves a connection in a transaction that it
-            // cannot end.
+            // A failed commit, for example on a full disk, leaves a connection in a transaction
+            // that cannot be ended.
             .before_acquire(|connection, _| {
                 Box::pin(async move { Ok(!connection.is_in_transaction()) })
             })
@@ -215,7 +216,7 @@ impl Sqlite {
         })
     }
 
-    /// The connections for one statement that reads.
+    /// The connections for statements that only read.
     fn read(&self) -> &SqlitePool {
         self.reads.fetch_add(1, Ordering::Relaxed);
         &self.read
@@ -301,7 +302,7 @@ impl Write {
     ) -> Result<(), Fault> {
         sqlx::query("INSERT INTO event (seq, at_ms, what, name) VALUES ($1, $2, $3, $4)")
             .bind(seq)
-            .bind(clock::now_unix_ms() as i64)
+            .bind(clock::now_ms())
             .bind(what)
             .bind(name)
             .execute(self.db())
@@ -311,14 +312,14 @@ impl Write {
         Ok(())
     }
 
-    /// Wakes those that wait for this subject, after the commit.
+    /// Wakes the tasks that wait for this subject, after the commit.
     fn changes(&mut self, subject: Subject) {
         if !self.changed.contains(&subject) {
             self.changed.push(subject);
         }
     }
 
-    /// Makes it durable, then wakes those that wait for what it changed.
+    /// Makes the transaction durable, then wakes the tasks that wait for what it changed.
     async fn commit(self) -> Result<(), Fault> {
         self.tx.commit().await.map_err(fault)?;
         self.common.wakes.wake(&self.changed);

@@ -1,11 +1,11 @@
-//! Transfers: what is known of each. [`changes`] passes their events to the state machine; the
-//! engine stores what it returns.
+//! Transfers: their rows. [`changes`] passes events to the state machine; the engine stores what it
+//! returns.
 
 mod changes;
 
 use async_trait::async_trait;
 use base::clock;
-use base::fault::Fault;
+use base::fault::{Fault, Reason};
 use base::names::{ArtifactRef, DeliveryId, RunId, SiteName, TransferId};
 use content::manifest::{Digest, KindInfo};
 pub use model::transfer::{Body, TransferRow, Want};
@@ -14,12 +14,12 @@ use model::transfer::{State, TransferQuery};
 use crate::engine::See;
 use crate::{ArtifactRow, Catalogue};
 
-/// A transfer that a site took over.
+/// The result of [`Catalogue::adopt`].
 #[derive(Debug, Clone, PartialEq)]
 pub struct Adopted {
-    /// As it is there.
+    /// The stored row.
     pub row: TransferRow,
-    /// Transfers that were cancelled for it, as they were before.
+    /// The transfers that were cancelled because of it, as they were before.
     pub superseded: Vec<TransferRow>,
 }
 
@@ -32,14 +32,14 @@ pub struct Part {
     pub digest: Digest,
     /// Its bytes.
     pub total: u64,
-    /// The artifact that must be at the site first.
+    /// The artifact that must be delivered to the site first.
     pub needs: Option<ArtifactRef>,
-    /// Where it goes.
+    /// The sites that receive it.
     pub sites: Vec<SiteName>,
 }
 
 impl Part {
-    /// An artifact to these sites.
+    /// An artifact for these sites.
     pub fn new(row: &ArtifactRow, sites: &[SiteName]) -> Self {
         let needs = match &row.root.info {
             KindInfo::Labels(labels) => labels
@@ -56,6 +56,31 @@ impl Part {
             sites: sites.to_vec(),
         }
     }
+}
+
+/// What a site has to do for one transfer.
+#[derive(Debug, Clone, PartialEq)]
+pub struct WorkRow {
+    /// The transfer.
+    pub id: TransferId,
+    /// Its delivery.
+    pub delivery: DeliveryId,
+    /// The artifact.
+    pub artifact: ArtifactRef,
+    /// Its digest.
+    pub digest: Digest,
+    /// The request.
+    pub want: Want,
+    /// The generation.
+    pub generation: i64,
+    /// Bytes of the artifact; 0 if the row does not say.
+    pub total: u64,
+    /// The time of the request.
+    pub created_ms: i64,
+    /// The state.
+    pub state: State,
+    /// The reason of the state.
+    pub reason: Option<Reason>,
 }
 
 /// The transfers of one site in one state and for one reason, together.
@@ -81,13 +106,13 @@ pub struct Counted {
     pub wire: f64,
 }
 
-/// The answer for a transfer that does not exist.
+/// The fault for a transfer that does not exist.
 pub(crate) fn no_transfer(id: &str) -> Fault {
     Fault::not_found(format!("there is no transfer {id}"))
         .with_next("'packhorse status' lists them")
 }
 
-/// The answer for an id of which there is neither a transfer nor a delivery.
+/// The fault for an id that belongs to no transfer and no delivery.
 pub(crate) fn no_work(id: &str) -> Fault {
     Fault::not_found(format!("there is no transfer or delivery {id}"))
         .with_next("'packhorse status' lists them")
@@ -102,15 +127,25 @@ pub trait Transfers: Send + Sync {
     /// One transfer.
     async fn transfer(&self, id: &str) -> Result<TransferRow, Fault>;
 
-    /// The transfers of an id, which may be a delivery's. Fails if one cannot be read.
+    /// The transfers of an id, which may be the id of a delivery. Fails if one cannot be read.
     async fn transfers_of(&self, id: &str) -> Result<Vec<TransferRow>, Fault>;
 
     /// What a site has to do: its transfers that have not ended, or that it has still to cancel;
-    /// oldest first.
+    /// oldest first, [`base::limits::TRANSFERS_LISTED_MAX`] at most.
     async fn open_transfers(&self, site: &SiteName) -> Result<Vec<TransferRow>, Fault>;
 
-    /// Which open transfers of a site wait for which others: what they need is on its way there,
-    /// and not cancelled. One that failed is still waited for, since a person will fix the cause.
+    /// Shows the same transfers, all of them, behind this one. It reads only the columns that a
+    /// [`WorkRow`] needs: damage of others does not matter.
+    async fn each_open_transfer(
+        &self,
+        site: &SiteName,
+        behind: Option<&str>,
+        see: See<'_, WorkRow>,
+    ) -> Result<(), Fault>;
+
+    /// Which open transfers of a site wait for which others: the other transfer delivers the
+    /// artifact that they need, and is not cancelled. A failed transfer is still waited for,
+    /// because an operator will fix the cause.
     async fn waits(&self, site: &SiteName) -> Result<Vec<(TransferId, TransferId)>, Fault>;
 
     /// Whether a site has a transfer of this content that was neither cancelled nor removed.
@@ -129,10 +164,10 @@ pub trait Transfers: Send + Sync {
         site: &SiteName,
     ) -> Result<Option<TransferRow>, Fault>;
 
-    /// Shows the transfers that a query means, `rows` of them at most: what changed since a cursor
-    /// in that order, the transfers of ids as they were begun, else the newest first. `behind`: the
-    /// transfer behind which it continues, where there is no cursor. Fails if one that was named by
-    /// its id cannot be read.
+    /// Passes the transfers that a query selects to `see`, `rows` at most. The order: by event
+    /// number for a query with a cursor, by time of creation for a query with ids, else the newest
+    /// first. `behind`: the list continues after this transfer, if the query has no cursor. Fails
+    /// if a transfer that the query names by its id cannot be read.
     async fn each_transfer(
         &self,
         query: &TransferQuery,
@@ -141,7 +176,7 @@ pub trait Transfers: Send + Sync {
         see: See<'_, TransferRow>,
     ) -> Result<(), Fault>;
 
-    /// Shows `rows` transfers of an artifact, in the order in which they were begun, behind this
+    /// Passes `rows` transfers of an artifact to `see`, by time of creation, beginning after this
     /// one.
     async fn each_transfer_of_artifact(
         &self,
@@ -151,12 +186,12 @@ pub trait Transfers: Send + Sync {
         see: See<'_, TransferRow>,
     ) -> Result<(), Fault>;
 
-    /// How many transfers there are, and their bytes.
+    /// The number of transfers in each group, and their bytes.
     async fn counted_transfers(&self) -> Result<Vec<Counted>, Fault>;
 }
 
-/// A transaction that changes transfers. No other one changes those that it read before it has
-/// ended; it has no effect unless it is committed.
+/// A transaction that changes transfers. Until it ends, no other transaction changes the rows that
+/// it read. It has no effect unless it is committed.
 #[async_trait]
 pub trait TransferChanges: Send {
     /// One transfer.
@@ -173,10 +208,10 @@ pub trait TransferChanges: Send {
     /// cancelled.
     async fn rivals(&mut self, of: &TransferRow) -> Result<Vec<TransferRow>, Fault>;
 
-    /// Whether a site may be removing at this moment what this transfer brought: only runs need it
-    /// that have ended, or whose deadline has passed, which a site may notice first; and one of
-    /// them has not removed everything yet.
-    async fn may_be_going(&mut self, id: &TransferId, now_ms: i64) -> Result<bool, Fault>;
+    /// Whether a site may currently be removing the content of this transfer. That is the case if
+    /// all runs that need it have ended, or their deadline has passed (a site may notice that
+    /// first), and the cleanup of one of them is not complete.
+    async fn may_be_removing(&mut self, id: &TransferId, now_ms: i64) -> Result<bool, Fault>;
 
     /// Stores a delivery.
     async fn add_delivery(
@@ -194,7 +229,7 @@ pub trait TransferChanges: Send {
         site: &SiteName,
     ) -> Result<(), Fault>;
 
-    /// Stores a transfer that is new here.
+    /// Stores a new transfer.
     async fn insert(&mut self, row: &TransferRow, needs: Option<&ArtifactRef>)
     -> Result<(), Fault>;
 
@@ -208,13 +243,13 @@ pub trait TransferChanges: Send {
 /// What a step changed of a transfer.
 #[derive(Debug, Clone, Copy)]
 pub struct Difference {
-    /// Something that users see, which is an event.
+    /// Something that users see; it becomes an event.
     pub shows: bool,
-    /// The work of its site, and not only its progress.
+    /// The work of its site, not only the progress.
     pub work: bool,
 }
 
-/// The refusal of a second open transfer of an artifact to a site.
+/// The fault for a second open transfer of an artifact to the same site.
 pub(crate) fn second_transfer(row: &TransferRow) -> Fault {
     Fault::conflict(format!(
         "another transfer of {} to {} exists already, so {} cannot begin again",
@@ -240,7 +275,7 @@ impl Catalogue {
     }
 }
 
-/// A new id: sorts by time, and cannot be guessed from another.
+/// Creates an id that sorts by time and cannot be guessed from another id.
 pub fn new_id(prefix: &str) -> String {
     format!(
         "{prefix}-{:011x}{:08x}",
@@ -249,17 +284,12 @@ pub fn new_id(prefix: &str) -> String {
     )
 }
 
-/// The same for a transfer.
-fn new_transfer_id() -> TransferId {
-    TransferId::made(clock::now_unix_ms(), rand::random())
-}
-
-/// The same for a delivery.
+/// Creates the id of a delivery.
 pub fn new_delivery_id() -> DeliveryId {
     DeliveryId::made(clock::now_unix_ms(), rand::random())
 }
 
-/// The same for a training run.
+/// Creates the id of a training run.
 pub fn new_run_id() -> RunId {
     RunId::made(clock::now_unix_ms(), rand::random())
 }

@@ -2,7 +2,8 @@
 //!
 //! [`Catalogue`](crate::Catalogue) owns them. The engine reports the subjects of a transaction
 //! after its commit. A wake-up is a hint: each waiter also polls every [`POLL_EVERY`]. Nothing here
-//! survives a restart, nor needs to: a task looks once before it waits.
+//! survives a restart, and nothing needs to, because each task reads the catalogue once before it
+//! waits.
 
 use std::collections::HashMap;
 use std::pin::Pin;
@@ -17,13 +18,13 @@ use tokio::time::{Instant, sleep_until, timeout};
 
 /// Each waiter polls at this interval, even without a wake-up.
 pub(crate) const POLL_EVERY: Duration = Duration::from_secs(5);
-/// Changes that follow each other faster than this wake a [`Watch`] once.
+/// Several changes within this time wake a [`Watch`] once.
 const COALESCE: Duration = Duration::from_millis(10);
 
-/// What changed, as far as waiters distinguish it.
+/// The kinds of changes that waiters distinguish.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Subject {
-    /// The work of one site: its transfers, and the training runs that it takes part in.
+    /// The work of one site: its transfers, and the training runs that involve it.
     Site(SiteName),
     /// An artifact.
     Artifacts,
@@ -34,15 +35,15 @@ pub enum Subject {
 /// The tasks that wait for changes.
 #[derive(Debug, Default)]
 pub(crate) struct Wakes {
-    /// Those that wait for any change.
+    /// The tasks that wait for any change.
     all: Arc<Notify>,
-    /// Those that wait for one subject. An entry is removed when it is woken, so there is at most
-    /// one for each subject.
+    /// The tasks that wait for one subject. An entry is removed when it is woken, so there is at
+    /// most one for each subject.
     subjects: Mutex<HashMap<Subject, Arc<Notify>>>,
 }
 
 impl Wakes {
-    /// Wakes those that wait for these subjects, and those that wait for any change.
+    /// Wakes the tasks that wait for these subjects, and the tasks that wait for any change.
     pub(crate) fn wake(&self, changed: &[Subject]) {
         if changed.is_empty() {
             return;
@@ -107,13 +108,14 @@ pub struct Watch {
 
 impl Watch {
     /// Returns when the subject changed after the previous return (the first time: after the watch
-    /// began), or after `POLL_EVERY`. So a caller that looks, then calls this, misses nothing.
-    /// Many changes in a short time are one. May be dropped at any time.
+    /// began), or after `POLL_EVERY`. So a caller that reads the catalogue and then calls this
+    /// misses no change. Several changes in a short time count as one. The future may be dropped at
+    /// any time.
     pub async fn changed(&mut self) {
         self.changed_within(POLL_EVERY).await;
     }
 
-    /// The same with another interval of polling.
+    /// The same with a different polling interval.
     pub async fn changed_within(&mut self, poll: Duration) {
         if !self.is_woken {
             let _ = timeout(poll, &mut self.next).await;
@@ -128,23 +130,16 @@ impl Watch {
     }
 }
 
-impl Subject {
-    /// The work of the site of this name, as a row has it.
-    pub(crate) fn of_site(name: &str) -> Self {
-        name.parse().map_or(Self::Other, Self::Site)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn site(name: &str) -> Subject {
-        Subject::of_site(name)
+        Subject::Site(name.parse().unwrap())
     }
 
     #[tokio::test(start_paused = true)]
-    async fn changes_that_follow_each_other_fast_are_one() {
+    async fn several_changes_in_a_short_time_wake_once() {
         let wakes = Arc::<Wakes>::default();
         let mut watch = wakes.watch(Some(site("a")));
         let (waker, begun) = (wakes.clone(), Instant::now());
@@ -164,7 +159,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn nothing_is_missed_while_a_task_looks_and_the_first_change_is_not_held_back() {
+    async fn a_watch_misses_no_change_and_does_not_delay_the_first_one() {
         let wakes = Arc::<Wakes>::default();
         let mut watch = wakes.watch(Some(site("a")));
         let begun = Instant::now();
@@ -173,7 +168,7 @@ mod tests {
         watch.changed().await;
         assert_eq!(begun.elapsed(), Duration::ZERO);
         wakes.wake(&[site("a")]);
-        // Given up while it is held back.
+        // Dropped while it is delayed.
         assert!(
             timeout(Duration::from_millis(1), watch.changed())
                 .await
@@ -181,7 +176,7 @@ mod tests {
         );
         watch.changed().await;
         assert_eq!(begun.elapsed(), COALESCE);
-        // Of another subject; then it polls.
+        // A change of another subject; then the interval of polling.
         wakes.wake(&[site("b"), Subject::Artifacts, Subject::Other]);
         watch.changed().await;
         assert_eq!(begun.elapsed(), COALESCE + POLL_EVERY);
@@ -191,7 +186,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn whoever_waits_for_anything_counts_from_the_call() {
+    async fn a_wait_for_any_change_counts_from_the_call() {
         let wakes = Arc::<Wakes>::default();
         let begun = Instant::now();
         let changed = wakes.changed();

@@ -6,7 +6,9 @@ use std::time::{Duration, Instant};
 
 use futures::StreamExt as _;
 use futures::stream::FuturesUnordered;
+use tokio::net::TcpStream;
 
+use super::addresses::{self, Route};
 use super::congestion::Choice;
 use super::mux::{End, Mux};
 use super::tls::{self, Shown};
@@ -14,16 +16,16 @@ use super::{
     CLOSE_CLOCK, CLOSE_REFUSED, Ended, Link, PRIORITY_CONTROL, Wire, clean, hello, quic, tcp,
 };
 use crate::identity::{CertificateRequest, Claim, JoinToken, SiteIdentity};
-use crate::{ConnectionSettings, Transport};
+use crate::{ConnectionSettings, ProxySettings, Transport};
 use base::clock;
 use base::fault::{Code, Fault, Reason};
 use base::limits::{
-    CONNECTION_ADDRESSES_MAX, CONNECTION_HANDSHAKE_MAX, CONNECTION_QUIC_ANSWER_MAX,
-    CONNECTION_SEND_BYTES_MAX, CONNECTION_SEND_BYTES_MIN,
+    CONNECTION_HANDSHAKE_MAX, CONNECTION_QUIC_ANSWER_MAX, CONNECTION_SEND_BYTES_MAX,
+    CONNECTION_SEND_BYTES_MIN,
 };
 use base::peer::Peer;
 
-/// The delay before the next address of a host name is tried.
+/// The delay before the next address is tried, while the one before has not failed.
 const HEAD_START: Duration = Duration::from_millis(250);
 /// If a TCP handshake is not complete after this time, smaller segments are tried, and after twice
 /// this time even smaller ones.
@@ -37,6 +39,8 @@ pub(crate) const CLOCK_DIFFERENCE_MAX: Duration = Duration::from_secs(60);
 enum Failure {
     /// No answer: another address or transport may work.
     NoAnswer(String),
+    /// A proxy answered that it does not connect; another address may work.
+    Blocked(Fault),
     /// The hub answered, and a retry with another address or transport is useless.
     Refused(Fault),
 }
@@ -78,9 +82,18 @@ impl Failure {
         }
     }
 
+    /// The failure to report of two, of which `later` is the second.
+    fn or(self, later: Self) -> Self {
+        match (&self, &later) {
+            (Failure::Refused(_), _) => self,
+            (_, Failure::NoAnswer(_)) if matches!(self, Failure::Blocked(_)) => self,
+            _ => later,
+        }
+    }
+
     fn into_fault(self, address: &str) -> Fault {
         match self {
-            Failure::Refused(fault) => fault,
+            Failure::Refused(fault) | Failure::Blocked(fault) => fault,
             Failure::NoAnswer(why) => unreachable(address, &why),
         }
     }
@@ -127,9 +140,9 @@ struct Call<'a> {
 impl Call<'_> {
     /// Connects over the configured transport, or over QUIC and then TCP.
     async fn connect(&self) -> Result<(Link, Shown), Fault> {
-        let addresses = resolve(self.address).await?;
-        let quic = |limit| self.over(Transport::Quic, &addresses, limit);
-        let tcp = || self.over(Transport::Tcp, &addresses, CONNECTION_HANDSHAKE_MAX);
+        addresses::check(self.address)?;
+        let quic = |limit| self.over(Transport::Quic, limit);
+        let tcp = || self.over(Transport::Tcp, CONNECTION_HANDSHAKE_MAX);
         match self.settings.transport {
             Transport::Quic => quic(CONNECTION_HANDSHAKE_MAX)
                 .await
@@ -139,6 +152,7 @@ impl Call<'_> {
                 let over_quic = match quic(CONNECTION_QUIC_ANSWER_MAX).await {
                     Ok(reached) => return Ok(reached),
                     Err(Failure::Refused(fault)) => return Err(fault),
+                    Err(Failure::Blocked(fault)) => fault.message,
                     Err(Failure::NoAnswer(why)) => why,
                 };
                 tracing::info!(
@@ -151,49 +165,105 @@ impl Call<'_> {
                         self.address,
                         &format!("QUIC: {over_quic}; TCP: {why}"),
                     )),
+                    Err(Failure::Blocked(fault)) => Err(Fault {
+                        message: format!("{}; QUIC: {over_quic}", fault.message),
+                        ..fault
+                    }),
                     other => other.map_err(|e| e.into_fault(self.address)),
                 }
             }
         }
     }
 
-    /// Tries every address, each a little later than the previous one. The first success wins.
-    async fn over(
-        &self,
-        transport: Transport,
-        addresses: &[SocketAddr],
-        limit: Duration,
-    ) -> Result<(Link, Shown), Failure> {
-        let mut tries: FuturesUnordered<_> = addresses
-            .iter()
-            .zip(0u32..)
-            .map(|(address, position)| async move {
-                tokio::time::sleep(HEAD_START * position).await;
-                match transport {
-                    Transport::Tcp => self.one_tcp(*address).await,
-                    Transport::Auto | Transport::Quic => self.one_quic(*address).await,
-                }
-            })
-            .collect();
-        let all = async {
-            let mut best_failure = Failure::NoAnswer("the host name has no address".into());
-            while let Some(result) = tries.next().await {
-                match result {
-                    Ok(reached) => return Ok(reached),
-                    Err(failure) if matches!(best_failure, Failure::NoAnswer(_)) => {
-                        best_failure = failure;
-                    }
-                    Err(_) => {}
+    /// Tries every route, the next one when the one before has failed or has not succeeded soon.
+    /// The first success wins.
+    async fn over(&self, transport: Transport, limit: Duration) -> Result<(Link, Shown), Failure> {
+        let deadline = tokio::time::sleep(limit);
+        tokio::pin!(deadline);
+        let proxy = match transport {
+            Transport::Tcp => &self.settings.proxy,
+            Transport::Auto | Transport::Quic => &ProxySettings::default(),
+        };
+        let routes = tokio::select! {
+            routes = addresses::routes(self.address, proxy) => routes,
+            () = &mut deadline => Err("the host name was not resolved in time".into()),
+        };
+        let mut waiting = routes.map_err(Failure::NoAnswer)?.into_iter();
+        let mut tries = FuturesUnordered::new();
+        let mut failure: Option<Failure> = None;
+        loop {
+            let next = waiting.next();
+            let has_more = next.is_some();
+            tries.extend(next.map(|route| self.one(transport, route)));
+            tokio::select! {
+                ended = tries.next() => match ended {
+                    Some(Ok(reached)) => return Ok(reached),
+                    Some(Err(failed)) => failure = Some(match failure {
+                        Some(before) => before.or(failed),
+                        None => failed,
+                    }),
+                    None => break,
+                },
+                () = tokio::time::sleep(HEAD_START), if has_more => {}
+                () = &mut deadline => {
+                    let late = format!("no response within {} s", limit.as_secs());
+                    let late = Failure::NoAnswer(late);
+                    failure = Some(match failure {
+                        Some(before) => before.or(late),
+                        None => late,
+                    });
+                    break;
                 }
             }
-            Err(best_failure)
-        };
-        match tokio::time::timeout(limit, all).await {
-            Ok(result) => result,
-            Err(_) => Err(Failure::NoAnswer(format!(
-                "no response within {} s",
-                limit.as_secs()
+        }
+        Err(failure.unwrap_or_else(|| Failure::NoAnswer("the host name has no address".into())))
+    }
+
+    async fn one(&self, transport: Transport, route: Route<'_>) -> Result<(Link, Shown), Failure> {
+        match (transport, route) {
+            (Transport::Tcp, route) => self.one_tcp(route).await,
+            (_, Route::Direct(address)) => self.one_quic(address).await,
+            (_, Route::Proxy { proxy, .. }) => Err(Failure::NoAnswer(format!(
+                "the proxy {proxy} is for TCP only"
             ))),
+        }
+    }
+
+    /// A TCP connection to the hub, and the address of its other end: of the hub, or of a proxy. Both
+    /// ends send segments of at most `segment` bytes.
+    async fn socket(
+        &self,
+        route: Route<'_>,
+        segment: Option<u32>,
+    ) -> Result<(TcpStream, SocketAddr), Failure> {
+        let no_answer = |e: std::io::Error| Failure::NoAnswer(e.to_string());
+        match route {
+            Route::Direct(address) => {
+                let socket = tcp::open(address, segment).await.map_err(no_answer)?;
+                Ok((socket, address))
+            }
+            Route::Proxy { hub, proxy } => {
+                let blocked = |why: &str| Failure::Blocked(proxy.unreachable(why));
+                let addresses = addresses::of_host(proxy.address())
+                    .await
+                    .map_err(|why| blocked(&why))?;
+                let mut opened = Err(blocked("its host name has no address"));
+                for address in addresses {
+                    opened = tcp::open(address, segment)
+                        .await
+                        .map_err(|e| blocked(&e.to_string()));
+                    if opened.is_ok() {
+                        break;
+                    }
+                }
+                let mut socket = opened?;
+                let remote = socket.peer_addr().map_err(no_answer)?;
+                proxy
+                    .open(&mut socket, hub)
+                    .await
+                    .map_err(Failure::Blocked)?;
+                Ok((socket, remote))
+            }
         }
     }
 
@@ -219,16 +289,21 @@ impl Call<'_> {
         .await
     }
 
-    async fn one_tcp(&self, address: SocketAddr) -> Result<(Link, Shown), Failure> {
+    async fn one_tcp(&self, route: Route<'_>) -> Result<(Link, Shown), Failure> {
         let name = tls::hub_name().map_err(Failure::Refused)?;
         let tls = Arc::new(self.tls.clone());
         let connecting = tcp_in_segments(|segment| {
             let (tls, name) = (tls.clone(), name.clone());
-            tcp::connect(address, segment, tls, name, self.settings.congestion)
+            async move {
+                let (socket, address) = self.socket(route, segment).await?;
+                let secured = tcp::secure(socket, tls, name, self.settings.congestion).await;
+                match secured {
+                    Ok(secured) => Ok((secured, address)),
+                    Err(error) => Err(Failure::of_io(&error, self.address)),
+                }
+            }
         });
-        let (segment, secured) = connecting
-            .await
-            .map_err(|e| Failure::of_io(&e, self.address))?;
+        let (segment, (secured, address)) = connecting.await?;
         if let Some(bytes) = segment {
             tracing::warn!(
                 hub = self.address,
@@ -287,11 +362,9 @@ impl Call<'_> {
 /// Connects with segments of the usual size. If the handshake makes no progress, tries smaller
 /// segments beside it: a router may drop large packets without a report. Returns the first
 /// connection, and its segment size if that is not the usual one.
-async fn tcp_in_segments<T, F>(
-    connect: impl Fn(Option<u32>) -> F,
-) -> std::io::Result<(Option<u32>, T)>
+async fn tcp_in_segments<T, E, F>(connect: impl Fn(Option<u32>) -> F) -> Result<(Option<u32>, T), E>
 where
-    F: Future<Output = std::io::Result<T>>,
+    F: Future<Output = Result<T, E>>,
 {
     let sizes = std::iter::once(None).chain(TCP_SEGMENT_BYTES.map(Some));
     let mut tries: FuturesUnordered<_> = sizes
@@ -304,15 +377,18 @@ where
             }
         })
         .collect();
-    while let Some((segment, result)) = tries.next().await {
-        match result {
-            Ok(connection) => return Ok((segment, connection)),
+    loop {
+        match tries.next().await {
+            Some((segment, Ok(connection))) => return Ok((segment, connection)),
             // An answer to the usual segments counts; a failure of the others shows nothing.
-            Err(error) if segment.is_none() || tries.is_empty() => return Err(error),
-            Err(_) => {}
+            Some((segment, Err(error))) if segment.is_none() || tries.is_empty() => {
+                return Err(error);
+            }
+            Some((_, Err(_))) => {}
+            // The last one returned its error.
+            None => std::future::pending().await,
         }
     }
-    Err(std::io::ErrorKind::TimedOut.into())
 }
 
 /// Returns a message if the clocks of this machine and of the hub differ.
@@ -328,28 +404,8 @@ pub fn clock_difference(link: &Link) -> Option<String> {
     })
 }
 
-async fn resolve(address: &str) -> Result<Vec<SocketAddr>, Fault> {
-    if address
-        .rsplit_once(':')
-        .is_none_or(|(host, port)| host.is_empty() || port.parse::<u16>().is_err())
-    {
-        return Err(Fault::config(format!(
-            "the hub's address {address:?} is not HOST:PORT"
-        )));
-    }
-    let found = tokio::net::lookup_host(address)
-        .await
-        .map_err(|e| unreachable(address, &format!("the host name cannot be resolved: {e}")))?;
-    let mut addresses: Vec<SocketAddr> = Vec::new();
-    for address in found {
-        if !addresses.contains(&address) && addresses.len() < CONNECTION_ADDRESSES_MAX {
-            addresses.push(address);
-        }
-    }
-    Ok(addresses)
-}
-
-/// Connects to the hub at `HOST:PORT`. The connection buffers at most `memory` bytes for sending.
+/// Connects to the hub at `HOST:PORT`, or at the first of several addresses, separated by commas,
+/// that answers. The connection buffers at most `memory` bytes for sending.
 /// Returns after the welcome of the hub. If the hub rejects the site, the fault is `not_allowed`
 /// with the reason of the hub.
 pub async fn dial(
@@ -387,9 +443,8 @@ pub async fn probe_quic(
         memory,
         welcomed: true,
     };
-    let addresses = resolve(address).await?;
     let (link, _) = call
-        .over(Transport::Quic, &addresses, CONNECTION_QUIC_ANSWER_MAX)
+        .over(Transport::Quic, CONNECTION_QUIC_ANSWER_MAX)
         .await
         .map_err(|e| e.into_fault(address))?;
     Ok(link)
@@ -527,7 +582,7 @@ mod tests {
                 if segment.unwrap_or(1460) > largest {
                     std::future::pending::<()>().await;
                 }
-                Ok(())
+                Ok::<_, std::io::Error>(())
             })
         };
         let started = tokio::time::Instant::now();

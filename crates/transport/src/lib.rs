@@ -16,6 +16,7 @@
 //! survives a crash. [`identity`] stores keys and certificates on disk and replaces each file
 //! atomically.
 
+mod addresses;
 mod bbr;
 mod congestion;
 mod dial;
@@ -23,6 +24,7 @@ mod hello;
 pub mod identity;
 mod listen;
 mod mux;
+mod proxy;
 mod quic;
 mod redial;
 mod seats;
@@ -38,6 +40,7 @@ mod write_order;
 
 pub use dial::{clock_difference, dial, join, probe_quic};
 pub use listen::{Arrival, JoinRequest, Listener};
+pub use proxy::{Proxy, ProxySettings};
 pub use redial::Redial;
 pub use settings::{Congestion, ConnectionSettings, Transport};
 pub use stream::{RecvHalf, SendHalf};
@@ -510,5 +513,7 @@ impl Link {
     }
 }
 
+#[cfg(test)]
+mod routes_tests;
 #[cfg(test)]
 pub(crate) mod tests;

@@ -3,22 +3,24 @@
 
 use std::time::Duration;
 
-use base::limits::{BACKOFF_FIRST, RECONNECT_MAX};
+use base::limits::{BACKOFF_FIRST, RECONNECT_MAX, RECONNECT_SOON_ATTEMPTS, RECONNECT_SOON_MAX};
 
 /// After a connection of at least this duration, the next attempt starts without the longer pauses.
 const STABLE_AFTER: Duration = Duration::from_secs(10);
 
 /// The pauses between attempts. They double, with jitter, so that many sites do not reconnect at
-/// once.
+/// once. They stay short for some minutes, and become longer when the hub does not come back.
 #[derive(Debug)]
 pub struct Redial {
     pause_max: Duration,
+    attempts: u32,
 }
 
 impl Default for Redial {
     fn default() -> Self {
         Self {
             pause_max: BACKOFF_FIRST,
+            attempts: 0,
         }
     }
 }
@@ -27,7 +29,12 @@ impl Redial {
     /// The next pause.
     pub fn pause(&mut self) -> Duration {
         let pause = self.pause_max.mul_f64(rand::random_range(0.5..1.0));
-        self.pause_max = (self.pause_max * 2).min(RECONNECT_MAX);
+        self.attempts = self.attempts.saturating_add(1);
+        let longest = match self.attempts < RECONNECT_SOON_ATTEMPTS {
+            true => RECONNECT_SOON_MAX,
+            false => RECONNECT_MAX,
+        };
+        self.pause_max = (self.pause_max * 2).min(longest);
         pause
     }
 
@@ -52,13 +59,20 @@ mod tests {
     #[test]
     fn pauses_double_to_a_limit() {
         let mut redial = Redial::default();
-        for doublings in 0..40u32 {
+        let mut total = Duration::ZERO;
+        for doublings in 0..RECONNECT_SOON_ATTEMPTS {
             let pause_max = BACKOFF_FIRST
                 .saturating_mul(1 << doublings.min(20))
-                .min(RECONNECT_MAX);
+                .min(RECONNECT_SOON_MAX);
             let pause = redial.pause();
+            total += pause;
             assert!(is_about(pause, pause_max), "{doublings}: {pause:?}");
         }
+        assert!(total > Duration::from_secs(120), "{total:?}");
+        for _ in 0..9 {
+            redial.pause();
+        }
+        assert!(is_about(redial.pause(), RECONNECT_MAX));
     }
 
     #[test]
@@ -74,7 +88,7 @@ mod tests {
             redial.pause();
         }
         redial.stood(STABLE_AFTER - Duration::from_millis(1));
-        assert!(is_about(redial.pause(), RECONNECT_MAX));
+        assert!(is_about(redial.pause(), RECONNECT_SOON_MAX));
         redial.stood(STABLE_AFTER);
         assert!(is_about(redial.pause(), BACKOFF_FIRST));
         assert!(is_about(redial.pause(), BACKOFF_FIRST * 2));

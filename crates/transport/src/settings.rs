@@ -2,6 +2,8 @@
 
 use serde::Deserialize;
 
+use crate::proxy::ProxySettings;
+
 pub use base::congestion::Congestion;
 
 /// `[line]`: how a connection is opened and how it shares its path.
@@ -11,6 +13,9 @@ pub struct ConnectionSettings {
     pub congestion: Congestion,
     /// `auto` (QUIC, or TCP if UDP is blocked), `quic` or `tcp`.
     pub transport: Transport,
+    /// The proxies of the TCP transport, from `[hub]` or the environment.
+    #[serde(skip)]
+    pub proxy: ProxySettings,
 }
 
 /// The transport over which a site connects.

@@ -176,7 +176,7 @@ pub(super) async fn accept(
 
 /// Connects. Both ends send segments of at most `segment` bytes: the kernel tells the peer while it
 /// connects.
-async fn open(remote: SocketAddr, segment: Option<u32>) -> std::io::Result<TcpStream> {
+pub(super) async fn open(remote: SocketAddr, segment: Option<u32>) -> std::io::Result<TcpStream> {
     let socket = if remote.is_ipv4() {
         TcpSocket::new_v4()?
     } else {
@@ -188,16 +188,14 @@ async fn open(remote: SocketAddr, segment: Option<u32>) -> std::io::Result<TcpSt
     socket.connect(remote).await
 }
 
-/// Connects to the hub and performs the handshake. Both ends send segments of at most `segment`
-/// bytes.
-pub(super) async fn connect(
-    remote: SocketAddr,
-    segment: Option<u32>,
+/// Performs the handshake with the hub on a connection to it, which may lead through a proxy.
+pub(super) async fn secure(
+    socket: TcpStream,
     tls: Arc<rustls::ClientConfig>,
     name: rustls::pki_types::ServerName<'static>,
     congestion: Congestion,
 ) -> std::io::Result<Secured<ClientIo>> {
-    let (io, traffic) = prepare(open(remote, segment).await?);
+    let (io, traffic) = prepare(socket);
     let started = Instant::now();
     let mut io = tokio_rustls::TlsConnector::from(tls)
         .connect(name, io)

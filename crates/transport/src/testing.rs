@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "tests only")]
 
 mod join;
+pub mod proxy;
 
 use std::net::SocketAddr;
 use std::path::Path;
@@ -30,6 +31,7 @@ pub(crate) fn settings(transport: Transport) -> ConnectionSettings {
     ConnectionSettings {
         congestion: Congestion::Auto,
         transport,
+        ..ConnectionSettings::default()
     }
 }
 

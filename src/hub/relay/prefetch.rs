@@ -192,12 +192,13 @@ impl RelayKeeper {
                         return Err(Fault::no_space("the relay's budget is used up"));
                     }
                     let bytes: u64 = children.iter().map(|c| u64::from(c.chunk.len)).sum();
-                    // Prefetching has its own share of the budget, besides the peers.
+                    // Prefetching has its own share of the budget, in addition to those of the
+                    // peers.
                     let _share = inner.budgets.content(&inner.own, bytes, 0).await?;
                     let unkept = inner.relay.unkept_bytes();
                     inner
                         .relay
-                        .bring(
+                        .fetch_and_keep(
                             Of {
                                 digest,
                                 page,

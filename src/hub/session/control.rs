@@ -1,21 +1,23 @@
-//! The control stream of a site: the list of wanted transfers and runs goes out, reports come in.
+//! The control stream of a site: what the site reports, and what is acknowledged. `list` sends what
+//! the site has to do.
 //!
-//! What the catalogue cannot store, because its disk is full for example, is stored, or asked for,
-//! again on the same connection.
+//! What the catalogue cannot store, because its disk is full for example, is stored, or sent again
+//! by the site, on the same connection.
 
-use std::time::{Duration, Instant};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use parking_lot::Mutex;
+use tokio::sync::{Notify, watch};
 use tracing::Instrument as _;
 
 use super::Sessions;
 use crate::api::types::State;
 use crate::config::Congestion;
-use crate::hub::manifest_push::ManifestPush;
 use base::blocking::blocking;
 use base::fault::{Code, Fault};
-use base::limits::{RUNS_OPEN_MAX, STATE_RETRY_EVERY, STATE_WRITE_BYTES_MIN};
-use base::names::{ArtifactRef, Kind, RunName, SiteName};
+use base::limits::{REPORTS_UNACKED_MAX, RUNS_OPEN_MAX, STATE_RETRY_EVERY, STATE_WRITE_BYTES_MIN};
+use base::names::{ArtifactRef, RunName, SiteName, TransferId};
 use base::peer::Peer;
 use base::space::Space;
 use base::spans;
@@ -23,22 +25,20 @@ use base::text::Message;
 use exchange::wire;
 use model::actor::Actor;
 use model::policy::{self, Object, Verb};
-use model::protocol::{Desired, FromHub, FromSite, Report};
-use model::run::{DesiredRun, RunReport};
+use model::protocol::{FromHub, FromSite, Report};
+use model::receipt::Certificate;
+use model::run::RunReport;
 use state::{Subject, TransferRow};
 use transport::identity::verify_signature;
 use transport::{Link, RecvHalf, SendHalf};
 
 /// What a site has to do is read again at this interval, even without a wake-up.
 const WORK_POLL_EVERY: Duration = Duration::from_secs(60);
-/// The largest part of one message that lineages may use.
-pub(super) const LINEAGE_BYTES_MAX: usize = 1 << 20;
-
 /// Messages of a site that the catalogue could not store, for example because its disk is full.
 /// They are stored, or requested, again on this connection.
 #[derive(Default)]
 struct Unstored {
-    /// Whether a report of a transfer is missing.
+    /// Whether a report of a transfer is missing, of a site that sends no batches.
     reports: bool,
     runs: Vec<RunReport>,
     changed: Option<Vec<(ArtifactRef, Message)>>,
@@ -54,6 +54,54 @@ impl Unstored {
 /// `share` and `train` of a site's first message.
 type Hello = (Option<Vec<String>>, Option<Vec<String>>);
 
+/// The batches of reports that were processed and are not acknowledged yet.
+#[derive(Default)]
+pub(super) struct Processed {
+    /// The number of the last one.
+    number: Option<u64>,
+    /// The transfers whose reports could not be stored.
+    unstored: Vec<TransferId>,
+}
+
+/// One control stream, as its reading and its writing half share it.
+pub(super) struct Control<'a> {
+    pub(super) site: &'a SiteName,
+    unstored: Mutex<Unstored>,
+    processed: Mutex<Processed>,
+    /// There is something to acknowledge, or the site has asked for the complete list.
+    pub(super) answer: Notify,
+    pub(super) is_list_asked: AtomicBool,
+    /// Whether the site receives changes; `None`: its hello has not arrived.
+    receives_changes: watch::Sender<Option<bool>>,
+}
+
+impl<'a> Control<'a> {
+    fn of(site: &'a SiteName) -> Self {
+        Self {
+            site,
+            unstored: Mutex::default(),
+            processed: Mutex::default(),
+            answer: Notify::new(),
+            is_list_asked: AtomicBool::new(false),
+            receives_changes: watch::Sender::new(None),
+        }
+    }
+
+    /// What was processed since the last call.
+    pub(super) fn take_processed(&self) -> Option<FromHub> {
+        let Processed { number, unstored } = std::mem::take(&mut *self.processed.lock());
+        number.map(|number| FromHub::Stored { number, unstored })
+    }
+
+    /// How long the writing half waits for a change.
+    pub(super) fn poll(&self) -> Duration {
+        match self.unstored.lock().is_empty() {
+            true => WORK_POLL_EVERY,
+            false => STATE_RETRY_EVERY,
+        }
+    }
+}
+
 /// Whether the hub failed to store a message, in contrast to a refusal of the message.
 fn is_not_stored(fault: &Fault) -> bool {
     matches!(
@@ -63,7 +111,7 @@ fn is_not_stored(fault: &Fault) -> bool {
 }
 
 impl Sessions {
-    /// The control stream: after each change, the whole desired state is sent again.
+    /// The control stream of a site, until it ends.
     pub(super) async fn control(
         &self,
         mut send: SendHalf,
@@ -74,135 +122,157 @@ impl Sessions {
         let peer = Peer::Site(site.clone());
         policy::may(&Actor::from(&peer), Verb::Control, &Object::Daemon)?;
         send.set_priority(wire::PRIORITY_CONTROL);
-        let unstored: Mutex<Unstored> = Mutex::default();
+        let control = Control::of(site);
         let read = async {
+            let mut certificate = None;
             loop {
-                let (message, _share) =
+                let (message, share) =
                     wire::receive_within(&mut recv, self.inner.budgets.messages(), &peer).await?;
-                match message {
-                    FromSite::Hello {
-                        version,
-                        share,
-                        train,
-                        congestion,
-                    } => {
-                        // The site knows its connection; `auto` keeps the setting of the hub's own
-                        // configuration.
-                        if congestion != Congestion::Auto {
-                            link.set_congestion(congestion);
-                        }
-                        let [share, train] =
-                            [share, train].map(|list| list.map(|list| list.texts()));
-                        if let Err(fault) = self
-                            .take_hello(site, share.as_deref(), train.as_deref())
-                            .await
-                        {
-                            tracing::error!(error = %fault, "the settings that a site reported could not be stored; retrying");
-                            unstored.lock().hello = Some((share, train));
-                        }
-                        self.note_seen(site, Some(&version)).await;
-                    }
-                    FromSite::Report(reports) => {
-                        self.inner.budgets.reports(&peer, reports.len()).await;
-                        for report in reports {
-                            // An invalid report must not end the connection for all other reports.
-                            let id = report.id.clone();
-                            match self.take_report(site, report).await {
-                                Err(fault) if is_not_stored(&fault) => {
-                                    if !std::mem::replace(&mut unstored.lock().reports, true) {
-                                        tracing::error!(transfer = %id, error = %fault, "a report could not be stored; it is requested again");
-                                    }
-                                }
-                                Err(fault) => {
-                                    tracing::warn!(transfer = %id, error = %fault, "a report was refused");
-                                }
-                                Ok(()) => {}
-                            }
-                        }
-                    }
-                    FromSite::Runs(reports) => {
-                        self.inner.budgets.reports(&peer, reports.len()).await;
-                        // The reports of all runs may arrive in several messages.
-                        let names: Vec<RunName> =
-                            reports.iter().map(|report| report.name.clone()).collect();
-                        let failed = self.take_run_reports(site, reports).await;
-                        let mut unstored = unstored.lock();
-                        unstored.runs.retain(|report| !names.contains(&report.name));
-                        unstored.runs.extend(failed);
-                        unstored.runs.truncate(RUNS_OPEN_MAX);
-                    }
-                    FromSite::Changed(all) => {
-                        match self.inner.catalogue.set_changed_at(site, &all).await {
-                            Ok(true) => {
-                                tracing::info!(
-                                    artifacts = all.len(),
-                                    "a site reported changed files of artifacts that it published"
-                                );
-                            }
-                            Ok(false) => {}
-                            Err(fault) => {
-                                tracing::error!(error = %fault, "the changes that a site reported could not be stored; retrying");
-                                unstored.lock().changed = Some(all);
-                            }
-                        }
-                    }
-                }
-                if !unstored.lock().is_empty() {
-                    self.inner.catalogue.notify_of(Subject::Site(site.clone()));
-                }
+                self.inner.traffic.received(share.bytes());
+                self.take(&control, &peer, link, message, &mut certificate)
+                    .await?;
             }
             #[expect(unreachable_code, reason = "states the error type of an endless loop")]
             Ok::<(), Fault>(())
         };
         let write = async {
-            let mut last: Option<(Vec<Desired>, Vec<DesiredRun>)> = None;
-            let mut revision = 0;
-            let inner = &self.inner;
-            let mut push = ManifestPush::begin(inner.catalogue.clone(), inner.library.clone());
-            let mut tried = Instant::now();
-            let mut work = self.inner.catalogue.watch(Subject::Site(site.clone()));
-            loop {
-                if tried.elapsed() >= STATE_RETRY_EVERY {
-                    tried = Instant::now();
-                    if self.store_again(site, &unstored).await {
-                        // The site answers each list with the state of all its transfers.
-                        last = None;
-                    }
-                }
-                let now = (
-                    self.desired_transfers(site).await?,
-                    self.inner.runs.desired(site).await?,
-                );
-                if last.as_ref() != Some(&now) {
-                    revision += 1;
-                    let (transfers, runs) = now.clone();
-                    let (manifests, _share) = push.next(site, &transfers).await;
-                    wire::send(
-                        &mut send,
-                        &FromHub::Desired {
-                            revision,
-                            transfers,
-                            runs,
-                            manifests,
-                        },
-                    )
-                    .await?;
-                    last = Some(now);
-                }
-                let poll = match unstored.lock().is_empty() {
-                    true => WORK_POLL_EVERY,
-                    false => STATE_RETRY_EVERY,
-                };
-                work.changed_within(poll).await;
+            let mut hello = control.receives_changes.subscribe();
+            let receives_changes = match hello.wait_for(Option::is_some).await {
+                Ok(receives_changes) => *receives_changes == Some(true),
+                Err(_) => return Ok(()),
+            };
+            match receives_changes {
+                true => self.send_changes(&mut send, &control).await,
+                false => self.send_lists(&mut send, &control).await,
             }
-            #[expect(unreachable_code, reason = "states the error type of an endless loop")]
-            Ok::<(), Fault>(())
         };
         tokio::select! {
             result = read => result,
             result = write => result,
             () = self.inner.stop.cancelled() => Ok(()),
         }
+    }
+
+    /// Handles one message of a site. `certificate`: the last one of its batches of reports.
+    async fn take(
+        &self,
+        control: &Control<'_>,
+        peer: &Peer,
+        link: &Link,
+        message: FromSite,
+        certificate: &mut Option<Certificate>,
+    ) -> Result<(), Fault> {
+        let (site, unstored) = (control.site, &control.unstored);
+        match message {
+            FromSite::Hello {
+                version,
+                share,
+                train,
+                congestion,
+                changes,
+            } => {
+                // The site knows its connection; `auto` keeps the setting of the hub's own
+                // configuration.
+                if congestion != Congestion::Auto {
+                    link.set_congestion(congestion);
+                }
+                // The first hello decides for the whole stream.
+                control.receives_changes.send_if_modified(|known| {
+                    let is_first = known.is_none();
+                    known.get_or_insert(changes);
+                    is_first
+                });
+                let [share, train] = [share, train].map(|list| list.map(|list| list.texts()));
+                if let Err(fault) = self
+                    .take_hello(site, share.as_deref(), train.as_deref())
+                    .await
+                {
+                    tracing::error!(error = %fault, "the settings that a site reported could not be stored; retrying");
+                    unstored.lock().hello = Some((share, train));
+                }
+                self.note_seen(site, Some(&version)).await;
+            }
+            FromSite::Report(reports) => {
+                if !self.take_reports(site, peer, reports).await.is_empty() {
+                    unstored.lock().reports = true;
+                }
+            }
+            FromSite::Reports(batch) => {
+                let number = batch.number;
+                let reports = batch.into_reports(certificate);
+                let failed = self.take_reports(site, peer, reports).await;
+                let mut processed = control.processed.lock();
+                processed.number = Some(number);
+                processed.unstored.extend(failed);
+                if processed.unstored.len() > 2 * REPORTS_UNACKED_MAX {
+                    return Err(Fault::integrity(
+                        "the site sent more reports than may wait for an acknowledgement",
+                    ));
+                }
+                drop(processed);
+                control.answer.notify_one();
+            }
+            FromSite::List => {
+                control.is_list_asked.store(true, Ordering::Relaxed);
+                control.answer.notify_one();
+            }
+            FromSite::Runs(reports) => {
+                self.inner.budgets.reports(peer, reports.len()).await;
+                // The reports of all runs may arrive in several messages.
+                let names: Vec<RunName> =
+                    reports.iter().map(|report| report.name.clone()).collect();
+                let failed = self.take_run_reports(site, reports).await;
+                let mut unstored = unstored.lock();
+                unstored.runs.retain(|report| !names.contains(&report.name));
+                unstored.runs.extend(failed);
+                unstored.runs.truncate(RUNS_OPEN_MAX);
+            }
+            FromSite::Changed(all) => match self.inner.catalogue.set_changed_at(site, &all).await {
+                Ok(true) => {
+                    tracing::info!(
+                        artifacts = all.len(),
+                        "a site reported changed files of artifacts that it published"
+                    );
+                }
+                Ok(false) => {}
+                Err(fault) => {
+                    tracing::error!(error = %fault, "the changes that a site reported could not be stored; retrying");
+                    unstored.lock().changed = Some(all);
+                }
+            },
+        }
+        if !unstored.lock().is_empty() {
+            self.inner.catalogue.notify_of(Subject::Site(site.clone()));
+        }
+        Ok(())
+    }
+
+    /// Handles a site's reports of its transfers. Returns those that could not be stored.
+    async fn take_reports(
+        &self,
+        site: &SiteName,
+        peer: &Peer,
+        reports: Vec<Report>,
+    ) -> Vec<TransferId> {
+        self.inner.budgets.reports(peer, reports.len()).await;
+        let mut unstored = Vec::new();
+        for report in reports {
+            // An invalid report must not end the connection for all other reports.
+            let id = report.id.clone();
+            match self.take_report(site, report).await {
+                Err(fault) if is_not_stored(&fault) => {
+                    if unstored.is_empty() {
+                        tracing::error!(transfer = %id, error = %fault, "a report could not be stored; it is requested again");
+                    }
+                    unstored.push(id);
+                }
+                Err(fault) => {
+                    tracing::warn!(transfer = %id, error = %fault, "a report was refused");
+                }
+                Ok(()) => {}
+            }
+        }
+        unstored
     }
 
     async fn take_hello(
@@ -239,7 +309,8 @@ impl Sessions {
 
     /// Stores the messages that could not be stored before, when there is space. Returns whether
     /// the site must send its reports again.
-    async fn store_again(&self, site: &SiteName, unstored: &Mutex<Unstored>) -> bool {
+    pub(super) async fn store_again(&self, control: &Control<'_>) -> bool {
+        let (site, unstored) = (control.site, &control.unstored);
         if unstored.lock().is_empty() {
             return false;
         }
@@ -322,54 +393,5 @@ impl Sessions {
             tracing::info!(state = state.as_str(), "the site reports another state");
         }
         Ok(())
-    }
-
-    /// The transfers of a site's desired state, each with the transfers that must complete first.
-    pub(super) async fn desired_transfers(&self, site: &SiteName) -> Result<Vec<Desired>, Fault> {
-        let catalogue = &self.inner.catalogue;
-        let waits = catalogue.waits(site).await?;
-        let mut out = Vec::new();
-        let mut told = 0;
-        for row in catalogue.open_transfers(site).await? {
-            let after = waits
-                .iter()
-                .filter(|(id, _)| *id == row.id)
-                .map(|(_, first)| first.clone())
-                .collect();
-            let lineage = if row.artifact.kind == Kind::Model {
-                catalogue.lineage(&row.artifact).await?
-            } else {
-                None
-            };
-            // A transfer must be listed, otherwise the site cancels it. The lineage of its model is
-            // included only if there is space.
-            let lineage = lineage.filter(|lineage| {
-                let bytes = serde_json::to_vec(lineage).map_or(0, |text| text.len());
-                let fits = told + bytes <= LINEAGE_BYTES_MAX;
-                told += if fits { bytes } else { 0 };
-                fits
-            });
-            out.push(Desired {
-                after,
-                lineage,
-                ..desired(row)
-            });
-        }
-        Ok(out)
-    }
-}
-
-fn desired(row: TransferRow) -> Desired {
-    Desired {
-        id: row.id,
-        delivery: row.delivery,
-        artifact: row.artifact,
-        digest: row.digest,
-        want: row.want,
-        generation: row.generation,
-        total: row.body.bytes.total,
-        created_ms: row.created_ms,
-        after: Vec::new(),
-        lineage: None,
     }
 }

@@ -24,6 +24,17 @@ use transport::{self, Link};
 /// packet.
 const QUIET: u64 = 192 << 10;
 
+/// The first message of a site.
+pub(in crate::hub) fn hello(changes: bool) -> FromSite {
+    FromSite::Hello {
+        version: "0".into(),
+        share: None,
+        train: None,
+        congestion: Default::default(),
+        changes,
+    }
+}
+
 pub(in crate::hub) struct Bench {
     pub(in crate::hub) hub: Hub,
     address: String,
@@ -281,16 +292,7 @@ async fn a_publisher_may_do_nothing_else() {
     // A control stream gets no answer.
     let (mut send, mut recv) = link.open(wire::PRIORITY_CONTROL).await.unwrap();
     send.write_all(&[CONTROL]).await.unwrap();
-    let _ = wire::send(
-        &mut send,
-        &FromSite::Hello {
-            version: "0".into(),
-            share: None,
-            train: None,
-            congestion: Default::default(),
-        },
-    )
-    .await;
+    let _ = wire::send(&mut send, &hello(false)).await;
     assert!(wire::receive::<FromHub>(&mut recv).await.is_err());
     assert!(bench.hub.inner.catalogue.sites().await.unwrap().is_empty());
     // It can renew its certificate, and is still a publisher.
@@ -391,18 +393,10 @@ async fn the_manifest_of_a_new_artifact_is_pushed_to_a_site_once() {
     let open = async |link: &Link| {
         let (mut send, mut recv) = link.open(wire::PRIORITY_CONTROL).await.unwrap();
         send.write_all(&[CONTROL]).await.unwrap();
-        wire::send(
-            &mut send,
-            &FromSite::Hello {
-                version: "t".into(),
-                share: None,
-                train: None,
-                congestion: Default::default(),
-            },
-        )
-        .await
-        .unwrap();
-        let FromHub::Desired { manifests, .. } = wire::receive(&mut recv).await.unwrap();
+        wire::send(&mut send, &hello(false)).await.unwrap();
+        let FromHub::Desired { manifests, .. } = wire::receive(&mut recv).await.unwrap() else {
+            unreachable!("the site gets complete lists")
+        };
         assert!(manifests.is_empty());
         (send, recv)
     };
@@ -425,7 +419,10 @@ async fn the_manifest_of_a_new_artifact_is_pushed_to_a_site_once() {
         transfers,
         manifests,
         ..
-    } = wire::receive(&mut recv).await.unwrap();
+    } = wire::receive(&mut recv).await.unwrap()
+    else {
+        unreachable!("the site gets complete lists")
+    };
     assert_eq!(manifests.len(), 1);
     let (first, only) = (&transfers[0], &manifests[0]);
     assert_eq!(only.digest, first.digest);
@@ -497,7 +494,10 @@ async fn the_manifest_of_a_new_artifact_is_pushed_to_a_site_once() {
         transfers,
         manifests,
         ..
-    } = wire::receive(&mut recv).await.unwrap();
+    } = wire::receive(&mut recv).await.unwrap()
+    else {
+        unreachable!("the site gets complete lists")
+    };
     assert_eq!((transfers.len(), manifests.len()), (2, 0));
     let link = bench.dial(&site).await;
     open(&link).await;
@@ -548,6 +548,7 @@ async fn no_manifest_is_pushed_to_a_site_that_has_another_version() {
     let link = bench.dial(&site).await;
     let (mut send, mut recv) = link.open(wire::PRIORITY_CONTROL).await.unwrap();
     send.write_all(&[CONTROL]).await.unwrap();
+    wire::send(&mut send, &hello(false)).await.unwrap();
     wire::receive::<FromHub>(&mut recv).await.unwrap();
     bench
         .hub
@@ -565,7 +566,10 @@ async fn no_manifest_is_pushed_to_a_site_that_has_another_version() {
         transfers,
         manifests,
         ..
-    } = wire::receive(&mut recv).await.unwrap();
+    } = wire::receive(&mut recv).await.unwrap()
+    else {
+        unreachable!("the site gets complete lists")
+    };
     let digest = |name: &str| {
         transfers
             .iter()
@@ -750,6 +754,7 @@ async fn the_hub_uses_the_congestion_control_that_a_site_requests() {
                 share: None,
                 train: None,
                 congestion,
+                changes: false,
             },
         )
         .await

@@ -11,6 +11,7 @@ use crate::api::types::{State, TransferQuery};
 use crate::config;
 use crate::site::Site;
 use base::durable;
+use model::protocol::{CONTROL, FromHub, FromSite, Report};
 use transport::identity::{CertificateRequest, HubIdentity};
 use transport::{Arrival, Listener};
 
@@ -204,9 +205,12 @@ async fn a_message_with_an_invalid_id_is_refused_completely() {
 async fn reported(recv: &mut RecvHalf, what: &str, is: impl Fn(&Report) -> bool) {
     let work = async {
         loop {
-            if let FromSite::Report(all) = wire::receive::<FromSite>(recv).await.unwrap()
-                && all.iter().any(&is)
-            {
+            let all = match wire::receive::<FromSite>(recv).await.unwrap() {
+                FromSite::Report(all) => all,
+                FromSite::Reports(batch) => batch.into_reports(&mut None),
+                _ => continue,
+            };
+            if all.iter().any(&is) {
                 return;
             }
         }
@@ -284,6 +288,62 @@ async fn a_transfer_that_cannot_be_adopted_delays_no_other() {
             .unwritten()
             .iter()
             .any(|row| row.id.as_str() == "t-bad" && row.body.message.is_some())
+    );
+    bench.site.inner.opened.stop.cancel();
+    bench.site.stopped().await;
+}
+
+fn changes(revision: u64, content: &Value) -> Value {
+    let mut changes = json!({ "revision": revision });
+    changes
+        .as_object_mut()
+        .unwrap()
+        .extend(content.as_object().unwrap().clone());
+    json!({ "changes": changes })
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn changes_are_executed_and_a_missing_one_brings_the_complete_list() {
+    let bench = Bench::start().await;
+    let (_link, mut send, mut recv) = bench.control().await;
+    let paused = |id: &str, artifact: &str| {
+        let mut wanted = wanted(id, "d-1", "pause");
+        wanted["artifact"] = json!(artifact);
+        wanted
+    };
+    let is = |id: &'static str, state: State| {
+        move |report: &Report| report.id.as_str() == id && report.state == state
+    };
+    // The complete list in two parts.
+    let first = json!({ "begin": true, "set": [paused("t-1", "model/a:1")] });
+    let last = json!({ "end": true, "set": [paused("t-2", "model/b:1"), paused("t-3", "model/c:1")], "runs": [] });
+    wire::send(&mut send, &changes(1, &first)).await.unwrap();
+    wire::send(&mut send, &changes(2, &last)).await.unwrap();
+    for id in ["t-1", "t-2", "t-3"] {
+        reported(&mut recv, id, is(id, State::Paused)).await;
+    }
+    let removed = json!({ "removed": ["t-1"] });
+    wire::send(&mut send, &changes(3, &removed)).await.unwrap();
+    reported(&mut recv, "a removed one", is("t-1", State::Cancelled)).await;
+    // Revision 4 is missing.
+    let ignored = json!({ "removed": ["t-2"] });
+    wire::send(&mut send, &changes(5, &ignored)).await.unwrap();
+    let asked =
+        async { while wire::receive::<FromSite>(&mut recv).await.unwrap() != FromSite::List {} };
+    timeout(Duration::from_secs(30), asked).await.unwrap();
+    // A transfer that the hub cannot read continues, one that it does not list is given up.
+    let list = json!({ "begin": true, "end": true, "kept": ["t-2"], "runs": [] });
+    wire::send(&mut send, &changes(6, &list)).await.unwrap();
+    reported(
+        &mut recv,
+        "one that is not listed",
+        is("t-3", State::Cancelled),
+    )
+    .await;
+    let catalogue = &bench.site.inner.opened.catalogue;
+    assert_eq!(
+        catalogue.transfer("t-2").await.unwrap().state,
+        State::Paused
     );
     bench.site.inner.opened.stop.cancel();
     bench.site.stopped().await;

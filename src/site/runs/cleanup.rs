@@ -3,9 +3,10 @@
 //!
 //! Each borrowed input is removed separately. A removal that failed is repeated at the next check.
 
-use super::{OPEN_MAX, RunKeeper, Try, now_ms};
+use super::{OPEN_MAX, RunKeeper, Try};
 use crate::api::types::State;
 use base::blocking::blocking;
+use base::clock;
 use base::fault::{Code, Fault};
 use base::names::{RunName, TransferId};
 use exchange::transfer::beside;
@@ -27,7 +28,7 @@ enum Back {
 
 impl RunKeeper {
     /// Removes each input that a run borrowed, and records the result.
-    pub(super) async fn give_all_back(
+    pub(super) async fn remove_all_borrowed(
         &self,
         name: &RunName,
         list: Vec<Borrowed>,
@@ -39,7 +40,7 @@ impl RunKeeper {
         for borrowed in list {
             let artifact = borrowed.artifact.clone();
             // An input that cannot be removed must not prevent the removal of the others.
-            let event = match self.give_back(name, &borrowed).await {
+            let event = match self.remove_borrowed(name, &borrowed).await {
                 Ok(Back::NotNow) => continue,
                 Ok(Back::Gone) => Event::Removed {
                     transfer: borrowed.transfer,
@@ -76,7 +77,7 @@ impl RunKeeper {
     }
 
     /// Removes a borrowed input.
-    async fn give_back(&self, run: &RunName, borrowed: &Borrowed) -> Result<Back, Fault> {
+    async fn remove_borrowed(&self, run: &RunName, borrowed: &Borrowed) -> Result<Back, Fault> {
         let (opened, artifact) = (&self.opened, &borrowed.artifact);
         let row = match opened.catalogue.transfer(&borrowed.transfer).await {
             Ok(row) => row,
@@ -85,14 +86,14 @@ impl RunKeeper {
         };
         // A transfer that is running, or being cancelled, is skipped for now: waiting for it would
         // delay the others.
-        if !stands_still(&row) {
+        if !has_ended(&row) {
             return Ok(Back::NotNow);
         }
         // It may start again at any moment. Then it either completes after this, or this finds the
         // new content.
         let _alone = opened.runner.alone_with(artifact).await;
         let row = opened.catalogue.transfer(&row.id).await?;
-        if !stands_still(&row)
+        if !has_ended(&row)
             || borrowed
                 .generation
                 .is_some_and(|meant| meant != row.generation)
@@ -160,16 +161,19 @@ impl RunKeeper {
         }
         // If the transfer started again in the meantime, it waits to deliver everything again: it
         // must not be marked as removed.
-        if !stands_still(&opened.catalogue.transfer(&row.id).await?) {
+        if !has_ended(&opened.catalogue.transfer(&row.id).await?) {
             return Ok(Back::NotNow);
         }
-        opened.catalogue.set_removed(&row.id, now_ms()).await?;
+        opened
+            .catalogue
+            .set_removed(&row.id, clock::now_ms())
+            .await?;
         Ok(stays.map_or(Back::Gone, Back::Stays))
     }
 }
 
 /// Whether a transfer is neither running nor being cancelled.
-fn stands_still(row: &TransferRow) -> bool {
+fn has_ended(row: &TransferRow) -> bool {
     matches!(row.state, State::Done | State::Cancelled)
 }
 

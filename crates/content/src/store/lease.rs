@@ -26,7 +26,7 @@ pub trait Meter: Send + Sync {
     /// Counts bytes before they are stored, or rejects them.
     fn take(&self, bytes: u64) -> Result<(), Fault>;
     /// Returns bytes that were counted but not stored.
-    fn give_back(&self, bytes: u64);
+    fn release(&self, bytes: u64);
 }
 
 /// All leases of a store. Its lock is taken after the lock of the open pack, never before.

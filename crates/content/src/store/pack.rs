@@ -255,7 +255,7 @@ impl Packs {
     /// Renames a file that is not a pack to a name that no pack has. The header of a pack is synced
     /// only with its first frames, so after a power failure it may be truncated or zero. Other
     /// bytes come from old disk blocks after a power failure, or from a person; the file is kept in
-    /// case somebody needs it. Returns `false` if the file may be a pack.
+    /// case a user needs it. Returns `false` if the file may be a pack.
     pub(super) fn put_aside(&self, number: u32) -> Result<bool, Fault> {
         if self.len(number)? < MAGIC.len() as u64 {
             return Ok(false);

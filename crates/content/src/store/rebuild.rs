@@ -8,9 +8,10 @@
 
 use std::path::{Path, PathBuf};
 
+use super::INDEX;
+use super::append::ROWS_A_COMMIT;
 use super::index::{Index, Location};
 use super::pack::Packs;
-use super::{INDEX, ROWS_A_COMMIT};
 use crate::chunk::Hash;
 use base::clock;
 use base::durable;

@@ -1,6 +1,14 @@
+use std::collections::HashSet;
 use std::io::Write;
+use std::sync::atomic::Ordering;
+
+use bytes::Bytes;
 
 use super::*;
+use crate::chunk::ShortHash;
+use crate::frame::{Frame, Verified};
+use crate::manifest::ChunkRef;
+use base::fault::Code;
 
 fn chunk(seed: u64, len: usize) -> Verified {
     let mut out = vec![0; len];
@@ -436,15 +444,7 @@ fn all_who_put_learn_of_a_failed_sync() {
     let store = Store::open(dir.path()).unwrap();
     let before = store.losses();
     let chunks = fill(&store, 0..3);
-    store
-        .inner
-        .open
-        .lock()
-        .writer
-        .as_mut()
-        .unwrap()
-        .break_sync()
-        .unwrap();
+    store.inner.open.lock().writer_mut().break_sync().unwrap();
     assert!(store.flush().is_err(), "the flush of another thread");
     store.flush().unwrap();
     assert_eq!(store.flush_since(before).unwrap_err().code, Code::Internal);
@@ -506,15 +506,7 @@ fn all_who_put_into_a_full_pack_learn_that_it_cannot_be_synced() {
     let store = Store::open_with(dir.path(), 100).unwrap();
     let before = store.losses();
     let mine = fill(&store, 0..1);
-    store
-        .inner
-        .open
-        .lock()
-        .writer
-        .as_mut()
-        .unwrap()
-        .break_sync()
-        .unwrap();
+    store.inner.open.lock().writer_mut().break_sync().unwrap();
     let other = Verified::new(Bytes::from("other ".repeat(50)));
     assert!(store.put(&Frame::encode(&other)).is_err());
     assert_eq!(store.flush_since(before).unwrap_err().code, Code::Internal);

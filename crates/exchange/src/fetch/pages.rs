@@ -9,7 +9,8 @@ use bytes::Bytes;
 use futures::StreamExt;
 use tokio::time::timeout;
 
-use super::{Fetcher, Library, Opened, Ranges, WRITE_MAX, store_pages, takes_nothing};
+use super::answer::{WRITE_MAX, reads_nothing};
+use super::{Fetcher, Library, Opened, Ranges, store_pages};
 use crate::wire::PRIORITY_MANIFEST;
 use base::blocking::blocking;
 use base::fault::{Fault, Reason};
@@ -68,7 +69,7 @@ pub(super) async fn answer(
     .await?;
     drop(place);
     let sent = timeout(WRITE_MAX, send.write_bytes(frame.to_bytes())).await;
-    sent.map_err(|_| takes_nothing(peer))?
+    sent.map_err(|_| reads_nothing(peer))?
 }
 
 fn too_much() -> Fault {
@@ -106,7 +107,7 @@ struct Base {
     alignment: Alignment,
 }
 
-/// Fails when the store has no room for pages, before they are sent in vain.
+/// Fails when the store has no room for pages, before they are sent.
 pub(super) async fn check_room(store: &Store) -> Result<(), Fault> {
     let store = store.clone();
     blocking(move || store.check_room()).await
@@ -128,10 +129,10 @@ impl Fetcher {
                 if let Some(base) = base {
                     self.differences(&level, base, store).await?;
                 }
-                self.bring(&level, store).await?;
+                self.fetch_level(&level, store).await?;
                 break;
             }
-            self.bring(&level, store).await?;
+            self.fetch_level(&level, store).await?;
             let (above, pages) = (level, store.clone());
             level = blocking(move || level_below(&above, &pages)).await?;
         }
@@ -139,7 +140,7 @@ impl Fetcher {
         blocking(move || store.flush_since(losses)).await
     }
 
-    /// Fetches missing entry pages as deltas. [`Fetcher::bring`] fetches the pages that this
+    /// Fetches missing entry pages as deltas. [`Fetcher::fetch_level`] fetches the pages that this
     /// leaves.
     async fn differences(&self, level: &[Listed], base: &Root, store: &Store) -> Result<(), Fault> {
         let all: Vec<PageRef> = level.iter().flat_map(|(_, pages)| pages).copied().collect();
@@ -214,7 +215,7 @@ impl Fetcher {
         .await
     }
 
-    async fn bring(&self, level: &[Listed], store: &Store) -> Result<(), Fault> {
+    async fn fetch_level(&self, level: &[Listed], store: &Store) -> Result<(), Fault> {
         let mut requests: Vec<(Vec<Wanted>, Vec<PageRef>)> = Vec::new();
         let mut seen = HashSet::new();
         let ids = |pages: &[PageRef]| pages.iter().map(|page| page.id).collect::<Vec<Hash>>();
@@ -270,7 +271,7 @@ impl Fetcher {
 struct Request {
     ranges: Ranges,
     pages: Vec<PageRef>,
-    /// From the first to behind the last.
+    /// From the first to after the last.
     span: Range<usize>,
 }
 

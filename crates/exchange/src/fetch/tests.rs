@@ -1,6 +1,11 @@
+use tokio::time::Instant;
+
+use super::frames::CHECK_EVERY;
 use super::*;
-use base::fault::Code;
+use base::fault::{Code, Reason};
+use base::limits::SILENCE_MAX;
 use content::chunk::Hash;
+use content::frame::Verified;
 use transport::Transport;
 use transport::testing::Hub;
 
@@ -71,13 +76,13 @@ async fn ask_on_a_busy_line((site, hub): (Link, Link)) {
         (answer, _held) = async { tokio::join!(fetcher.root(), hub.accept()) } => panic!("its turn may still come: {answer:?}"),
         () = busy => {}
         () = read => panic!("the line ended"),
-        () = tokio::time::sleep(SILENCE_MAX + 3 * LOOK_EVERY) => assert!(!site.is_closed()),
+        () = tokio::time::sleep(SILENCE_MAX + 3 * CHECK_EVERY) => assert!(!site.is_closed()),
     }
 }
 
 /// As above, and the answer that brings nothing of its own is given up alone.
 #[tokio::test(start_paused = true)]
-async fn an_answer_that_brings_nothing_is_given_up_though_others_come() {
+async fn an_answer_without_progress_is_abandoned_while_others_arrive() {
     let hub = Hub::start();
     let (site, hub) = hub.connect(Transport::Quic).await;
     let busy = async {
@@ -106,7 +111,7 @@ async fn an_answer_that_brings_nothing_is_given_up_though_others_come() {
 
 /// Both ends answer packets all the while, so neither QUIC nor TCP finds anything wrong.
 #[tokio::test(start_paused = true)]
-async fn a_line_that_brings_nothing_is_given_up_though_it_answers() {
+async fn a_connection_without_progress_is_closed_although_it_responds() {
     let hub = Hub::start();
     let (quic, tcp) = (
         hub.connect(Transport::Quic).await,

@@ -58,7 +58,7 @@ struct Keep<'a> {
 }
 
 impl Keep<'_> {
-    fn lies_at_base(&self, path: &RelPath, content: &Content) -> bool {
+    fn is_at_base(&self, path: &RelPath, content: &Content) -> bool {
         match (self.base, content) {
             (Some(StorageLocation::Folder { path: base }), Content::File(file)) => {
                 *file == path.in_dir(base)
@@ -122,7 +122,7 @@ impl Source for Keep<'_> {
             return Ok(None);
         };
         if let SourceBody::File { size, content } = &entry.body {
-            self.gave_the_original = self.lies_at_base(&entry.path, content);
+            self.gave_the_original = self.is_at_base(&entry.path, content);
             if self.gave_the_original {
                 self.in_place += 1;
             } else {

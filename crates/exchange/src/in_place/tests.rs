@@ -119,7 +119,7 @@ impl Fixture {
 }
 
 #[test]
-fn a_folder_is_given_out_from_where_it_lies() {
+fn a_folder_is_served_from_its_location() {
     let f = fixture();
     let folder = f.dir.path().join("set").canonicalize().unwrap();
     let base = StorageLocation::Folder {
@@ -138,7 +138,7 @@ fn a_folder_is_given_out_from_where_it_lies() {
 }
 
 #[test]
-fn what_lies_nowhere_is_kept() {
+fn content_that_exists_nowhere_else_is_stored() {
     let f = fixture();
     let folder = f.dir.path().join("set").canonicalize().unwrap();
     let published = f.publish(&folder, None);
@@ -194,7 +194,7 @@ fn a_changed_file_is_noticed_with_its_path() {
 }
 
 #[test]
-fn what_may_pass_by_itself_is_not_taken_for_a_change() {
+fn a_temporary_read_error_is_not_a_change() {
     let path = Path::new("/nas/set/a.bin");
     let of = |errno: Errno| unreadable(path, Fault::io("open a.bin", &errno.into()));
     for errno in [
@@ -242,7 +242,7 @@ fn what_may_pass_by_itself_is_not_taken_for_a_change() {
 }
 
 #[test]
-fn a_folder_that_is_away_is_waited_for() {
+fn a_request_waits_for_an_unavailable_folder() {
     let f = fixture();
     let folder = f.dir.path().join("set").canonicalize().unwrap();
     let published = f.publish(
@@ -312,7 +312,7 @@ fn layout(folder: &Path) {
 }
 
 #[test]
-fn the_layout_of_an_image_that_arrived_is_made_when_it_is_asked_for() {
+fn the_layout_of_a_received_image_is_created_on_request() {
     let f = fixture();
     let folder = f.dir.path().canonicalize().unwrap().join("images");
     layout(&folder);
@@ -347,4 +347,74 @@ fn the_layout_of_an_image_that_arrived_is_made_when_it_is_asked_for() {
     fs::write(kept.join("index.json"), b"{}").unwrap();
     forget(&[digest]);
     assert_eq!(f.read_all(digest).unwrap(), bytes);
+}
+
+/// Two artifacts, of which the first cannot be looked up until the test allows it.
+struct FirstHangs {
+    held: [(Digest, HeldArtifact); 2],
+    asked: std::sync::mpsc::SyncSender<()>,
+    allowed: tokio::sync::Semaphore,
+}
+
+#[async_trait]
+impl Holdings for FirstHangs {
+    async fn held(&self, digest: Digest) -> Result<Option<HeldArtifact>, Fault> {
+        let [first, second] = &self.held;
+        if digest == first.0 {
+            self.asked.send(()).unwrap();
+            self.allowed.acquire().await.unwrap().forget();
+            return Ok(Some(first.1.clone()));
+        }
+        Ok(Some(second.1.clone()).filter(|_| digest == second.0))
+    }
+}
+
+#[test]
+fn a_slow_disk_under_one_artifact_does_not_delay_the_readers_of_another() {
+    let f = fixture();
+    let other = f.dir.path().join("other");
+    fs::create_dir_all(&other).unwrap();
+    fs::write(other.join("c.bin"), random(100_000, 3)).unwrap();
+    let held = [f.dir.path().join("set"), other].map(|folder| {
+        let path = folder.canonicalize().unwrap();
+        let published = f.publish(&path, Some(&StorageLocation::Folder { path: path.clone() }));
+        let digest = published.ingested.digest;
+        // The rows of both have to be recreated.
+        f.origin.inner.chunk_index.remove_digest(digest).unwrap();
+        (digest, f.one.0.lock().clone().unwrap().1)
+    });
+    let (asked, was_asked) = std::sync::mpsc::sync_channel(1);
+    let holdings = Arc::new(FirstHangs {
+        held: held.clone(),
+        asked,
+        allowed: tokio::sync::Semaphore::new(0),
+    });
+    let (inner, kept) = (&f.origin.inner, f.origin.inner.kept.clone());
+    let (store, index) = (inner.store.clone(), inner.chunk_index.clone());
+    let origin = InPlaceReader::new(store, index, kept, holdings.clone(), None, 32 << 20);
+    // Reads the first chunk of an artifact on a thread of its own.
+    let read = |(digest, held): (Digest, HeldArtifact)| {
+        let (origin, (done, is_done)) = (origin.clone(), std::sync::mpsc::sync_channel(1));
+        std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .build()
+                .unwrap();
+            let store = &origin.inner.store;
+            let opened = Opened::new(digest, held.root.clone(), store).unwrap();
+            let chunk = Walk::new(&held.root, store).find_map(|step| match step.unwrap() {
+                Step::Chunk(chunk, _) => Some(chunk),
+                Step::Entry { .. } => None,
+            });
+            let frames = origin.read(&opened, &[chunk.unwrap()], runtime.handle());
+            done.send(frames.is_ok()).unwrap();
+        });
+        is_done
+    };
+    let [first, second] = held;
+    let first = read(first);
+    was_asked.recv().unwrap();
+    let second = read(second).recv_timeout(Duration::from_secs(60));
+    assert_eq!(second, Ok(true), "it does not wait for the first");
+    holdings.allowed.add_permits(1);
+    assert_eq!(first.recv(), Ok(true));
 }

@@ -1,7 +1,7 @@
 //! Checks whether content that was published in place is unchanged. It uses stat, because inotify
 //! does not report changes on a NAS.
 //!
-//! [`InPlaceReader::look`] walks the manifest and compares the size of each file. A file that
+//! [`InPlaceReader::check`] walks the manifest and compares the size of each file. A file that
 //! changed since it was last read is read and hashed again. This uses the clock of its filesystem
 //! (ctime), which nobody can set. A check usually costs one stat for each file. For an artifact of
 //! any size it holds one page of each level of the manifest; a [`Mark`] stays in memory between
@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 use rustix::fs::OFlags;
 use tokio_util::sync::CancellationToken;
 
-use super::{InPlaceReader, changed_text, is_away, lies_at};
+use super::{InPlaceReader, changed_text, has_file, is_away};
 use base::fault::Fault;
 use base::names::RelPath;
 use content::chunk::Hash;
@@ -84,7 +84,7 @@ impl Mark {
 
 /// The result of a check.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub struct Look {
+pub struct ContentCheck {
     /// The number of changed files.
     pub changed: u64,
     /// The path of the first one, and the reason.
@@ -93,7 +93,7 @@ pub struct Look {
     pub read: u64,
 }
 
-impl Look {
+impl ContentCheck {
     /// A description of the change; `None`: nothing changed.
     pub fn message(self) -> Option<String> {
         let others = self.changed.saturating_sub(1);
@@ -109,7 +109,7 @@ impl InPlaceReader {
     /// Checks content that was published at `place`. `None`: no result, because a folder is
     /// unavailable or `stop` was cancelled. Without `hurry` it leaves the disk idle most of the
     /// time. Blocks.
-    pub fn look(
+    pub fn check(
         &self,
         digest: Digest,
         root: &Root,
@@ -117,7 +117,7 @@ impl InPlaceReader {
         mark: &mut Mark,
         hurry: bool,
         stop: &CancellationToken,
-    ) -> Result<Option<Look>, Fault> {
+    ) -> Result<Option<ContentCheck>, Fault> {
         let folders = self.folders(digest, place);
         let away = || folders.iter().any(|folder| is_away(folder));
         if away() {
@@ -125,7 +125,7 @@ impl InPlaceReader {
         }
         let published = folder_of(place);
         let past = mark.past();
-        let (mut look, mut latest): (_, Time) = (Look::default(), (i64::MIN, 0));
+        let (mut check, mut latest): (_, Time) = (ContentCheck::default(), (i64::MIN, 0));
         let (mut suspect, mut buffer) = (None::<Suspect>, Vec::new());
         let mut began = Instant::now();
         for step in Walk::new(root, &self.inner.store) {
@@ -143,7 +143,7 @@ impl InPlaceReader {
                         continue;
                     };
                     // Blobs of a registry are addressed by digest: they cannot change.
-                    if published.is_none() && lies_at(place, &entry.path, &file) {
+                    if published.is_none() && has_file(place, &entry.path, &file) {
                         continue;
                     }
                     let Some((path, seen)) = stat(&folders, &entry.path, &file)? else {
@@ -164,7 +164,7 @@ impl InPlaceReader {
                 Step::Chunk(chunk, spot) => match &mut suspect {
                     None => None,
                     Some(file) => {
-                        look.read += u64::from(chunk.len);
+                        check.read += u64::from(chunk.len);
                         let why = match file.is_still(chunk, spot.offset, &mut buffer) {
                             Ok(true) => None,
                             Ok(false) => {
@@ -178,24 +178,25 @@ impl InPlaceReader {
             };
             if let Some((path, why)) = wrong {
                 // It may have been unmounted during the check.
-                if look.changed == 0 && away() {
+                if check.changed == 0 && away() {
                     return Ok(None);
                 }
-                look.changed += 1;
-                look.first
+                check.changed += 1;
+                check
+                    .first
                     .get_or_insert_with(|| changed_text(path.display(), why));
             }
         }
-        if look.changed > 0 && away() {
+        if check.changed > 0 && away() {
             return Ok(None);
         }
-        if let (0, Some(past)) = (look.changed, past) {
+        if let (0, Some(past)) = (check.changed, past) {
             mark.read = past;
         }
         if mark.seen.is_none() || past.is_some() {
             mark.seen = Some((latest, Instant::now()));
         }
-        Ok(Some(look))
+        Ok(Some(check))
     }
 
     /// The folders that may hold an artifact's files: its written content first.

@@ -249,7 +249,7 @@ async fn what_was_flushed_survives_and_the_own_store_is_used() {
 }
 
 #[tokio::test]
-async fn over_budget_chunks_are_passed_on_and_not_kept() {
+async fn over_budget_chunks_are_passed_on_and_not_stored() {
     let f = fixture(site(20), 100_000);
     f.ask("b", 0..20).await.unwrap();
     f.keeps_up().await;
@@ -271,7 +271,7 @@ async fn over_budget_chunks_are_passed_on_and_not_kept() {
 }
 
 #[tokio::test]
-async fn a_source_that_goes_away_in_the_middle_is_asked_for_the_rest() {
+async fn the_rest_is_requested_from_a_source_that_reconnects() {
     let f = fixture(site(10), 1 << 30);
     f.site
         .faults
@@ -286,7 +286,7 @@ async fn a_source_that_goes_away_in_the_middle_is_asked_for_the_rest() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_source_that_stays_away_is_waited_for_elsewhere() {
+async fn another_task_waits_for_a_source_that_stays_offline() {
     let f = fixture(site(2), 1 << 30);
     f.site.away.store(true, Ordering::Relaxed);
     let peer = Peer::Site("b".parse().unwrap());
@@ -313,7 +313,7 @@ async fn a_source_that_stays_away_is_waited_for_elsewhere() {
 }
 
 #[tokio::test]
-async fn what_the_source_says_of_a_changed_file_reaches_whoever_asked() {
+async fn the_fault_of_a_changed_file_reaches_the_requester() {
     let f = fixture(site(4), 1 << 30);
     f.site.faults.lock().push_back(Fault::integrity(
         "/nas/x.png changed after it was published",
@@ -327,7 +327,7 @@ async fn what_the_source_says_of_a_changed_file_reaches_whoever_asked() {
 }
 
 #[tokio::test]
-async fn a_source_that_sends_something_else_is_not_believed() {
+async fn wrong_content_from_a_source_is_rejected() {
     let mut other = site(2);
     let truth = other.chunks[1].clone();
     other.chunks[1] = Verified::new(Bytes::from_static(b"something else"));
@@ -339,7 +339,7 @@ async fn a_source_that_sends_something_else_is_not_believed() {
             len: truth.bytes.len() as u32,
         },
     };
-    let fault = f.relay.bring(OF, vec![asked]).await.unwrap_err();
+    let fault = f.relay.fetch_and_keep(OF, vec![asked]).await.unwrap_err();
     assert_eq!(fault.code, Code::Integrity);
     assert!(!f.relay.inner.kept.store.has(truth.id).unwrap());
 }
@@ -361,7 +361,7 @@ fn at_two(origin_first: bool, arrived_says: Fault) -> Fixture {
 }
 
 #[tokio::test]
-async fn what_a_site_lost_that_it_had_received_comes_from_its_origin() {
+async fn content_that_a_receiving_site_lost_is_fetched_from_its_origin() {
     for origin_first in [true, false] {
         let f = at_two(origin_first, Fault::integrity("/nas/copy.png changed"));
         // The origin's line breaks once, so that both have said why not before it is asked again.
@@ -375,7 +375,7 @@ async fn what_a_site_lost_that_it_had_received_comes_from_its_origin() {
 }
 
 #[tokio::test]
-async fn what_the_origin_says_of_a_changed_file_outweighs_that_another_is_away() {
+async fn the_fault_of_a_changed_file_at_the_origin_takes_precedence_over_an_offline_site() {
     for origin_first in [true, false] {
         let f = at_two(origin_first, Fault::unreachable("site z is not connected"));
         f.site.faults.lock().push_back(Fault::integrity(

@@ -475,7 +475,7 @@ impl Assembly {
     /// in between they are written again.
     async fn discard(&self, place: u32, journal: &Arc<RwLock<Journal>>, stage: &Arc<Stage>) {
         let (this, noted) = (self.clone(), journal.clone());
-        let removed = match blocking(move || this.take_back_damaged(place, &noted)).await {
+        let removed = match blocking(move || this.clear_damaged(place, &noted)).await {
             Ok(paths) => {
                 let stage = stage.clone();
                 self.on_thread(move || paths.iter().try_for_each(|path| stage.remove_file(path)))

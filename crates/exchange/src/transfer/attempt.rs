@@ -1,4 +1,4 @@
-//! One attempt of a transfer: its slot, its manifest, its bytes, its commit.
+//! One attempt of a transfer: its manifest, its bytes, its commit.
 //!
 //! The transfer's task calls it again after each pause, and after a restart of the daemon. It
 //! always begins at the first step, and each step skips what an earlier attempt left: manifest
@@ -28,16 +28,17 @@ use transport::Link;
 const PROGRESS_EVERY: Duration = Duration::from_secs(1);
 
 impl Runner {
+    /// One attempt, with a slot. `resumes_commit`: the transfer was committing before it waited for
+    /// the slot.
     pub(super) async fn attempt(
         &self,
         row: &mut TransferRow,
         counters: &Arc<Counters>,
         stop: &CancellationToken,
+        resumes_commit: bool,
     ) -> Result<(), Fault> {
         let inner = &self.inner;
-        let resumes_commit = row.state == State::Committing;
         let id = row.id.clone();
-        let _slot = self.wait_for_slot(row, stop).await?;
         let sink = inner.sinks.of(row.artifact.kind).clone();
         let known = inner
             .catalogue
@@ -68,7 +69,7 @@ impl Runner {
                 {
                     Ok(landed) => return self.land(row, counters, &incoming, landed).await,
                     // The rest of the commit must wait, for room or for the sink.
-                    Err(fault) if !sink::must_be_brought_again(&fault) => return Err(fault),
+                    Err(fault) if !sink::needs_new_delivery(&fault) => return Err(fault),
                     // Nothing was committed, or not all of it is intact: it is fetched again.
                     Err(fault) => {
                         tracing::info!(error = %fault, "the commit cannot be resumed");
@@ -115,7 +116,7 @@ impl Runner {
         }
         let base = inner
             .catalogue
-            .kin(&row.artifact)
+            .previous_version(&row.artifact)
             .await?
             .map(|kin| kin.root);
         let mut fetcher = None;
@@ -283,7 +284,7 @@ impl Runner {
                     let stalls = stall.secs(bytes).map(|seconds| {
                         Fault::unreachable(format!("{} has stored nothing for {seconds} s", assembly.sink.staging_root().display()))
                     });
-                    let report = assembly.incoming.waits.now().or_else(|| assembly.sink.held_up()).or(stalls);
+                    let report = assembly.incoming.waits.now().or_else(|| assembly.sink.wait_reason()).or(stalls);
                     let gets_further = was_held_up || stays(row.body.reason) && counters.received.load(Ordering::Relaxed) > before;
                     if report.is_some() || gets_further {
                         row.body.set_fault(report.as_ref());

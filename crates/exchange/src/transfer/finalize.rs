@@ -15,13 +15,13 @@ use super::{Counters, Runner, incoming, unless};
 use crate::chunk_index::LocationInfo;
 use base::blocking::blocking;
 use base::fault::{Code, Fault, IoContext};
-use base::limits::{CANCEL_LOOK_MAX, STANDING_LOOK_MAX};
+use base::limits::{CANCEL_LOOK_MAX, PRESENCE_CHECK_MAX};
 use base::names::{ArtifactRef, TransferId};
 use content::manifest::Digest;
 use model::protocol::{Standing, Stands};
 use model::receipt::Receipt;
 use model::transfer::State;
-use sink::{Incoming, Landed, Look, Sink};
+use sink::{Committed, Incoming, Sink, Verification};
 use state::TransferRow;
 
 impl Runner {
@@ -32,7 +32,7 @@ impl Runner {
 
     /// Verifies a copy that was committed before. Intact content counts as delivered; other content
     /// is fetched again.
-    pub(super) async fn still_here(&self, row: &TransferRow) -> Result<Option<Landed>, Fault> {
+    pub(super) async fn still_here(&self, row: &TransferRow) -> Result<Option<Committed>, Fault> {
         let inner = &self.inner;
         let _alone = self.alone_with(&row.artifact).await;
         let there = match inner.catalogue.artifact(&row.artifact).await {
@@ -58,7 +58,7 @@ impl Runner {
             inner.shared.store.clone(),
             &incoming,
             place,
-            &Look::default(),
+            &Verification::default(),
         )
         .await
         {
@@ -76,12 +76,12 @@ impl Runner {
                 let landed = sink
                     .commit(&incoming, &row.id.in_dir(sink.staging_root()))
                     .await?;
-                return Ok(Some(Landed {
+                return Ok(Some(Committed {
                     note: landed.note.or(note),
                     ..landed
                 }));
             }
-            return Ok(Some(Landed {
+            return Ok(Some(Committed {
                 place: place.clone(),
                 location: there.location.clone().unwrap_or_default(),
                 note,
@@ -121,7 +121,7 @@ impl Runner {
         &self,
         incoming: &Incoming,
         stop: &CancellationToken,
-    ) -> Result<Option<Landed>, Fault> {
+    ) -> Result<Option<Committed>, Fault> {
         let inner = &self.inner;
         let sink = inner.sinks.of(incoming.artifact.kind);
         let Some(place) = sink.place_of(&incoming.artifact) else {
@@ -130,7 +130,9 @@ impl Runner {
         let look = async {
             let alone = self.alone_with(&incoming.artifact).await;
             // Staged content is better than the copy in the folder.
-            if self.is_staged(&incoming.transfer, sink).await? || !sink.stands(incoming).await? {
+            if self.is_staged(&incoming.transfer, sink).await?
+                || !sink.exists_at_target(incoming).await?
+            {
                 return Ok(None);
             }
             let faults = verify(
@@ -138,7 +140,7 @@ impl Runner {
                 inner.shared.store.clone(),
                 incoming,
                 &place,
-                &Look::default(),
+                &Verification::default(),
             )
             .await?
             .faults;
@@ -177,7 +179,11 @@ impl Runner {
         if there.published {
             Ok(true)
         } else {
-            self.inner.sinks.of(artifact.kind).stands(&incoming).await
+            self.inner
+                .sinks
+                .of(artifact.kind)
+                .exists_at_target(&incoming)
+                .await
         }
     }
 
@@ -205,7 +211,7 @@ impl Runner {
             return Ok(plain(Stands::Sound, None));
         }
         let sink = self.inner.sinks.of(artifact.kind).clone();
-        let until = std::time::Instant::now() + STANDING_LOOK_MAX / 2;
+        let until = std::time::Instant::now() + PRESENCE_CHECK_MAX / 2;
         let look = async {
             let incoming = Incoming {
                 artifact: artifact.clone(),
@@ -214,7 +220,7 @@ impl Runner {
                 transfer: TransferId::none(),
                 waits: Default::default(),
             };
-            if !sink.stands(&incoming).await? {
+            if !sink.exists_at_target(&incoming).await? {
                 return Ok(plain(Stands::Missing, None));
             }
             let store = self.inner.shared.store.clone();
@@ -229,7 +235,7 @@ impl Runner {
                 active: sink.active(artifact).await?.map(Into::into),
             })
         };
-        Ok(match tokio::time::timeout(STANDING_LOOK_MAX, look).await {
+        Ok(match tokio::time::timeout(PRESENCE_CHECK_MAX, look).await {
             Ok(Ok(standing)) => standing,
             // Other content has replaced it: the transfer reports what to do.
             Ok(Err(fault)) if fault.code == Code::Conflict => {
@@ -240,11 +246,11 @@ impl Runner {
                 let silent = format!(
                     "{} has not answered for {} s",
                     sink.staging_root().display(),
-                    STANDING_LOOK_MAX.as_secs()
+                    PRESENCE_CHECK_MAX.as_secs()
                 );
                 plain(
                     Stands::Unavailable,
-                    Some(sink.held_up().map_or(silent, |fault| fault.message)),
+                    Some(sink.wait_reason().map_or(silent, |fault| fault.message)),
                 )
             }
         })
@@ -256,7 +262,7 @@ impl Runner {
         row: &mut TransferRow,
         counters: &Counters,
         incoming: &Incoming,
-        landed: Landed,
+        landed: Committed,
     ) -> Result<(), Fault> {
         let inner = &self.inner;
         let (places, id, digest) = (inner.shared.chunk_index.clone(), row.id.clone(), row.digest);

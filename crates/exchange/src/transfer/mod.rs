@@ -1,7 +1,7 @@
 //! Transfers at a site. Each transfer is a task from `queued` to `done`, and survives everything
 //! between.
 //!
-//! The hub sends the complete list of what it wants ([`Runner::apply`], level-triggered). The
+//! The hub sends what it wants ([`Runner::apply`], level-triggered). The
 //! catalogue holds the state of each transfer, and is written before anything is reported. An
 //! attempt that fails with a temporary fault is repeated after a growing pause; staged content
 //! stays.
@@ -15,7 +15,6 @@ mod assemble;
 mod attempt;
 mod ending;
 mod finalize;
-mod locks;
 mod memory;
 mod progress_rate;
 mod pushed_manifest;
@@ -37,7 +36,8 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument as _;
 
-use base::fault::Fault;
+use base::fault::{Code, Fault};
+use base::locks::Locks;
 use base::names::{ArtifactRef, Kind, SiteName, TransferId};
 use base::spans;
 use content::manifest::{Digest, Root};
@@ -49,7 +49,6 @@ use transport::Link;
 use transport::identity::SiteIdentity;
 
 pub use assemble::{Assembly, AssemblyContext, Counters, Estimate, free_room};
-use locks::Locks;
 pub use memory::Memory;
 use slots::Slots;
 use unwritten::Unwritten;
@@ -68,7 +67,7 @@ fn sink_number(kind: Kind) -> usize {
 }
 
 /// Queued requests for a check of published content.
-pub const LOOKS_ASKED_MAX: usize = 16;
+pub const CHECK_REQUESTS_MAX: usize = 16;
 
 /// The sinks of a site.
 #[derive(Clone)]
@@ -93,7 +92,7 @@ impl Sinks {
     }
 }
 
-/// The part of a list from the hub that could not be stored.
+/// The part of what the hub wants that could not be stored.
 #[derive(Debug, Default)]
 pub struct Unapplied {
     /// The transfers that were not stored.
@@ -103,7 +102,7 @@ pub struct Unapplied {
 }
 
 /// A request to check content that was published at this site.
-pub struct AskLook {
+pub struct CheckRequest {
     /// Its digest.
     pub digest: Digest,
     /// Receives the change; `None`: unchanged, or unknown.
@@ -122,7 +121,7 @@ struct Inner {
     sinks: Sinks,
     identity: watch::Receiver<Arc<SiteIdentity>>,
     link: watch::Receiver<Option<Link>>,
-    looks: mpsc::Sender<AskLook>,
+    check_requests: mpsc::Sender<CheckRequest>,
     slots: [Slots; SINKS],
     running: Mutex<HashMap<TransferId, Running>>,
     /// Transfers that are being paused or cancelled, each with its generation.
@@ -169,7 +168,7 @@ fn stopped() -> Fault {
 }
 
 impl Runner {
-    /// A runner without transfers. `looks` receives requests to check published content; `stop`
+    /// A runner without transfers. `check_requests` receives requests to check published content; `stop`
     /// ends all work.
     pub fn new(
         catalogue: Catalogue,
@@ -177,7 +176,7 @@ impl Runner {
         sinks: Sinks,
         identity: watch::Receiver<Arc<SiteIdentity>>,
         link: watch::Receiver<Option<Link>>,
-        looks: mpsc::Sender<AskLook>,
+        check_requests: mpsc::Sender<CheckRequest>,
         stop: CancellationToken,
     ) -> Self {
         let (slots, running, ending, leftovers, staging) = Default::default();
@@ -188,7 +187,7 @@ impl Runner {
             sinks,
             identity,
             link,
-            looks,
+            check_requests,
             slots,
             running,
             ending,
@@ -223,14 +222,9 @@ impl Runner {
         site.ok_or_else(|| Fault::config(format!("{} receives no transfers", identity.holder())))
     }
 
-    /// Applies the hub's list. A transfer that the catalogue cannot store does not delay the
-    /// others. `only`: the part of the list that an earlier call left.
-    pub async fn apply(
-        &self,
-        desired: &[Desired],
-        complete: bool,
-        only: Option<&HashSet<TransferId>>,
-    ) -> Unapplied {
+    /// Applies what the hub wants of these transfers. A transfer that the catalogue cannot store
+    /// does not delay the others.
+    pub async fn apply<'a>(&self, desired: impl Iterator<Item = &'a Desired>) -> Unapplied {
         let mut unapplied = Unapplied::default();
         let site = match self.site() {
             Ok(site) => site,
@@ -239,10 +233,7 @@ impl Runner {
                 return unapplied;
             }
         };
-        for wanted in desired
-            .iter()
-            .filter(|wanted| only.is_none_or(|only| only.contains(&wanted.id)))
-        {
+        for wanted in desired {
             match self.adopt(wanted, &site).await {
                 Ok(row) => self.follow(&row),
                 Err(fault) => {
@@ -251,24 +242,51 @@ impl Runner {
                 }
             }
         }
-        if complete && let Err(fault) = self.give_up_unlisted(desired, &site).await {
-            unapplied.fault.get_or_insert(fault);
-        }
         unapplied
     }
 
-    /// Cancels the transfers that the hub does not list any more.
-    async fn give_up_unlisted(&self, desired: &[Desired], site: &SiteName) -> Result<(), Fault> {
-        let listed: HashSet<&str> = desired.iter().map(|wanted| wanted.id.as_str()).collect();
-        for row in self.inner.catalogue.open_transfers(site).await? {
-            let has_ended = matches!(row.state, State::Done | State::Cancelled)
-                && self.task_of(&row.id, row.generation).is_none();
-            if !listed.contains(row.id.as_str()) && !has_ended {
+    /// Cancels the open transfers of which `is_wanted` says that the hub does not want them: it
+    /// does not list them, or has said so.
+    pub async fn give_up(&self, is_wanted: impl Fn(&TransferId) -> bool) -> Result<(), Fault> {
+        let site = self.site()?;
+        for row in self.inner.catalogue.open_transfers(&site).await? {
+            if !is_wanted(&row.id) && self.is_open(&row) {
                 self.end(&self.inner.catalogue.unlist(&row).await?, Want::Cancel);
             }
         }
-        self.inner.unwritten.retain(|id| listed.contains(id));
+        self.inner.unwritten.retain(&is_wanted);
         Ok(())
+    }
+
+    /// Whether there is something to cancel of a transfer. A failed one keeps its content.
+    fn is_open(&self, row: &TransferRow) -> bool {
+        match row.state {
+            State::Done | State::Cancelled => {
+                row.want == Want::Cancel && self.task_of(&row.id, row.generation).is_some()
+            }
+            State::Failed => row.want == Want::Cancel,
+            _ => true,
+        }
+    }
+
+    /// Cancels these transfers if they are open: the hub does not want them any more.
+    pub async fn give_up_these(&self, ids: &[TransferId]) -> Result<(), Fault> {
+        let mut first = Ok(());
+        for id in ids {
+            let given_up = async {
+                let row = self.inner.catalogue.transfer(id).await?;
+                if self.is_open(&row) {
+                    self.end(&self.inner.catalogue.unlist(&row).await?, Want::Cancel);
+                }
+                Ok::<(), Fault>(())
+            };
+            match given_up.await {
+                Err(fault) if fault.code != Code::NotFound => first = first.and(Err(fault)),
+                _ => {}
+            }
+        }
+        self.inner.unwritten.retain(|id| !ids.contains(id));
+        first
     }
 
     /// Stores a transfer in the catalogue. It replaces an older transfer of the same artifact that
@@ -344,7 +362,7 @@ impl Runner {
         match row.due() {
             Some(Effect::Run) => self.spawn(row),
             Some(Effect::End(want)) => self.end(row, want),
-            Some(Effect::TellSite) | None => {}
+            Some(Effect::SendList) | None => {}
         }
     }
 

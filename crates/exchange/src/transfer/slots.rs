@@ -1,6 +1,6 @@
 //! When a transfer may work: which transfers go first, and how many work at once.
 //!
-//! `attempt` waits here before it does anything. Nothing is stored: the order is in the catalogue,
+//! `task` waits here before each attempt. Nothing is stored: the order is in the catalogue,
 //! and slots are taken again after a restart.
 
 use tokio::sync::{Semaphore, SemaphorePermit};

@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::progress_rate::Pause;
 use super::waiting::{Takes, stays};
-use super::{AskLook, Counters, Runner};
+use super::{CheckRequest, Counters, Runner};
 use crate::in_place::CHANGED_NEXT;
 use base::fault::{Code, Fault, Reason};
 use base::limits::STATE_RETRY_EVERY;
@@ -46,7 +46,15 @@ impl Runner {
         loop {
             row.body.attempts += 1;
             let received = counters.received.load(Ordering::Relaxed);
-            let Err(fault) = Box::pin(self.attempt(&mut row, &counters, &stop)).await else {
+            let resumes_commit = row.state == State::Committing;
+            // Thousands may wait: the memory of an attempt is allocated behind the wait.
+            let ended = match self.wait_for_slot(&mut row, &stop).await {
+                Ok(_slot) => {
+                    Box::pin(self.attempt(&mut row, &counters, &stop, resumes_commit)).await
+                }
+                Err(fault) => Err(fault),
+            };
+            let Err(fault) = ended else {
                 return;
             };
             if stop.is_cancelled() {
@@ -137,8 +145,8 @@ impl Runner {
         let (answer, answered) = oneshot::channel();
         let look = async {
             self.inner
-                .looks
-                .send(AskLook {
+                .check_requests
+                .send(CheckRequest {
                     digest: row.digest,
                     answer,
                 })

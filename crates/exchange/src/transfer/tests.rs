@@ -15,7 +15,7 @@ use content::chunk::DEFAULT_CHUNKING;
 use content::manifest::{FileInfo, KindInfo, Totals};
 use content::store::Store;
 use sink::files::FilesSink;
-use sink::{Landed, Look, StorageLocation, Threads, images, labels};
+use sink::{Committed, StorageLocation, Threads, Verification, images, labels};
 use transport::Transport;
 use transport::identity::{CertificateRequest, HubIdentity};
 use transport::testing::Hub;
@@ -29,7 +29,7 @@ struct Gated {
     looks: AtomicU64,
     /// Lets so many looks at what is there go on.
     look: Semaphore,
-    held_up: Mutex<Option<Fault>>,
+    wait_reason: Mutex<Option<Fault>>,
 }
 
 async fn pass(gate: &Semaphore, count: &AtomicU64) {
@@ -47,8 +47,8 @@ impl Sink for Gated {
         self.sink.threads()
     }
 
-    fn held_up(&self) -> Option<Fault> {
-        self.held_up.lock().clone()
+    fn wait_reason(&self) -> Option<Fault> {
+        self.wait_reason.lock().clone()
     }
 
     fn place_of(&self, artifact: &ArtifactRef) -> Option<StorageLocation> {
@@ -68,7 +68,7 @@ impl Sink for Gated {
         self.sink.holds(incoming, path, file).await
     }
 
-    async fn commit(&self, incoming: &Incoming, staged: &Path) -> Result<Landed, Fault> {
+    async fn commit(&self, incoming: &Incoming, staged: &Path) -> Result<Committed, Fault> {
         pass(&self.commit, &self.commits).await;
         self.sink.commit(incoming, staged).await
     }
@@ -87,21 +87,21 @@ impl Sink for Gated {
         self.sink.read_at(place, path, offset, len).await
     }
 
-    async fn stands(&self, incoming: &Incoming) -> Result<bool, Fault> {
-        if let Some(fault) = self.held_up() {
+    async fn exists_at_target(&self, incoming: &Incoming) -> Result<bool, Fault> {
+        if let Some(fault) = self.wait_reason() {
             return Err(fault);
         }
         pass(&self.look, &self.looks).await;
-        self.sink.stands(incoming).await
+        self.sink.exists_at_target(incoming).await
     }
 
     async fn verify(
         &self,
         incoming: &Incoming,
         place: &StorageLocation,
-        look: &Look,
+        verification: &Verification,
     ) -> Result<Vec<String>, Fault> {
-        self.sink.verify(incoming, place, look).await
+        self.sink.verify(incoming, place, verification).await
     }
 
     async fn remove(&self, artifact: &ArtifactRef) -> Result<Option<String>, Fault> {
@@ -146,7 +146,7 @@ impl Bench {
             commit: Semaphore::new(0),
             looks: AtomicU64::new(0),
             look: Semaphore::new(0),
-            held_up: Mutex::default(),
+            wait_reason: Mutex::default(),
         });
         let images = images::open(None, &data).unwrap();
         let sinks = Sinks {
@@ -162,7 +162,7 @@ impl Bench {
         };
         let (identity, identity_watch) = watch::channel(Arc::new(identity));
         let (link, link_watch) = watch::channel(None);
-        let (looks, _) = mpsc::channel(1);
+        let (check_requests, _) = mpsc::channel(1);
         let catalogue = Catalogue::open(&data).await.unwrap();
         let runner = Runner::new(
             catalogue,
@@ -170,7 +170,7 @@ impl Bench {
             sinks,
             identity_watch,
             link_watch,
-            looks,
+            check_requests,
             CancellationToken::new(),
         );
         Self {
@@ -187,7 +187,9 @@ impl Bench {
     }
 
     async fn apply(&self, wanted: &[Desired]) {
-        let unapplied = self.runner.apply(wanted, true, None).await;
+        let unapplied = self.runner.apply(wanted.iter()).await;
+        let is_wanted = |id: &TransferId| wanted.iter().any(|wanted| wanted.id == *id);
+        self.runner.give_up(is_wanted).await.unwrap();
         assert!(unapplied.fault.is_none(), "{unapplied:?}");
     }
 
@@ -274,6 +276,7 @@ fn desired(id: &str, generation: i64, want: Want) -> Desired {
         created_ms: 1,
         after: Vec::new(),
         lineage: None,
+        known: Default::default(),
     }
 }
 
@@ -287,7 +290,8 @@ async fn a_task_begins_only_once_the_one_before_has_ended() {
     .await;
     // Cancelled and begun again before the site heard of either. What the second waits for is
     // shown.
-    *bench.sink.held_up.lock() = Some(Fault::unreachable("the NAS of the test does not answer"));
+    *bench.sink.wait_reason.lock() =
+        Some(Fault::unreachable("the NAS of the test does not answer"));
     bench.apply(&[desired("t-1", 1, Want::Run)]).await;
     let waits = bench
         .wait("t-1", "a reason", |row| {
@@ -304,7 +308,7 @@ async fn a_task_begins_only_once_the_one_before_has_ended() {
         1,
         "the second has not begun"
     );
-    *bench.sink.held_up.lock() = None;
+    *bench.sink.wait_reason.lock() = None;
     bench.sink.commit.add_permits(1);
     // The first ends. The second finds the transfer committing, and asks the sink whether it is
     // committed.
@@ -349,7 +353,8 @@ async fn what_was_done_is_not_cancelled_because_its_sink_does_not_answer() {
         .await
         .unwrap();
     bench.runner.start().await.unwrap();
-    *bench.sink.held_up.lock() = Some(Fault::unreachable("the NAS of the test does not answer"));
+    *bench.sink.wait_reason.lock() =
+        Some(Fault::unreachable("the NAS of the test does not answer"));
     // Begun again and cancelled before the site heard of either.
     bench.apply(&[desired("t-1", 1, Want::Cancel)]).await;
     let row = bench
@@ -431,7 +436,8 @@ async fn a_commit_that_is_resumed_waits_for_its_turn_as_well() {
         .runner
         .alone_with(&"dataset/d:v1".parse().unwrap())
         .await;
-    *bench.sink.held_up.lock() = Some(Fault::unreachable("the NAS of the test does not answer"));
+    *bench.sink.wait_reason.lock() =
+        Some(Fault::unreachable("the NAS of the test does not answer"));
     bench.committing("t-1").await;
     bench
         .wait("t-1", "a reason", |row| {
@@ -466,7 +472,7 @@ async fn a_transfer_that_the_hub_does_not_know_any_more_leaves_nothing() {
     // The hub was restored from a backup, and delivers the same artifact again.
     bench
         .runner
-        .apply(&[desired("t-2", 0, Want::Run)], false, None)
+        .apply([desired("t-2", 0, Want::Run)].iter())
         .await;
     assert_eq!(bench.row("t-1").await.state, State::Cancelled);
     until("its task has ended", || {
@@ -480,7 +486,7 @@ async fn a_transfer_that_the_hub_does_not_know_any_more_leaves_nothing() {
     // Then it turns out to know the first after all.
     bench
         .runner
-        .apply(&[desired("t-1", 1, Want::Run)], false, None)
+        .apply([desired("t-1", 1, Want::Run)].iter())
         .await;
     assert_eq!(bench.row("t-2").await.state, State::Cancelled);
     bench

@@ -12,6 +12,7 @@ use parking_lot::Mutex;
 
 use base::fault::Fault;
 use base::limits::STATE_LOG_EVERY;
+use base::names::TransferId;
 use model::transfer::State;
 use state::TransferRow;
 
@@ -117,10 +118,10 @@ impl Unwritten {
     }
 
     /// Removes transfers that were not stored and that the hub does not list any more.
-    pub(super) fn retain(&self, wanted: impl Fn(&str) -> bool) {
+    pub(super) fn retain(&self, wanted: impl Fn(&TransferId) -> bool) {
         self.rows
             .lock()
-            .retain(|id, entry| entry.is_adopted || wanted(id));
+            .retain(|_, entry| entry.is_adopted || wanted(&entry.row.id));
     }
 }
 
@@ -183,7 +184,7 @@ mod tests {
             2,
             "a transfer that is known to the catalogue waits for its row to be written"
         );
-        unwritten.retain(|id| id == "t-1");
+        unwritten.retain(|id| id.as_str() == "t-1");
         let older = row("t-1", State::Transferring);
         let newer = TransferRow {
             generation: 1,

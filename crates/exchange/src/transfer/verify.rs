@@ -17,7 +17,7 @@ use base::fault::{Fault, IoContext};
 use base::limits::OFFENDERS_LISTED_MAX;
 use content::manifest::{EntryBody, FileInfo, Step, Walk};
 use content::store::Store;
-use sink::{Incoming, Look, Sink, StorageLocation};
+use sink::{Incoming, Sink, StorageLocation, Verification};
 
 /// The result of a check, one line each.
 #[derive(Debug, Default)]
@@ -37,10 +37,10 @@ pub async fn verify(
     store: Store,
     incoming: &Incoming,
     place: &StorageLocation,
-    look: &Look,
+    verification: &Verification,
 ) -> Result<VerifyReport, Fault> {
     let place = &place_now(sink, incoming, place);
-    let faults = sink.verify(incoming, place, look).await?;
+    let faults = sink.verify(incoming, place, verification).await?;
     // An artifact that is missing as a whole is not reported file by file.
     let folder = match place {
         StorageLocation::Folder { path }
@@ -51,12 +51,16 @@ pub async fn verify(
         _ => {
             return Ok(VerifyReport {
                 faults,
-                notes: look.take_notes(),
-                unread: look.take_unread(),
+                notes: verification.take_notes(),
+                unread: verification.take_unread(),
             });
         }
     };
-    let (root, quick, shared) = (incoming.root.clone(), look.quick, look.clone());
+    let (root, quick, shared) = (
+        incoming.root.clone(),
+        verification.quick,
+        verification.clone(),
+    );
     let work = move || {
         let (mut seen, mut modes) = (FileProblems::default(), Listed::default());
         for step in Walk::new(&root, &store) {
@@ -118,7 +122,7 @@ pub async fn verify(
     let (FileProblems { mut faults, unread }, modes) = sink.threads().run(work).await?;
     if !faults.is_empty() {
         // A NAS that was unmounted in the meantime has lost nothing.
-        faults.splice(0..0, sink.verify(incoming, place, look).await?);
+        faults.splice(0..0, sink.verify(incoming, place, verification).await?);
     }
     if !unread.is_empty() {
         // If the disk works but cannot read a few files, those files are damaged.
@@ -127,8 +131,8 @@ pub async fn verify(
     }
     Ok(VerifyReport {
         faults,
-        notes: modes.into_iter().chain(look.take_notes()).collect(),
-        unread: look.take_unread(),
+        notes: modes.into_iter().chain(verification.take_notes()).collect(),
+        unread: verification.take_unread(),
     })
 }
 
@@ -155,7 +159,8 @@ impl FileProblems {
         use rustix::io::Errno;
         let line = || format!("{}: read: {error}", path.display());
         match Errno::from_io_error(error) {
-            // Missing, of another type, behind a link, or refused because it is not a regular file.
+            // Missing, of another type, below a symbolic link, or refused because it is not a
+            // regular file.
             None
             | Some(Errno::NOENT | Errno::NOTDIR | Errno::LOOP | Errno::ISDIR | Errno::NXIO) => {
                 self.faults.push(line());

@@ -74,7 +74,7 @@ impl Runner {
             let report = reports
                 .borrow_and_update()
                 .clone()
-                .or_else(|| sink.held_up());
+                .or_else(|| sink.wait_reason());
             let is_late = began.elapsed() >= SINK_REPORT_AFTER;
             let silent = is_late && takes == Takes::Moments && !has_reported;
             let report = report.or_else(|| silent.then(|| silent_fault(row.artifact.kind)));

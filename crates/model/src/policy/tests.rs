@@ -96,12 +96,12 @@ const TABLE: &[(&str, &str, &str)] = &[
         "site c",
         "Read Deliver Train",
     ),
-    ("artifact of the hub, brought", "site a", "Deliver"),
-    ("artifact of the hub, brought", "site b", "Deliver"),
-    ("artifact of the hub, brought", "site c", "Deliver"),
-    ("artifact of the hub, brought", "publisher p", "Deliver"),
-    ("artifact of the hub, brought", "publisher q", "Deliver"),
-    ("artifact of the hub, brought", "publisher a", "Deliver"),
+    ("artifact of the hub, supplied", "site a", "Deliver"),
+    ("artifact of the hub, supplied", "site b", "Deliver"),
+    ("artifact of the hub, supplied", "site c", "Deliver"),
+    ("artifact of the hub, supplied", "publisher p", "Deliver"),
+    ("artifact of the hub, supplied", "publisher q", "Deliver"),
+    ("artifact of the hub, supplied", "publisher a", "Deliver"),
     ("published by the hub", "site a", "Receive"),
     ("published by the hub", "site b", "Receive"),
     ("published by the hub", "site c", "Receive"),
@@ -231,10 +231,10 @@ fn each_object(mut see: impl FnMut(&'static str, &Object<'_>)) {
     let of_a = |of_origin| published(Some(&a), None, Some(of_origin));
     let secret = of_a(nobody.as_slice());
     let both = [secret, of_hub];
-    let artifact = |origin, delivered, brought| Object::Artifact {
+    let artifact = |origin, delivered, supplied| Object::Artifact {
         origin,
         delivered,
-        brought,
+        supplied,
     };
     let taken = |published, publisher, delivered| Object::Taken {
         published,
@@ -264,7 +264,7 @@ fn each_object(mut see: impl FnMut(&'static str, &Object<'_>)) {
             "artifact of the hub, delivered",
             artifact(None, true, false),
         ),
-        ("artifact of the hub, brought", artifact(None, false, true)),
+        ("artifact of the hub, supplied", artifact(None, false, true)),
         ("published by the hub", Object::Published(of_hub)),
         (
             "published by a for all",

@@ -1,11 +1,16 @@
 //! Messages of the control stream: what a site reports, and what the hub wants of it.
 //!
 //! Each is one JSON object with one member, the name of the message: `{"hello":{…}}`,
-//! `{"report":[…]}`, `{"desired":{…}}`. A message has [`base::limits::CONTROL_FRAME_BYTES_MAX`]
-//! bytes at most. Nothing depends on one of them: lists are sent whole, and a report may be lost or
-//! arrive twice.
+//! `{"reports":{…}}`, `{"changes":{…}}`. A message has [`base::limits::CONTROL_FRAME_BYTES_MAX`]
+//! bytes at most. Nothing depends on one of them: a site without the hub's revision asks for the
+//! complete list, and a report is repeated until the hub has stored it.
+//!
+//! A site whose hello has `changes` receives [`FromHub::Changes`] and [`FromHub::Stored`], and from
+//! then on sends [`FromSite::Reports`]. Every other site receives [`FromHub::Desired`], the complete
+//! list at each change; to such a hub a site sends [`FromSite::Report`].
 
 use base::congestion::Congestion;
+use base::fault::Reason;
 use base::limits::{ALLOW_ENTRIES_MAX, CONTROL_FRAME_BYTES_MAX};
 use base::names::{ArtifactRef, DeliveryId, SiteSelector, TransferId};
 use base::number;
@@ -13,6 +18,7 @@ use base::text::{Exact, Lenient, Message, Version};
 use content::manifest::Digest;
 use serde::{Deserialize, Serialize};
 
+use super::changes::{Changes, ReportBatch};
 use crate::run::{DesiredRun, Lineage, RunReport};
 use crate::transfer::{Body, State, Want};
 
@@ -35,9 +41,17 @@ pub enum FromSite {
         /// The congestion control that the site's connection is set to; the hub sends with it too.
         #[serde(default)]
         congestion: Congestion,
+        /// Whether the site understands [`FromHub::Changes`].
+        #[serde(default)]
+        changes: bool,
     },
-    /// The state of transfers; any number of times for each.
+    /// The state of transfers, to a hub that sends complete lists; any number of times for each.
     Report(Vec<Report>),
+    /// The state of transfers, to a hub that sends changes.
+    Reports(ReportBatch),
+    /// The site does not have the revision that the hub's last message continues: the hub sends the
+    /// complete list.
+    List,
     /// The state of training runs at this site; any number of times for each.
     Runs(Vec<RunReport>),
     /// Every artifact that was published here in place and whose files have changed, and how; sent
@@ -80,10 +94,12 @@ pub struct Report {
     /// The transfer.
     pub id: TransferId,
     /// The attempt that it is about.
+    #[serde(deserialize_with = "number::generation")]
     pub generation: i64,
     /// The state.
     pub state: State,
     /// Everything else.
+    #[serde(default)]
     pub body: Body,
 }
 
@@ -91,8 +107,18 @@ pub struct Report {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FromHub {
-    /// The desired state of the site; sent whole whenever it changes, so that no single message
-    /// matters.
+    /// What changed of the desired state of the site, or a part of the complete list.
+    Changes(Changes),
+    /// An answer to [`FromSite::Reports`].
+    Stored {
+        /// The batches up to this number were processed.
+        number: u64,
+        /// The transfers whose reports in these batches could not be stored. The site sends them
+        /// again.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        unstored: Vec<TransferId>,
+    },
+    /// The desired state of a site of an earlier version; sent whole whenever it changes.
     Desired {
         /// Increases with every change.
         revision: u64,
@@ -140,9 +166,38 @@ pub struct Desired {
     /// When it was requested.
     pub created_ms: i64,
     /// The transfers to this site that go first: labels come after their dataset.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub after: Vec<TransferId>,
     /// What the artifact was made of, where that is known.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lineage: Option<Lineage>,
+    /// What the hub has stored of the transfer.
+    #[serde(default, skip_serializing_if = "Known::is_default")]
+    pub known: Known,
+}
+
+/// What the hub has stored of a transfer. A site does not report a waiting transfer of which the hub
+/// knows this already.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Known {
+    /// The state.
+    pub state: State,
+    /// The reason.
+    pub reason: Option<Reason>,
+}
+
+impl Default for Known {
+    fn default() -> Self {
+        Self {
+            state: State::Queued,
+            reason: None,
+        }
+    }
+}
+
+impl Known {
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
 }

@@ -5,7 +5,7 @@
 //! `{"Ok":…}` or `{"Err":fault}`; it has at most [`base::limits::CONTROL_FRAME_BYTES_MAX`] bytes.
 
 use base::fault::Fault;
-use base::limits::{RENEWAL_BYTES_MAX, STANDING_TEXT_BYTES_MAX};
+use base::limits::{PRESENCE_TEXT_BYTES_MAX, RENEWAL_BYTES_MAX};
 use base::names::{ArtifactRef, DeliveryId, RunName, SiteSelector, WorkId, WorkIds};
 use base::number;
 use base::omitted::Omitted;
@@ -140,9 +140,9 @@ pub struct Standing {
     /// The condition.
     pub state: Stands,
     /// The first fault that was found, in words.
-    pub detail: Option<Text<STANDING_TEXT_BYTES_MAX>>,
+    pub detail: Option<Text<PRESENCE_TEXT_BYTES_MAX>>,
     /// The active version of its series, where the sink has one and it is known.
-    pub active: Option<Text<STANDING_TEXT_BYTES_MAX>>,
+    pub active: Option<Text<PRESENCE_TEXT_BYTES_MAX>>,
 }
 
 /// The condition of an artifact at a site.

@@ -6,8 +6,9 @@ use std::fmt::Debug;
 use serde_json::{Value, json};
 
 use super::*;
+use crate::transfer::{Body, State};
 use base::fault::Code;
-use base::limits::FETCH_BATCH_CHUNKS_MAX;
+use base::limits::{FETCH_BATCH_CHUNKS_MAX, GENERATION_MAX};
 use content::chunk::Hash;
 
 const DIGEST: &str = "0101010101010101010101010101010101010101010101010101010101010101";
@@ -30,11 +31,15 @@ fn older<T: DeserializeOwned + PartialEq + Debug>(older: &str, newer: &str) {
 #[test]
 fn control_messages_from_a_site() {
     bytes::<FromSite>(
-        r#"{"hello":{"version":"0.1.0","share":["all","line=3","a,b"],"train":null,"congestion":"auto"}}"#,
+        r#"{"hello":{"version":"0.1.0","share":["all","line=3","a,b"],"train":null,"congestion":"auto","changes":true}}"#,
     );
     older::<FromSite>(
         r#"{"hello":{"version":"0.1.0"}}"#,
-        r#"{"hello":{"version":"0.1.0","share":null,"train":null,"congestion":"auto"}}"#,
+        r#"{"hello":{"version":"0.1.0","share":null,"train":null,"congestion":"auto","changes":false}}"#,
+    );
+    bytes::<FromSite>(r#""list""#);
+    bytes::<FromSite>(
+        r#"{"reports":{"number":4,"certificate":"Yw==","reports":[{"id":"t-1","generation":0,"state":"done","body":{"bytes":{"total":10},"attempts":1,"receipt":{"certificate":"","signature":"cw==","statement":"{}"}}}]}}"#,
     );
     bytes::<FromSite>(
         r#"{"report":[{"id":"t-1","generation":3,"state":"transferring","body":{"reason":null,"message":null,"next":null,"waits_for":"t-0","bytes":{"total":10,"reused":1,"resumed":2,"received":3,"committed":4,"wire":5},"rate":6,"eta_seconds":7,"attempts":1,"location":"/nas/x","receipt":{"certificate":"Yw==","signature":"cw==","statement":"{}"},"landed":false,"note":"a note"}}]}"#,
@@ -56,6 +61,12 @@ fn control_messages_from_the_hub() {
         r#"{"desired":{"revision":9,"transfers":[]}}"#,
         r#"{"desired":{"revision":9,"transfers":[],"runs":[],"manifests":[]}}"#,
     );
+    bytes::<FromHub>(
+        r#"{"changes":{"revision":9,"begin":true,"end":true,"partial":true,"set":[{"id":"t-1","delivery":"d-1","artifact":"model/m:1","digest":"DIGEST","want":"run","generation":2,"total":10,"created_ms":1,"known":{"state":"paused","reason":"paused_by_user"}}],"removed":["t-2"],"kept":["t-3"],"runs":[],"manifests":[{"digest":"DIGEST","frames":"AA=="}]}}"#,
+    );
+    bytes::<FromHub>(r#"{"changes":{"revision":10,"removed":["t-2"]}}"#);
+    bytes::<FromHub>(r#"{"stored":{"number":4}}"#);
+    bytes::<FromHub>(r#"{"stored":{"number":5,"unstored":["t-1"]}}"#);
     older::<Desired>(
         r#"{"id":"t-1","delivery":"d-1","artifact":"model/m:1","digest":"DIGEST","want":"cancel","generation":0,"total":1,"created_ms":1}"#,
         r#"{"id":"t-1","delivery":"d-1","artifact":"model/m:1","digest":"DIGEST","want":"cancel","generation":0,"total":1,"created_ms":1,"after":[],"lineage":null}"#,
@@ -198,6 +209,15 @@ fn parses<T: DeserializeOwned>(value: &Value) -> bool {
 }
 
 #[test]
+fn a_report_of_an_impossible_generation_does_not_parse() {
+    let report = |generation: i64| json!({ "report": [{ "id": "t-1", "generation": generation, "state": "queued", "body": {} }] });
+    let good = [0, 1, GENERATION_MAX];
+    let bad = [-1, GENERATION_MAX + 1, i64::MIN, i64::MAX];
+    assert!(good.iter().all(|n| parses::<FromSite>(&report(*n))));
+    assert!(!bad.iter().any(|n| parses::<FromSite>(&report(*n))));
+}
+
+#[test]
 fn a_message_with_a_bad_id_does_not_parse() {
     let report = |id: &str| {
         json!({ "report": [{ "id": "t-1", "generation": 0, "state": "queued", "body": {} },
@@ -246,4 +266,47 @@ fn a_message_with_a_bad_id_does_not_parse() {
             assert!(!parses::<AskHub>(&question), "{question}");
         }
     }
+}
+
+#[test]
+fn a_batch_of_reports_carries_a_certificate_once_and_loses_nothing() {
+    let body = |certificate: &str| -> Body {
+        serde_json::from_value(
+            json!({ "attempts": 2, "eta_seconds": 0, "bytes": { "total": 7 },
+            "receipt": { "certificate": certificate, "signature": "cw==", "statement": "{}" } }),
+        )
+        .unwrap()
+    };
+    let report = |id: &str, body: Body| Report {
+        id: id.parse().unwrap(),
+        generation: 1,
+        state: State::Done,
+        body,
+    };
+    let (long, other) = ("c".repeat(700), "d".repeat(700));
+    let batches = [
+        vec![report("t-1", body(&long)), report("t-2", body(&long))],
+        vec![
+            report("t-3", body(&long)),
+            report("t-4", body(&other)),
+            report("t-4", Body::default()),
+        ],
+        vec![report("t-5", body(&other)), report("t-6", body(&long))],
+        vec![report("t-7", body(&other))],
+    ];
+    let (mut sent, mut received) = (None, None);
+    let mut sizes = Vec::new();
+    for (number, reports) in batches.into_iter().enumerate() {
+        let batch = ReportBatch::new(number as u64, reports.clone(), &mut sent);
+        let text = to_json(&FromSite::Reports(batch)).unwrap();
+        sizes.push(text.len());
+        let FromSite::Reports(batch) = from_json(&text).unwrap() else {
+            unreachable!("the message is a batch")
+        };
+        assert_eq!(batch.into_reports(&mut received), reports);
+    }
+    assert!(
+        sizes[0] > 700 && sizes[0] < 1200 && sizes[3] < 300,
+        "{sizes:?}"
+    );
 }

@@ -201,8 +201,8 @@ pub fn step(run: &Run, event: Event, now_ms: i64) -> Result<(Run, Vec<Effect>), 
             published(&mut run, model)?;
             Vec::new()
         }
-        Event::Finish(said) => {
-            finish(&mut run, said, now_ms)?;
+        Event::Finish(request) => {
+            finish(&mut run, request, now_ms)?;
             Vec::new()
         }
         Event::Cancel => {
@@ -233,7 +233,7 @@ fn looked(
                     .filter(|seen| seen.state != Transfer::Done)
                     .find(|seen| seen.message.is_some());
                 let next = format!("see 'packhorse status {}'", run.spec.delivery);
-                run.say(stuck.map(|seen| told(seen, "an input")), &next);
+                run.say(stuck.map(|seen| describe(seen, "an input")), &next);
             }
         },
         RunState::Waiting | RunState::Training => {
@@ -261,7 +261,7 @@ fn looked(
                     _ => {
                         let next = format!("see 'packhorse status {}'", home.id);
                         run.say(
-                            home.message.is_some().then(|| told(&home, "the model")),
+                            home.message.is_some().then(|| describe(&home, "the model")),
                             &next,
                         );
                     }
@@ -282,7 +282,7 @@ fn looked(
     Vec::new()
 }
 
-fn told(seen: &ObservedTransfer, what: &str) -> String {
+fn describe(seen: &ObservedTransfer, what: &str) -> String {
     format!(
         "{what}: transfer {} is {}: {}",
         seen.id,
@@ -319,10 +319,10 @@ fn reported(run: &mut Run, report: RunReport, now_ms: i64) {
     }
     run.site = Some(report);
     if run.state == RunState::Training
-        && let Some(said) = run.early.take()
+        && let Some(request) = run.early.take()
     {
         // It has no effect on a command, which finishes when its process ends.
-        let _ = finish(run, said, now_ms);
+        let _ = finish(run, request, now_ms);
     }
 }
 
@@ -355,7 +355,7 @@ fn published(run: &mut Run, model: Model) -> Result<(), Fault> {
     Ok(())
 }
 
-fn finish(run: &mut Run, said: Finish, now_ms: i64) -> Result<(), Fault> {
+fn finish(run: &mut Run, request: Finish, now_ms: i64) -> Result<(), Fault> {
     let name = run.spec.name.clone();
     if run.state == RunState::Publishing
         || run.state == RunState::Returning
@@ -366,7 +366,7 @@ fn finish(run: &mut Run, said: Finish, now_ms: i64) -> Result<(), Fault> {
     let by_command = run.site.as_ref().is_some_and(|site| site.by_command);
     if run.state == RunState::Waiting && !by_command {
         // A fast platform may finish before the report of its start arrives.
-        run.early = Some(said);
+        run.early = Some(request);
         return Ok(());
     }
     if run.state != RunState::Training && !(by_command && run.state == RunState::Waiting) {
@@ -382,7 +382,7 @@ fn finish(run: &mut Run, said: Finish, now_ms: i64) -> Result<(), Fault> {
         ))
         .with_next(format!("wait, or 'packhorse train cancel {name}'")));
     }
-    match said.failed {
+    match request.failed {
         Some(why) => run.fail(format!("the training platform says: {why}"), now_ms),
         None => run.enter(RunState::Publishing),
     }

@@ -81,7 +81,7 @@ pub struct Run {
 /// The trainer of this site, from the configuration.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Trainer {
-    /// None: there is no `[train]`.
+    /// No `[train]` section exists.
     None,
     /// None for the site that started this run: `[train] allow` does not name it.
     Refused,

@@ -63,6 +63,12 @@ pub enum Event {
         /// The other fields.
         body: Body,
     },
+    /// The site removed the delivered content after a run. A transfer that restarted in the meantime
+    /// delivers it again and is not marked.
+    Removed {
+        /// When the site removed it.
+        at_ms: i64,
+    },
     /// At the site: the task of a transfer that pauses or is cancelled has ended, and its staged
     /// content is removed or recorded.
     Ended {
@@ -77,7 +83,7 @@ pub enum Event {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Effect {
     /// At the hub: send the site its complete list.
-    TellSite,
+    SendList,
     /// At the site: a task of this generation runs. It starts when the task of an earlier
     /// generation has ended.
     Run,
@@ -136,7 +142,8 @@ impl TransferRow {
             Action::Retry if self.state == State::Done => {
                 !others_failed && self.removed_ms.is_none()
             }
-            Action::Retry => matches!(self.state, State::Failed | State::Cancelled),
+            // What is open is being tried: a repeated request gets the same answer.
+            Action::Retry => self.state != State::Paused,
         }
     }
 
@@ -192,14 +199,15 @@ pub fn step(row: &TransferRow, event: Event, now_ms: i64) -> Result<Step, Fault>
             state,
             body,
         } => moved(row, generation, state, body, now_ms),
+        Event::Removed { at_ms } => Ok(removed(row, at_ms)),
         Event::Ended { generation, want } => Ok(ended(row, generation, want, now_ms)),
     }
 }
 
 fn delivered(row: &TransferRow, lost: bool, now_ms: i64) -> Step {
     match row.state {
-        State::Failed => Step::to(row.clone().again(now_ms), &[Effect::TellSite]),
-        State::Done if lost => Step::to(row.clone().again(now_ms), &[Effect::TellSite]),
+        State::Failed => Step::to(row.clone().again(now_ms), &[Effect::SendList]),
+        State::Done if lost => Step::to(row.clone().again(now_ms), &[Effect::SendList]),
         _ => Step::nothing(),
     }
 }
@@ -211,6 +219,7 @@ fn asked(row: &TransferRow, action: Action, now_ms: i64) -> Step {
         Action::Cancel => (Want::Cancel, State::Cancelled, Some(cancelled(&row.id))),
         Action::Resume if row.state == State::Paused => (Want::Run, State::Queued, None),
         Action::Resume => (Want::Run, row.state, None),
+        Action::Retry if !row.state.is_final() => return Step::nothing(),
         Action::Retry => {
             row = row.again(now_ms);
             (Want::Run, State::Queued, None)
@@ -218,7 +227,7 @@ fn asked(row: &TransferRow, action: Action, now_ms: i64) -> Step {
     };
     row.want = want;
     row.body.set_fault(why.as_ref());
-    Step::to(row.at(state, now_ms), &[Effect::TellSite])
+    Step::to(row.at(state, now_ms), &[Effect::SendList])
 }
 
 fn reported(
@@ -327,6 +336,15 @@ fn moved(
     let mut next = row.clone();
     next.body = body;
     Ok(Step::to(next.at(state, now_ms), &[]))
+}
+
+fn removed(row: &TransferRow, at_ms: i64) -> Step {
+    if !row.state.is_final() || row.removed_ms.is_some() {
+        return Step::nothing();
+    }
+    let mut next = row.clone();
+    next.removed_ms = Some(at_ms);
+    Step::to(next, &[])
 }
 
 fn ended(row: &TransferRow, generation: i64, want: Want, now_ms: i64) -> Step {

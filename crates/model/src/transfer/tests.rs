@@ -85,7 +85,7 @@ impl World {
         };
         self.hub = step.row.unwrap_or_else(|| self.hub.clone());
         for effect in step.effects {
-            assert_eq!(effect, Effect::TellSite);
+            assert_eq!(effect, Effect::SendList);
             self.to_site.push((self.hub.want, self.hub.generation));
         }
         self.check();
@@ -110,7 +110,7 @@ impl World {
             return;
         };
         match effect {
-            Effect::TellSite => unreachable!("the site has nobody to tell"),
+            Effect::SendList => unreachable!("the site has nobody to tell"),
             Effect::Run
                 if self
                     .tasks
@@ -376,7 +376,7 @@ fn every_history_ends_and_both_ends_agree() {
 }
 
 #[test]
-fn a_report_is_believed_for_its_own_generation_only() {
+fn a_report_counts_only_for_its_own_generation() {
     let mut row = new_row();
     row.generation = 3;
     let report = |generation, state, body| Event::Reported {
@@ -426,7 +426,7 @@ fn a_report_is_believed_for_its_own_generation_only() {
 }
 
 #[test]
-fn what_a_user_holds_stays_held_until_the_site_has_heard_of_it() {
+fn a_paused_transfer_stays_paused_until_the_site_has_received_the_request() {
     let ask = |row: &TransferRow, action| step(row, Event::Asked(action), 1).unwrap().row.unwrap();
     let paused = ask(&new_row(), Action::Pause);
     assert_eq!(
@@ -449,6 +449,10 @@ fn what_a_user_holds_stays_held_until_the_site_has_heard_of_it() {
         (cancelled.state, cancelled.finished_ms),
         (State::Cancelled, Some(1))
     );
+    // A repeated request gets the same answer; one that is paused is resumed, not tried again.
+    assert!(resumed.takes(Action::Retry, false) && !paused.takes(Action::Retry, false));
+    let open = step(&resumed, Event::Asked(Action::Retry), 3).unwrap();
+    assert_eq!((open.row, open.effects.len()), (None, 0));
     let again = ask(&cancelled, Action::Retry);
     assert_eq!(
         (again.state, again.generation, again.finished_ms),
@@ -494,4 +498,31 @@ fn a_newer_generation_starts_only_what_has_ended() {
         [],
         "what is done cannot be cancelled"
     );
+}
+
+#[test]
+fn only_an_ended_transfer_is_marked_as_removed() {
+    let removed = |row: &TransferRow, at_ms| step(row, Event::Removed { at_ms }, 9).unwrap();
+    let nothing = Step {
+        row: None,
+        effects: Vec::new(),
+    };
+    let mut row = new_row();
+    for state in [
+        State::Queued,
+        State::Planning,
+        State::Transferring,
+        State::Committing,
+        State::Paused,
+    ] {
+        row.state = state;
+        assert_eq!(removed(&row, 7), nothing, "{state:?}");
+    }
+    row.state = State::Done;
+    let step = removed(&row, 7);
+    let marked = step.row.unwrap();
+    assert_eq!((marked.removed_ms, &step.effects[..]), (Some(7), &[][..]));
+    row.removed_ms = Some(7);
+    assert_eq!(row, marked, "nothing else changes");
+    assert_eq!(removed(&marked, 8), nothing, "only once");
 }

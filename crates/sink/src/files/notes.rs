@@ -8,7 +8,8 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use super::{FilesSink, HIDDEN, read_if_exists};
+use super::versions::read_if_exists;
+use super::{FilesSink, HIDDEN};
 use crate::Incoming;
 use base::durable;
 use base::fault::{Fault, IoContext, Reason, Retry};
@@ -30,6 +31,7 @@ impl FilesSink {
     pub(super) fn note_path(&self, artifact: &ArtifactRef) -> PathBuf {
         let folder = self
             .root
+            .path()
             .join(HIDDEN)
             .join("versions")
             .join(artifact.kind.as_str())
@@ -45,7 +47,7 @@ impl FilesSink {
 
     pub(super) fn write_note(&self, incoming: &Incoming) -> Result<(), Fault> {
         let path = self.note_path(&incoming.artifact);
-        durable::create_dir_all(path.parent().unwrap_or(&self.root))?;
+        durable::create_dir_all(path.parent().unwrap_or(self.root.path()))?;
         // The latest transfer counts: a repair by an older transfer does not make the version
         // older.
         let existing = self
@@ -63,7 +65,7 @@ impl FilesSink {
     /// commit and is removed.
     pub(super) fn claim(&self, incoming: &Incoming) -> Result<(), Fault> {
         let path = self.note_path(&incoming.artifact);
-        durable::create_dir_all(path.parent().unwrap_or(&self.root))?;
+        durable::create_dir_all(path.parent().unwrap_or(self.root.path()))?;
         for _ in 0..CLAIM_TRIES {
             if durable::create(
                 &path,
@@ -98,7 +100,7 @@ impl FilesSink {
         Err(Fault::conflict(format!(
             "another site is committing different content of {} to {}",
             incoming.artifact,
-            self.root.display()
+            self.root.path().display()
         ))
         .with_reason(Reason::SinkUnavailable)
         .with_retry(Retry::Backoff)

@@ -2,8 +2,10 @@
 
 use std::fs::File;
 
+use super::versions::is_same_entry;
 use super::*;
-use base::fault::Retry;
+use base::fault::{Reason, Retry};
+use base::limits::ROOT_USE_ENDS_AFTER;
 use base::names::Kind;
 use content::chunk::{DEFAULT_CHUNKING, Hash};
 use content::manifest::{KindInfo, Root, Totals};
@@ -114,10 +116,14 @@ async fn an_empty_mount_point_is_not_filled() {
         let faults = [
             sink.check(&two).await.unwrap_err(),
             sink.commit(&two, &staged).await.unwrap_err(),
-            sink.stands(&one).await.unwrap_err(),
-            sink.verify(&one, &sink.landed(&one.artifact).place, &Look::default())
-                .await
-                .unwrap_err(),
+            sink.exists_at_target(&one).await.unwrap_err(),
+            sink.verify(
+                &one,
+                &sink.landed(&one.artifact).place,
+                &Verification::default(),
+            )
+            .await
+            .unwrap_err(),
             sink.trial().await.unwrap_err(),
             sink.remove(&one.artifact).await.unwrap_err(),
             sink.probe().await.unwrap_err(),
@@ -147,7 +153,7 @@ async fn an_empty_mount_point_is_not_filled() {
     durable::rename_noreplace(&away, &nas).unwrap();
     for sink in [&sink, &started] {
         sink.check(&two).await.unwrap();
-        assert!(sink.stands(&one).await.unwrap());
+        assert!(sink.exists_at_target(&one).await.unwrap());
     }
     assert_eq!(started.mount.get(), Some(&Mount::default()));
 
@@ -231,14 +237,14 @@ async fn a_commit_without_staged_content_is_delivered_again() {
         .await
         .unwrap_err();
     assert!(
-        fault.retry == Retry::Backoff && crate::must_be_brought_again(&fault),
+        fault.retry == Retry::Backoff && crate::needs_new_delivery(&fault),
         "{fault:?}"
     );
     assert!(
         sink.note(&one.artifact).unwrap().is_none(),
         "no note is created"
     );
-    assert!(!crate::must_be_brought_again(
+    assert!(!crate::needs_new_delivery(
         &Fault::not_allowed("the NAS is read-only").of_sink()
     ));
 }
@@ -291,13 +297,13 @@ async fn the_later_of_two_sites_with_different_content_creates_no_note() {
             (Code::Conflict, Retry::Never),
             "{fault}"
         );
-        assert!(two.stands(&b).await.is_err());
+        assert!(two.exists_at_target(&b).await.is_err());
     }
     assert_eq!(std::fs::read_to_string(&file).unwrap(), "one");
     assert!(
-        one.stands(&a).await.unwrap()
+        one.exists_at_target(&a).await.unwrap()
             && one
-                .verify(&a, &one.landed(&a.artifact).place, &Look::default())
+                .verify(&a, &one.landed(&a.artifact).place, &Verification::default())
                 .await
                 .unwrap()
                 .is_empty()
@@ -312,7 +318,7 @@ async fn a_site_that_no_longer_registers_does_not_prevent_removal() {
     let (a, a_staged) = staged(&one, "one");
     one.commit(&a, &a_staged).await.unwrap();
     two.renew().unwrap();
-    let file = one.root.join(HIDDEN).join(SITES).join(&two.owner);
+    let file = one.root.sites().join(two.root.owner());
     let said = |ago: Duration| {
         let time = std::time::SystemTime::from(base::clock::now()) - ago;
         File::options()
@@ -322,7 +328,7 @@ async fn a_site_that_no_longer_registers_does_not_prevent_removal() {
             .set_modified(time)
             .unwrap();
     };
-    assert_eq!(one.others().unwrap().len(), 1);
+    assert_eq!(one.root.others().unwrap().len(), 1);
     said(ROOT_USE_ENDS_AFTER - Duration::from_secs(3_600));
     assert!(
         one.remove(&a.artifact).await.unwrap().is_some(),
@@ -332,7 +338,7 @@ async fn a_site_that_no_longer_registers_does_not_prevent_removal() {
     let text = std::fs::read_to_string(&file).unwrap();
     durable::replace(&file, text.lines().next().unwrap().as_bytes()).unwrap();
     said(ROOT_USE_ENDS_AFTER * 9);
-    assert_eq!(one.others().unwrap().len(), 1);
+    assert_eq!(one.root.others().unwrap().len(), 1);
     durable::replace(&file, text.as_bytes()).unwrap();
     said(ROOT_USE_ENDS_AFTER + Duration::from_secs(3_600));
     assert_eq!(one.remove(&a.artifact).await.unwrap(), None);
@@ -351,14 +357,14 @@ async fn the_note_of_an_abandoned_commit_blocks_no_other() {
         std::fs::read_to_string(two.folder(&b.artifact).join("file")).unwrap(),
         "two"
     );
-    assert!(two.stands(&b).await.unwrap());
+    assert!(two.exists_at_target(&b).await.unwrap());
 }
 
 #[test]
 fn leftovers_of_other_sites_and_of_older_versions_are_distinguished() {
     let dir = tempfile::tempdir().unwrap();
     let sink = FilesSink::open(None, dir.path()).unwrap();
-    let own = format!("removed-{}-v1-0123abcd", sink.owner);
+    let own = format!("removed-{}-v1-0123abcd", sink.root.owner());
     for name in [
         own.as_str(),
         "removed-v1-0123abcd",

@@ -20,7 +20,9 @@ use serde_json::{Value, json};
 use sha2::Digest as _;
 
 use super::{file_size, image_info, lost, not_staged, read_small, taken, top_of};
-use crate::{Heartbeat, Incoming, Landed, Look, Sink, StorageLocation, Threads, rounded_secs};
+use crate::{
+    Committed, Heartbeat, Incoming, Sink, StorageLocation, Threads, Verification, rounded_secs,
+};
 use base::durable;
 use base::fault::{Code, Fault, IoContext};
 use base::limits;
@@ -114,7 +116,7 @@ impl LayoutSink {
         self.threads.run(change).await
     }
 
-    async fn commit_staged(&self, incoming: &Incoming, staged: &Path) -> Result<Landed, Fault> {
+    async fn commit_staged(&self, incoming: &Incoming, staged: &Path) -> Result<Committed, Fault> {
         let layout = self.layout(&incoming.artifact);
         let top = top_of(image_info(incoming)?)?;
         let lock = self.lock(&incoming.artifact);
@@ -152,7 +154,7 @@ impl LayoutSink {
             }
         }
         let location = format!("{}@{}", self.location(&incoming.artifact), top.digest);
-        Ok(Landed {
+        Ok(Committed {
             place: StorageLocation::Folder { path: layout },
             location,
             note: None,
@@ -458,7 +460,7 @@ impl Sink for LayoutSink {
         &self.threads
     }
 
-    fn held_up(&self) -> Option<Fault> {
+    fn wait_reason(&self) -> Option<Fault> {
         let (root, staging_root) = (self.root.clone(), self.staging_root.clone());
         // Calls that the kernel does not answer from its caches.
         let call = move || {
@@ -526,7 +528,7 @@ impl Sink for LayoutSink {
         Ok(self.threads.run(move || file_size(&blob)).await? == Some(file.size))
     }
 
-    async fn commit(&self, incoming: &Incoming, staged: &Path) -> Result<Landed, Fault> {
+    async fn commit(&self, incoming: &Incoming, staged: &Path) -> Result<Committed, Fault> {
         self.commit_staged(incoming, staged)
             .await
             .map_err(Fault::of_sink)
@@ -560,7 +562,7 @@ impl Sink for LayoutSink {
         self.threads.run(read).await
     }
 
-    async fn stands(&self, incoming: &Incoming) -> Result<bool, Fault> {
+    async fn exists_at_target(&self, incoming: &Incoming) -> Result<bool, Fault> {
         Ok(self.current_digest(&incoming.artifact).await?
             == Some(top_of(image_info(incoming)?)?.digest))
     }
@@ -569,7 +571,7 @@ impl Sink for LayoutSink {
         &self,
         incoming: &Incoming,
         _place: &StorageLocation,
-        look: &Look,
+        verification: &Verification,
     ) -> Result<Vec<String>, Fault> {
         let (layout, location) = (
             self.layout(&incoming.artifact),
@@ -599,9 +601,9 @@ impl Sink for LayoutSink {
             }
             Err(fault) => return Err(fault),
         };
-        let look = look.clone();
-        if look.quick {
-            look.note("quick check: the manifests were read and the size of each blob was compared; no blob was read");
+        let verification = verification.clone();
+        if verification.quick {
+            verification.note("quick check: the manifests were read and the size of each blob was compared; no blob was read");
         }
         let compare = move || {
             for blob in &tree.blobs {
@@ -610,7 +612,7 @@ impl Sink for LayoutSink {
                 let wrong = match size {
                     None if blob.is_foreign() => None,
                     None => Some(format!("{}: it is missing", path.display())),
-                    Some(size) if look.quick => (size != blob.size).then(|| {
+                    Some(size) if verification.quick => (size != blob.size).then(|| {
                         format!(
                             "{}: it has {size} bytes, but {} bytes were expected",
                             path.display(),
@@ -618,7 +620,7 @@ impl Sink for LayoutSink {
                         )
                     }),
                     Some(_) => {
-                        look.read(blob.size);
+                        verification.read(blob.size);
                         check_blob(&path, &blob.digest, blob.size)?
                     }
                 };

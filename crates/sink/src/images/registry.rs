@@ -5,6 +5,9 @@
 //! the image visible. A crash before that leaves unreferenced blobs: the next attempt uses them, or
 //! the registry's garbage collection removes them.
 
+mod push;
+mod tag;
+
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -15,9 +18,9 @@ use futures::{StreamExt, TryStreamExt};
 use parking_lot::Mutex;
 use tokio::sync::watch;
 
-use super::{image_info, lost, not_staged, read_small, taken, top_of};
+use super::{image_info, lost, read_small, top_of};
 use crate::settings;
-use crate::{Incoming, Landed, Look, Sink, StorageLocation, Threads};
+use crate::{Committed, Incoming, Sink, StorageLocation, Threads, Verification};
 use base::durable;
 use base::fault::{Code, Fault, IoContext, Reason};
 use base::limits;
@@ -26,6 +29,7 @@ use content::manifest::FileInfo;
 use registry::image::{Descriptor, Sha256, Tree, walk};
 use registry::reference::check_repository;
 use registry::{Credentials, Deleted, Error, LocalBlob, Origin, Registry};
+use tag::Tag;
 
 /// Writes images to a registry.
 pub struct RegistrySink {
@@ -43,43 +47,6 @@ pub struct RegistrySink {
     damaged: Mutex<HashSet<(String, Sha256)>>,
     /// Blobs that this process sent, by repository.
     sent: Mutex<HashSet<(String, Sha256)>>,
-}
-
-/// The image that a tag refers to.
-#[derive(Debug, PartialEq, Eq)]
-enum Tag {
-    Absent,
-    Is(Sha256),
-    /// An image exists, but a policy of the registry blocks it. Contains its digest if the registry
-    /// reports it in another way; otherwise it may be ours.
-    Blocked(Option<Sha256>),
-    /// The same, and the image is not ours, because the registry does not have ours.
-    BlockedOther,
-}
-
-impl Tag {
-    /// The digest of the image, if it is known.
-    fn digest(&self) -> Option<Sha256> {
-        match self {
-            Tag::Is(digest) => Some(*digest),
-            Tag::Blocked(digest) => *digest,
-            Tag::Absent | Tag::BlockedOther => None,
-        }
-    }
-
-    /// The fault of a tag that certainly refers to a different image.
-    fn conflict(&self, location: &str, ours: &Sha256) -> Option<Fault> {
-        match (self, self.digest()) {
-            (Tag::BlockedOther, _) => Some(
-                Fault::conflict(format!(
-                    "{location} already exists with a different image, which a policy of the registry blocks"
-                ))
-                .with_next("publish under another version, then deliver that version"),
-            ),
-            (_, Some(theirs)) if theirs != *ours => Some(taken(location, &theirs, ours)),
-            _ => None,
-        }
-    }
 }
 
 const BLOCKED: &str = "the registry has the image, but a policy of its project blocks it until it is scanned or signed";
@@ -147,39 +114,6 @@ impl RegistrySink {
         fault
     }
 
-    async fn tag(&self, artifact: &ArtifactRef, ours: &Sha256) -> Result<Tag, Fault> {
-        let repository = self.repository(artifact);
-        match self
-            .registry
-            .head_manifest(&repository, artifact.version())
-            .await
-        {
-            Ok(None) => Ok(Tag::Absent),
-            Ok(Some(digest)) => Ok(Tag::Is(digest)),
-            Err(Error::Answer(answer)) if answer.is_policy() => {
-                let (project, name) = repository.split_once('/').unwrap_or(("", &repository));
-                if let Some(digest) = self
-                    .registry
-                    .artifact_digest(project, name, artifact.version())
-                    .await
-                {
-                    return Ok(Tag::Blocked(Some(digest)));
-                }
-                // By its digest, our image is blocked too, if it exists.
-                let has_ours = self
-                    .registry
-                    .head_manifest(&repository, &ours.to_string())
-                    .await;
-                Ok(if matches!(has_ours, Ok(None)) {
-                    Tag::BlockedOther
-                } else {
-                    Tag::Blocked(None)
-                })
-            }
-            Err(error) => Err(error.fault(format_args!("look up {}", self.location(artifact)))),
-        }
-    }
-
     /// Runs `work`, and reports meanwhile if the registry does not respond.
     async fn report_silence<T>(&self, incoming: &Incoming, work: impl Future<Output = T>) -> T {
         tokio::pin!(work);
@@ -199,20 +133,6 @@ impl RegistrySink {
                 },
             }
         }
-    }
-
-    fn note_sent(&self, key: (String, Sha256)) {
-        let mut sent = self.sent.lock();
-        if sent.len() >= limits::REGISTRY_MOUNTS_KEPT_MAX {
-            sent.clear();
-        }
-        sent.insert(key);
-    }
-
-    fn is_damaged(&self, repository: &str, digest: &Sha256) -> bool {
-        self.damaged
-            .lock()
-            .contains(&(repository.to_owned(), *digest))
     }
 
     /// The bytes of a manifest, from the staging directory or from the registry.
@@ -272,187 +192,6 @@ impl RegistrySink {
         }
     }
 
-    async fn push_blobs(&self, repository: &str, tree: &Tree, staged: &Path) -> Result<(), Fault> {
-        futures::stream::iter(tree.blobs.iter().map(Ok))
-            .try_for_each_concurrent(limits::REGISTRY_BLOBS_IN_FLIGHT_MAX, |blob| {
-                self.push_blob(repository, blob, staged)
-            })
-            .await
-    }
-
-    async fn push_blob(
-        &self,
-        repository: &str,
-        blob: &Descriptor,
-        staged: &Path,
-    ) -> Result<(), Fault> {
-        let file = staged.join(blob.digest.layout_path());
-        if self.is_staged(&file).await? {
-            let local = LocalBlob {
-                digest: blob.digest,
-                size: blob.size,
-                file,
-            };
-            let key = (repository.to_owned(), blob.digest);
-            if self.is_damaged(repository, &blob.digest) {
-                self.replace_blob(repository, blob, &local).await?;
-            } else if self.registry.push_blob(repository, &local).await? {
-                self.note_sent(key);
-            } else if !self.sent.lock().contains(&key) {
-                // The blob was staged because the registry lacked it or had it damaged. It exists
-                // now, but this process did not send it, so it is read.
-                let doing = || {
-                    format!(
-                        "read blob {} of {}/{repository}",
-                        blob.digest,
-                        self.registry.origin()
-                    )
-                };
-                if self
-                    .registry
-                    .check_blob(repository, blob, &|_| {})
-                    .await
-                    .map_err(|e| e.fault(doing()))?
-                    .is_some()
-                {
-                    self.replace_blob(repository, blob, &local).await?;
-                }
-            }
-        } else {
-            let held = self.registry.blob_size(repository, &blob.digest).await;
-            match held.map_err(|e| e.fault(format_args!("look up blob {}", blob.digest)))? {
-                Some(size) if size == blob.size => {}
-                Some(size) => return Err(wrong_size(blob, size)),
-                None if blob.is_foreign() => return Ok(()), // such layers are not in registries by design
-                None => {
-                    return Err(lost(
-                        &format!("blob {}", blob.digest),
-                        &format!("{}/{repository}", self.registry.origin()),
-                    ));
-                }
-            }
-        }
-        self.remember_repository(blob.digest, repository);
-        Ok(())
-    }
-
-    /// Sends a blob again that is damaged in the registry, and then reads it, because some
-    /// registries keep the old content.
-    async fn replace_blob(
-        &self,
-        repository: &str,
-        blob: &Descriptor,
-        local: &LocalBlob,
-    ) -> Result<(), Fault> {
-        let doing = || {
-            format!(
-                "replace the damaged blob {} of {}/{repository}",
-                blob.digest,
-                self.registry.origin()
-            )
-        };
-        let deleted = self.registry.delete_blob(repository, &blob.digest).await;
-        tracing::info!(blob = %blob.digest, repository, deleted = ?deleted.ok(), "sending a damaged blob again");
-        self.registry.push_again(repository, local).await?;
-        match self.registry.check_blob(repository, blob, &|_| {}).await.map_err(|e| e.fault(doing()))? {
-            None => {
-                self.damaged.lock().remove(&(repository.to_owned(), blob.digest));
-                Ok(())
-            }
-            Some(why) => Err(Fault::integrity(format!("{}: it was sent again, but the registry kept the damaged content: {why}", doing())).with_next(
-                "delete every image that uses this blob at the registry, run its garbage collection to remove the blob from its storage, then run 'packhorse retry'",
-            )),
-        }
-    }
-
-    fn remember_repository(&self, digest: Sha256, repository: &str) {
-        let mut seen = self.seen.lock();
-        if seen.len() >= limits::REGISTRY_MOUNTS_KEPT_MAX {
-            seen.clear();
-        }
-        seen.insert(digest, repository.to_owned());
-    }
-
-    /// Pushes the manifests, the top one last and under the tag.
-    async fn push_manifests(&self, repository: &str, tree: &Tree, tag: &str) -> Result<(), Error> {
-        let last = tree.manifests.len().saturating_sub(1);
-        for (at, node) in tree.manifests.iter().enumerate() {
-            let digest = node.digest.to_string();
-            let reference = if at == last { tag } else { digest.as_str() };
-            self.registry
-                .put_manifest(
-                    repository,
-                    reference,
-                    &node.media_type,
-                    &node.bytes,
-                    &node.digest,
-                )
-                .await?;
-        }
-        Ok(())
-    }
-
-    async fn push(
-        &self,
-        repository: &str,
-        incoming: &Incoming,
-        staged: &Path,
-    ) -> Result<(), Fault> {
-        let location = self.location(&incoming.artifact);
-        let ours = top_of(image_info(incoming)?)?.digest;
-        let tree = self
-            .tree(repository, Some(staged), incoming)
-            .await
-            .map_err(|fault| not_staged(fault, &location))?;
-        let mut is_retry = false;
-        loop {
-            self.push_blobs(repository, &tree, staged).await?;
-            let error = match self
-                .push_manifests(repository, &tree, incoming.artifact.version())
-                .await
-            {
-                Ok(()) => break,
-                Err(error) => error,
-            };
-            let blob_unknown = matches!(&error, Error::Answer(answer) if answer.is_blob_unknown());
-            if blob_unknown && !is_retry {
-                is_retry = true; // a blob was removed after it was checked
-                continue;
-            }
-            // An immutable tag, or a concurrent push by another client. Both are acceptable if it
-            // is the same image.
-            if matches!(error.status(), Some(409 | 412)) || error.is_transient() {
-                match self.tag(&incoming.artifact, &ours).await {
-                    Ok(tag) if tag.digest() == Some(ours) => break,
-                    Ok(tag) if error.status() == Some(412) => {
-                        match tag.conflict(&location, &ours) {
-                            Some(fault) => return Err(fault),
-                            None if tag == Tag::Blocked(None) => {
-                                return Err(unknown_tag(&location, error));
-                            }
-                            None => {}
-                        }
-                    }
-                    _ => {}
-                }
-            }
-            return Err(error.fault(format_args!("push {location}")));
-        }
-        let tag = self.tag(&incoming.artifact, &ours).await?;
-        if let Some(theirs) = tag.digest().filter(|theirs| *theirs != ours) {
-            return Err(Fault::integrity(format!("{location} was stored as {theirs}, not {ours}"))
-                .with_next("a proxy in front of the registry changes the content, or another client pushes the same tag"));
-        }
-        // If a policy blocks the image, the answer to the push stated the stored digest.
-        if tag == Tag::Absent {
-            Err(Fault::unreachable(format!(
-                "{location} was pushed but does not exist"
-            )))
-        } else {
-            Ok(())
-        }
-    }
-
     /// Whether another tag of the repository refers to the same manifest, which a deletion would
     /// remove too.
     async fn is_shared(&self, repository: &str, tag: &str, digest: &Sha256) -> Result<bool, Error> {
@@ -506,7 +245,7 @@ impl RegistrySink {
         &self,
         repository: &str,
         blob: &Descriptor,
-        look: &Look,
+        verification: &Verification,
     ) -> Result<Option<String>, Fault> {
         let doing = || {
             format!(
@@ -522,14 +261,14 @@ impl RegistrySink {
             .map_err(|e| e.fault(doing()))?
         {
             Some(size) if size != blob.size => return Ok(Some(wrong_size(blob, size).message)),
-            Some(_) if look.quick => return Ok(None),
+            Some(_) if verification.quick => return Ok(None),
             Some(_) => {}
             None if blob.is_foreign() => return Ok(None),
             None => return Ok(Some(format!("blob {} is missing", blob.digest))),
         }
         let why = self
             .registry
-            .check_blob(repository, blob, &|bytes| look.read(bytes))
+            .check_blob(repository, blob, &|bytes| verification.read(bytes))
             .await
             .map_err(|e| e.fault(doing()))?;
         let key = (repository.to_owned(), blob.digest);
@@ -542,40 +281,6 @@ impl RegistrySink {
         Ok(why.map(|why| format!("blob {}: {why}", blob.digest)))
     }
 
-    async fn commit_now(&self, incoming: &Incoming, staged: &Path) -> Result<Landed, Fault> {
-        let repository = self.repository(&incoming.artifact);
-        let ours = top_of(image_info(incoming)?)?.digest;
-        let found = match self.tag(&incoming.artifact, &ours).await {
-            Ok(found) => found,
-            Err(fault) => return Err(self.explain_denied(fault, &repository).await),
-        };
-        if let Some(fault) = found.conflict(&self.location(&incoming.artifact), &ours) {
-            return Err(fault);
-        }
-        match found {
-            // Committed and cleaned up before a crash.
-            Tag::Is(_) | Tag::Blocked(_) if !self.is_staged(staged).await? => {}
-            _ => {
-                if let Err(fault) = self.push(&repository, incoming, staged).await {
-                    return Err(self.explain_denied(fault, &repository).await);
-                }
-                let staged = staged.to_owned();
-                self.threads
-                    .run(move || durable::remove_all(&staged))
-                    .await?;
-            }
-        }
-        let held = matches!(
-            self.tag(&incoming.artifact, &ours).await,
-            Ok(Tag::Blocked(_))
-        );
-        Ok(Landed {
-            place: StorageLocation::Registry { repository },
-            location: format!("{}@{ours}", self.location(&incoming.artifact)),
-            note: held.then(|| BLOCKED.to_owned()),
-        })
-    }
-
     fn repository_of(place: &StorageLocation) -> Result<&str, Fault> {
         match place {
             StorageLocation::Registry { repository } => Ok(repository),
@@ -585,14 +290,6 @@ impl RegistrySink {
             ))),
         }
     }
-}
-
-/// The fault of an immutable tag whose image the registry does not report.
-fn unknown_tag(location: &str, error: Error) -> Fault {
-    let fault = error.fault(format_args!("push {location}"));
-    Fault { message: format!("{}; an image exists, but a policy of the registry hides which one", fault.message), ..fault }.with_next(
-        "give the registry user permission to list artifacts (Harbor: 'List Artifact' and 'Read Artifact'), then run 'packhorse retry'",
-    )
 }
 
 fn wrong_size(blob: &Descriptor, size: u64) -> Fault {
@@ -725,7 +422,7 @@ impl Sink for RegistrySink {
         }
     }
 
-    async fn commit(&self, incoming: &Incoming, staged: &Path) -> Result<Landed, Fault> {
+    async fn commit(&self, incoming: &Incoming, staged: &Path) -> Result<Committed, Fault> {
         self.report_silence(incoming, self.commit_now(incoming, staged))
             .await
     }
@@ -784,7 +481,7 @@ impl Sink for RegistrySink {
         Ok(manifest.bytes.slice(start..end))
     }
 
-    async fn stands(&self, incoming: &Incoming) -> Result<bool, Fault> {
+    async fn exists_at_target(&self, incoming: &Incoming) -> Result<bool, Fault> {
         let ours = top_of(image_info(incoming)?)?.digest;
         let tag = self.tag(&incoming.artifact, &ours).await?;
         // A blocked image is not lost.
@@ -795,7 +492,7 @@ impl Sink for RegistrySink {
         &self,
         incoming: &Incoming,
         place: &StorageLocation,
-        look: &Look,
+        verification: &Verification,
     ) -> Result<Vec<String>, Fault> {
         let location = self.location(&incoming.artifact);
         let StorageLocation::Registry { repository } = place else {
@@ -816,7 +513,7 @@ impl Sink for RegistrySink {
                 ));
             }
             Tag::Blocked(_) => {
-                look.cannot_read(format!("{location}: {BLOCKED}; no blob could be read"));
+                verification.cannot_read(format!("{location}: {BLOCKED}; no blob could be read"));
                 return Ok(out);
             }
             Tag::Is(_) => {}
@@ -836,11 +533,11 @@ impl Sink for RegistrySink {
             .iter()
             .filter(|digest| !allowed.contains(&digest.to_string()));
         out.extend(missing.map(|digest| format!("{location}: manifest {digest} is missing")));
-        if look.quick {
-            look.note("quick check: the manifests and the size of each blob were requested from the registry; no blob was read");
+        if verification.quick {
+            verification.note("quick check: the manifests and the size of each blob were requested from the registry; no blob was read");
         }
         let found: Vec<Option<String>> = futures::stream::iter(tree.blobs)
-            .map(|blob| async move { self.blob_fault(repository, &blob, look).await })
+            .map(|blob| async move { self.blob_fault(repository, &blob, verification).await })
             .buffered(limits::REGISTRY_BLOBS_IN_FLIGHT_MAX)
             .try_collect()
             .await?;

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::*;
-use crate::{Look, StorageLocation};
+use crate::{StorageLocation, Verification};
 use ::registry::testing::fixture::{
     Access, Image, PASSWORD, RealRegistry, TokenService, USER, image, noise, tar_layer, write,
 };
@@ -127,7 +127,7 @@ async fn contract(sink: &dyn Sink, inspect: &dyn Fn(&str) -> String) {
     sink.check(&v1).await.unwrap();
     sink.commit(&v1, &one.dir).await.unwrap();
     assert_eq!(
-        sink.verify(&v1, &landed.place, &Look::default())
+        sink.verify(&v1, &landed.place, &Verification::default())
             .await
             .unwrap(),
         Vec::<String>::new()
@@ -225,13 +225,13 @@ async fn contract(sink: &dyn Sink, inspect: &dyn Fn(&str) -> String) {
     sink.remove(&v1.artifact).await.unwrap();
     assert!(
         !sink
-            .verify(&v1, &landed.place, &Look::default())
+            .verify(&v1, &landed.place, &Verification::default())
             .await
             .unwrap()
             .is_empty()
     );
     assert_eq!(
-        sink.verify(&v2, &landed.place, &Look::default())
+        sink.verify(&v2, &landed.place, &Verification::default())
             .await
             .unwrap(),
         Vec::<String>::new(),
@@ -325,7 +325,7 @@ async fn a_directory_of_layouts() {
         &noise(21, 5000),
     );
     assert_eq!(
-        sink.verify(&only, &landed.place, &Look::default())
+        sink.verify(&only, &landed.place, &Verification::default())
             .await
             .unwrap()
             .len(),
@@ -391,7 +391,7 @@ async fn two_sites_use_one_directory_of_layouts() {
     }
     for (incoming, _) in &images {
         assert!(
-            sinks[0].stands(incoming).await.unwrap(),
+            sinks[0].exists_at_target(incoming).await.unwrap(),
             "{} is committed, although the other site committed others at the same time",
             incoming.artifact
         );
@@ -447,7 +447,7 @@ async fn a_damaged_layer_of_the_right_size_is_replaced() {
     write(&from, &base);
     let landed = sink.commit(&v2, &two.dir).await.unwrap();
     assert_eq!(
-        sink.verify(&v2, &landed.place, &Look::default())
+        sink.verify(&v2, &landed.place, &Verification::default())
             .await
             .unwrap(),
         Vec::<String>::new()
@@ -967,7 +967,7 @@ async fn a_flipped_bit_in_a_registry_is_found_and_replaced() {
     let landed = sink.commit(&one, &made.dir).await.unwrap();
     let read = Arc::new(AtomicUsize::new(0));
     let counted = read.clone();
-    let look = Look::new(false, move |bytes| {
+    let look = Verification::new(false, move |bytes| {
         counted.fetch_add(bytes as usize, Ordering::Relaxed);
     });
     assert_eq!(
@@ -985,14 +985,14 @@ async fn a_flipped_bit_in_a_registry_is_found_and_replaced() {
     bytes[1_500_000] ^= 1;
     write(&file, &bytes);
     let found = sink
-        .verify(&one, &landed.place, &Look::default())
+        .verify(&one, &landed.place, &Verification::default())
         .await
         .unwrap();
     assert!(
         found.len() == 1 && found[0].contains(&damaged.to_string()) && found[0].contains("damaged"),
         "{found:?}"
     );
-    let quick = Look::new(true, |_| unreachable!("a quick look reads no blob"));
+    let quick = Verification::new(true, |_| unreachable!("a quick look reads no blob"));
     assert_eq!(
         sink.verify(&one, &landed.place, &quick).await.unwrap(),
         Vec::<String>::new()
@@ -1034,7 +1034,7 @@ async fn a_flipped_bit_in_a_registry_is_found_and_replaced() {
     std::fs::remove_dir_all(file.parent().unwrap()).unwrap();
     sink.commit(&one, &again.dir).await.unwrap();
     assert_eq!(
-        sink.verify(&one, &landed.place, &Look::default())
+        sink.verify(&one, &landed.place, &Verification::default())
             .await
             .unwrap(),
         Vec::<String>::new()
@@ -1070,8 +1070,8 @@ async fn an_image_that_a_policy_blocks_is_committed() {
     assert_eq!(Sha256::of(&top).to_string(), made.info.digest);
     // A repeated commit and all later requests: the image is not lost.
     sink.commit(&one, &made.dir).await.unwrap();
-    assert!(sink.stands(&one).await.unwrap());
-    let look = Look::default();
+    assert!(sink.exists_at_target(&one).await.unwrap());
+    let look = Verification::default();
     assert_eq!(
         sink.verify(&one, &landed.place, &look).await.unwrap(),
         Vec::<String>::new()

@@ -36,6 +36,7 @@ mod copy;
 mod engine;
 mod postgres;
 mod query;
+mod row_mapping;
 mod sqlite;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
@@ -55,7 +56,7 @@ use tokio::sync::{Mutex, mpsc};
 use self::canonical::Table;
 use self::compare::Compare;
 use self::engine::{Engine, NewVersion, Rows, StoredVersion, join_thread, not_held};
-use super::{Incoming, Landed, Look, Sink, StorageLocation, Threads, nothing_staged};
+use super::{Committed, Incoming, Sink, StorageLocation, Threads, Verification, nothing_staged};
 use crate::settings;
 use base::durable;
 use base::fault::{Fault, IoContext};
@@ -314,7 +315,7 @@ impl Sink for LabelsSink {
         })
     }
 
-    async fn commit(&self, incoming: &Incoming, staged: &Path) -> Result<Landed, Fault> {
+    async fn commit(&self, incoming: &Incoming, staged: &Path) -> Result<Committed, Fault> {
         let artifact = &incoming.artifact;
         let new = self.new_version(incoming, staged)?;
         self.wait_for_changes().await;
@@ -348,7 +349,7 @@ impl Sink for LabelsSink {
             self.engine.activate(set, &active).await?;
         }
         let place = self.store_files(artifact, staged).await?;
-        Ok(Landed {
+        Ok(Committed {
             place,
             location: self.engine.location(artifact.name(), artifact.version()),
             note: None,
@@ -394,7 +395,7 @@ impl Sink for LabelsSink {
         self.threads.run(read).await
     }
 
-    async fn stands(&self, incoming: &Incoming) -> Result<bool, Fault> {
+    async fn exists_at_target(&self, incoming: &Incoming) -> Result<bool, Fault> {
         let held = self
             .engine
             .held(incoming.artifact.name(), incoming.artifact.version())
@@ -406,7 +407,7 @@ impl Sink for LabelsSink {
         &self,
         incoming: &Incoming,
         place: &StorageLocation,
-        look: &Look,
+        verification: &Verification,
     ) -> Result<Vec<String>, Fault> {
         let (set, version) = (incoming.artifact.name(), incoming.artifact.version());
         let Some(held) = self.engine.held(set, version).await? else {
@@ -420,13 +421,13 @@ impl Sink for LabelsSink {
                 held.digest, incoming.digest
             )]);
         }
-        if look.quick {
+        if verification.quick {
             let info = labels_info(incoming)?;
             let (stored, expected) = (
                 [held.classes, held.samples, held.annotations],
                 [info.classes, info.samples, info.annotations],
             );
-            look.note("quick check: the version, its digest and its counts were read from the database; no row was read");
+            verification.note("quick check: the version, its digest and its counts were read from the database; no row was read");
             return Ok(if stored == expected {
                 Vec::new()
             } else {

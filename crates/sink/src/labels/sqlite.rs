@@ -21,13 +21,12 @@ use sqlx::{
 };
 use tokio::sync::mpsc;
 
-use super::canonical::{
-    Annotation, Class, Sample, Table, read_annotations, read_classes, read_samples,
-};
+use super::canonical::{Table, read_annotations, read_classes, read_samples};
 use super::engine::{
     Batcher, Engine, NewVersion, Rows, StoredVersion, join_thread, not_held, pump,
 };
 use super::query::{self, Batch};
+use super::row_mapping::{self, LabelRow};
 use crate::Threads;
 use base::fault::{Fault, IoContext, Reason, Retry};
 use base::limits::{LABEL_BATCH_BYTES, LABEL_BATCHES_QUEUED_MAX, LABEL_WRITER_WAIT_MAX};
@@ -358,17 +357,10 @@ impl Sqlite {
             .fetch_optional(conn)
             .await
             .map_err(|e| self.fault(what, &e))?;
-        let held = |row: SqliteRow| -> sqlx::Result<(i64, StoredVersion)> {
-            let held = StoredVersion {
-                digest: row.try_get(0)?,
-                classes: row.try_get::<i64, _>(1)?.unsigned_abs(),
-                samples: row.try_get::<i64, _>(2)?.unsigned_abs(),
-                annotations: row.try_get::<i64, _>(3)?.unsigned_abs(),
-                rows_digest: row.try_get(4)?,
-            };
-            Ok((row.try_get(5)?, held))
-        };
-        row.map(held).transpose().map_err(|e| self.fault(what, &e))
+        row.as_ref()
+            .map(row_mapping::stored_version)
+            .transpose()
+            .map_err(|e| self.fault(what, &e))
     }
 
     /// Inserts the rows that `work` reads on a thread of the sink.
@@ -584,7 +576,7 @@ impl Sqlite {
         let mut rows = sqlx::query(EXPORT_CLASSES).bind(id).fetch(&mut *conn);
         let mut number = 0;
         while let Some(row) = rows.try_next().await.map_err(read)? {
-            let class = class_of(&row).map_err(read)?;
+            let class = row_mapping::class(&row).map_err(read)?;
             batcher
                 .push(Table::Classes, number, |out| class.write(out))
                 .await?;
@@ -594,7 +586,7 @@ impl Sqlite {
 
         let mut rows = sqlx::query(EXPORT_SAMPLES).bind(id).fetch(&mut *conn);
         while let Some(row) = rows.try_next().await.map_err(read)? {
-            let (no, sample) = sample_of(&row).map_err(read)?;
+            let (no, sample) = row_mapping::sample(&row).map_err(read)?;
             batcher
                 .push(Table::Samples, no.unsigned_abs(), |out| sample.write(out))
                 .await?;
@@ -603,7 +595,7 @@ impl Sqlite {
 
         let mut rows = sqlx::query(EXPORT_ANNOTATIONS).bind(id).fetch(&mut *conn);
         while let Some(row) = rows.try_next().await.map_err(read)? {
-            let (no, annotation) = annotation_of(&row).map_err(read)?;
+            let (no, annotation) = row_mapping::annotation(&row).map_err(read)?;
             batcher
                 .push(Table::Annotations, no.unsigned_abs(), |out| {
                     annotation.write(out);
@@ -624,42 +616,26 @@ impl Sqlite {
 
 // Unchecked: a column may contain other data, and `verify` must report the difference instead of a
 // read error.
-fn class_of(row: &SqliteRow) -> sqlx::Result<Class<'_>> {
-    Ok(Class {
-        id: row.try_get_unchecked(0)?,
-        name: row.try_get_unchecked(1)?,
-        attrs: row.try_get_unchecked(2)?,
-    })
-}
+impl LabelRow for SqliteRow {
+    fn int(&self, at: usize) -> sqlx::Result<i64> {
+        self.try_get_unchecked(at)
+    }
 
-fn sample_of(row: &SqliteRow) -> sqlx::Result<(i64, Sample<'_>)> {
-    let sample = Sample {
-        path: row.try_get_unchecked(1)?,
-        hash: row.try_get_unchecked(2)?,
-        width: row.try_get_unchecked(3)?,
-        height: row.try_get_unchecked(4)?,
-        split: row.try_get_unchecked(5)?,
-        meta: row.try_get_unchecked(6)?,
-    };
-    Ok((row.try_get_unchecked(0)?, sample))
-}
+    fn optional_int(&self, at: usize) -> sqlx::Result<Option<i64>> {
+        self.try_get_unchecked(at)
+    }
 
-fn annotation_of(row: &SqliteRow) -> sqlx::Result<(i64, Annotation<'_>)> {
-    let annotation = Annotation {
-        sample: row.try_get_unchecked(1)?,
-        class: row.try_get_unchecked(2)?,
-        kind: row.try_get_unchecked(3)?,
-        bbox: [
-            row.try_get_unchecked(4)?,
-            row.try_get_unchecked(5)?,
-            row.try_get_unchecked(6)?,
-            row.try_get_unchecked(7)?,
-        ],
-        geom: row.try_get_unchecked(8)?,
-        attrs: row.try_get_unchecked(9)?,
-        raw: row.try_get_unchecked(10)?,
-    };
-    Ok((row.try_get_unchecked(0)?, annotation))
+    fn optional_float(&self, at: usize) -> sqlx::Result<Option<f64>> {
+        self.try_get_unchecked(at)
+    }
+
+    fn text(&self, at: usize) -> sqlx::Result<&str> {
+        self.try_get_unchecked(at)
+    }
+
+    fn optional_text(&self, at: usize) -> sqlx::Result<Option<&str>> {
+        self.try_get_unchecked(at)
+    }
 }
 
 /// A value as JSON, by its own type instead of that of its column: a cast to text would round a
@@ -863,7 +839,7 @@ impl Engine for Sqlite {
             let read = |e: sqlx::Error| self.fault("read the classes", &e);
             let mut rows = sqlx::query(EXPORT_CLASSES).bind(id).fetch(&mut conn);
             while let Some(row) = rows.try_next().await.map_err(read)? {
-                classes.push(class_of(&row).map_err(read)?.owned());
+                classes.push(row_mapping::class(&row).map_err(read)?.owned());
             }
         }
         self.close(conn).await;

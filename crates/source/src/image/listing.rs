@@ -91,7 +91,7 @@ mod tests {
     }
 
     #[test]
-    fn names_match_whole_or_by_tag() {
+    fn names_match_completely_or_by_tag() {
         assert!(matches("host:5000/app:v1", "v1") && matches("app:v1", "app:v1"));
         assert!(!matches("host:5000/app", "5000/app") && !matches("app:v1", "app"));
     }

@@ -141,8 +141,7 @@ fn whole(
 
 /// The text as a JSON string, quotes included.
 pub(super) fn json_string(text: &str) -> String {
-    // Text always serialises.
-    serde_json::to_string(text).unwrap_or_default()
+    serde_json::Value::from(text).to_string()
 }
 
 #[cfg(test)]

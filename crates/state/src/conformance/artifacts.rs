@@ -1,4 +1,4 @@
-//! What is known of artifacts.
+//! Tests of the rows of artifacts.
 
 use base::fault::Code;
 use base::names::{ArtifactRef, SiteName};
@@ -25,7 +25,7 @@ pub(crate) async fn an_artifact_never_changes(catalogue: Catalogue) {
     );
 }
 
-pub(crate) async fn what_is_published_while_it_is_given_back_stays(catalogue: Catalogue) {
+pub(crate) async fn an_artifact_that_is_published_during_its_removal_stays(catalogue: Catalogue) {
     let names: Vec<ArtifactRef> = ["model/m:1", "model/m:2", "model/m:3"]
         .iter()
         .map(|name| name.parse().unwrap())
@@ -45,13 +45,13 @@ pub(crate) async fn what_is_published_while_it_is_given_back_stays(catalogue: Ca
             .await
             .unwrap();
     };
-    // Before, in between, and not at all.
+    // Published before the removal, during the removal, and not published.
     publish(&names[0]).await;
     assert!(!catalogue.leave(&names[0]).await.unwrap());
     assert!(catalogue.artifact(&names[0]).await.unwrap().place.is_some());
     assert!(catalogue.leave(&names[1]).await.unwrap() && catalogue.leave(&names[2]).await.unwrap());
     publish(&names[1]).await;
-    // The hub may have heard of it already.
+    // The hub may have confirmed the offer already.
     catalogue.offered(&names[1]).await.unwrap();
     for name in &names[1..] {
         catalogue.remove_left(name).await.unwrap();
@@ -64,7 +64,9 @@ pub(crate) async fn what_is_published_while_it_is_given_back_stays(catalogue: Ca
     );
 }
 
-pub(crate) async fn what_is_read_in_a_folder_is_found(catalogue: Catalogue) {
+pub(crate) async fn an_artifact_is_found_by_the_folder_of_its_storage_location(
+    catalogue: Catalogue,
+) {
     let name: ArtifactRef = "model/m:1".parse().unwrap();
     catalogue.add_artifact(&name, &root(1), None).await.unwrap();
     let place = sink::StorageLocation::Folder {
@@ -89,7 +91,9 @@ pub(crate) async fn what_is_read_in_a_folder_is_found(catalogue: Catalogue) {
     }
 }
 
-pub(crate) async fn what_changed_where_it_was_published_is_an_event_once(catalogue: Catalogue) {
+pub(crate) async fn a_change_of_published_content_is_recorded_as_an_event_once(
+    catalogue: Catalogue,
+) {
     let names: Vec<ArtifactRef> = ["model/m:1", "model/m:2", "model/m:3"]
         .iter()
         .map(|name| name.parse().unwrap())
@@ -106,12 +110,16 @@ pub(crate) async fn what_changed_where_it_was_published_is_an_event_once(catalog
             .await
             .unwrap();
     }
-    assert_eq!(catalogue.published().await.unwrap(), names[..2]);
+    let published = names[..2].iter().map(|name| (name.clone(), place.clone()));
+    assert_eq!(
+        catalogue.published().await.unwrap(),
+        published.collect::<Vec<_>>()
+    );
     assert_eq!(catalogue.artifact(&names[0]).await.unwrap().published_ms, 7);
     let before = catalogue.cursor().await.unwrap();
     assert!(
         !catalogue.set_changed(&names[0], None).await.unwrap(),
-        "it was sound"
+        "it was unchanged"
     );
     assert!(
         catalogue
@@ -141,7 +149,7 @@ pub(crate) async fn what_changed_where_it_was_published_is_an_event_once(catalog
             .as_deref(),
         Some("b is gone")
     );
-    // The hub is told of it once it has heard of the artifact itself.
+    // The change is reported to the hub only after the hub has confirmed the artifact.
     assert!(catalogue.changed_here().await.unwrap().is_empty());
     catalogue.offered(&names[0]).await.unwrap();
     assert_eq!(
@@ -152,11 +160,11 @@ pub(crate) async fn what_changed_where_it_was_published_is_an_event_once(catalog
     assert!(catalogue.changed_here().await.unwrap().is_empty());
 }
 
-pub(crate) async fn of_what_changed_the_newest_sound_version_from_the_same_place_is_known(
+pub(crate) async fn a_changed_artifact_has_the_newest_unchanged_version_from_the_same_location(
     catalogue: Catalogue,
 ) {
-    // In the order of their names: where and when it was published, whether it changed, and what
-    // was published there since.
+    // In the order of their names: the location and time of the publish, whether it changed, and
+    // the newer version from the same location.
     let all = [
         ("model/m:1", "a", 1, true, Some("model/m:3")),
         ("model/m:2", "a", 2, false, None),
@@ -197,7 +205,9 @@ pub(crate) async fn of_what_changed_the_newest_sound_version_from_the_same_place
     assert_eq!(found, expected.collect::<Vec<_>>());
 }
 
-pub(crate) async fn the_hub_believes_of_each_site_what_changed_of_its_own(catalogue: Catalogue) {
+pub(crate) async fn the_hub_accepts_the_changes_that_a_site_reports_only_for_its_own_artifacts(
+    catalogue: Catalogue,
+) {
     let sites: Vec<SiteName> = vec!["a".parse().unwrap(), "b".parse().unwrap()];
     let names: Vec<ArtifactRef> = ["model/a:1", "model/a:2", "model/b:1", "model/hub:1"]
         .iter()
@@ -240,7 +250,7 @@ pub(crate) async fn the_hub_believes_of_each_site_what_changed_of_its_own(catalo
     check([false, true, true, false]).await;
     assert!(tell(1, &[]).await);
     check([false, true, false, false]).await;
-    // The hub has the bytes itself now: whatever lies there is no business of its.
+    // The hub now stores the content itself: changes at the site do not matter any more.
     catalogue.take_over(&names[1]).await.unwrap();
     check([false; 4]).await;
 }

@@ -1,11 +1,13 @@
-//! Event numbers, and who is woken by which change.
+//! Tests of event numbers and wake-ups.
 
 use futures::poll;
 
 use super::{join, part, root, signed};
 use crate::{Body, Catalogue, Offer, Subject, Watch};
+use base::fault::Code;
 use base::names::{ArtifactRef, SiteName};
-use model::transfer::{Action, State};
+use model::paging::Room;
+use model::transfer::{Action, State, TransferQuery};
 
 pub(crate) async fn event_numbers_have_no_gap_and_a_reader_misses_none(catalogue: Catalogue) {
     const WRITERS: u64 = 8;
@@ -25,7 +27,7 @@ pub(crate) async fn event_numbers_have_no_gap_and_a_reader_misses_none(catalogue
                         .save_run(&format!("run-{writer}-{n}"), "training", true, &1)
                         .await
                         .unwrap();
-                    // What is refused, and what is not committed, takes no number.
+                    // A refused write, and a transaction that is not committed, takes no number.
                     catalogue
                         .add_artifact(&artifact, &root(2), None)
                         .await
@@ -59,7 +61,42 @@ pub(crate) async fn event_numbers_have_no_gap_and_a_reader_misses_none(catalogue
     assert_eq!(catalogue.cursor().await.unwrap(), since);
     names.sort();
     names.dedup();
-    assert_eq!(names.len() as u64, WRITERS * EACH + 1, "each once");
+    assert_eq!(names.len() as u64, WRITERS * EACH + 1, "each number once");
+}
+
+pub(crate) async fn a_cursor_from_which_changes_would_be_missed_is_refused(catalogue: Catalogue) {
+    for n in 0..4 {
+        let artifact: ArtifactRef = format!("model/m:{n}").parse().unwrap();
+        catalogue
+            .add_artifact(&artifact, &root(n), None)
+            .await
+            .unwrap();
+    }
+    let newest = catalogue.cursor().await.unwrap();
+    catalogue.check_cursor(newest).await.unwrap();
+    for since in [0, 1, newest] {
+        catalogue.check_event_cursor(since).await.unwrap();
+    }
+    // A catalogue that was restored from a backup.
+    for refused in [
+        catalogue.check_cursor(newest + 1).await,
+        catalogue.check_event_cursor(newest + 1).await,
+        catalogue.check_event_cursor(u64::MAX).await,
+    ] {
+        let fault = refused.unwrap_err();
+        assert_eq!(fault.code, Code::Conflict);
+        assert!(fault.next.contains("complete list"), "{fault:?}");
+    }
+    let query = TransferQuery {
+        since: Some(newest + 1),
+        ..TransferQuery::default()
+    };
+    let room = Room {
+        rows: 9,
+        bytes: 1 << 20,
+    };
+    let page = catalogue.transfer_page(&query, None, room, |row| row.id.to_string());
+    assert_eq!(page.await.unwrap_err().code, Code::Conflict);
 }
 
 async fn is_woken(watch: &mut Watch) -> bool {
@@ -94,7 +131,7 @@ pub(crate) async fn a_change_wakes_only_those_that_wait_for_its_subject(catalogu
     let place = sink::StorageLocation::Folder {
         path: "/nas".into(),
     };
-    // Whether the work of a and b, and artifacts, changed.
+    // Whether a change wakes the waiters for the work of a, the work of b, and artifacts.
     macro_rules! check {
         ($expected:expr, $what:literal, $change:expr) => {
             let mut watches = [
@@ -121,7 +158,7 @@ pub(crate) async fn a_change_wakes_only_those_that_wait_for_its_subject(catalogu
     check!(a, "a user resumes", catalogue.act(&ids[0], Action::Resume));
     check!(
         a,
-        "a site begins",
+        "a site begins a transfer",
         catalogue.update_transfer(&ids[0], 0, State::Transferring, &Body::default())
     );
     let further = Body {
@@ -130,12 +167,12 @@ pub(crate) async fn a_change_wakes_only_those_that_wait_for_its_subject(catalogu
     };
     check!(
         none,
-        "its progress",
+        "progress of the transfer",
         catalogue.update_transfer(&ids[0], 0, State::Transferring, &further)
     );
     check!(
         a,
-        "a site reports",
+        "a report of a site",
         catalogue.update_transfer(&ids[0], 0, State::Done, &signed())
     );
     let deliver = async |id: &str, name: &str, to: &[SiteName]| {
@@ -145,7 +182,7 @@ pub(crate) async fn a_change_wakes_only_those_that_wait_for_its_subject(catalogu
     };
     check!(
         a,
-        "it is part of one more delivery",
+        "the transfer is part of another delivery",
         deliver("d-2", "model/m:1", &sites[..1])
     );
     check!(
@@ -160,7 +197,7 @@ pub(crate) async fn a_change_wakes_only_those_that_wait_for_its_subject(catalogu
     );
     check!(
         a,
-        "what it brought is removed",
+        "its content is removed",
         catalogue.set_removed(&ids[0], 7)
     );
     let run = serde_json::json!({ "spec": { "from": "b", "on": "a" } });
@@ -183,7 +220,7 @@ pub(crate) async fn a_change_wakes_only_those_that_wait_for_its_subject(catalogu
     let gone = [(names[0].clone(), "gone".into())];
     check!(
         artifacts,
-        "a file is gone",
+        "a file is missing",
         catalogue.set_changed_at(&sites[1], &gone)
     );
     check!(artifacts, "a pin", catalogue.set_pinned(&names[0], true));
@@ -226,7 +263,7 @@ pub(crate) async fn with_many_sites_a_change_for_one_is_read_by_one(catalogue: C
         .iter()
         .map(|site| catalogue.watch(Subject::Site(site.clone())))
         .collect();
-    // As the hub does for each connected site.
+    // The hub does the same for each connected site.
     let look_if_woken = async |watches: &mut Vec<Watch>| {
         let before = catalogue.reads();
         let mut looked = Vec::new();
@@ -236,7 +273,7 @@ pub(crate) async fn with_many_sites_a_change_for_one_is_read_by_one(catalogue: C
                 assert_eq!(catalogue.open_transfers(&sites[n]).await.unwrap().len(), 1);
                 catalogue.waits(&sites[n]).await.unwrap();
                 catalogue.open_runs::<serde_json::Value>(9).await.unwrap();
-                // The next wake-up is not held back.
+                // The next wake-up is not delayed.
                 *watch = catalogue.watch(Subject::Site(sites[n].clone()));
             }
         }
@@ -248,7 +285,7 @@ pub(crate) async fn with_many_sites_a_change_for_one_is_read_by_one(catalogue: C
         .await
         .unwrap();
     assert_eq!(look_if_woken(&mut watches).await, (vec![3], 3));
-    // Changes that come together are read once.
+    // Several changes in a short time are read once.
     for _ in 0..5 {
         catalogue.act(&ids[7], Action::Pause).await.unwrap();
         catalogue.act(&ids[7], Action::Resume).await.unwrap();

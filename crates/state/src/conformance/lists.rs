@@ -1,4 +1,4 @@
-//! Lists, and those that follow by a cursor.
+//! Tests of lists and of readers that follow a cursor.
 
 use base::fault::Code;
 use base::names::{ArtifactRef, SiteName};
@@ -10,7 +10,7 @@ use transport::identity::Claim;
 use super::root;
 use crate::{Catalogue, Part, TransferRow};
 
-pub(crate) async fn lists_go_on_behind_any_row(catalogue: Catalogue) {
+pub(crate) async fn a_list_continues_after_any_row(catalogue: Catalogue) {
     let artifact: ArtifactRef = "dataset/a:1".parse().unwrap();
     catalogue
         .add_artifact(&artifact, &root(1), None)
@@ -61,7 +61,7 @@ pub(crate) async fn lists_go_on_behind_any_row(catalogue: Catalogue) {
             .rows
             .is_empty()
     );
-    // By bytes, one at a time; of ids, in the order in which they were begun.
+    // Pages limited by bytes have one row each. Queries with ids are ordered by time of creation.
     let ids_of = TransferQuery {
         id: Some(all.join(",")),
         ..TransferQuery::default()
@@ -152,7 +152,7 @@ pub(crate) async fn lists_go_on_behind_any_row(catalogue: Catalogue) {
     );
 }
 
-pub(crate) async fn whoever_follows_by_a_cursor_misses_none_of_many_that_change_at_once(
+pub(crate) async fn a_reader_that_follows_a_cursor_misses_none_of_many_simultaneous_changes(
     catalogue: Catalogue,
 ) {
     let (artifacts, site): (Vec<ArtifactRef>, SiteName) = (
@@ -224,7 +224,7 @@ pub(crate) async fn whoever_follows_by_a_cursor_misses_none_of_many_that_change_
     assert_eq!(
         since,
         catalogue.cursor().await.unwrap(),
-        "the event of the site comes behind them"
+        "the event of the site comes after them"
     );
     assert!(
         catalogue

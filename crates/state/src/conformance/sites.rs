@@ -1,4 +1,4 @@
-//! Sites, publishers and join tokens; whom sites share with.
+//! Tests of sites, publishers, join tokens and sharing lists.
 
 use std::time::Duration;
 
@@ -10,7 +10,7 @@ use transport::identity::Claim;
 use super::{join, root};
 use crate::{Catalogue, Part, SharingRow};
 
-pub(crate) async fn a_token_is_good_once_and_for_a_while(catalogue: Catalogue) {
+pub(crate) async fn a_token_can_be_used_once_and_expires(catalogue: Catalogue) {
     let name: SiteName = "west".parse().unwrap();
     let (site, claim) = (Peer::Site(name.clone()), Claim::Site(name.clone()));
     catalogue
@@ -32,8 +32,8 @@ pub(crate) async fn a_token_is_good_once_and_for_a_while(catalogue: Catalogue) {
             .unwrap(),
         site
     );
-    // Its answer may have been lost: the same key may ask again, and no other, until the site was
-    // here.
+    // The answer may have been lost: the same key, and no other, may ask again until the site has
+    // connected.
     assert_eq!(
         catalogue
             .redeem_token("a", &[1; 32], &claim, &[7; 32])
@@ -73,7 +73,7 @@ pub(crate) async fn a_token_is_good_once_and_for_a_while(catalogue: Catalogue) {
     );
 }
 
-pub(crate) async fn a_publisher_is_no_site(catalogue: Catalogue) {
+pub(crate) async fn a_publisher_is_not_a_site(catalogue: Catalogue) {
     let name: SiteName = "office".parse().unwrap();
     let publisher_name: PublisherName = "office".parse().unwrap();
     let publisher = Peer::Publisher(publisher_name.clone());
@@ -81,7 +81,7 @@ pub(crate) async fn a_publisher_is_no_site(catalogue: Catalogue) {
         .add_token("a", &[1; 32], &publisher, &Default::default(), 60)
         .await
         .unwrap();
-    // A site that shows a publisher's token is refused, and the token stays good.
+    // A site that presents a publisher's token is refused, and the token stays valid.
     let fault = catalogue
         .redeem_token("a", &[1; 32], &Claim::Site(name.clone()), &[7; 32])
         .await
@@ -105,7 +105,7 @@ pub(crate) async fn a_publisher_is_no_site(catalogue: Catalogue) {
             .code,
         Code::NotFound
     );
-    // Nor can a site take its name, or a publisher that of a site.
+    // A site cannot use the name of a publisher, and a publisher cannot use the name of a site.
     let site = Peer::Site(name);
     assert_eq!(
         catalogue
@@ -135,7 +135,7 @@ pub(crate) async fn a_publisher_is_no_site(catalogue: Catalogue) {
     );
 }
 
-pub(crate) async fn the_list_of_a_site_and_the_labels_of_another_decide_whether_it_receives(
+pub(crate) async fn the_sharing_list_of_a_site_and_the_labels_of_another_decide_whether_it_receives(
     catalogue: Catalogue,
 ) {
     let a = join(&catalogue, "a", &[]).await;
@@ -154,9 +154,9 @@ pub(crate) async fn the_list_of_a_site_and_the_labels_of_another_decide_whether_
     assert_eq!(
         row.share,
         Some(share),
-        "what cannot be parsed allows no site"
+        "an entry that cannot be parsed allows no site"
     );
-    // That was a's list.
+    // This list was that of a.
     let row = catalogue.sharing(&c, &a).await.unwrap();
     assert_eq!(row, SharingRow::default());
     catalogue.set_share(&a, Some(&[])).await.unwrap();
@@ -164,7 +164,9 @@ pub(crate) async fn the_list_of_a_site_and_the_labels_of_another_decide_whether_
     assert_eq!(row.share, Some(Vec::new()));
 }
 
-pub(crate) async fn the_origins_of_content_are_those_of_what_was_delivered(catalogue: Catalogue) {
+pub(crate) async fn the_origins_of_content_are_the_origins_of_the_delivered_artifacts(
+    catalogue: Catalogue,
+) {
     let a = join(&catalogue, "a", &[]).await;
     let b = join(&catalogue, "b", &[]).await;
     // The same content under three names; the third is not delivered.

@@ -6,7 +6,7 @@ use model::transfer::{State, TransferQuery};
 use super::{root, signed, wanted};
 use crate::{Body, Catalogue, Part, TransferRow};
 
-pub(crate) async fn delivering_twice_is_one_transfer_and_a_cursor_shows_what_is_new(
+pub(crate) async fn a_repeated_delivery_has_one_transfer_and_a_cursor_returns_only_changes(
     catalogue: Catalogue,
 ) {
     let name: ArtifactRef = "model/m:1".parse().unwrap();
@@ -38,7 +38,7 @@ pub(crate) async fn delivering_twice_is_one_transfer_and_a_cursor_shows_what_is_
         .unwrap();
     assert_eq!(
         parts, 2,
-        "what stood already is part of the second delivery too"
+        "an existing transfer is also part of the second delivery"
     );
     let (all, cursor) = catalogue
         .transfers(&TransferQuery::default())
@@ -70,7 +70,7 @@ pub(crate) async fn delivering_twice_is_one_transfer_and_a_cursor_shows_what_is_
     assert_eq!(
         catalogue.transfer(&first[1]).await.unwrap().state,
         State::Done,
-        "what is done stays done"
+        "a done transfer stays done"
     );
     assert!(
         catalogue
@@ -112,7 +112,7 @@ pub(crate) async fn labels_wait_for_their_dataset_at_the_same_site(catalogue: Ca
     assert_eq!(
         catalogue.waits(&sites[0]).await.unwrap(),
         at_a(&ids),
-        "a failed one will be retried"
+        "a failed transfer will be retried"
     );
     catalogue
         .act(&ids[2], model::transfer::Action::Retry)
@@ -130,7 +130,9 @@ pub(crate) async fn labels_wait_for_their_dataset_at_the_same_site(catalogue: Ca
     );
 }
 
-pub(crate) async fn what_a_run_borrowed_goes_and_what_others_want_stays(catalogue: Catalogue) {
+pub(crate) async fn only_inputs_that_nothing_else_needs_are_removed_after_a_run(
+    catalogue: Catalogue,
+) {
     let sites: Vec<SiteName> = vec!["b".parse().unwrap()];
     let part = |name: &str| Part {
         artifact: name.parse().unwrap(),
@@ -201,23 +203,26 @@ pub(crate) async fn what_a_run_borrowed_goes_and_what_others_want_stays(catalogu
         .unwrap();
     assert!(
         borrowed("two").await.is_empty(),
-        "somebody asked for it since"
+        "it was requested again later"
     );
 
     catalogue.set_removed(&one[1], 7).await.unwrap();
     let other = root(1).digest();
     assert!(
         catalogue.is_delivered(&sites[0], other).await.unwrap(),
-        "by the others"
+        "by the other transfers"
     );
     let again = catalogue
         .deliver(&"d-5".parse().unwrap(), None, &[part("model/one:1")], &[])
         .await
         .unwrap();
-    assert_ne!(again[0], one[1], "what was given back is sent again");
+    assert_ne!(
+        again[0], one[1],
+        "removed content is delivered by a new transfer"
+    );
 }
 
-pub(crate) async fn what_a_run_may_be_giving_back_is_brought_again(catalogue: Catalogue) {
+pub(crate) async fn an_input_that_may_be_in_removal_is_delivered_again(catalogue: Catalogue) {
     let sites: Vec<SiteName> = vec!["b".parse().unwrap()];
     let part = |name: &str| Part {
         artifact: name.parse().unwrap(),
@@ -251,7 +256,7 @@ pub(crate) async fn what_a_run_may_be_giving_back_is_brought_again(catalogue: Ca
             .await
             .unwrap();
     }
-    // For a run that is over at once, so that it wants nothing.
+    // For a run that has ended, so that it needs nothing.
     let deliver = async |run: &str, part: &Part| {
         catalogue
             .save_run(run, "cancelled", false, &1)
@@ -268,7 +273,7 @@ pub(crate) async fn what_a_run_may_be_giving_back_is_brought_again(catalogue: Ca
             .unwrap()
             .remove(0);
         let row = catalogue.transfer(&id).await.unwrap();
-        assert!(ids.contains(&id), "it stands");
+        assert!(ids.contains(&id), "the transfer stays done");
         catalogue
             .update_transfer(&id, row.generation, State::Done, &signed())
             .await
@@ -281,17 +286,21 @@ pub(crate) async fn what_a_run_may_be_giving_back_is_brought_again(catalogue: Ca
         .unwrap();
     assert_eq!(deliver("two", &own).await, 0);
     catalogue.save_run("one", "done", true, &1).await.unwrap();
-    assert_eq!(deliver("three", &own).await, 1, "it is over and gives back");
+    assert_eq!(
+        deliver("three", &own).await,
+        1,
+        "the run has ended and its site removes the input"
+    );
     assert_eq!(
         deliver("four", &shared).await,
         0,
-        "somebody wants it, so nobody takes it away"
+        "another delivery needs it, so it is not removed"
     );
     catalogue.save_run("one", "done", false, &1).await.unwrap();
     assert_eq!(
         deliver("five", &own).await,
         1,
-        "it has given back what it had to"
+        "the cleanup of the run is complete"
     );
     let late = serde_json::json!({ "spec": { "deadline_ms": 1000 } });
     catalogue
@@ -301,11 +310,11 @@ pub(crate) async fn what_a_run_may_be_giving_back_is_brought_again(catalogue: Ca
     assert_eq!(
         deliver("six", &own).await,
         2,
-        "its site may give back before the hub sees that its time is up"
+        "the site may remove it before the hub notices the deadline"
     );
 }
 
-pub(crate) async fn a_transfer_knows_whether_it_landed_before_it_was_begun_again(
+pub(crate) async fn a_restarted_transfer_records_whether_it_committed_its_artifact_before(
     catalogue: Catalogue,
 ) {
     let adopt = async |id: &str, generation| {
@@ -331,17 +340,17 @@ pub(crate) async fn a_transfer_knows_whether_it_landed_before_it_was_begun_again
     assert!(enter(&row, State::Done).await.has_landed());
     let row = adopt("t-0", 1).await;
     assert_eq!((row.state, row.has_landed()), (State::Queued, true));
-    // Given up while it waits for its turn: what it brought lies there.
+    // Cancelled while it waits: the content that it committed before is still there.
     assert!(enter(&row, State::Cancelled).await.has_landed());
-    // One that finds that there, and is given up as well, has brought nothing.
+    // Another transfer that finds this content and is cancelled has committed nothing.
     let other = adopt("t-1", 0).await;
     assert!(!enter(&other, State::Cancelled).await.has_landed());
     let row = adopt("t-0", 2).await;
-    assert!(row.has_landed(), "however often");
+    assert!(row.has_landed(), "after any number of restarts");
     enter(&row, State::Done).await;
     catalogue.set_removed("t-0", 7).await.unwrap();
     assert!(
         !adopt("t-0", 3).await.has_landed(),
-        "it was given back since"
+        "it was removed in between"
     );
 }

@@ -70,8 +70,8 @@ fn key(row: &SqliteRow) -> String {
     row.try_get("reference").unwrap_or_default()
 }
 
-/// The versions of an artifact: the names behind the first and before the second. `;` is the
-/// character behind `:`.
+/// The range of names that contains all versions of an artifact: after the first and before the
+/// second. `;` is the character after `:`.
 fn versions(of: &ArtifactRef) -> (String, String) {
     let series = of.series();
     (format!("{series}:"), format!("{series};"))
@@ -89,7 +89,7 @@ async fn names(pool: &SqlitePool) -> Result<Vec<ArtifactRef>, Fault> {
 }
 
 impl Sqlite {
-    /// Writes one value (`$1`) of an artifact (`$2`), of which nobody waits to learn.
+    /// Writes one value (`$1`) of an artifact (`$2`) and wakes no task.
     async fn set_text(
         &self,
         sql: &'static str,
@@ -154,7 +154,7 @@ impl Artifacts for Sqlite {
             .bind(&digest.0[..])
             .bind(root.to_bytes())
             .bind(origin.map(|s| s.as_str()))
-            .bind(clock::now_unix_ms() as i64)
+            .bind(clock::now_ms())
             .bind(i64::try_from(root.totals.bytes).unwrap_or(i64::MAX))
             .execute(write.db())
             .await
@@ -190,7 +190,7 @@ impl Artifacts for Sqlite {
             Peer::Publisher(name) => (None, Some(name.as_str())),
             Peer::Hub(_) => (None, None),
         };
-        // The sum of integers could overflow: a site says how many bytes it published.
+        // A sum of integers could overflow, because the sizes are those that sites stated.
         let (artifacts, bytes): (i64, f64) = sqlx::query_as(
             "SELECT COUNT(*), COALESCE(SUM(CAST(bytes AS DOUBLE PRECISION)), 0.0) FROM artifact WHERE origin = $1 OR publisher = $2",
         )
@@ -316,7 +316,7 @@ impl Artifacts for Sqlite {
             .map_or_else(|| Err(no_artifact(name)), artifact)
     }
 
-    async fn kin(&self, of: &ArtifactRef) -> Result<Option<ArtifactRow>, Fault> {
+    async fn previous_version(&self, of: &ArtifactRef) -> Result<Option<ArtifactRow>, Fault> {
         let (first, last) = versions(of);
         let row = sqlx::query(
             "SELECT * FROM artifact WHERE reference > $1 AND reference < $2 AND reference <> $3 AND place IS NOT NULL
@@ -331,7 +331,11 @@ impl Artifacts for Sqlite {
         Ok(row.and_then(|row| self.sound(TABLE, &key(&row), artifact(&row))))
     }
 
-    async fn has_kin_at(&self, site: &SiteName, of: &ArtifactRef) -> Result<bool, Fault> {
+    async fn has_previous_version_at(
+        &self,
+        site: &SiteName,
+        of: &ArtifactRef,
+    ) -> Result<bool, Fault> {
         let (first, last) = versions(of);
         sqlx::query_scalar(
             "SELECT EXISTS (SELECT 1 FROM transfer WHERE site = $1 AND reference > $2 AND reference < $3
@@ -368,7 +372,7 @@ impl Artifacts for Sqlite {
     }
 
     async fn artifact_names_settled(&self) -> Result<Vec<ArtifactRef>, Fault> {
-        // It waits for the only connection that writes.
+        // This waits for the only connection that writes.
         names(&self.write).await
     }
 

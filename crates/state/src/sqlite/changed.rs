@@ -1,13 +1,14 @@
-//! What was published in place, and how it changed, in SQLite.
+//! Artifacts that were published in place, and their changes, in SQLite.
 
 use std::collections::HashMap;
 use std::path::Path;
 
 use async_trait::async_trait;
 use base::fault::Fault;
-use base::limits::CHANGED_TOLD_MAX;
+use base::limits::CHANGED_REPORTED_MAX;
 use base::names::{ArtifactRef, SiteName};
 use base::text::Message;
+use sink::StorageLocation;
 
 use super::{Sqlite, Write, fault, malformed};
 use crate::changed::{InPlace, PublishedInPlace};
@@ -21,16 +22,20 @@ fn parsed(name: &str) -> Result<ArtifactRef, Fault> {
 
 #[async_trait]
 impl InPlace for Sqlite {
-    async fn published(&self) -> Result<Vec<ArtifactRef>, Fault> {
-        let rows: Vec<(String,)> = sqlx::query_as(
-            "SELECT reference FROM artifact WHERE published_ms IS NOT NULL ORDER BY reference",
+    async fn published(&self) -> Result<Vec<(ArtifactRef, StorageLocation)>, Fault> {
+        let rows: Vec<(String, String)> = sqlx::query_as(
+            "SELECT reference, place FROM artifact WHERE published_ms IS NOT NULL AND place IS NOT NULL ORDER BY reference",
         )
         .fetch_all(self.read())
         .await
         .map_err(fault)?;
         Ok(rows
             .iter()
-            .filter_map(|(name,)| self.sound(TABLE, name, parsed(name)))
+            .filter_map(|(name, place)| {
+                let place = serde_json::from_str(place).map_err(|e| malformed(TABLE, name, e));
+                let read = parsed(name).and_then(|artifact| Ok((artifact, place?)));
+                self.sound(TABLE, name, read)
+            })
             .collect())
     }
 
@@ -98,7 +103,7 @@ impl InPlace for Sqlite {
             "SELECT reference, changed FROM artifact
              WHERE changed IS NOT NULL AND published_ms IS NOT NULL AND offer IS NULL ORDER BY reference LIMIT $1",
         )
-        .bind(CHANGED_TOLD_MAX)
+        .bind(CHANGED_REPORTED_MAX)
         .fetch_all(self.read())
         .await
         .map_err(fault)?;
@@ -114,8 +119,8 @@ impl InPlace for Sqlite {
         site: &SiteName,
         all: &[(ArtifactRef, Message)],
     ) -> Result<bool, Fault> {
-        // A site may send anything: no more is stored than one that works correctly sends.
-        let all = all.iter().take(CHANGED_TOLD_MAX as usize);
+        // A site may send anything: at most as many entries are stored as a correct site sends.
+        let all = all.iter().take(CHANGED_REPORTED_MAX as usize);
         let all: HashMap<String, String> = all
             .map(|(artifact, how)| (artifact.to_string(), how.to_string()))
             .collect();
@@ -139,8 +144,8 @@ impl InPlace for Sqlite {
     }
 }
 
-/// Writes how an artifact changed, if its bytes are those of `origin` (`None`: this daemon's own).
-/// Returns whether that is new.
+/// Writes how an artifact changed, if `origin` published it (`None`: this daemon). Returns whether
+/// this differs from the stored value.
 async fn put(
     write: &mut Write,
     origin: Option<&SiteName>,

@@ -8,7 +8,6 @@ use super::transfers::{key, transfer};
 use super::{Sqlite, fault, malformed};
 use crate::TransferRow;
 use crate::deliveries::{Deliveries, DeliveryRow, no_delivery};
-use crate::wake::Subject;
 
 const TABLE: &str = "delivery";
 const NEWEST: &str = "SELECT id, run, created_ms FROM delivery WHERE (created_ms, id) < ($1, $2) ORDER BY created_ms DESC, id DESC LIMIT $3";
@@ -87,7 +86,7 @@ impl Deliveries for Sqlite {
                     created_ms,
                 })
             }));
-            // A row that was skipped makes room for another.
+            // A skipped row is replaced by the next one.
             if is_end || out.len() as i64 >= rows {
                 return Ok(out);
             }
@@ -113,28 +112,5 @@ impl Deliveries for Sqlite {
             .iter()
             .filter_map(|row| self.sound("transfer", &key(row), transfer(row)))
             .collect())
-    }
-
-    async fn set_removed(&self, id: &str, removed_ms: i64) -> Result<(), Fault> {
-        let mut write = self.begin().await?;
-        let seq = write.take_numbers(1).await?;
-        // One that began again meanwhile is on its way here again.
-        let removed: Option<(String,)> = sqlx::query_as(
-            "UPDATE transfer SET removed_ms = $1, cursor = $2
-             WHERE id = $3 AND removed_ms IS NULL AND state IN ('done', 'failed', 'cancelled') RETURNING site",
-        )
-        .bind(removed_ms)
-        .bind(seq)
-        .bind(id)
-        .fetch_optional(write.db())
-        .await
-        .map_err(fault)?;
-        let Some((site,)) = removed else {
-            return Ok(());
-        };
-        write
-            .note_as(seq, "transfer", id, Subject::of_site(&site))
-            .await?;
-        write.commit().await
     }
 }

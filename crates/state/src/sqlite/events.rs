@@ -16,6 +16,14 @@ impl Events for Sqlite {
         Ok(value as u64)
     }
 
+    async fn oldest_event(&self) -> Result<Option<u64>, Fault> {
+        let oldest: Option<i64> = sqlx::query_scalar("SELECT MIN(seq) FROM event")
+            .fetch_one(self.read())
+            .await
+            .map_err(fault)?;
+        Ok(oldest.map(|seq| seq as u64))
+    }
+
     async fn events(&self, since: u64, limit: u32) -> Result<Vec<EventRow>, Fault> {
         let rows: Vec<(i64, i64, String, String)> = sqlx::query_as(
             "SELECT seq, at_ms, what, name FROM event WHERE seq > $1 ORDER BY seq LIMIT $2",

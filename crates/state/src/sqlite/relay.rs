@@ -1,4 +1,4 @@
-//! Relayed artifacts, and whom sites share with, in SQLite.
+//! Relayed artifacts and the sharing lists of sites, in SQLite.
 
 use async_trait::async_trait;
 use base::clock;
@@ -96,7 +96,7 @@ impl Relay for Sqlite {
     async fn relay_used(&self, digest: Digest) -> Result<(), Fault> {
         let mut write = self.begin().await?;
         sqlx::query("UPDATE artifact SET used_ms = $1 WHERE digest = $2 AND origin IS NOT NULL")
-            .bind(clock::now_unix_ms() as i64)
+            .bind(clock::now_ms())
             .bind(&digest.0[..])
             .execute(write.db())
             .await

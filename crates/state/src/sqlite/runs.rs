@@ -35,7 +35,7 @@ impl Runs for Sqlite {
         .bind(&run.state)
         .bind(i64::from(run.open))
         .bind(&run.body)
-        .bind(clock::now_unix_ms() as i64)
+        .bind(clock::now_ms())
         .execute(write.db())
         .await
         .map_err(fault)?;
@@ -96,7 +96,8 @@ impl Runs for Sqlite {
     }
 
     async fn set_lineage(&self, artifact: &ArtifactRef, lineage: &Lineage) -> Result<(), Fault> {
-        // A site is told with each list of the hub; one that cannot be read is replaced.
+        // A site receives the lineage with each list of the hub. A stored lineage that cannot be
+        // read is replaced.
         if self.lineage(artifact).await.ok().flatten().as_ref() == Some(lineage) {
             return Ok(());
         }
@@ -119,7 +120,9 @@ impl Runs for Sqlite {
                 .fetch_optional(self.read())
                 .await
                 .map_err(fault)?;
-        row.map(|(body,)| serde_json::from_str(&body).map_err(|e| malformed("lineage", &name, e)))
-            .transpose()
+        Ok(row.and_then(|(body,)| {
+            let read = serde_json::from_str(&body).map_err(|e| malformed("lineage", &name, e));
+            self.sound("lineage", &name, read)
+        }))
     }
 }

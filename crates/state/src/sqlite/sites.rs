@@ -28,7 +28,7 @@ type TokenColumns = (
 type SiteColumns = (String, String, i64, Option<i64>, Option<String>, i64);
 
 const TABLE: &str = "site";
-/// The sites behind a name; and one of them.
+/// The sites after a name, and one site.
 const SITES: &str = "SELECT name, labels, joined_ms, seen_ms, version,
         (SELECT COUNT(*) FROM transfer t WHERE t.site = site.name AND t.state NOT IN ('done', 'failed', 'cancelled'))
      FROM site WHERE $1 IS NULL OR name > $1 ORDER BY name LIMIT $2";
@@ -59,7 +59,8 @@ fn token(
 }
 
 impl Sqlite {
-    /// A row of [`SITES`]. A site whose labels cannot be read has none, and is reported.
+    /// A row of [`SITES`]. A site whose labels cannot be read is returned without labels, and is
+    /// reported.
     fn site_row(
         &self,
         (name, labels, joined_ms, seen_ms, version, open): SiteColumns,
@@ -105,7 +106,7 @@ impl Sites for Sqlite {
         labels: &BTreeMap<String, String>,
         ttl_seconds: u64,
     ) -> Result<(), Fault> {
-        let now = clock::now_unix_ms() as i64;
+        let now = clock::now_ms();
         let (role, taken) = match holder {
             Peer::Publisher(_) => (PUBLISHER, "SELECT 'a site' FROM site WHERE name = $1"),
             Peer::Site(_) => (SITE, "SELECT 'a publisher' FROM publisher WHERE name = $1"),
@@ -143,7 +144,7 @@ impl Sites for Sqlite {
         claim: &Claim,
         key_hash: &[u8; 32],
     ) -> Result<Peer, Fault> {
-        let now = clock::now_unix_ms() as i64;
+        let now = clock::now_ms();
         let mut write = self.begin().await?;
         let row: Option<TokenColumns> = sqlx::query_as(TOKEN)
             .bind(id)
@@ -162,7 +163,7 @@ impl Sites for Sqlite {
         let name = holder.name();
         match &holder {
             Peer::Site(_) => {
-                // A token without labels says nothing of them.
+                // A token without labels does not change them.
                 let labels = row.map_or_else(|| "{}".into(), |row| row.labels);
                 sqlx::query(
                     "INSERT INTO site (name, labels, joined_ms) VALUES ($1, $2, $3)
@@ -197,7 +198,7 @@ impl Sites for Sqlite {
     async fn publisher_seen(&self, name: &PublisherName) -> Result<bool, Fault> {
         let mut write = self.begin().await?;
         let done = sqlx::query("UPDATE publisher SET seen_ms = $1 WHERE name = $2")
-            .bind(clock::now_unix_ms() as i64)
+            .bind(clock::now_ms())
             .bind(name.as_str())
             .execute(write.db())
             .await
@@ -211,14 +212,14 @@ impl Sites for Sqlite {
         sqlx::query(
             "UPDATE site SET seen_ms = $1, version = COALESCE($2, version) WHERE name = $3",
         )
-        .bind(clock::now_unix_ms() as i64)
+        .bind(clock::now_ms())
         .bind(version)
         .bind(site.as_str())
         .execute(write.db())
         .await
         .map_err(fault)?;
-        // Each transfer gets a number of its own, so that a page of what changed can end behind any
-        // of them. The event has that of the last.
+        // Each transfer gets its own number, so that a page of changes can end after any of them.
+        // The event has the number of the last one.
         let (open,): (i64,) =
             sqlx::query_as("SELECT COUNT(*) FROM transfer WHERE site = $1 AND state NOT IN ('done', 'failed', 'cancelled')")
                 .bind(site.as_str())
@@ -238,7 +239,7 @@ impl Sites for Sqlite {
         .execute(write.db())
         .await
         .map_err(fault)?;
-        // What the site has to do is the same as before.
+        // The work of the site does not change.
         write
             .note_as(last, "site", site.as_str(), Subject::Other)
             .await?;
@@ -250,7 +251,7 @@ impl Sites for Sqlite {
         site: &SiteName,
         allow: Option<&[String]>,
     ) -> Result<(), Fault> {
-        // Only what can be parsed counts, and no more than a list of all sites that a hub can have.
+        // Only entries that can be parsed are stored, and at most as many as a hub can have sites.
         let list: Option<Vec<&String>> = allow.map(|list| {
             list.iter()
                 .take(TRAIN_ALLOW_MAX)

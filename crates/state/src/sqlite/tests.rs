@@ -1,5 +1,5 @@
-//! The conformance suite on SQLite, and what only SQLite has: its file, its migrations, rows that
-//! were damaged in it.
+//! The test suite of engines on SQLite, and tests of what only SQLite has: its file, its
+//! migrations, and damaged rows in it.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -22,7 +22,7 @@ async fn opened() -> (tempfile::TempDir, Catalogue) {
     (dir, catalogue)
 }
 
-/// A connection beside those of the daemon.
+/// A connection that is separate from those of the daemon.
 async fn raw(dir: &Path) -> SqliteConnection {
     let options = SqliteConnectOptions::new()
         .filename(dir.join("catalogue.db"))
@@ -46,7 +46,7 @@ async fn sql(dir: &Path, statement: &'static str) -> u64 {
     done
 }
 
-/// A catalogue as the program made it before the migration `version`.
+/// A catalogue as the program created it before the migration `version`.
 async fn before(version: i64, dir: &Path) -> SqliteConnection {
     let mut db = raw(dir).await;
     let migrations = sqlx::migrate!("../../migrations/catalogue");
@@ -62,7 +62,8 @@ async fn before(version: i64, dir: &Path) -> SqliteConnection {
 
 #[tokio::test]
 async fn event_numbers_continue_in_a_catalogue_of_the_previous_revision() {
-    // Written, and left by `trim_events`; whether a transfer has the newest number.
+    // The number of events written, the number left by `trim_events`, and whether a transfer has
+    // the newest number.
     for (written, left, of_transfer) in [
         (0, 0, false),
         (5, 5, false),
@@ -116,7 +117,7 @@ async fn event_numbers_continue_in_a_catalogue_of_the_previous_revision() {
         let new: Vec<_> = (0..3)
             .map(|n| (newest + n + 1, format!("model/new:{n}")))
             .collect();
-        // A reader that was up to date, and one that was behind.
+        // A reader that has read all events, and one that has not.
         assert_eq!(names(catalogue.events(newest, 9).await.unwrap()), new);
         let old = (written - left..written).map(|n| (n as u64 + 1, format!("model/old:{n}")));
         assert_eq!(
@@ -152,18 +153,12 @@ async fn a_row_that_cannot_be_read_is_skipped_and_reported() {
             .await
             .unwrap();
     }
-    // In the order of their event numbers, and in that of the lists: the oldest first, then by id.
     let changed = catalogue
         .deliver(&"d-1".parse().unwrap(), None, &parts, &[])
         .await
         .unwrap();
-    let mut listed = Vec::new();
-    for id in &changed {
-        let row = catalogue.transfer(id.as_str()).await.unwrap();
-        listed.push((row.created_ms, row.id));
-    }
-    listed.sort();
-    let ids: Vec<_> = listed.into_iter().map(|(_, id)| id).collect();
+    let ids = changed.clone();
+    assert!(ids.is_sorted(), "in the order of the parts");
     let bad = ids[1].to_string();
     let changed: Vec<_> = changed.iter().filter(|id| **id != ids[1]).collect();
     sqlx::query("UPDATE transfer SET body = 'no JSON' WHERE id = ?")
@@ -184,7 +179,7 @@ async fn a_row_that_cannot_be_read_is_skipped_and_reported() {
         1
     );
 
-    // What a site has to do, and what metrics count.
+    // The work of a site, and the counts for metrics.
     let open = catalogue.open_transfers(&site).await.unwrap();
     assert_eq!(
         open.iter().map(|row| &row.id).collect::<Vec<_>>(),
@@ -205,7 +200,7 @@ async fn a_row_that_cannot_be_read_is_skipped_and_reported() {
         1,
         "its root is not read for that"
     );
-    // Lists, in pages of every size, by either order.
+    // Lists in pages of every size, in both orders.
     let since = |since| TransferQuery {
         since: Some(since),
         ..TransferQuery::default()
@@ -304,13 +299,13 @@ async fn a_row_that_cannot_be_read_is_skipped_and_reported() {
             .len(),
         4
     );
-    // Others go on.
+    // The other rows can still be read.
     catalogue
         .update_transfer(&ids[2], 0, State::Done, &signed())
         .await
         .unwrap();
-    // What was named, what would be removed, and what a run would begin without, fails instead, and
-    // says which row it is.
+    // A query by name, a query before a removal, and the query for the inputs of a run fail
+    // instead, and the fault names the row.
     for fault in [
         catalogue.transfer(&bad).await.unwrap_err(),
         catalogue.delivery_parts("d-1").await.unwrap_err(),
@@ -329,6 +324,9 @@ async fn a_row_that_cannot_be_read_is_skipped_and_reported() {
             .message
             .contains("r-1")
     );
+    // A list without that run would end it at its site.
+    let open = catalogue.complete_open_runs::<serde_json::Value>(9);
+    assert_eq!(open.await.unwrap(), None);
     assert!(
         catalogue
             .artifact(&"model/m:1".parse().unwrap())
@@ -360,7 +358,7 @@ async fn a_row_that_cannot_be_read_is_skipped_and_reported() {
         .collect();
     assert_eq!(lines[2], format!("transfer {bad} cannot be read: body"));
 
-    // A site is there without its labels.
+    // The site is returned without its labels.
     assert_eq!(
         sql(
             dir.path(),
@@ -379,7 +377,7 @@ async fn a_row_that_cannot_be_read_is_skipped_and_reported() {
             .is_empty()
     );
     assert!(reported().contains(&"labels of site b".to_owned()));
-    // What is restored is reported no more.
+    // A restored row is no longer reported.
     sqlx::query("UPDATE transfer SET body = '{}' WHERE id = ?")
         .bind(&bad)
         .execute(&mut raw(dir.path()).await)
@@ -390,7 +388,7 @@ async fn a_row_that_cannot_be_read_is_skipped_and_reported() {
 }
 
 #[tokio::test]
-async fn what_the_relay_keeps_is_listed_without_root_manifests() {
+async fn the_content_of_the_relay_cache_is_listed_without_root_manifests() {
     let (dir, catalogue) = opened().await;
     let site: SiteName = "b".parse().unwrap();
     for n in 0..3 {
@@ -401,13 +399,25 @@ async fn what_the_relay_keeps_is_listed_without_root_manifests() {
             .unwrap();
         catalogue.relay_used(root(n).digest()).await.unwrap();
     }
-    // Were it read, it would be an error.
+    // If the root manifest was read, this would fail.
     assert_eq!(sql(dir.path(), "UPDATE artifact SET root = x'00'").await, 3);
     assert_eq!(catalogue.relay_kept().await.unwrap().len(), 3);
 }
 
 #[tokio::test]
-async fn a_transaction_that_is_not_committed_wakes_nobody() {
+async fn a_lineage_that_cannot_be_read_counts_as_unknown_and_is_reported() {
+    let (dir, catalogue) = opened().await;
+    let model: ArtifactRef = "model/m:1".parse().unwrap();
+    let damaged = "INSERT INTO lineage (reference, body) VALUES ('model/m:1', '{')";
+    assert_eq!(sql(dir.path(), damaged).await, 1);
+    assert!(catalogue.lineage(&model).await.unwrap().is_none());
+    let rows = catalogue.malformed_rows();
+    assert_eq!(rows.len(), 1);
+    assert_eq!((rows[0].table, &*rows[0].key), ("lineage", "model/m:1"));
+}
+
+#[tokio::test]
+async fn a_transaction_that_is_not_committed_wakes_no_task() {
     let (_dir, catalogue) = opened().await;
     let mut watch = catalogue.watch(Subject::Site("b".parse().unwrap()));
     let mut changes = catalogue.change_transfers().await.unwrap();
@@ -515,7 +525,7 @@ async fn rows_with_ids_that_no_longer_parse_are_removed_by_the_migration() {
 }
 
 #[tokio::test]
-async fn a_collection_waits_for_what_is_being_committed() {
+async fn a_collection_waits_for_open_transactions() {
     let dir = tempfile::tempdir().unwrap();
     let common = Arc::<Common>::default();
     let engine = Arc::new(Sqlite::open(dir.path(), common.clone()).await.unwrap());

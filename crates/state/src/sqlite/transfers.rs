@@ -2,6 +2,7 @@
 
 use async_trait::async_trait;
 use base::fault::Fault;
+use base::limits::TRANSFERS_LISTED_MAX;
 use base::names::{ArtifactRef, DeliveryId, SiteName, TransferId};
 use content::manifest::Digest;
 use futures::TryStreamExt as _;
@@ -13,7 +14,7 @@ use sqlx::sqlite::SqliteRow;
 use super::{Sqlite, Write, digest_of, fault, json, malformed};
 use crate::engine::{Listed, See};
 use crate::transfers::{
-    Counted, Difference, TransferChanges, Transfers, no_transfer, no_work, second_transfer,
+    Counted, Difference, TransferChanges, Transfers, WorkRow, no_transfer, no_work, second_transfer,
 };
 use crate::wake::Subject;
 use crate::{TransferRow, Want};
@@ -49,6 +50,47 @@ const UNKNOWN: &str =
      AND NOT EXISTS (SELECT 1 FROM transfer WHERE delivery = a.value)
      AND NOT EXISTS (SELECT 1 FROM delivery_part WHERE delivery = a.value) LIMIT 1";
 
+const WORK: &str = "SELECT id, delivery, reference, digest, want, generation, created_ms, state,
+        json_valid(body) AS has_body,
+        CASE WHEN json_valid(body) THEN json_extract(body, '$.bytes.total') END AS total,
+        CASE WHEN json_valid(body) THEN json_extract(body, '$.reason') END AS reason
+     FROM transfer WHERE site = $1 AND (state NOT IN ('done', 'failed', 'cancelled') OR want = 'cancel')
+       AND ($2 IS NULL OR (created_ms, id) > (SELECT created_ms, id FROM transfer WHERE id = $2))
+     ORDER BY created_ms, id";
+
+fn want(text: &str) -> Want {
+    match text {
+        "pause" => Want::Pause,
+        "cancel" => Want::Cancel,
+        _ => Want::Run,
+    }
+}
+
+fn work(row: &SqliteRow) -> Result<WorkRow, Fault> {
+    let id: String = row.try_get("id").map_err(fault)?;
+    let wrong = |what: &str| malformed(TABLE, &id, what);
+    let text = |name: &str| row.try_get::<String, _>(name).map_err(fault);
+    let number = |name: &str| row.try_get::<i64, _>(name).map_err(fault);
+    let reason: Option<String> = row.try_get("reason").unwrap_or_default();
+    Ok(WorkRow {
+        id: id.parse().map_err(|_| wrong("id"))?,
+        delivery: text("delivery")?.parse().map_err(|_| wrong("delivery"))?,
+        artifact: text("reference")?.parse().map_err(|_| wrong("reference"))?,
+        digest: digest_of(row.try_get("digest").map_err(fault)?).ok_or_else(|| wrong("digest"))?,
+        want: want(&text("want")?),
+        generation: number("generation")?,
+        total: row
+            .try_get::<Option<i64>, _>("total")
+            .ok()
+            .flatten()
+            .and_then(|total| u64::try_from(total).ok())
+            .unwrap_or_default(),
+        created_ms: number("created_ms")?,
+        state: State::parse(&text("state")?).ok_or_else(|| wrong("state"))?,
+        reason: reason.and_then(|reason| serde_json::from_value(reason.into()).ok()),
+    })
+}
+
 pub(super) fn transfer(row: &SqliteRow) -> Result<TransferRow, Fault> {
     let id: String = row.try_get("id").map_err(fault)?;
     let wrong = |what: &str| malformed(TABLE, &id, what);
@@ -60,11 +102,7 @@ pub(super) fn transfer(row: &SqliteRow) -> Result<TransferRow, Fault> {
         artifact: text("reference")?.parse().map_err(|_| wrong("reference"))?,
         digest: digest_of(row.try_get("digest").map_err(fault)?).ok_or_else(|| wrong("digest"))?,
         site: text("site")?.parse().map_err(|_| wrong("site"))?,
-        want: match text("want")?.as_str() {
-            "pause" => Want::Pause,
-            "cancel" => Want::Cancel,
-            _ => Want::Run,
-        },
+        want: want(&text("want")?),
         generation: number("generation")?,
         state: State::parse(&text("state")?).ok_or_else(|| wrong("state"))?,
         body: serde_json::from_str(&text("body")?).map_err(|_| wrong("body"))?,
@@ -150,13 +188,45 @@ impl Transfers for Sqlite {
     async fn open_transfers(&self, site: &SiteName) -> Result<Vec<TransferRow>, Fault> {
         let rows = sqlx::query(
             "SELECT * FROM transfer WHERE site = $1 AND (state NOT IN ('done', 'failed', 'cancelled') OR want = 'cancel')
-             ORDER BY created_ms, id LIMIT 1000",
+             ORDER BY created_ms, id LIMIT $2",
         )
         .bind(site.as_str())
+        .bind(TRANSFERS_LISTED_MAX as i64)
         .fetch_all(self.read())
         .await
         .map_err(fault)?;
         Ok(self.sound_transfers(&rows))
+    }
+
+    async fn each_open_transfer(
+        &self,
+        site: &SiteName,
+        behind: Option<&str>,
+        see: See<'_, WorkRow>,
+    ) -> Result<(), Fault> {
+        let mut found = sqlx::query(WORK)
+            .bind(site.as_str())
+            .bind(behind)
+            .fetch(self.read());
+        while let Some(row) = found.try_next().await.map_err(fault)? {
+            let (key, read) = (key(&row), work(&row));
+            let listed = match (read, row.try_get("has_body").unwrap_or_default()) {
+                (Ok(read), true) => self.sound(TABLE, &key, Ok(read)),
+                (Ok(read), false) => {
+                    let _ = self.sound::<()>(TABLE, &key, Err(malformed(TABLE, &key, "body")));
+                    Some(read)
+                }
+                (Err(fault), _) => self.sound(TABLE, &key, Err(fault)),
+            };
+            let listed = match listed {
+                Some(row) => Listed::Row(row),
+                None => Listed::Malformed { key, cursor: 0 },
+            };
+            if !see(listed) {
+                break;
+            }
+        }
+        Ok(())
     }
 
     async fn waits(&self, site: &SiteName) -> Result<Vec<(TransferId, TransferId)>, Fault> {
@@ -333,7 +403,7 @@ impl TransferChanges for Write {
         rows.iter().map(transfer).collect()
     }
 
-    async fn may_be_going(&mut self, id: &TransferId, now_ms: i64) -> Result<bool, Fault> {
+    async fn may_be_removing(&mut self, id: &TransferId, now_ms: i64) -> Result<bool, Fault> {
         sqlx::query_scalar(
             "SELECT COUNT(*) = COUNT(r.name) AND COALESCE(SUM(r.open), 0) > 0
              FROM delivery_part p JOIN delivery d ON d.id = p.delivery LEFT JOIN run r ON r.name = d.run AND (

@@ -1,31 +1,24 @@
-//! Changes of transfers. What changes is decided by [`model::transfer::step`]; here a row is read,
-//! passed to it, and what it returns is stored, all in one transaction of the engine.
+//! Changes of transfers. [`model::transfer::step`] decides what changes. This module reads a row,
+//! passes it to `step`, and stores the result, all in one transaction of the engine.
 
 use base::clock;
-use base::fault::Fault;
+use base::fault::{Code, Fault};
 use base::names::{DeliveryId, SiteName, TransferId};
 use model::transfer::{Action, Bytes, Event, State, step};
 
-use super::{
-    Adopted, Body, Difference, Part, TransferChanges, TransferRow, Want, new_transfer_id,
-    no_transfer,
-};
+use super::{Adopted, Body, Difference, Part, TransferChanges, TransferRow, Want, no_transfer};
 use crate::Catalogue;
 
 type Changes = Box<dyn TransferChanges>;
 
-fn now_ms() -> i64 {
-    clock::now_unix_ms() as i64
-}
-
-/// Passes an event to the state machine, and stores the transfer if it changed. Returns it as it is
-/// now.
+/// Passes an event to the state machine, and stores the transfer if it changed. Returns the current
+/// row.
 async fn change(
     changes: &mut Changes,
     row: TransferRow,
     event: Event,
 ) -> Result<TransferRow, Fault> {
-    let Some(next) = step(&row, event, now_ms())?.row else {
+    let Some(next) = step(&row, event, clock::now_ms())?.row else {
         return Ok(row);
     };
     let work = |row: &TransferRow| {
@@ -34,7 +27,7 @@ async fn change(
     };
     let moved = (next.state, next.generation) != (row.state, row.generation);
     let difference = Difference {
-        shows: moved || next.body != row.body,
+        shows: moved || next.body != row.body || next.removed_ms != row.removed_ms,
         work: work(&next) != work(&row),
     };
     changes.store(&next, difference).await?;
@@ -44,19 +37,20 @@ async fn change(
 /// Finds the current transfer of an artifact to a site, or begins one.
 async fn begin(
     changes: &mut Changes,
+    ids: &mut Ids,
     delivery: &DeliveryId,
     part: &Part,
     site: &SiteName,
     lost: &[TransferId],
 ) -> Result<TransferId, Fault> {
-    let now = now_ms();
+    let now = ids.now_ms as i64;
     if let Some(row) = changes.current(&part.artifact, site).await? {
         let lost = row.state == State::Done
-            && (lost.contains(&row.id) || changes.may_be_going(&row.id, now).await?);
+            && (lost.contains(&row.id) || changes.may_be_removing(&row.id, now).await?);
         return Ok(change(changes, row, Event::Delivered { lost }).await?.id);
     }
     let row = TransferRow {
-        id: new_transfer_id(),
+        id: ids.next(),
         delivery: delivery.clone(),
         artifact: part.artifact.clone(),
         digest: part.digest,
@@ -82,8 +76,37 @@ async fn begin(
     Ok(row.id)
 }
 
-/// Cancels the other open transfers of the same artifact to the same site. Returns them as they
-/// were.
+/// The ids of the transfers that one delivery begins. They rise, because transfers are listed and
+/// delivered in the order of their time and, at the same time, of their ids: the parts of a
+/// delivery keep the order in which they were named.
+struct Ids {
+    now_ms: u64,
+    id_ms: u64,
+    random: u32,
+}
+
+impl Ids {
+    fn new(now_ms: u64, random: u32) -> Self {
+        Self {
+            now_ms,
+            id_ms: now_ms,
+            random,
+        }
+    }
+
+    fn next(&mut self) -> TransferId {
+        let id = TransferId::made(self.id_ms, self.random);
+        // A step of random length, so that no id can be guessed from another.
+        let step = u32::from(rand::random::<u16>()) + 1;
+        let (random, carries) = self.random.overflowing_add(step);
+        self.random = random;
+        self.id_ms += u64::from(carries);
+        id
+    }
+}
+
+/// Cancels the other open transfers of the same artifact to the same site. Returns the rows before
+/// the change.
 async fn cancel_rivals(
     changes: &mut Changes,
     wanted: &TransferRow,
@@ -104,9 +127,9 @@ async fn cancel_rivals(
 
 impl Catalogue {
     /// Begins a delivery: a transfer for each artifact and site, all in one transaction, so that no
-    /// site ever receives labels without the dataset that they wait for. A transfer that is open is
-    /// part of it as it is, and one that is done stays done; a failed one begins again, and so does
-    /// a done one that is named in `lost`, or whose artifact is being removed after a run.
+    /// site receives labels without the dataset that they need. An open or done transfer becomes
+    /// part of the delivery unchanged. A failed transfer restarts, and so does a done transfer that
+    /// is in `lost` or whose artifact is being removed after a run.
     pub async fn deliver(
         &self,
         delivery: &DeliveryId,
@@ -115,12 +138,13 @@ impl Catalogue {
         lost: &[TransferId],
     ) -> Result<Vec<TransferId>, Fault> {
         let mut changes = self.change_transfers().await?;
-        changes.add_delivery(delivery, run, now_ms()).await?;
+        changes.add_delivery(delivery, run, clock::now_ms()).await?;
+        let mut new_ids = Ids::new(clock::now_unix_ms(), rand::random());
         let mut ids: Vec<TransferId> = Vec::new();
         for part in parts {
             for site in &part.sites {
-                let id = begin(&mut changes, delivery, part, site, lost).await?;
-                // One artifact named twice is one part.
+                let id = begin(&mut changes, &mut new_ids, delivery, part, site, lost).await?;
+                // An artifact that is named twice is one part.
                 if !ids.contains(&id) {
                     changes.add_part(delivery, &id, site).await?;
                     ids.push(id);
@@ -131,9 +155,8 @@ impl Catalogue {
         Ok(ids)
     }
 
-    /// Takes over a transfer that the hub asks for (at a site). Another open one of the same
-    /// artifact would prevent it: the hub, restored from a backup, does not know that one any more,
-    /// and it is cancelled.
+    /// Stores a transfer that the hub requests, at the site. Another open transfer of the same
+    /// artifact is cancelled: a hub that was restored from a backup does not know it any more.
     pub async fn adopt(&self, wanted: &TransferRow) -> Result<Adopted, Fault> {
         let mut changes = self.change_transfers().await?;
         let (row, superseded) = match changes.transfer(&wanted.id).await? {
@@ -146,7 +169,7 @@ impl Catalogue {
                 let row = TransferRow {
                     state: State::Queued,
                     body,
-                    updated_ms: now_ms(),
+                    updated_ms: clock::now_ms(),
                     ..wanted.clone()
                 };
                 changes.insert(&row, None).await?;
@@ -175,8 +198,8 @@ impl Catalogue {
         Ok(Adopted { row, superseded })
     }
 
-    /// Does what a user asks of a transfer, at the hub. It shows at once; the site follows when it
-    /// receives the new list.
+    /// Stores an action that a user requested, at the hub. The change is visible immediately; the
+    /// site follows when it receives the new list.
     pub async fn act(&self, id: &str, action: Action) -> Result<TransferRow, Fault> {
         self.change_transfer(id, Event::Asked(action)).await?;
         self.transfer(id).await
@@ -202,8 +225,8 @@ impl Catalogue {
         .map(drop)
     }
 
-    /// Stores the progress of a transfer's own task, at the site. What has ended stays so, unless a
-    /// newer generation asked for it again.
+    /// Stores the progress of a transfer's own task, at the site. A transfer that has ended stays
+    /// ended, unless a newer generation restarted it.
     pub async fn update_transfer(
         &self,
         id: &str,
@@ -223,8 +246,8 @@ impl Catalogue {
         .map(drop)
     }
 
-    /// Stores that the hub does not list a transfer any more, at the site: it is to be cancelled.
-    /// Returns it as it is now.
+    /// Stores that the hub does not list a transfer any more, at the site, so that it is cancelled.
+    /// Returns the current row.
     pub async fn unlist(&self, row: &TransferRow) -> Result<TransferRow, Fault> {
         let event = Event::Wanted {
             want: Want::Cancel,
@@ -234,8 +257,8 @@ impl Catalogue {
         self.change_transfer(&row.id, event).await
     }
 
-    /// Stores that the task of a transfer that was to pause or to be cancelled has ended, at the
-    /// site. Returns the transfer as it is now.
+    /// Stores that the task of a transfer has ended after a request to pause or cancel, at the
+    /// site. Returns the current row.
     pub async fn end_transfer(
         &self,
         id: &str,
@@ -246,6 +269,16 @@ impl Catalogue {
             .await
     }
 
+    /// Stores that the site removed the content of a transfer, unless the transfer restarted in the
+    /// meantime. A transfer that does not exist any more needs no mark.
+    pub async fn set_removed(&self, id: &str, removed_ms: i64) -> Result<(), Fault> {
+        let event = Event::Removed { at_ms: removed_ms };
+        match self.change_transfer(id, event).await {
+            Err(fault) if fault.code != Code::NotFound => Err(fault),
+            _ => Ok(()),
+        }
+    }
+
     async fn change_transfer(&self, id: &str, event: Event) -> Result<TransferRow, Fault> {
         let mut changes = self.change_transfers().await?;
         let row = changes.transfer(id).await?.ok_or_else(|| no_transfer(id))?;
@@ -254,5 +287,20 @@ impl Catalogue {
             changes.commit().await?;
         }
         Ok(now)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Ids;
+
+    #[test]
+    fn the_ids_of_one_delivery_rise() {
+        // The random part overflows, too.
+        for random in [0, u32::MAX - 5, u32::MAX] {
+            let mut ids = Ids::new(7, random);
+            let all: Vec<_> = (0..10_000).map(|_| ids.next()).collect();
+            assert!(all.is_sorted_by(|a, b| a < b));
+        }
     }
 }

@@ -84,8 +84,17 @@ pub(super) const CONTROL: Target = Target {
     about: "messages of the control stream, of a site and of the hub",
     run: |input| {
         json::<FromSite>(input);
-        if let Some(FromHub::Desired { transfers, .. }) = json::<FromHub>(input) {
-            assert!(transfers.iter().all(|transfer| transfer.generation >= 0));
+        match json::<FromHub>(input) {
+            Some(FromHub::Desired { transfers, .. }) => {
+                assert!(transfers.iter().all(|transfer| transfer.generation >= 0));
+            }
+            Some(FromHub::Changes(changes)) => {
+                assert!(changes.set.iter().all(|wanted| wanted.generation >= 0));
+                let mut list = model::desired::ReceivedList::default();
+                let _ = list.take(&changes);
+                let _ = list.take(&changes);
+            }
+            _ => {}
         }
     },
     seeds: || {
@@ -93,6 +102,10 @@ pub(super) const CONTROL: Target = Target {
             r#"{"hello":{"version":"0.1.0","share":["all","line=3","a,b"],"train":null,"congestion":"auto"}}"#,
             r#"{"report":[{"id":"t-1","generation":3,"state":"transferring","body":{"reason":"no_space","message":"m","next":"n","waits_for":"t-0","bytes":{"total":10,"reused":1,"resumed":2,"received":3,"committed":4,"wire":5},"rate":6,"eta_seconds":7,"attempts":1,"location":"/nas/x","receipt":{"certificate":"Yw==","signature":"cw==","statement":"{}"},"landed":false,"note":"a note"}}]}"#,
             r#"{"runs":[{"name":"r1","id":"r-1","phase":"training","by_platform":false,"by_command":true,"starts":1,"started_ms":5,"ended":{"exit_code":1,"signal":null,"message":"it failed","tail":"no data\n","ended_ms":9},"has_output":false,"model":null,"message":null,"removed":["t-1"],"left":["t-2: busy"],"released":false}]}"#,
+            r#""list""#,
+            r#"{"stored":{"number":5,"unstored":["t-1"]}}"#,
+            r#"{"reports":{"number":4,"certificate":"Yw==","reports":[{"id":"t-1","generation":0,"state":"done","body":{"bytes":{"total":10},"attempts":1,"receipt":{"certificate":"","signature":"cw==","statement":"{}"}}}]}}"#,
+            &r#"{"changes":{"revision":9,"begin":true,"end":true,"partial":true,"set":[{"id":"t-1","delivery":"d-1","artifact":"model/m:1","digest":"DIGEST","want":"run","generation":2,"total":10,"created_ms":1,"known":{"state":"paused","reason":"paused_by_user"}}],"removed":["t-2"],"kept":["t-3"],"runs":[],"manifests":[{"digest":"DIGEST","frames":"AA=="}]}}"#.replace("DIGEST", DIGEST),
             r#"{"changed":[["dataset/d:1","a.png: the size differs from the recorded size"]]}"#,
             &r#"{"desired":{"revision":9,"transfers":[{"id":"t-1","delivery":"d-1","artifact":"labels/l:1","digest":"DIGEST","want":"run","generation":2,"total":10,"created_ms":1,"after":["t-0"],"lineage":{"run":"r1","from":"a","on":"b","inputs":[{"artifact":"dataset/d:1","digest":"DIGEST","bytes":10}]}}],"runs":[{"spec":{"name":"r1","id":"r-1","from":"a","on":"b","inputs":[],"expect":"model/m","delivery":"d-2","created_ms":1,"deadline_ms":2},"want":"train","borrowed":[{"transfer":"t-1","artifact":"dataset/d:1","digest":"DIGEST","generation":0}],"model":null,"ready":true}],"manifests":[{"digest":"DIGEST","frames":"AA=="}]}}"#.replace("DIGEST", DIGEST),
         ])
@@ -103,6 +116,16 @@ pub(super) const CONTROL: Target = Target {
         "runs",
         "changed",
         "desired",
+        "changes",
+        "reports",
+        "stored",
+        "unstored",
+        "list",
+        "begin",
+        "set",
+        "removed",
+        "kept",
+        "revision",
         "version",
         "share",
         "train",

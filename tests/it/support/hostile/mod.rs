@@ -40,6 +40,7 @@ pub(crate) fn over(transport: Transport) -> ConnectionSettings {
     ConnectionSettings {
         congestion: Congestion::Auto,
         transport,
+        ..ConnectionSettings::default()
     }
 }
 

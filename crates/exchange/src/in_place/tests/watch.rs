@@ -1,4 +1,4 @@
-//! The look: what it finds, and what it reads for that.
+//! The check: what it finds, and what it reads for that.
 
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::PathBuf;
@@ -35,32 +35,32 @@ fn watched() -> Watched {
 
 /// As if it was published now: its files are newer than what may be the difference of two clocks.
 fn fresh() -> Mark {
-    Mark::new(clock::now_unix_ms() as i64)
+    Mark::new(clock::now_ms())
 }
 
 /// As if its files were old when it was published.
 fn old() -> Mark {
-    Mark::new(clock::now_unix_ms() as i64 + 600_000)
+    Mark::new(clock::now_ms() + 600_000)
 }
 
 impl Watched {
-    fn stopped_look(&self, mark: &mut Mark, stop: &CancellationToken) -> Option<Look> {
+    fn stopped_check(&self, mark: &mut Mark, stop: &CancellationToken) -> Option<ContentCheck> {
         let InPlace { ingested, place } = &self.published;
         self.f
             .origin
-            .look(ingested.digest, &ingested.root, place, mark, false, stop)
+            .check(ingested.digest, &ingested.root, place, mark, false, stop)
             .unwrap()
     }
 
-    fn look(&self, mark: &mut Mark) -> Option<Look> {
-        self.stopped_look(mark, &CancellationToken::new())
+    fn check(&self, mark: &mut Mark) -> Option<ContentCheck> {
+        self.stopped_check(mark, &CancellationToken::new())
     }
 
     #[track_caller]
     fn sound(&self, mark: &mut Mark, read: u64) {
         assert_eq!(
-            self.look(mark),
-            Some(Look {
+            self.check(mark),
+            Some(ContentCheck {
                 changed: 0,
                 first: None,
                 read
@@ -71,13 +71,13 @@ impl Watched {
     /// One file changed: the path that is told, and why.
     #[track_caller]
     fn wrong(&self, mark: &mut Mark, path: &str, why: &str) {
-        let look = self.look(mark).unwrap();
-        assert_eq!(look.changed, 1, "{look:?}");
+        let check = self.check(mark).unwrap();
+        assert_eq!(check.changed, 1, "{check:?}");
         let expected = format!(
             "{} changed after it was published: {why}",
             self.folder.join(path).display()
         );
-        assert_eq!(look.message(), Some(expected));
+        assert_eq!(check.message(), Some(expected));
     }
 }
 
@@ -89,7 +89,7 @@ fn later(mark: &mut Mark) {
 }
 
 #[test]
-fn what_is_sound_is_read_again_only_while_it_may_be_newer_than_it_seems() {
+fn an_unchanged_file_is_read_again_only_while_its_time_may_be_too_new() {
     let w = watched();
     w.sound(&mut old(), 0);
     let mut mark = fresh();
@@ -129,7 +129,7 @@ fn other_content_under_the_same_size_and_time_is_found() {
         );
     }
     assert_eq!(
-        w.look(&mut mark).unwrap().read,
+        w.check(&mut mark).unwrap().read,
         5_000,
         "and nothing but that file is read"
     );
@@ -138,7 +138,7 @@ fn other_content_under_the_same_size_and_time_is_found() {
 }
 
 #[test]
-fn another_size_and_what_is_gone_are_found_without_reading() {
+fn a_different_size_and_a_missing_file_are_found_without_reading() {
     let w = watched();
     let (a, b, empty) = (
         w.folder.join("a.bin"),
@@ -154,16 +154,17 @@ fn another_size_and_what_is_gone_are_found_without_reading() {
     w.wrong(&mut old(), "a.bin", "it is not a regular file any more");
     fs::remove_file(&a).unwrap();
     fs::write(&empty, b"not any more").unwrap();
-    let look = w.look(&mut old()).unwrap();
-    assert_eq!((look.changed, look.read), (2, 0));
+    let check = w.check(&mut old()).unwrap();
+    assert_eq!((check.changed, check.read), (2, 0));
     assert!(
-        look.message()
+        check
+            .message()
             .unwrap()
             .ends_with("a.bin changed after it was published: it is gone; so did another file")
     );
     fs::remove_dir_all(w.folder.join("sub")).unwrap();
     fs::write(w.folder.join("sub"), b"a file where a folder was").unwrap();
-    assert_eq!(w.look(&mut old()).unwrap().changed, 3);
+    assert_eq!(w.check(&mut old()).unwrap().changed, 3);
     fs::remove_file(w.folder.join("sub")).unwrap();
     fs::create_dir(w.folder.join("sub")).unwrap();
     for (path, bytes) in [(a, good), (b, random(5_000, 2)), (empty, Vec::new())] {
@@ -174,16 +175,16 @@ fn another_size_and_what_is_gone_are_found_without_reading() {
 }
 
 #[test]
-fn of_a_folder_that_is_away_nothing_is_said() {
+fn the_check_of_an_unavailable_folder_has_no_result() {
     let w = watched();
     let away = w.f.dir.path().join("away");
     durable::rename_noreplace(&w.folder, &away).unwrap();
-    assert_eq!(w.look(&mut fresh()), None);
+    assert_eq!(w.check(&mut fresh()), None);
     fs::create_dir(&w.folder).unwrap();
-    assert_eq!(w.look(&mut fresh()), None, "an empty mount point");
+    assert_eq!(w.check(&mut fresh()), None, "an empty mount point");
     fs::write(w.folder.join("other.txt"), b"in use").unwrap();
     assert_eq!(
-        w.look(&mut fresh()).unwrap().changed,
+        w.check(&mut fresh()).unwrap().changed,
         3,
         "a folder with something in it is no mount point"
     );
@@ -193,15 +194,15 @@ fn of_a_folder_that_is_away_nothing_is_said() {
 }
 
 #[test]
-fn a_look_ends_when_the_daemon_stops() {
+fn a_check_ends_when_the_daemon_stops() {
     let w = watched();
     let stop = CancellationToken::new();
     stop.cancel();
-    assert_eq!(w.stopped_look(&mut fresh(), &stop), None);
+    assert_eq!(w.stopped_check(&mut fresh(), &stop), None);
 }
 
 #[test]
-fn what_had_to_be_written_is_looked_at_too() {
+fn written_content_is_checked_too() {
     let f = fixture();
     let folder = f.dir.path().join("set").canonicalize().unwrap();
     let published = f.publish(&folder, None);
@@ -229,7 +230,7 @@ fn kept(f: &Fixture, published: &InPlace) -> PathBuf {
 }
 
 #[test]
-fn beside_a_folder_in_place_what_had_to_be_written_is_looked_at_by_its_size() {
+fn written_content_next_to_a_published_folder_is_checked_by_its_size() {
     let w = watched();
     let kept = kept(&w.f, &w.published);
     fs::create_dir_all(&kept).unwrap();

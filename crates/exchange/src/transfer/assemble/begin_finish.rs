@@ -54,7 +54,7 @@ impl Assembly {
         if let Some(old) = place
             && !has_folder
         {
-            // Somebody removed the staging folder: the journal is void.
+            // The staging folder was removed from outside: the journal is not valid any more.
             index.remove(old)?;
             place = None;
         }
@@ -94,7 +94,7 @@ impl Assembly {
             )?;
         }
         let noted = RwLock::new(journal);
-        for damaged in self.take_back_damaged(place, &noted)? {
+        for damaged in self.clear_damaged(place, &noted)? {
             stage.remove_file(&damaged)?;
         }
         let journal = noted.into_inner();
@@ -160,7 +160,7 @@ impl Assembly {
         let journal = RwLock::new(journal);
         let (mut commit, mut current, mut buffer) = (Commit::default(), None, Vec::new());
         let put = |commit: &mut Commit| -> Result<(), Fault> {
-            if stage.syncs_whole() {
+            if stage.syncs_filesystem() {
                 stage.sync_filesystem()?;
             }
             self.shared.chunk_index.commit(place, &journal, commit)
@@ -173,7 +173,7 @@ impl Assembly {
                 Step::Entry { number, entry, .. } => {
                     current = match entry.body {
                         EntryBody::File(file) if stage.size(&entry.path)? == Some(file.size) => {
-                            if !stage.syncs_whole() {
+                            if !stage.syncs_filesystem() {
                                 stage.sync_file(&entry.path)?;
                             }
                             let opened = stage.open_to_read(&entry.path)?;
@@ -324,7 +324,7 @@ impl Assembly {
 
     /// Clears the journal bits of the staged files that could not be written, and returns these
     /// files. A failure is repeated by the next attempt, before anything else.
-    pub(super) fn take_back_damaged(
+    pub(super) fn clear_damaged(
         &self,
         place: u32,
         journal: &RwLock<Journal>,
@@ -333,11 +333,11 @@ impl Assembly {
         if damaged.is_empty() {
             return Ok(Vec::new());
         }
-        self.take_back(place, journal, &damaged)
+        self.clear_bits(place, journal, &damaged)
             .inspect_err(|_| self.counters.damaged.lock().extend(damaged))
     }
 
-    fn take_back(
+    fn clear_bits(
         &self,
         place: u32,
         journal: &RwLock<Journal>,
@@ -391,7 +391,7 @@ impl Assembly {
                         stage.write_file(&entry.path, b"")?;
                     }
                     if stage.size(&entry.path)? != Some(file.size) {
-                        // Somebody changed the staging folder: the journal is not reliable.
+                        // The staging folder was changed from outside: the journal is not reliable.
                         if let Some(place) =
                             self.shared.chunk_index.staged_by(&self.incoming.transfer)
                         {
@@ -412,7 +412,7 @@ impl Assembly {
                         stage.set_mode(&entry.path, entry.mode)?;
                     }
                     if file.size == 0 || sets_mode {
-                        if !stage.syncs_whole() {
+                        if !stage.syncs_filesystem() {
                             stage.sync_file(&entry.path)?;
                         } else if loose.len() < SYNC_ALL_FROM {
                             loose.push(entry.path);
@@ -421,7 +421,7 @@ impl Assembly {
                 }
             }
         }
-        let all = stage.syncs_whole() && dirs.len() + loose.len() >= SYNC_ALL_FROM;
+        let all = stage.syncs_filesystem() && dirs.len() + loose.len() >= SYNC_ALL_FROM;
         if !all {
             loose.iter().try_for_each(|path| stage.sync_file(path))?;
         }

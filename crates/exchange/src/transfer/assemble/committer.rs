@@ -126,7 +126,7 @@ impl Committer {
     /// content is unknown, and the system reports a lost write only once.
     fn sync(&self) -> Result<(), Fault> {
         let whole =
-            self.stage.syncs_whole() && self.large.len() + self.small.len() >= SYNC_ALL_FROM;
+            self.stage.syncs_filesystem() && self.large.len() + self.small.len() >= SYNC_ALL_FROM;
         let handles: Vec<_> = self
             .large
             .values()

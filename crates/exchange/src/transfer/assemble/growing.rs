@@ -22,21 +22,21 @@ pub(super) struct Arrival {
 /// The files that one pass fills.
 pub(super) struct Growing {
     files: HashMap<u64, Growth>,
-    tell: mpsc::Sender<Arrival>,
+    arrivals: mpsc::Sender<Arrival>,
 }
 
 struct Growth {
     front: u64,
-    /// The written ranges behind a gap.
+    /// The written ranges after a gap.
     beyond: BTreeMap<u64, u64>,
     grown: watch::Sender<u64>,
 }
 
 impl Growing {
-    pub(super) fn new(tell: mpsc::Sender<Arrival>) -> Self {
+    pub(super) fn new(arrivals: mpsc::Sender<Arrival>) -> Self {
         Self {
             files: HashMap::new(),
-            tell,
+            arrivals,
         }
     }
 
@@ -48,7 +48,7 @@ impl Growing {
         let (grown, seen) = watch::channel(0);
         // A hint: a sink that is busy sees the file at the commit.
         if self
-            .tell
+            .arrivals
             .try_send(Arrival {
                 dest: dest.clone(),
                 grown: seen,
@@ -117,14 +117,14 @@ mod tests {
     }
 
     #[test]
-    fn only_what_lies_before_the_first_gap_is_told() {
-        let (tell, mut told) = mpsc::channel(4);
-        let mut growing = Growing::new(tell);
+    fn only_content_before_the_first_gap_is_reported() {
+        let (arrivals, mut arrived) = mpsc::channel(4);
+        let mut growing = Growing::new(arrivals);
         let (large, small) = (dest(1, 3 << 20), dest(2, 100));
         growing.begin(&large);
         growing.begin(&small);
-        let mut seen = told.try_recv().unwrap().grown;
-        assert!(told.try_recv().is_err(), "small files are not worth it");
+        let mut seen = arrived.try_recv().unwrap().grown;
+        assert!(arrived.try_recv().is_err(), "small files are not worth it");
         let mut check = |parts: &[(u64, u32)], expected: u64| {
             growing.note(&large, parts.iter().copied());
             assert_eq!(*seen.borrow_and_update(), expected);

@@ -49,7 +49,7 @@ pub(super) struct Producer {
     pub(super) whole_bytes: u64,
 }
 
-/// The other end of the queue is gone: its thread failed and reports the reason.
+/// The other end of the queue has ended: its thread failed and reports the reason.
 struct Ended;
 
 impl Producer {
@@ -140,7 +140,7 @@ impl Producer {
                     from,
                     items: vec![item],
                 });
-            } else if self.bring(item, at).is_err() {
+            } else if self.assign(item, at).is_err() {
                 return Ok(Err(Ended));
             }
         }
@@ -159,7 +159,7 @@ impl Producer {
         Ok(found)
     }
 
-    fn bring(&mut self, item: Item, at: Option<At>) -> Result<(), Ended> {
+    fn assign(&mut self, item: Item, at: Option<At>) -> Result<(), Ended> {
         match at {
             Some(at) => {
                 self.copy_bytes += at.len as usize;
@@ -229,7 +229,7 @@ impl Producer {
         let ids: Vec<Hash> = items.iter().map(|item| item.chunk.id).collect();
         let found = self.failure.patiently(|| self.find(&ids))?;
         for (item, at) in items.into_iter().zip(found) {
-            if self.bring(item, at).is_err() {
+            if self.assign(item, at).is_err() {
                 return Ok(Err(Ended));
             }
         }

@@ -105,7 +105,7 @@ impl Worker {
                         .fetch_add(chunk.bytes.len() as u64, Ordering::Relaxed);
                     self.put(item, chunk, &mut run, done)
                 }
-                Err(fault) => self.give_up_local(item.chunk.id, at.place, &fault),
+                Err(fault) => self.fetch_instead(item.chunk.id, at.place, &fault),
             };
             if tries.note(put).is_break() {
                 break;
@@ -145,7 +145,7 @@ impl Worker {
                     .fetch_add(dest.file.size, Ordering::Relaxed);
                 let (written, synced) = (
                     how == Sharing::Copy,
-                    how == Sharing::Link && !self.stage.syncs_whole(),
+                    how == Sharing::Link && !self.stage.syncs_filesystem(),
                 );
                 done.push(Done {
                     bytes: dest.file.size,
@@ -161,7 +161,7 @@ impl Worker {
             Err(fault) => {
                 self.stage.remove_file(&dest.path)?;
                 chunks.first().map_or(Ok(()), |first| {
-                    self.give_up_local(first.0, from.location, &fault)
+                    self.fetch_instead(first.0, from.location, &fault)
                 })
             }
         }
@@ -170,7 +170,7 @@ impl Worker {
     /// Has a chunk fetched that could not be taken from its storage location. Content that changed
     /// or is gone leaves the index; a location that cannot be read is avoided by this transfer
     /// only.
-    fn give_up_local(&self, chunk: Hash, location: u32, fault: &Fault) -> Result<(), Fault> {
+    fn fetch_instead(&self, chunk: Hash, location: u32, fault: &Fault) -> Result<(), Fault> {
         let is_stale = matches!(
             fault.code,
             Code::NotFound | Code::Integrity | Code::Conflict | Code::Usage
@@ -201,7 +201,7 @@ impl Worker {
         run: &mut Option<WriteRun>,
         done: &mut Vec<Done>,
     ) -> Result<(), Fault> {
-        let ended = if run.as_ref().is_some_and(|run| run.goes_on_with(&item)) {
+        let ended = if run.as_ref().is_some_and(|run| run.is_continued_by(&item)) {
             None
         } else {
             run.take()
@@ -351,7 +351,7 @@ impl Worker {
             let chunk = match read.and_then(|()| Ok(Verified::check(id, out.into())?)) {
                 Ok(chunk) => chunk,
                 Err(fault) => {
-                    self.give_up_local(id, from.location, &fault)?;
+                    self.fetch_instead(id, from.location, &fault)?;
                     continue;
                 }
             };
@@ -423,7 +423,7 @@ struct WriteRun {
 }
 
 impl WriteRun {
-    fn goes_on_with(&self, item: &Item) -> bool {
+    fn is_continued_by(&self, item: &Item) -> bool {
         Arc::ptr_eq(&self.dest, &item.dest)
             && self.offset + self.len == item.spot.offset
             && self.len < RUN_BYTES

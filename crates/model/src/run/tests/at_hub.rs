@@ -6,7 +6,7 @@ use crate::run::hub::Finish;
 use crate::run::site::Phase;
 
 #[test]
-fn a_run_at_the_hub_goes_all_the_way() {
+fn a_run_at_the_hub_passes_all_states() {
     let run = HubRun::new(spec());
     let (run, effects) = hub(
         &run,
@@ -75,7 +75,7 @@ fn a_run_at_the_hub_goes_all_the_way() {
 }
 
 #[test]
-fn a_trainer_that_fails_ends_the_run_and_its_words_are_kept() {
+fn a_failed_trainer_ends_the_run_and_its_output_is_stored() {
     let (run, _) = hub(&HubRun::new(spec()), looked(State::Done));
     let mut there = SiteRun::new(desired(Want::Train));
     (there.phase, there.ended) = (Phase::Failed, Some(ended(3)));
@@ -88,7 +88,7 @@ fn a_trainer_that_fails_ends_the_run_and_its_words_are_kept() {
 }
 
 #[test]
-fn a_model_that_could_not_be_published_is_told_though_the_trainer_ended_well() {
+fn a_failed_publish_of_the_model_is_reported_although_the_trainer_succeeded() {
     let (run, _) = hub(&HubRun::new(spec()), looked(State::Done));
     let publishing = SiteRun {
         phase: Phase::Publishing,
@@ -116,7 +116,7 @@ fn a_model_that_could_not_be_published_is_told_though_the_trainer_ended_well() {
 }
 
 #[test]
-fn what_a_site_waits_for_while_it_trains_is_told() {
+fn the_reason_of_a_wait_during_training_is_reported() {
     let (run, _) = hub(&HubRun::new(spec()), looked(State::Done));
     let calling = SiteRun {
         phase: Phase::Training,
@@ -153,7 +153,7 @@ fn a_trainer_that_leaves_nothing_fails_the_run() {
 }
 
 #[test]
-fn only_the_expected_model_is_taken_and_once() {
+fn only_the_expected_model_is_accepted_and_only_once() {
     let (run, _) = hub(&HubRun::new(spec()), looked(State::Done));
     let other = Model {
         artifact: "model/other:1".parse().unwrap(),

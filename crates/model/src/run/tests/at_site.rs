@@ -59,7 +59,7 @@ fn a_site_trains_publishes_and_cleans_up() {
 }
 
 #[test]
-fn nothing_begins_before_the_hub_has_seen_every_input_arrive() {
+fn no_run_begins_before_the_hub_has_recorded_every_input() {
     // All of it is listed at the site, and may be gone from its disk.
     let told = |ready| {
         Event::Wanted(Box::new(DesiredRun {
@@ -89,7 +89,7 @@ fn nothing_begins_before_the_hub_has_seen_every_input_arrive() {
 }
 
 #[test]
-fn nothing_begins_before_the_inputs_themselves_were_looked_at() {
+fn no_run_begins_before_its_inputs_were_checked() {
     let unchecked = |process| {
         Event::Looked(Observation {
             checked: false,
@@ -228,7 +228,7 @@ fn what_another_run_uses_stays_and_so_does_what_the_hub_no_longer_means() {
 }
 
 #[test]
-fn what_cannot_be_given_back_is_told_and_tried_again() {
+fn an_input_that_cannot_be_removed_is_reported_and_retried() {
     let ended_run = || SiteRun {
         phase: Phase::Failed,
         message: Some("it ended with 3".into()),
@@ -293,7 +293,7 @@ fn a_trainer_that_vanishes_is_started_again_a_few_times() {
 }
 
 #[test]
-fn nothing_overtakes_or_wipes_a_model_that_the_hub_has_not_heard_of() {
+fn no_event_overtakes_or_removes_a_model_that_the_hub_does_not_know() {
     let offering = |process| Observation {
         offering: true,
         ..seen(process)
@@ -425,7 +425,7 @@ fn stopping_ends_the_trainer_before_anything_is_removed() {
 }
 
 #[test]
-fn when_time_is_up_a_site_cleans_up_though_it_hears_nothing() {
+fn at_the_deadline_a_site_cleans_up_without_a_message_from_the_hub() {
     let (run, _) = site(
         &SiteRun::new(desired(Want::Train)),
         Event::Looked(seen(Process::Absent)),
@@ -459,7 +459,7 @@ fn a_site_without_a_trainer_says_so_before_anything_moves() {
 }
 
 #[test]
-fn nothing_begins_for_a_site_that_may_not_train_here() {
+fn no_run_begins_for_a_site_that_may_not_train_here() {
     let refused = |process| {
         Event::Looked(Observation {
             trainer: Trainer::Refused,
@@ -519,7 +519,7 @@ fn a_platform_is_called_until_it_answers() {
 }
 
 #[test]
-fn a_platform_is_told_until_it_hears_that_its_run_is_over_without_a_model() {
+fn a_platform_is_informed_until_it_confirms_that_its_run_ended_without_a_model() {
     let look = || {
         Event::Looked(Observation {
             trainer: Trainer::Platform,

@@ -154,7 +154,7 @@ impl World {
 
 proptest! {
     #[test]
-    fn every_run_ends_and_gives_back(
+    fn every_run_ends_and_its_inputs_are_removed(
         turns in proptest::collection::vec(any::<u8>(), 0..60),
         exit in 0..2i32,
         [cancelled, stale, stuck] in any::<[bool; 3]>(),

@@ -48,9 +48,10 @@ use sqlx::{
 use tokio::sync::mpsc;
 
 use self::connect::NO_TIME_LIMITS_HERE;
-use super::canonical::{Annotation, Class, Sample, Table};
+use super::canonical::Table;
 use super::engine::{Batcher, Engine, NewVersion, Rows, StoredVersion, not_held};
 use super::query::{self, Batch};
+use super::row_mapping::{self, LabelRow};
 use crate::Threads;
 use base::fault::{Fault, Reason};
 use base::limits::{LABEL_DDL_TRIES_MAX, LABEL_STATEMENT_MAX};
@@ -155,17 +156,8 @@ impl Postgres {
                 query.fetch_optional(conn),
             )
             .await?;
-        let held = |row: PgRow| -> sqlx::Result<(i64, StoredVersion)> {
-            let held = StoredVersion {
-                digest: row.try_get(0)?,
-                classes: row.try_get::<i64, _>(1)?.unsigned_abs(),
-                samples: row.try_get::<i64, _>(2)?.unsigned_abs(),
-                annotations: row.try_get::<i64, _>(3)?.unsigned_abs(),
-                rows_digest: row.try_get(4)?,
-            };
-            Ok((row.try_get(5)?, held))
-        };
-        row.map(held)
+        row.as_ref()
+            .map(row_mapping::stored_version)
             .transpose()
             .map_err(|e| self.fault("look up the version", &e))
     }
@@ -195,7 +187,7 @@ impl Postgres {
             .within("read the classes", LABEL_STATEMENT_MAX, rows.try_next())
             .await?
         {
-            let class = class_of(&row).map_err(|e| self.fault("read the classes", &e))?;
+            let class = row_mapping::class(&row).map_err(|e| self.fault("read the classes", &e))?;
             batcher
                 .push(Table::Classes, number, |out| class.write(out))
                 .await?;
@@ -208,7 +200,8 @@ impl Postgres {
             .within("read the samples", LABEL_STATEMENT_MAX, rows.try_next())
             .await?
         {
-            let (no, sample) = sample_of(&row).map_err(|e| self.fault("read the samples", &e))?;
+            let (no, sample) =
+                row_mapping::sample(&row).map_err(|e| self.fault("read the samples", &e))?;
             batcher
                 .push(Table::Samples, no.unsigned_abs(), |out| sample.write(out))
                 .await?;
@@ -220,8 +213,8 @@ impl Postgres {
             .within("read the annotations", LABEL_STATEMENT_MAX, rows.try_next())
             .await?
         {
-            let (no, annotation) =
-                annotation_of(&row).map_err(|e| self.fault("read the annotations", &e))?;
+            let (no, annotation) = row_mapping::annotation(&row)
+                .map_err(|e| self.fault("read the annotations", &e))?;
             batcher
                 .push(Table::Annotations, no.unsigned_abs(), |out| {
                     annotation.write(out);
@@ -323,42 +316,26 @@ impl Postgres {
     }
 }
 
-fn class_of(row: &PgRow) -> sqlx::Result<Class<'_>> {
-    Ok(Class {
-        id: row.try_get(0)?,
-        name: row.try_get(1)?,
-        attrs: row.try_get(2)?,
-    })
-}
+impl LabelRow for PgRow {
+    fn int(&self, at: usize) -> sqlx::Result<i64> {
+        self.try_get(at)
+    }
 
-fn sample_of(row: &PgRow) -> sqlx::Result<(i64, Sample<'_>)> {
-    let sample = Sample {
-        path: row.try_get(1)?,
-        hash: row.try_get(2)?,
-        width: row.try_get(3)?,
-        height: row.try_get(4)?,
-        split: row.try_get(5)?,
-        meta: row.try_get(6)?,
-    };
-    Ok((row.try_get(0)?, sample))
-}
+    fn optional_int(&self, at: usize) -> sqlx::Result<Option<i64>> {
+        self.try_get(at)
+    }
 
-fn annotation_of(row: &PgRow) -> sqlx::Result<(i64, Annotation<'_>)> {
-    let annotation = Annotation {
-        sample: row.try_get(1)?,
-        class: row.try_get(2)?,
-        kind: row.try_get(3)?,
-        bbox: [
-            row.try_get(4)?,
-            row.try_get(5)?,
-            row.try_get(6)?,
-            row.try_get(7)?,
-        ],
-        geom: row.try_get(8)?,
-        attrs: row.try_get(9)?,
-        raw: row.try_get(10)?,
-    };
-    Ok((row.try_get(0)?, annotation))
+    fn optional_float(&self, at: usize) -> sqlx::Result<Option<f64>> {
+        self.try_get(at)
+    }
+
+    fn text(&self, at: usize) -> sqlx::Result<&str> {
+        self.try_get(at)
+    }
+
+    fn optional_text(&self, at: usize) -> sqlx::Result<Option<&str>> {
+        self.try_get(at)
+    }
 }
 
 #[async_trait]
@@ -540,7 +517,7 @@ impl Engine for Postgres {
                 .within(what, LABEL_STATEMENT_MAX, rows.try_next())
                 .await?
             {
-                let class = class_of(&row).map_err(|e| self.fault(what, &e))?;
+                let class = row_mapping::class(&row).map_err(|e| self.fault(what, &e))?;
                 classes.push(class.owned());
             }
         }

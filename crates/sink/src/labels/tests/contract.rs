@@ -9,7 +9,7 @@ use sqlx::Connection;
 
 use crate::labels::testing::set::Set;
 use crate::labels::testing::{Bench, Db};
-use crate::{Look, Sink, StorageLocation};
+use crate::{Sink, StorageLocation, Verification};
 use base::durable;
 use base::fault::{Code, Reason, Retry};
 
@@ -176,7 +176,7 @@ async fn refuses_different_content_under_the_same_version(bench: Bench) {
                 &StorageLocation::Folder {
                     path: bench.data.path().join("labels/aoi-line3/v1")
                 },
-                &Look::default()
+                &Verification::default()
             )
             .await
             .unwrap()
@@ -534,7 +534,7 @@ async fn verify_finds_changed_rows(bench: Bench) {
     assert_eq!(
         bench
             .sink
-            .verify(&incoming, &place, &Look::default())
+            .verify(&incoming, &place, &Verification::default())
             .await
             .unwrap(),
         Vec::<String>::new()
@@ -544,7 +544,7 @@ async fn verify_finds_changed_rows(bench: Bench) {
         .await;
     let found = bench
         .sink
-        .verify(&incoming, &place, &Look::default())
+        .verify(&incoming, &place, &Verification::default())
         .await
         .unwrap();
     assert_eq!(found.len(), 1, "{found:?}");
@@ -562,7 +562,7 @@ async fn verify_finds_changed_rows(bench: Bench) {
         .await;
     let found = bench
         .sink
-        .verify(&incoming, &place, &Look::default())
+        .verify(&incoming, &place, &Verification::default())
         .await
         .unwrap();
     let starts: Vec<String> = found
@@ -583,7 +583,7 @@ async fn verify_finds_changed_rows(bench: Bench) {
     bench.sql("DELETE FROM {}annotation").await;
     let found = bench
         .sink
-        .verify(&incoming, &place, &Look::default())
+        .verify(&incoming, &place, &Verification::default())
         .await
         .unwrap();
     assert_eq!(
@@ -596,14 +596,14 @@ async fn verify_finds_changed_rows(bench: Bench) {
     assert!(
         !bench
             .sink
-            .verify(&incoming, &place, &Look::default())
+            .verify(&incoming, &place, &Verification::default())
             .await
             .unwrap()
             .is_empty()
     );
     let found = bench
         .sink
-        .verify(&set.incoming("v5"), &place, &Look::default())
+        .verify(&set.incoming("v5"), &place, &Verification::default())
         .await
         .unwrap();
     assert_eq!(found, ["the label database does not contain aoi-line3:v5"]);

@@ -10,7 +10,7 @@ use crate::labels::testing::server::server;
 use crate::labels::testing::set::Set;
 use crate::labels::testing::{Bench, Db, postgres_config};
 use crate::settings;
-use crate::{Look, Sink, StorageLocation, Threads};
+use crate::{Sink, StorageLocation, Threads, Verification};
 use base::fault::{Code, Fault, Reason, Retry};
 
 fn class(fault: &Fault) -> (Code, Reason, Retry) {
@@ -353,7 +353,7 @@ async fn a_database_of_the_previous_revision_is_migrated() {
                 &StorageLocation::Folder {
                     path: bench.data.path().join("labels/aoi-line3/v1")
                 },
-                &Look::default()
+                &Verification::default()
             )
             .await
             .unwrap(),

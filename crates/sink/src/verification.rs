@@ -7,37 +7,37 @@ use parking_lot::Mutex;
 
 /// One verification. Cheap to clone; all clones share their reports.
 #[derive(Clone, Default)]
-pub struct Look {
+pub struct Verification {
     /// Compares only names and sizes, and reads no content.
     pub quick: bool,
-    shared: Arc<LookState>,
+    shared: Arc<VerificationState>,
 }
 
 type Counter = Box<dyn Fn(u64) + Send + Sync>;
 
 #[derive(Default)]
-struct LookState {
+struct VerificationState {
     read: Option<Counter>,
     notes: Mutex<Vec<String>>,
     unread: Mutex<Option<String>>,
 }
 
-impl fmt::Debug for Look {
+impl fmt::Debug for Verification {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Look")
+        f.debug_struct("Verification")
             .field("quick", &self.quick)
             .finish_non_exhaustive()
     }
 }
 
-impl Look {
+impl Verification {
     /// Creates a verification that passes each number of bytes read to `read`.
     pub fn new(quick: bool, read: impl Fn(u64) + Send + Sync + 'static) -> Self {
         Self {
             quick,
-            shared: Arc::new(LookState {
+            shared: Arc::new(VerificationState {
                 read: Some(Box::new(read)),
-                ..LookState::default()
+                ..VerificationState::default()
             }),
         }
     }
