@@ -283,7 +283,7 @@ pub fn open(
             asked,
             options,
             dataset,
-            access.site.as_ref(),
+            access,
             &scratch.folder,
             runtime,
         );
@@ -361,23 +361,35 @@ pub fn open(
         Kind::Labels => {
             let path = PathBuf::from(source);
             absolute(&path)?;
-            let options = LabelOptions {
-                format: options.format.clone(),
-                allow_missing: options.allow_missing,
-                columns: options.columns.clone(),
-                voc_base: options.voc_base.clone(),
-                on_bad: options.on_bad.clone(),
-                encoding: options.encoding.clone(),
-            };
             Ok(Box::new(LabelsSource::open_for(
                 &path,
                 &scratch.folder,
-                &options,
+                &label_options(options),
                 dataset,
                 access.own.clone(),
             )?))
         }
     }
+}
+
+/// How labels are read.
+fn label_options(options: &SourceOptions) -> LabelOptions {
+    LabelOptions {
+        format: options.format.clone(),
+        allow_missing: options.allow_missing,
+        columns: options.columns.clone(),
+        voc_base: options.voc_base.clone(),
+        on_bad: options.on_bad.clone(),
+        bad_out: options.bad_out.as_ref().map(PathBuf::from),
+        encoding: options.encoding.clone(),
+        klarf_scale: options.klarf_scale.clone(),
+    }
+}
+
+/// Refuses, before anything is read, a file for bad records that exists. Blocks.
+pub fn check_bad_out(options: &SourceOptions) -> Result<(), Fault> {
+    let file = options.bad_out.as_deref().map(Path::new);
+    file.map_or(Ok(()), source::labels::check_bad_out)
 }
 
 /// The content of a read source.

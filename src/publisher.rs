@@ -134,7 +134,7 @@ pub async fn publish(asked: Asked, progress: Arc<JobProgress>) -> Result<Uploade
         asked.artifact
     ));
     progress.bytes.store(0, Ordering::Relaxed);
-    let omitted = found.omitted.clone();
+    let omitted = found.omitted.brief();
     let question = AskHub::Upload {
         artifact: asked.artifact.clone(),
         digest: found.digest,
@@ -241,6 +241,7 @@ fn read(
     runtime: &tokio::runtime::Handle,
 ) -> Result<ReadSource, Fault> {
     let kind = asked.artifact.kind;
+    open_source::check_bad_out(&asked.options)?;
     let store = Store::open(&folder.join("store"))?;
     let index = Arc::new(ChunkIndex::open(folder)?);
     let here = Arc::new(Here::default());

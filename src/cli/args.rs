@@ -359,7 +359,8 @@ pub(super) struct Publish {
     /// Labels: accept samples that the dataset lacks.
     #[arg(long)]
     pub(super) allow_missing: bool,
-    /// Labels: coco, csv, jsonl, label_studio, voc or yolo; detected if absent.
+    /// Labels: coco, csv, cvat, datumaro, jsonl, klarf, label_studio, labelme, masks, via, voc or
+    /// yolo; detected if absent.
     #[arg(long)]
     pub(super) format: Option<String>,
     /// Labels from Pascal VOC: 0 or 1, the number of the first pixel; 0 (0-exclusive) reads xmax as
@@ -372,9 +373,17 @@ pub(super) struct Publish {
     /// [default: refuse].
     #[arg(long, value_name = "ACTION", value_parser = ["refuse", "skip", "clip"])]
     pub(super) on_bad: Option<String>,
+    /// Labels: write all bad records to this new file, as JSON Lines. With a daemon, the daemon
+    /// writes it.
+    #[arg(long, value_name = "FILE")]
+    pub(super) bad_out: Option<PathBuf>,
     /// Labels: the encoding of the text, such as gbk or utf-16le. Inferred and reported if absent.
     #[arg(long, value_name = "ENCODING")]
     pub(super) encoding: Option<String>,
+    /// Labels from KLARF: how many micrometres a pixel is wide; defects become boxes in pixels.
+    /// Without it, rows have no boxes.
+    #[arg(long, value_name = "MICROMETRES")]
+    pub(super) klarf_scale: Option<String>,
     /// Labels: which column of a CSV or JSON Lines file holds what (sample_path=image); also
     /// settings such as path_strip, path_prefix and normalised; can be repeated.
     #[arg(long = "column", value_name = "FIELD=COLUMN", value_parser = key_value, num_args = 1..)]

@@ -15,6 +15,7 @@ use crate::serve;
 use crate::trainer;
 use base::fault::{Fault, Retry};
 use base::limits::API_ROWS_MAX;
+use base::omitted::Category;
 use content::store::Rebuilt;
 use sink::files::FilesSink;
 
@@ -93,7 +94,9 @@ pub(super) async fn publish(global: &Global, publish: Publish) -> Result<(), Fau
         allow_missing: publish.allow_missing,
         voc_base: publish.voc_base.clone(),
         on_bad: publish.on_bad.clone(),
+        bad_out: publish.bad_out.as_deref().map(absolute).transpose()?,
         encoding: publish.encoding.clone(),
+        klarf_scale: publish.klarf_scale.clone(),
         columns: publish.columns.iter().cloned().collect(),
         strict: publish.strict,
         accept_omitted: publish.accept_omitted.iter().copied().collect(),
@@ -173,6 +176,12 @@ pub(super) fn note_omitted(published: &Published) {
             published.artifact,
             human::clean(&omission.line())
         ));
+        if omission.what == Category::BadRecords {
+            // The first of each kind, which the line above cannot hold.
+            for example in &omission.examples {
+                output::note(&format!("  {}", human::clean(example)));
+            }
+        }
     }
 }
 

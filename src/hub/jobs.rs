@@ -137,6 +137,8 @@ impl HubJobs {
                 .check_model(&Actor::Admin, run, &artifact)
                 .await?;
         }
+        let options = request.options.clone();
+        blocking(move || open_source::check_bad_out(&options)).await?;
         let dataset = open_source::dataset_of(
             &inner.catalogue,
             &artifact,

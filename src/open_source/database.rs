@@ -8,7 +8,7 @@ use std::path::Path;
 
 use tokio::sync::mpsc;
 
-use super::AtSite;
+use super::{Access, AtSite};
 use crate::api::types::SourceOptions;
 use base::fault::Fault;
 use base::limits::LABEL_BATCHES_QUEUED_MAX;
@@ -28,7 +28,7 @@ pub(super) fn open(
     asked: &str,
     options: &SourceOptions,
     dataset: Option<BoundDataset>,
-    site: Option<&AtSite>,
+    access: &Access,
     scratch: &Path,
     runtime: &tokio::runtime::Handle,
 ) -> Result<Box<dyn Source>, Fault> {
@@ -37,7 +37,7 @@ pub(super) fn open(
             "the label database holds labels, and this is to be a {kind}"
         )));
     }
-    let Some(site) = site else {
+    let Some(site) = access.site.as_ref() else {
         return Err(Fault::usage("a source that begins with db: is in a site's label database, and this is not a site's daemon")
             .with_next("run it at the site, with --config of the site"));
     };
@@ -47,15 +47,20 @@ pub(super) fn open(
                 .with_next("leave --format out"),
         );
     }
-    if options.voc_base.is_some() || options.encoding.is_some() {
+    if options.voc_base.is_some() || options.encoding.is_some() || options.klarf_scale.is_some() {
         return Err(Fault::usage(
-            "a database's labels have neither a base of boxes nor an encoding",
+            "a database's labels have neither a base of boxes nor an encoding nor a scale",
         )
-        .with_next("leave --voc-base and --encoding out"));
+        .with_next("leave --voc-base, --encoding and --klarf-scale out"));
     }
     let first = asked.split_whitespace().next().unwrap_or("");
     let source = if QUERIES.iter().any(|word| first.eq_ignore_ascii_case(word)) {
-        query(asked, options, dataset, site, scratch, runtime)?
+        query(asked, options, dataset, (site, access), scratch, runtime)?
+    } else if options.bad_out.is_some() {
+        return Err(Fault::usage(
+            "a version in the database has no bad records: it is taken as it is",
+        )
+        .with_next("leave --bad-out out"));
     } else if dataset.is_some() || options.allow_missing || !options.columns.is_empty() {
         return Err(Fault::usage("a version in the database keeps the samples and the dataset that it was delivered with")
             .with_next("leave --for, --allow-missing and --column out, or publish the rows of a query: db:SELECT …"));
@@ -111,7 +116,7 @@ fn query(
     sql: &str,
     options: &SourceOptions,
     dataset: Option<BoundDataset>,
-    site: &AtSite,
+    (site, access): (&AtSite, &Access),
     scratch: &Path,
     runtime: &tokio::runtime::Handle,
 ) -> Result<LabelsSource, Fault> {
@@ -120,11 +125,7 @@ fn query(
     let asked = runtime.spawn(async move { labels.query(&sql, send).await });
     let options = LabelOptions {
         format: None,
-        allow_missing: options.allow_missing,
-        columns: options.columns.clone(),
-        voc_base: options.voc_base.clone(),
-        on_bad: options.on_bad.clone(),
-        encoding: options.encoding.clone(),
+        ..super::label_options(options)
     };
     let mut all = false;
     let batches = std::iter::from_fn(|| {
@@ -132,7 +133,14 @@ fn query(
         all |= batch.is_none();
         batch
     });
-    let read = LabelsSource::from_query(batches, scratch, &options, dataset);
+    let read = LabelsSource::from_query(
+        batches,
+        scratch,
+        &options,
+        dataset,
+        &access.own,
+        &mut |set, version| runtime.block_on(site.labels.classes(set, version)),
+    );
     drop(rows);
     let asked = runtime
         .block_on(asked)

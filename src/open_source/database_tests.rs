@@ -23,6 +23,7 @@ sink::on_both!(
     rows_of_a_query_do_not_depend_on_their_order,
     a_query_that_returns_all_rows_can_be_loaded_again,
     queries_that_are_refused,
+    a_query_keeps_classes_sizes_and_splits,
     a_query_only_reads,
     a_change_during_the_query_is_not_visible,
 );
@@ -285,6 +286,48 @@ async fn a_query_that_returns_all_rows_can_be_loaded_again(bench: Bench) {
         .unwrap();
     assert_eq!(fault.code, Code::Usage);
     assert!(fault.message.contains("mixes the rows"), "{fault}");
+}
+
+async fn a_query_keeps_classes_sizes_and_splits(bench: Bench) {
+    let classes = "{\"id\":3,\"name\":\"划痕\",\"attrs\":{\"supercategory\":\"表面\"}}\n{\"id\":7,\"name\":\"凹坑\",\"attrs\":null}\n\
+                   {\"id\":9,\"name\":\"未用\",\"attrs\":null}\n";
+    let row = |sample: &str, class: u8| {
+        format!(
+            "{{\"sample\":\"{sample}\",\"class\":{class},\"kind\":\"bbox\",\"x\":1.0,\"y\":2.0,\"w\":3.0,\"h\":4.0,\"geom\":null,\"attrs\":null,\"raw\":{{\"id\":{class}}}}}\n"
+        )
+    };
+    let sample = |path: &str, split: &str| {
+        format!(
+            "{{\"path\":\"{path}\",\"hash\":null,\"width\":640,\"height\":480,\"split\":\"{split}\",\"meta\":null}}\n"
+        )
+    };
+    let set = Set {
+        classes: classes.to_owned(),
+        samples: [sample("a.png", "train"), sample("b.png", "val")].concat(),
+        annotations: [row("a.png", 3), row("b.png", 7)].concat(),
+    };
+    commit(&bench, &set, "v1").await;
+    let view = bench.table("annotations");
+    let out = publish(
+        &bench,
+        &format!("db:SELECT * FROM {view} WHERE version = 'v1'"),
+    )
+    .await
+    .unwrap();
+    set.assert_at(out.dir.path());
+    // Also where only some rows, and no numbers, are taken.
+    let query = format!(
+        "db:SELECT label_set, version, sample_path, class, x, y, w, h FROM {view} WHERE class = '凹坑'"
+    );
+    let out = publish(&bench, &query).await.unwrap();
+    assert_eq!(out.text(CLASSES), classes);
+    assert!(out.text(ANNOTATIONS).contains("\"class\":7"));
+    // A class that the query names itself is its own.
+    let query = format!(
+        "db:SELECT label_set, version, sample_path, 'x' AS class, 3 AS class_id FROM {view} WHERE version = 'v1'"
+    );
+    let out = publish(&bench, &query).await.unwrap();
+    assert!(out.text(CLASSES).starts_with("{\"id\":3,\"name\":\"x\""));
 }
 
 async fn queries_that_are_refused(bench: Bench) {

@@ -72,6 +72,8 @@ impl Publications {
         let since_ms = clock::now_ms();
         let artifact: ArtifactRef = request.as_ref.parse()?;
         let to = request.to.as_deref().map(str::parse).transpose()?;
+        let options = request.options.clone();
+        blocking(move || open_source::check_bad_out(&options)).await?;
         let run = request.run.as_deref().map(run::known).transpose()?;
         let dataset = open_source::dataset_of(
             &self.catalogue,
@@ -194,7 +196,7 @@ impl Publications {
             digest: row.digest,
             to,
             run,
-            omitted: row.omitted.clone(),
+            omitted: row.omitted.brief(),
         };
         let answer: Published = self.hub.ask(&question).await?;
         self.catalogue.offered(&row.artifact).await?;

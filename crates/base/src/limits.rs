@@ -356,7 +356,7 @@ pub const MEMORY_BUDGET_BYTES_MIN: u64 = 32 << 20;
 /// The events kept for `--since`. Older events are removed, and a reader that needs them must start
 /// again.
 pub const EVENTS_KEPT: i64 = 100_000;
-/// The offending records or names that one error lists.
+/// The offending records or names that one error lists; of records, those of each kind.
 pub const OFFENDERS_LISTED_MAX: usize = 20;
 /// The chunk bytes that a publish passes to a worker at once.
 pub const INGEST_BATCH_BYTES: usize = 1 << 20;
@@ -521,9 +521,15 @@ pub const FETCH_STREAMS_MAX: usize = 128;
 /// The largest record of a label file: one annotation, image, row or object. A mask of a million
 /// numbers fits.
 pub const LABEL_RECORD_BYTES_MAX: usize = 4 << 20;
+/// The characters of the place of a bad label record, and of what is wrong with it.
+pub const LABEL_BAD_DETAIL_CHARS_MAX: usize = 400;
 /// The largest task of Label Studio, which holds all annotations of an image: one is in memory at a
 /// time.
 pub const LABEL_TASK_BYTES_MAX: usize = 64 << 20;
+/// The pixels of one mask, which is in memory as one byte a pixel; an image of 8192 × 8192.
+pub const LABEL_MASK_PIXELS_MAX: u64 = 64 << 20;
+/// The widest and the highest mask.
+pub const LABEL_MASK_SIDE_PIXELS_MAX: u32 = 65_535;
 /// The deepest nesting of a label record.
 pub const LABEL_DEPTH_MAX: u32 = 128;
 /// The largest small file of a label set that is read completely: a list of names or sizes, or the
@@ -613,6 +619,8 @@ pub const PLACES_SWEEP_PAUSE: Duration = Duration::from_millis(50);
 pub const LATELY_ANSWERS_MAX: usize = 4096;
 /// The examples kept of one category of omitted content.
 pub const OMITTED_EXAMPLES_MAX: usize = 5;
+/// The examples kept of bad records of labels: twenty of each kind, and the count of each kind.
+pub const OMITTED_BAD_RECORDS_MAX: usize = 500;
 /// The characters of one such example.
 pub const OMITTED_EXAMPLE_CHARS_MAX: usize = 200;
 /// The characters after which a line about one category gets no further example.

@@ -14,7 +14,10 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use crate::fault::Fault;
-use crate::limits::{OMITTED_EXAMPLE_CHARS_MAX, OMITTED_EXAMPLES_MAX, OMITTED_LINE_CHARS_MAX};
+use crate::limits::{
+    OMITTED_BAD_RECORDS_MAX, OMITTED_EXAMPLE_CHARS_MAX, OMITTED_EXAMPLES_MAX,
+    OMITTED_LINE_CHARS_MAX,
+};
 use crate::text::is_unsafe;
 
 /// A category of content that is left out.
@@ -140,6 +143,14 @@ impl Category {
             self,
             Category::ClippedShapes | Category::ChangedPaths | Category::Inferred
         )
+    }
+
+    /// How many examples are kept. Of bad records, the first of each kind are listed.
+    fn examples_max(self) -> usize {
+        match self {
+            Category::BadRecords => OMITTED_BAD_RECORDS_MAX,
+            _ => OMITTED_EXAMPLES_MAX,
+        }
     }
 
     /// The description for people; a count precedes it.
@@ -301,8 +312,14 @@ impl Omitted {
         }
         let counted = self.0.entry(what).or_default();
         counted.count = counted.count.saturating_add(count);
+        self.add_examples(what, examples);
+    }
+
+    /// Adds examples of items that were counted before.
+    pub fn add_examples(&mut self, what: Category, examples: impl IntoIterator<Item = String>) {
+        let counted = self.0.entry(what).or_default();
         for example in examples {
-            if counted.examples.len() == OMITTED_EXAMPLES_MAX {
+            if counted.examples.len() == what.examples_max() {
                 break;
             }
             let safe = example.chars().map(|c| {
@@ -323,7 +340,7 @@ impl Omitted {
     pub fn wants_example(&self, what: Category) -> bool {
         self.0
             .get(&what)
-            .is_none_or(|counted| counted.examples.len() < OMITTED_EXAMPLES_MAX)
+            .is_none_or(|counted| counted.examples.len() < what.examples_max())
     }
 
     /// Adds what another reader left out.
@@ -331,6 +348,15 @@ impl Omitted {
         for (what, Counted { count, examples }) in other.0 {
             self.add_many(what, count, examples);
         }
+    }
+
+    /// The same with few examples of each category, for a message to another daemon.
+    pub fn brief(&self) -> Self {
+        let mut brief = self.clone();
+        for counted in brief.0.values_mut() {
+            counted.examples.truncate(OMITTED_EXAMPLES_MAX);
+        }
+        brief
     }
 
     pub fn is_empty(&self) -> bool {

@@ -43,6 +43,11 @@ impl Inside {
         Ok(inside)
     }
 
+    /// The files that are never read or written.
+    pub(super) fn own(&self) -> &Own {
+        &self.own
+    }
+
     /// The path of an entry, for messages.
     pub(super) fn full(&self, rel: impl AsRef<Path>) -> PathBuf {
         let rel = rel.as_ref();

@@ -69,6 +69,12 @@ targets! {
     labels_label_studio
     labels_voc
     labels_yolo
+    labels_cvat
+    labels_datumaro
+    labels_klarf
+    labels_labelme
+    labels_masks
+    labels_via
     labels_canonical
     registry_answer
     api_body

@@ -95,7 +95,8 @@ pub struct PublishRequest {
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct SourceOptions {
-    /// Labels: `coco`, `csv`, `jsonl`, `label_studio`, `voc`, `yolo`; detected when absent.
+    /// Labels: `coco`, `csv`, `cvat`, `datumaro`, `jsonl`, `klarf`, `label_studio`, `labelme`,
+    /// `masks`, `via`, `voc`, `yolo`; detected when absent.
     pub format: Option<String>,
     /// Labels: their dataset version.
     #[serde(rename = "for")]
@@ -111,9 +112,16 @@ pub struct SourceOptions {
     /// Labels: `refuse`, `skip` or `clip` bad records; refused if absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub on_bad: Option<String>,
+    /// Labels: a new file for the bad records, as JSON Lines; an absolute path as the daemon sees
+    /// it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bad_out: Option<String>,
     /// Labels: the encoding of the text, such as `gbk`; inferred if absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub encoding: Option<String>,
+    /// Labels from KLARF: how many micrometres a pixel is wide. Rows have no boxes if absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub klarf_scale: Option<String>,
     /// Refuse an input with omissions.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub strict: bool,

@@ -391,10 +391,11 @@ impl Set<'_> {
     ) -> Result<(), Fault> {
         if let Some(id) = fields.take("id") {
             let Some(id) = id_text(id) else {
-                collector.refusals.add(
+                collector.refusals.add_record(
                     Why::Shape,
                     place,
                     "its id is not a whole number or a string",
+                    Some(text),
                 );
                 return Ok(());
             };
@@ -407,10 +408,11 @@ impl Set<'_> {
             collector.annotation_id(&place, &id)?;
         }
         let Some(image) = fields.take("image_id").and_then(id_text) else {
-            collector.refusals.add(
+            collector.refusals.add_record(
                 Why::Shape,
                 place,
                 "its image_id is not a whole number or a string",
+                Some(text),
             );
             return Ok(());
         };
@@ -424,10 +426,11 @@ impl Set<'_> {
                     Some(ClassRef::Id(id))
                 }
                 None => {
-                    collector.refusals.add(
+                    collector.refusals.add_record(
                         Why::Shape,
                         place,
                         "its category_id is not a whole number",
+                        Some(text),
                     );
                     return Ok(());
                 }
@@ -436,7 +439,8 @@ impl Set<'_> {
         let shape = match shape(&mut fields, class) {
             Ok(shape) => shape,
             Err(problem) => {
-                collector.refusals.add(Why::Shape, place, problem);
+                let refusals = &mut collector.refusals;
+                refusals.add_record(Why::Shape, place, problem, Some(text));
                 return Ok(());
             }
         };
@@ -629,12 +633,13 @@ fn join(by_image: Sorter, normalised: bool, collector: &mut Collector) -> Result
             Some((_, Some(path))) => collector.encoded_annotation(path, record)?,
             Some((_, None)) => {}
             None => {
-                let place = decode::<AnnotationRecord<'_>>(record)?.place;
+                let record: AnnotationRecord<'_> = decode(record)?;
                 let id = String::from_utf8_lossy(id);
-                collector.refusals.add(
+                collector.refusals.add_record(
                     Why::Orphan,
-                    place,
+                    record.place,
                     format_args!("there is no image with the id {id}"),
+                    record.raw().as_deref(),
                 );
             }
         }

@@ -136,6 +136,19 @@ pub(super) struct AnnotationRecord<'a> {
     pub(super) tail: &'a str,
 }
 
+impl AnnotationRecord<'_> {
+    /// The record of the source, as JSON.
+    pub(super) fn raw(&self) -> Option<String> {
+        #[derive(Deserialize)]
+        struct Raw {
+            raw: Box<serde_json::value::RawValue>,
+        }
+        let row = format!("{{{}", self.tail);
+        let row: Raw = serde_json::from_str(&row).ok()?;
+        Some(row.raw.get().to_owned())
+    }
+}
+
 /// Takes all records of one label set.
 pub(super) struct Collector {
     pub(super) refusals: Refusals,
@@ -270,8 +283,9 @@ impl Collector {
             Extent::Box { x, y, w, h } => Some([x + 0.0, y + 0.0, w, h]),
         };
         if extent.is_some_and(|numbers| numbers.iter().any(|n| !n.is_finite())) {
+            let (place, raw) = (annotation.place, Some(annotation.raw));
             self.refusals
-                .add(Why::NotFinite, annotation.place, "its box is not finite");
+                .add_record(Why::NotFinite, place, "its box is not finite", raw);
             return Ok(None);
         }
         if let Extent::Box { w, h, .. } = annotation.extent
@@ -279,10 +293,11 @@ impl Collector {
             // A level line is no mistake.
             && annotation.kind != "polyline"
         {
-            self.refusals.add(
+            self.refusals.add_record(
                 Why::EmptyBox,
                 annotation.place,
                 format!("the box is {w} wide and {h} high"),
+                Some(annotation.raw),
             );
             return Ok(None);
         }
@@ -530,6 +545,55 @@ impl Classes {
                 attrs,
             },
         );
+        Ok(())
+    }
+
+    /// A class that the input lists by name, in an order that gives it this id; whether it is new.
+    /// The files of a set may list the same names.
+    pub(super) fn declare_name(
+        &mut self,
+        place: &str,
+        id: i64,
+        name: &str,
+        attrs: Option<String>,
+        refusals: &mut Refusals,
+    ) -> Result<bool, Fault> {
+        if self.ids.contains_key(name) {
+            return Ok(false);
+        }
+        let id = match self.declared.contains_key(&id) {
+            true => self
+                .declared
+                .last_key_value()
+                .map_or(0, |(last, _)| last.saturating_add(1)),
+            false => id,
+        };
+        self.declare(place, id, name, attrs, false, refusals)?;
+        Ok(true)
+    }
+
+    /// A class of the version that rows come from: it is added, or gets its attributes, unless the
+    /// rows give its id or its name to another class.
+    pub(super) fn complete(
+        &mut self,
+        id: i64,
+        name: &str,
+        attrs: Option<String>,
+    ) -> Result<(), Fault> {
+        let bytes = name.len() + attrs.as_ref().map_or(0, String::len);
+        match (self.declared.get_mut(&id), self.ids.get(name)) {
+            (None, None) => {
+                self.make_room(bytes)?;
+                self.ids.insert(name.to_owned(), id);
+                let name = name.to_owned();
+                self.declared.insert(id, Class { name, attrs });
+            }
+            (Some(class), Some(known)) if *known == id && class.attrs.is_none() => {
+                class.attrs = attrs;
+                self.make_room(bytes)?;
+            }
+            _ => {}
+        }
         Ok(())
     }
 

@@ -55,6 +55,14 @@ impl Input {
         }
     }
 
+    /// The files that are never read or written.
+    pub(super) fn own(&self) -> &Own {
+        match self {
+            Input::File(_, own) => own,
+            Input::Folder(folder) => folder.own(),
+        }
+    }
+
     /// Its path, for messages.
     pub(super) fn shown(&self) -> PathBuf {
         match self {

@@ -1,37 +1,54 @@
-//! Which format labels are in, from the name and the first bytes.
+//! Which format labels are in, from the names and the first bytes of files (`recognise`).
+//!
+//! An input that is recognised but not read is named as what it is, with what to export instead.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::io::Read;
 use std::path::Path;
 use std::str::FromStr;
 
 use crate::inside::Inside;
-use base::fault::{Fault, IoContext};
+use base::fault::{Code, Fault, IoContext};
 
 use super::folder::{Input, Walk, has_extension};
+use super::klarf;
+use super::recognise::{Known, LOOK_BYTES, of_head};
 
-/// How much of a file is looked at.
-const LOOK_BYTES: u64 = 64 << 10;
 /// How many files of a folder are looked at.
 const LOOK_FILES: usize = 10_000;
+/// How many of these are opened.
+const LOOK_HEADS: usize = 100;
 
 /// A format of labels.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Format {
     Coco,
     Csv,
+    Cvat,
+    Datumaro,
     Jsonl,
+    Klarf,
     LabelStudio,
+    LabelMe,
+    Masks,
+    Via,
     Voc,
     Yolo,
 }
 
 impl Format {
-    const ALL: [Format; 6] = [
+    const ALL: [Format; 12] = [
         Format::Coco,
         Format::Csv,
+        Format::Cvat,
+        Format::Datumaro,
         Format::Jsonl,
+        Format::Klarf,
         Format::LabelStudio,
+        Format::LabelMe,
+        Format::Masks,
+        Format::Via,
         Format::Voc,
         Format::Yolo,
     ];
@@ -40,8 +57,14 @@ impl Format {
         match self {
             Format::Coco => "coco",
             Format::Csv => "csv",
+            Format::Cvat => "cvat",
+            Format::Datumaro => "datumaro",
             Format::Jsonl => "jsonl",
+            Format::Klarf => "klarf",
             Format::LabelStudio => "label_studio",
+            Format::LabelMe => "labelme",
+            Format::Masks => "masks",
+            Format::Via => "via",
             Format::Voc => "voc",
             Format::Yolo => "yolo",
         }
@@ -81,10 +104,21 @@ pub(super) fn guess(input: &Input) -> Result<Format, Fault> {
         ))
         .with_next(names())
     };
+    let unread = |what: &str, instead: &str| {
+        Fault::integrity(format!(
+            "the labels {} are {what}, which is not read",
+            path.display()
+        ))
+        .with_next(instead)
+    };
     if let Some(folder) = input.folder() {
-        return guess_folder(folder)?.ok_or_else(|| {
-            unknown("the folder holds neither YOLO names and text files, nor VOC XML files, nor COCO files")
-        });
+        return match guess_folder(folder)? {
+            Folder::Format(format) => Ok(format),
+            Folder::Unread(what, instead) => Err(unread(what, instead)),
+            Folder::Unknown => Err(unknown(
+                "the folder holds neither YOLO names and text files, nor VOC XML files, nor JSON files of COCO, LabelMe, Datumaro or VIA, nor KLARF files, nor masks with a class map",
+            )),
+        };
     }
     if !path
         .metadata()
@@ -106,59 +140,115 @@ pub(super) fn guess(input: &Input) -> Result<Format, Fault> {
     if has_extension(path, &["jsonl", "ndjson"]) {
         return Ok(Format::Jsonl);
     }
-    if head.starts_with(b"PK\x03\x04") || head.starts_with(&[0x1f, 0x8b]) {
-        return Err(unknown("it is an archive; unpack it first"));
-    }
-    let text = head
-        .strip_prefix(&[0xef, 0xbb, 0xbf])
-        .unwrap_or(&head)
-        .trim_ascii_start();
-    match text.first() {
-        Some(b'[') => Ok(Format::LabelStudio),
-        // A whole object on the first line and another one after it: no single document looks like
-        // that.
-        Some(b'{') => match text.iter().position(|b| *b == b'\n') {
-            Some(end)
-                if serde_json::from_slice::<serde::de::IgnoredAny>(&text[..end]).is_ok()
-                    && text[end..].trim_ascii_start().starts_with(b"{") =>
-            {
-                Ok(Format::Jsonl)
-            }
-            _ => Ok(Format::Coco),
-        },
-        Some(b'<') => Err(unknown(
-            "it is one XML file; VOC labels are given as the folder that holds them",
-        )),
-        None => Err(unknown("it is empty")),
-        Some(_) => Err(unknown(
-            "it is not JSON and its name does not end in .csv, .tsv, .jsonl or .ndjson",
-        )),
+    match of_head(&head) {
+        Known::Format(format) => Ok(format),
+        Known::Unread(what, instead) => Err(unread(what, instead)),
+        Known::Unknown(why) => Err(unknown(why)),
     }
 }
 
-fn guess_folder(folder: &Inside) -> Result<Option<Format>, Fault> {
+/// What a folder holds.
+enum Folder {
+    Format(Format),
+    /// What it is, and what to do.
+    Unread(&'static str, &'static str),
+    Unknown,
+}
+
+/// The formats that are files in a folder, the first that is found counts.
+const PREFERRED: [Format; 8] = [
+    Format::Voc,
+    Format::Cvat,
+    Format::Klarf,
+    Format::LabelMe,
+    Format::Datumaro,
+    Format::Via,
+    Format::Coco,
+    Format::LabelStudio,
+];
+
+fn guess_folder(folder: &Inside) -> Result<Folder, Fault> {
     let is_names = |name: &Path| {
         has_extension(name, &["yaml", "yml", "names"]) || name.ends_with("classes.txt")
     };
-    let (mut names, mut texts, mut coco) = (false, false, false);
+    let (mut names, mut texts, mut pngs, mut map) = (false, false, false, false);
+    let mut found = BTreeSet::new();
+    let mut unread = None;
+    let mut left = LOOK_HEADS;
     for file in Walk::new(folder).take(LOOK_FILES) {
         let file = file?;
-        if has_extension(&file, &["xml"]) {
-            return Ok(Some(Format::Voc));
-        }
-        if !coco && has_extension(&file, &["json"]) {
-            coco = folder.try_file(&file).is_ok_and(super::coco::is_coco);
+        let is_map = super::masks_map::is_map(&file);
+        map |= is_map;
+        pngs |= has_extension(&file, &["png"]);
+        let is_xml = has_extension(&file, &["xml"]);
+        let looks = !is_map && (is_xml || has_extension(&file, &["json"]) || klarf::may_be(&file));
+        if looks && left > 0 {
+            left -= 1;
+            match look(folder, &file) {
+                Some(Known::Format(format)) => {
+                    found.insert(format);
+                }
+                // A file of Pascal VOC is refused alone, and is one of many here. What other XML
+                // file it is, is for the reader of VOC to say.
+                Some(Known::Unread(..) | Known::Unknown(_)) if is_xml => {
+                    found.insert(Format::Voc);
+                }
+                Some(Known::Unread(what, instead)) => {
+                    unread.get_or_insert((what, instead));
+                }
+                Some(Known::Unknown(_)) | None => {}
+            }
         }
         if is_names(&file) {
             names = true;
-        } else {
+        } else if !is_map && !klarf::may_be(&file) {
             texts |= has_extension(&file, &["txt"]);
         }
+        if found.contains(&Format::Voc) {
+            break;
+        }
     }
-    // Beside the files of COCO there are often texts about the set.
-    if coco && !names {
-        return Ok(Some(Format::Coco));
+    let format = PREFERRED.into_iter().find(|format| found.contains(format));
+    Ok(match format {
+        // Beside the files of YOLO there may be one of COCO.
+        Some(Format::Coco) if names => Folder::Format(Format::Yolo),
+        Some(format) => Folder::Format(format),
+        None => match unread {
+            Some((what, instead)) if !names => Folder::Unread(what, instead),
+            _ if map && pngs && !names => Folder::Format(Format::Masks),
+            // Text files without names are YOLO that its reader refuses with better advice than
+            // "unknown".
+            _ if names || texts => Folder::Format(Format::Yolo),
+            _ => Folder::Unknown,
+        },
+    })
+}
+
+/// What a file of a folder is; `None` if it cannot be read.
+fn look(folder: &Inside, file: &Path) -> Option<Known> {
+    let mut head = Vec::new();
+    let file = folder.try_file(file).ok()?;
+    file.take(LOOK_BYTES).read_to_end(&mut head).ok()?;
+    Some(of_head(&head))
+}
+
+/// Names what the input is, where it was read as another format by its name and refused.
+pub(super) fn name_other(fault: Fault, input: &Input, format: Format, guessed: bool) -> Fault {
+    if guessed || fault.code != Code::Integrity {
+        return fault;
     }
-    // Text files without names are YOLO that its reader refuses with better advice than "unknown".
-    Ok((names || texts).then_some(Format::Yolo))
+    match guess(input) {
+        Ok(other) if other != format => {
+            let next = format!(
+                "{}; the labels look like {other}: --format {other}",
+                fault.next
+            );
+            fault.with_next(next)
+        }
+        Err(other) if other.message.contains("which is not read") => {
+            let next = format!("{}; {}", other.message, other.next);
+            fault.with_next(next)
+        }
+        _ => fault,
+    }
 }

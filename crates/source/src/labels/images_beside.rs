@@ -47,6 +47,25 @@ impl<'a> ImagesBeside<'a> {
         self.folders.contains(folder) && self.inside.is_file(path)
     }
 
+    /// The path of an image that a label file in `folder` names: in the first of these folders below
+    /// it (each with a slash at its end) that has the image, else as `otherwise` says.
+    pub(super) fn locate(
+        &self,
+        folder: &str,
+        below: &[String],
+        name: &str,
+        otherwise: &str,
+    ) -> String {
+        let within = |below: &str| match folder {
+            "" => format!("{below}{name}"),
+            folder => format!("{folder}/{below}{name}"),
+        };
+        let mut paths = below.iter().map(|below| within(below));
+        paths
+            .find(|path| self.holds(path))
+            .unwrap_or_else(|| within(otherwise))
+    }
+
     /// The image of a label file, given without its extension: by the name that the record has,
     /// else by that of the label file; next to it, or in a folder of images that takes the place of
     /// its folder of labels, or lies below it.

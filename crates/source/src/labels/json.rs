@@ -442,6 +442,11 @@ impl<'a> Fields<'a> {
         Some(value.get()).filter(|text| *text != "null")
     }
 
+    /// The values of all members.
+    pub(super) fn into_values(self) -> Vec<&'a RawValue> {
+        self.0.into_iter().map(|(_, value)| value).collect()
+    }
+
     /// What was not taken, as a compact JSON object; `None` when nothing is left.
     pub(super) fn rest(&self) -> Option<String> {
         let mut out = String::new();

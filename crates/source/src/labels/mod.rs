@@ -13,6 +13,12 @@
 //! |---|---|---|
 //! | `coco` | a JSON object with `images`, `annotations`, `categories` in any order | pixels as they are; kinds bbox, polygon, rle, keypoints, class |
 //! | `csv` | delimiter `,` `;` or tab (detected), a header, UTF-8 | columns by name, below |
+//! | `cvat` | CVAT's XML 1.1, a file or the folder that holds it | pixels as they are; frames of tracks by their numbers |
+//! | `datumaro` | Datumaro's JSON, a file or a folder with one file a subset | pixels as they are |
+//! | `klarf` | KLARF 1.1, 1.2, 1.8, a file or a folder of them | boxes by a scale, else none |
+//! | `labelme` | a LabelMe file or a folder of them | pixels as they are; masks become runs |
+//! | `masks` | a folder of PNG masks with a class map | one row of runs for each class of a mask |
+//! | `via` | the JSON of VGG Image Annotator 1 and 2 | pixels as they are |
 //! | `jsonl` | one JSON object a line | members by the same names |
 //! | `label_studio` | its JSON export | percent to pixels; one row a label of a region; each annotator's apart by `attrs.annotator`; `completions` of old exports are annotations; skipped tasks are left out and reported |
 //! | `voc` | a folder of Pascal VOC XML | pixels counted from 1, ends included, become left, top, width, height counted from 0 |
@@ -54,17 +60,31 @@
 //! - `attrs`: what the record says beyond the other fields. `raw`: the record itself, compact; JSON
 //!   keeps its number spellings, other formats are rendered as JSON.
 
+mod bad_out;
 mod coco;
 mod collect;
+mod cvat;
+mod datumaro;
 mod encoding;
 mod folder;
 mod guess;
 mod images_beside;
 mod json;
+mod klarf;
+mod klarf_12;
+mod klarf_18;
+mod klarf_tokens;
 mod label_studio;
+mod labelme;
+mod masks;
+mod masks_map;
 mod path_rules;
+mod png;
+mod recognise;
 mod refuse;
+mod rle;
 mod settings;
+mod shapes;
 mod size;
 mod sort;
 mod split;
@@ -78,10 +98,12 @@ mod table_sizes;
 mod tests;
 mod text;
 mod via;
+mod via_json;
 mod voc;
 mod voc_base;
 mod write;
 mod xml;
+mod xml_stream;
 mod yaml;
 mod yolo;
 mod yolo_lists;
@@ -96,10 +118,13 @@ use crate::own::Own;
 use base::fault::{Fault, IoContext};
 use base::names::RelPath;
 use base::omitted::{Category, Omitted};
-use content::label_rows::{ANNOTATIONS, CLASSES, QueryRow, SAMPLES};
+use content::label_rows::{ANNOTATIONS, CLASSES, ClassRow, QueryRow, SAMPLES};
 use content::manifest::{DatasetBinding, FileInfo, KindInfo, LabelsInfo};
 
+pub use bad_out::check as check_bad_out;
+
 use super::{Content, FileIdentity, Source, SourceBody, SourceEntry};
+use bad_out::BadOut;
 use collect::Collector;
 use folder::Input;
 use guess::Format;
@@ -108,7 +133,7 @@ use settings::Settings;
 /// How labels are read.
 #[derive(Debug, Clone, Default)]
 pub struct LabelOptions {
-    /// `coco`, `csv`, `jsonl`, `label_studio`, `voc` or `yolo`; guessed when absent.
+    /// One of the words of the module's page; guessed when absent.
     pub format: Option<String>,
     /// Samples that the dataset does not hold are allowed (their hash stays empty).
     pub allow_missing: bool,
@@ -118,8 +143,12 @@ pub struct LabelOptions {
     pub voc_base: Option<String>,
     /// `refuse`, `skip` or `clip`: what is done with bad records; they are refused when absent.
     pub on_bad: Option<String>,
+    /// A new file for the bad records, as JSON Lines.
+    pub bad_out: Option<PathBuf>,
     /// The encoding of the text; inferred when absent.
     pub encoding: Option<String>,
+    /// KLARF: how many micrometres a pixel is wide.
+    pub klarf_scale: Option<String>,
 }
 
 /// A dataset's files in manifest order.
@@ -132,6 +161,9 @@ pub struct BoundDataset {
     /// Its files, in manifest order.
     pub files: DatasetFiles,
 }
+
+/// Gives the classes of a label set and version in the database.
+pub type ClassesOf<'a> = dyn FnMut(&str, &str) -> Result<Vec<ClassRow>, Fault> + 'a;
 
 /// The format of what comes out of a database.
 const DATABASE: &str = "database";
@@ -187,8 +219,9 @@ impl LabelsSource {
             }
             fault
         };
-        let (info, omitted) =
-            convert(&input, scratch, format, &settings, options, dataset).map_err(context)?;
+        let (info, omitted) = convert(&input, scratch, format, &settings, options, dataset)
+            .map_err(context)
+            .map_err(|fault| guess::name_other(fault, &input, format, guessed))?;
         Ok(Self {
             format: format.as_str(),
             guessed,
@@ -215,17 +248,22 @@ impl LabelsSource {
     }
 
     /// Writes the rows of a database query in canonical form into the folder `scratch`. Rows may
-    /// come in any order, and the same rows give the same files. Blocking.
+    /// come in any order, and the same rows give the same files. If they state their version,
+    /// `classes_of` gives the classes of that version: its ids are kept, and classes that no row
+    /// has. Blocking.
     pub fn from_query(
         rows: impl Iterator<Item = Vec<QueryRow>>,
         scratch: &Path,
         options: &LabelOptions,
         dataset: Option<BoundDataset>,
+        own: &Own,
+        classes_of: &mut ClassesOf<'_>,
     ) -> Result<Self, Fault> {
         settings::check_columns(None, options)?;
         let mut collector = Settings::parse(options, None)?.collector(scratch);
+        collector.refusals.out = bad_out(options, scratch, own)?;
         collector.by_content = true;
-        let info = table::read_query(rows, &mut collector)
+        let info = table::read_query(rows, classes_of, &mut collector)
             .and_then(|()| finish(collector, DATABASE, options, dataset));
         let (info, omitted) = info.map_err(|fault| fault.context("labels out of the database"))?;
         Ok(Self {
@@ -268,16 +306,31 @@ fn convert(
     dataset: Option<BoundDataset>,
 ) -> Result<(LabelsInfo, Omitted), Fault> {
     let mut collector = settings.collector(scratch);
+    collector.refusals.out = bad_out(options, scratch, input.own())?;
     let columns = &options.columns;
     match format {
         Format::Coco => coco::read(input, settings.table.normalised, &mut collector)?,
         Format::Csv => table::read_csv(input, columns, settings.table, &mut collector)?,
+        Format::Cvat => cvat::read(input, &mut collector)?,
+        Format::Datumaro => datumaro::read(input, &mut collector)?,
+        Format::Klarf => klarf::read(input, settings.klarf, &mut collector)?,
+        Format::LabelMe => labelme::read(input, &mut collector)?,
+        Format::Masks => masks::read(input, &mut collector)?,
+        Format::Via => via_json::read(input, &mut collector)?,
         Format::Jsonl => table::read_jsonl(input, columns, settings.table, &mut collector)?,
         Format::LabelStudio => label_studio::read(input, settings.predictions, &mut collector)?,
         Format::Voc => voc::read(input, settings.voc_base, &mut collector)?,
         Format::Yolo => yolo::read(input, settings.yolo_task, &mut collector)?,
     }
     finish(collector, format.as_str(), options, dataset)
+}
+
+/// The file of bad records, where one is asked for.
+fn bad_out(options: &LabelOptions, scratch: &Path, own: &Own) -> Result<Option<BadOut>, Fault> {
+    let target = options.bad_out.as_deref();
+    target
+        .map(|target| BadOut::create(target, scratch, own))
+        .transpose()
 }
 
 /// Writes the files from what was collected.

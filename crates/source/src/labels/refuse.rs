@@ -1,15 +1,18 @@
-//! What is wrong with the labels that are read: the first offenders, and how many there are for
-//! each reason.
+//! What is wrong with the labels that are read: how many records for each reason, the first twenty
+//! of each, and all of them in a file where the user asks for one (`bad_out`).
 //!
-//! A format reader reports a bad record here and goes on with the next one, so that one run of the
-//! command names all that has to be mended. Nothing is published while there is one.
+//! A format reader reports a bad record here and continues with the next one, so that one run of
+//! the command names everything that has to be corrected. Unless the user asks to leave bad
+//! records out, nothing is published while there is one.
 
 use std::collections::BTreeMap;
 use std::fmt::Display;
 
 use base::fault::Fault;
-use base::limits::{OFFENDERS_LISTED_MAX, OMITTED_EXAMPLES_MAX};
+use base::limits::{LABEL_BAD_DETAIL_CHARS_MAX, OFFENDERS_LISTED_MAX};
 use base::omitted::{Category, Omitted};
+
+use super::bad_out::BadOut;
 
 /// Why a record was refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -160,56 +163,97 @@ impl std::str::FromStr for OnBad {
 #[derive(Default)]
 pub(super) struct Refusals {
     pub(super) on_bad: OnBad,
-    /// The first offenders of each reason, where they are left out.
-    skipped: BTreeMap<Why, Vec<String>>,
-    totals: BTreeMap<Why, u64>,
-    listed: Vec<String>,
+    kinds: BTreeMap<Why, Kind>,
+    /// Where all of them are written.
+    pub(super) out: Option<BadOut>,
+}
+
+/// The offenders of one reason.
+#[derive(Default)]
+struct Kind {
+    count: u64,
+    /// The first of them.
+    first: Vec<String>,
 }
 
 impl Refusals {
     /// Notes one offender: where it stands (file and record) and what exactly is wrong with it.
     pub(super) fn add(&mut self, why: Why, place: impl Display, detail: impl Display) {
-        *self.totals.entry(why).or_default() += 1;
-        if self.on_bad != OnBad::Refuse {
-            let first = self.skipped.entry(why).or_default();
-            if first.len() < OMITTED_EXAMPLES_MAX {
-                first.push(format!("{place}: {detail}").chars().take(400).collect());
-            }
+        self.add_record(why, place, detail, None);
+    }
+
+    /// The same with the record itself, as JSON.
+    pub(super) fn add_record(
+        &mut self,
+        why: Why,
+        place: impl Display,
+        detail: impl Display,
+        record: Option<&str>,
+    ) {
+        let kind = self.kinds.entry(why).or_default();
+        kind.count += 1;
+        let listed = kind.first.len() < OFFENDERS_LISTED_MAX;
+        if !listed && self.out.is_none() {
+            return;
         }
-        if self.listed.len() < OFFENDERS_LISTED_MAX {
-            // A hostile record may put megabytes into a name; a message may not.
-            let line: String = format!("{place}: {detail}").chars().take(400).collect();
-            self.listed.push(line);
+        // A hostile record may put megabytes into a name; a message may not.
+        let cut = |text: String| -> String {
+            match text.char_indices().nth(LABEL_BAD_DETAIL_CHARS_MAX) {
+                Some((end, _)) => text[..end].to_owned(),
+                None => text,
+            }
+        };
+        let (place, detail) = (cut(place.to_string()), cut(detail.to_string()));
+        if let Some(out) = &mut self.out {
+            out.write(why.words().0, &place, &detail, record);
+        }
+        if listed {
+            kind.first.push(cut(format!("{place}: {detail}")));
         }
     }
 
-    /// Ends with a fault when there is an offender.
-    pub(super) fn check(&self) -> Result<(), Fault> {
-        let total: u64 = self.totals.values().sum();
+    /// The reasons with their offenders, the most frequent first.
+    fn by_count(&self) -> Vec<(Why, &Kind)> {
+        let mut kinds: Vec<(Why, &Kind)> =
+            self.kinds.iter().map(|(why, kind)| (*why, kind)).collect();
+        kinds.sort_by_key(|(why, kind)| (std::cmp::Reverse(kind.count), *why));
+        kinds
+    }
+
+    /// Ends with a fault when there is an offender and offenders are refused. The file of bad
+    /// records is completed in any case.
+    pub(super) fn check(&mut self) -> Result<(), Fault> {
+        let written = match self.out.take() {
+            Some(out) => out.finish()?,
+            None => None,
+        };
+        let total: u64 = self.kinds.values().map(|kind| kind.count).sum();
         if total == 0 || self.on_bad != OnBad::Refuse {
             return Ok(());
         }
-        let mut reasons: Vec<(Why, u64)> = self.totals.iter().map(|(why, n)| (*why, *n)).collect();
-        reasons.sort_by_key(|(why, n)| (std::cmp::Reverse(*n), *why));
-        let counts: Vec<String> = reasons
+        let kinds = self.by_count();
+        let counts: Vec<String> = kinds
             .iter()
-            .map(|(why, n)| format!("{n} × {}", why.words().0))
+            .map(|(why, kind)| format!("{} × {}", kind.count, why.words().0))
             .collect();
-        let advice: Vec<&str> = reasons
-            .iter()
-            .take(3)
-            .map(|(why, _)| why.advice())
-            .collect();
+        let listed = kinds.iter().map(|(_, kind)| {
+            let mut list = kind.first.join("; ");
+            let unlisted = kind.count - kind.first.len() as u64;
+            if unlisted > 0 {
+                list.push_str(&format!("; and {unlisted} more"));
+            }
+            list
+        });
         let records = if total == 1 { "record" } else { "records" };
         let mut message = format!(
             "{total} {records} refused ({}): {}",
             counts.join(", "),
-            self.listed.join("; ")
+            listed.collect::<Vec<_>>().join("; ")
         );
-        let unlisted = total - self.listed.len() as u64;
-        if unlisted > 0 {
-            message.push_str(&format!("; and {unlisted} more"));
+        if let Some(file) = written {
+            message.push_str(&format!("; all of them are in {}", file.display()));
         }
+        let advice: Vec<&str> = kinds.iter().take(3).map(|(why, _)| why.advice()).collect();
         Err(Fault::integrity(message).with_next(advice.join("; ")))
     }
 
@@ -218,20 +262,27 @@ impl Refusals {
         if self.on_bad == OnBad::Refuse {
             return;
         }
-        for (why, count) in &self.totals {
-            let first = self.skipped.get(why).and_then(|first| first.first());
+        // The counts come first: a reader of an earlier version keeps only a few examples.
+        for (why, kind) in &self.kinds {
+            let first = kind.first.first();
             let example = format!(
-                "{count} × {}, the first at {}",
+                "{} × {}, the first at {}",
+                kind.count,
                 why.words().0,
                 first.map_or("an unknown place", String::as_str)
             );
-            omitted.add_many(Category::BadRecords, *count, [example]);
+            omitted.add_many(Category::BadRecords, kind.count, [example]);
+        }
+        for (why, kind) in &self.kinds {
+            let further = kind.first.iter().skip(1);
+            let lines = further.map(|line| format!("{}: {line}", why.words().0));
+            omitted.add_examples(Category::BadRecords, lines);
         }
     }
 
     #[cfg(test)]
     pub(super) fn count(&self, why: Why) -> u64 {
-        self.totals.get(&why).copied().unwrap_or(0)
+        self.kinds.get(&why).map_or(0, |kind| kind.count)
     }
 }
 
@@ -253,9 +304,9 @@ mod tests {
             fault.message.starts_with("31 records refused (30 × zero or negative box, 1 × NUL in text): annotations[0]: the box is 0x4; ")
         );
         assert!(
-            fault
-                .message
-                .ends_with("annotations[19]: the box is 0x4; and 11 more"),
+            fault.message.ends_with(
+                "annotations[19]: the box is 0x4; and 10 more; annotations[30]: it holds a NUL"
+            ),
             "{}",
             fault.message
         );
@@ -264,5 +315,26 @@ mod tests {
             "{}",
             fault.next
         );
+        // The same where they are left out.
+        refusals.on_bad = OnBad::Skip;
+        refusals.check().unwrap();
+        let mut omitted = Omitted::default();
+        refusals.report(&mut omitted);
+        let list = omitted.list();
+        assert_eq!(
+            (list.len(), list[0].count, list[0].examples.len()),
+            (1, 31, 21)
+        );
+        assert_eq!(
+            list[0].examples[..3],
+            [
+                "30 × zero or negative box, the first at annotations[0]: the box is 0x4",
+                "1 × NUL in text, the first at annotations[30]: it holds a NUL",
+                "zero or negative box: annotations[1]: the box is 0x4",
+            ]
+        );
+        // What goes to the hub has a few of them.
+        assert_eq!(omitted.brief().list()[0].examples.len(), 5);
+        assert_eq!(omitted.brief().count(Category::BadRecords), 31);
     }
 }

@@ -7,6 +7,7 @@ use super::LabelOptions;
 use super::collect::Collector;
 use super::encoding::TextEncoding;
 use super::guess::Format;
+use super::klarf::KlarfSettings;
 use super::path_rules::{PathFrom, PathRules};
 use super::refuse::OnBad;
 use super::table;
@@ -16,7 +17,7 @@ use super::voc_base::VocBase;
 use super::yolo_rows::Task;
 
 /// The settings among the columns, which are no fields.
-const NAMES: [&str; 10] = [
+const NAMES: [&str; 11] = [
     "path_strip",
     "path_keep",
     "path_prefix",
@@ -27,6 +28,7 @@ const NAMES: [&str; 10] = [
     "bbox_format",
     "yolo_task",
     "kpt_shape",
+    "klarf_image",
 ];
 
 /// How labels are read, as far as somebody said it.
@@ -40,6 +42,7 @@ pub(super) struct Settings {
     pub(super) voc_base: Option<VocBase>,
     pub(super) yolo_task: Option<Task>,
     pub(super) on_bad: OnBad,
+    pub(super) klarf: KlarfSettings,
 }
 
 impl Settings {
@@ -93,6 +96,15 @@ impl Settings {
             ))
             .with_next("leave --voc-base out, or name the format: --format voc"));
         }
+        if let Some(scale) = &options.klarf_scale
+            && format != Some(Format::Klarf)
+        {
+            let format = format.map_or("database", Format::as_str);
+            return Err(Fault::usage(format!(
+                "--klarf-scale {scale} is of KLARF, and these labels are {format}"
+            ))
+            .with_next("leave --klarf-scale out, or name the format: --format klarf"));
+        }
         Ok(Self {
             path,
             encoding: options.encoding.as_deref().map(str::parse).transpose()?,
@@ -108,6 +120,7 @@ impl Settings {
                 .map(str::parse)
                 .transpose()?
                 .unwrap_or_default(),
+            klarf: klarf(options.klarf_scale.as_deref(), get("klarf_image"))?,
             yolo_task: yolo_task(get("yolo_task"), get("kpt_shape"))?,
         })
     }
@@ -119,6 +132,28 @@ impl Settings {
         collector.refusals.on_bad = self.on_bad;
         collector
     }
+}
+
+fn klarf(scale: Option<&str>, image: Option<&str>) -> Result<KlarfSettings, Fault> {
+    let scale = scale.map(|text| match text.parse::<f64>() {
+        Ok(scale) if scale.is_finite() && scale > 0.0 => Ok(scale),
+        _ => Err(Fault::usage(format!(
+            "--klarf-scale is the width of a pixel in micrometres, not {text:?}"
+        ))),
+    });
+    let is_patch = match image {
+        None | Some("die") => false,
+        Some("defect") => true,
+        Some(other) => {
+            return Err(Fault::usage(format!(
+                "klarf_image is die or defect, not {other:?}"
+            )));
+        }
+    };
+    Ok(KlarfSettings {
+        scale: scale.transpose()?,
+        is_patch,
+    })
 }
 
 fn yolo_task(task: Option<&str>, shape: Option<&str>) -> Result<Option<Task>, Fault> {

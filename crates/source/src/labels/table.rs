@@ -19,6 +19,7 @@ use base::omitted::{Category, Omitted};
 use content::chunk::Hash;
 use content::label_rows::{QUERY_COLUMNS, QueryRow};
 
+use super::ClassesOf;
 use super::collect::{Annotation, ClassRef, Collector, Extent, Sample};
 use super::folder::Input;
 use super::json::{self, Fields, JsonReader};
@@ -215,6 +216,7 @@ const QUERY_ROW_BYTES_MAX: usize = LABEL_LINE_BYTES_MAX - (64 << 10);
 /// Reads the rows of a query, in whatever order they come.
 pub(super) fn read_query(
     rows: impl Iterator<Item = Vec<QueryRow>>,
+    classes_of: &mut ClassesOf<'_>,
     collector: &mut Collector,
 ) -> Result<(), Fault> {
     const FIELD_OF: [(&str, usize); 13] = [
@@ -240,7 +242,13 @@ pub(super) fn read_query(
     let (hash_column, raw_column) = (column("sample_hash"), column("raw"));
     let take = |row: &QueryRow, column: Option<usize>| column.and_then(|at| row[at].clone());
     let mut state = Rows::default();
+    let mut of_version = None;
     for row in rows.flatten() {
+        // All rows state the same one.
+        if of_version.is_none() {
+            let text = |name| take(&row, column(name)).and_then(|json| json::as_string(&json));
+            of_version = Some(text("label_set").zip(text("version")));
+        }
         // Rows have no numbers: what stands for one is the sample that it speaks of.
         let place = format!("a row of {}", row[0].as_deref().unwrap_or("no sample"));
         let plain = |json: &String| json::as_string(json).map_or(json.len(), |text| text.len());
@@ -294,6 +302,12 @@ pub(super) fn read_query(
             },
             collector,
         )?;
+    }
+    if let Some((set, version)) = of_version.flatten() {
+        for class in classes_of(&set, &version)? {
+            let attrs = class.attrs.map(|json| json.get().to_owned());
+            collector.classes.complete(class.id, &class.name, attrs)?;
+        }
     }
     Ok(())
 }

@@ -3,17 +3,9 @@
 
 use serde_json::{Map, Value};
 
-use super::collect::{Extent, number_list, push_number};
+use super::collect::Extent;
 use super::refuse::Why;
-
-/// A region's shape.
-pub(super) struct Shape {
-    pub(super) kind: &'static str,
-    pub(super) extent: Extent,
-    /// The extent is a box around a shape that turns or bends, and may reach over the image.
-    pub(super) is_hull: bool,
-    pub(super) geom: Option<String>,
-}
+use super::shapes::Shape;
 
 /// The shape of `region_shape_attributes`, in pixels; `None` for an empty one.
 pub(super) fn shape(attributes: &Map<String, Value>) -> Result<Option<Shape>, (Why, String)> {
@@ -40,12 +32,6 @@ pub(super) fn shape(attributes: &Map<String, Value>) -> Result<Option<Shape>, (W
         list.filter(|list| !list.is_empty())
             .ok_or_else(|| (Why::Shape, format!("its {key} is not a list of numbers")))
     };
-    let plain = |kind, extent, geom| Shape {
-        kind,
-        extent,
-        is_hull: false,
-        geom,
-    };
     Ok(Some(match name {
         "rect" => {
             let (x, y, w, h) = (
@@ -54,9 +40,9 @@ pub(super) fn shape(attributes: &Map<String, Value>) -> Result<Option<Shape>, (W
                 number("width")?,
                 number("height")?,
             );
-            plain("bbox", Extent::Box { x, y, w, h }, None)
+            Shape::plain("bbox", Extent::Box { x, y, w, h }, None)
         }
-        "point" => plain(
+        "point" => Shape::plain(
             "point",
             Extent::Point {
                 x: number("cx")?,
@@ -76,35 +62,7 @@ pub(super) fn shape(attributes: &Map<String, Value>) -> Result<Option<Shape>, (W
             } else {
                 0.0
             };
-            let (sin, cos) = theta.sin_cos();
-            let (half_w, half_h) = ((rx * cos).hypot(ry * sin), (rx * sin).hypot(ry * cos));
-            let mut geom = String::from("{");
-            for (key, value) in [
-                ("cx", cx),
-                ("cy", cy),
-                ("rx", rx),
-                ("ry", ry),
-                ("rotation", theta.to_degrees()),
-            ] {
-                geom.push_str(&format!(
-                    "{}\"{key}\":",
-                    if geom.len() > 1 { "," } else { "" }
-                ));
-                push_number(&mut geom, value);
-            }
-            geom.push('}');
-            let extent = Extent::Box {
-                x: cx - half_w,
-                y: cy - half_h,
-                w: 2.0 * half_w,
-                h: 2.0 * half_h,
-            };
-            Shape {
-                kind: "other",
-                extent,
-                is_hull: true,
-                geom: Some(geom),
-            }
+            Shape::ellipse([cx, cy], rx, ry, theta.to_degrees())?
         }
         "polygon" | "polyline" => {
             let (xs, ys) = (numbers("all_points_x")?, numbers("all_points_y")?);
@@ -115,13 +73,12 @@ pub(super) fn shape(attributes: &Map<String, Value>) -> Result<Option<Shape>, (W
                 ));
             }
             let points: Vec<f64> = xs.into_iter().zip(ys).flat_map(|(x, y)| [x, y]).collect();
-            let extent = Extent::around(&points).unwrap_or(Extent::None);
             let kind = if name == "polygon" {
                 "polygon"
             } else {
                 "polyline"
             };
-            plain(kind, extent, Some(format!("[{}]", number_list(&points))))
+            Shape::rings(kind, &[points])?
         }
         other => {
             return Err((

@@ -303,10 +303,11 @@ impl Pass<'_> {
                     } else {
                         "its class".to_owned()
                     };
-                    self.refusals.add(
+                    self.refusals.add_record(
                         Why::UnknownClass,
                         annotation.place,
                         format!("{name} is not in the list of classes"),
+                        annotation.raw().as_deref(),
                     );
                     return Ok(());
                 }
@@ -337,8 +338,13 @@ impl Pass<'_> {
                     size(open.width),
                     size(open.height)
                 );
-                self.refusals
-                    .add(Why::OutsideImage, annotation.place, detail);
+                let raw = annotation.raw();
+                self.refusals.add_record(
+                    Why::OutsideImage,
+                    annotation.place,
+                    detail,
+                    raw.as_deref(),
+                );
                 return Ok(());
             }
         }
@@ -358,8 +364,13 @@ impl Pass<'_> {
                     "its points lie within {left}, {top} and {right}, {bottom}, which reaches out of {:?}",
                     open.path.as_str()
                 );
-                self.refusals
-                    .add(Why::OutsideImage, annotation.place, detail);
+                let raw = annotation.raw();
+                self.refusals.add_record(
+                    Why::OutsideImage,
+                    annotation.place,
+                    detail,
+                    raw.as_deref(),
+                );
                 return Ok(());
             }
         }
@@ -371,7 +382,9 @@ impl Pass<'_> {
                 "its mask is {width} × {height}, and {:?} is {w} × {h}",
                 open.path.as_str()
             );
-            self.refusals.add(Why::Conflict, annotation.place, detail);
+            let raw = annotation.raw();
+            self.refusals
+                .add_record(Why::Conflict, annotation.place, detail, raw.as_deref());
             return Ok(());
         }
         if cut.is_some() {

@@ -16,14 +16,25 @@ use super::refuse::Why;
 
 /// What an element holds while it is open.
 #[derive(Default)]
-struct Open {
+pub(super) struct Open {
     name: String,
     members: Map<String, Value>,
     text: String,
 }
 
 impl Open {
-    fn close(self) -> (String, Value) {
+    pub(super) fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// An attribute of the start tag.
+    pub(super) fn attribute(&self, name: &str) -> Option<&str> {
+        self.members
+            .get(&format!("@{name}"))
+            .and_then(Value::as_str)
+    }
+
+    pub(super) fn close(self) -> (String, Value) {
         let text = self.text.trim();
         if self.members.is_empty() {
             return (self.name, Value::from(text));
@@ -71,11 +82,7 @@ pub(super) fn parse(text: &str) -> Result<(String, Value), (Why, String)> {
             },
             Event::Text(text) => add_text(&text, &mut open)?,
             Event::CData(text) => add_text(&text, &mut open)?,
-            Event::GeneralRef(name) => match unescape(&format!("&{};", &*name)) {
-                Ok(text) if !text.contains('\0') => add_text(&text, &mut open)?,
-                Ok(_) => return Err((Why::Nul, "it holds a NUL character".into())),
-                Err(error) => return Err(malformed(&error)),
-            },
+            Event::GeneralRef(name) => add_reference(&name, &mut open)?,
             // The text was decoded before, whatever the declaration says.
             Event::Decl(_) | Event::Comment(_) | Event::PI(_) | Event::DocType(_) => {}
             Event::Eof if !open.is_empty() => {
@@ -86,7 +93,7 @@ pub(super) fn parse(text: &str) -> Result<(String, Value), (Why, String)> {
     }
 }
 
-fn start(tag: &BytesStart<'_>) -> Result<Open, (Why, String)> {
+pub(super) fn start(tag: &BytesStart<'_>) -> Result<Open, (Why, String)> {
     let mut element = Open {
         name: tag.name().0.to_owned(),
         ..Open::default()
@@ -100,7 +107,7 @@ fn start(tag: &BytesStart<'_>) -> Result<Open, (Why, String)> {
     Ok(element)
 }
 
-fn close(
+pub(super) fn close(
     element: Open,
     open: &mut [Open],
     root: &mut Option<(String, Value)>,
@@ -114,7 +121,16 @@ fn close(
     Ok(())
 }
 
-fn add_text(text: &str, open: &mut [Open]) -> Result<(), (Why, String)> {
+/// Text that an entity such as `&amp;` stands for.
+pub(super) fn add_reference(name: &str, open: &mut [Open]) -> Result<(), (Why, String)> {
+    match unescape(&format!("&{name};")) {
+        Ok(text) if !text.contains('\0') => add_text(&text, open),
+        Ok(_) => Err((Why::Nul, "it holds a NUL character".into())),
+        Err(error) => Err((Why::Malformed, error.to_string())),
+    }
+}
+
+pub(super) fn add_text(text: &str, open: &mut [Open]) -> Result<(), (Why, String)> {
     match open.last_mut() {
         Some(element) => element.text.push_str(text),
         None if text.trim().is_empty() => {}

@@ -288,6 +288,209 @@ format_target!(
     ]
 );
 
+const CVAT_TEXT: &str = r##"<?xml version="1.0" encoding="utf-8"?><annotations><version>1.1</version><meta><task><labels><label><name>dent</name></label></labels><original_size><width>40</width><height>50</height></original_size></task></meta><image id="0" name="a.png" subset="Train" width="40" height="50"><box label="dent" xtl="1" ytl="2" xbr="10" ybr="20" rotation="15.0"><attribute name="deep">yes</attribute></box><polygon label="dent" points="1,2;30,2;30,20"></polygon><mask label="dent" rle="1, 1, 2" left="2" top="1" width="2" height="2"></mask><ellipse label="dent" cx="20" cy="20" rx="5" ry="9"></ellipse><skeleton label="dent"><points label="a" outside="0" points="1,2"/></skeleton><tag label="dent"/></image><track id="1" label="dent"><box frame="3" outside="0" xtl="1" ytl="2" xbr="10" ybr="20"></box></track></annotations>"##;
+
+format_target!(
+    CVAT,
+    cvat,
+    "labels_cvat",
+    "CVAT's XML",
+    "cvat",
+    Some("annotations.xml"),
+    [CVAT_TEXT],
+    &[
+        "<annotations>",
+        "<image ",
+        "<track ",
+        "<box ",
+        "<mask ",
+        "<points ",
+        "<attribute ",
+        "</image>",
+        "name=\"a.png\"",
+        "rle=\"",
+        "points=\"",
+        "rotation=\"",
+        "label=\"dent\"",
+        "frame=\"1\"",
+        "width=\"9\"",
+        "1,2;3,4",
+        "1, 1, 2",
+        "/>",
+        "65535",
+        "1e300"
+    ]
+);
+
+format_target!(
+    DATUMARO,
+    datumaro,
+    "labels_datumaro",
+    "Datumaro's JSON",
+    "datumaro",
+    Some("train.json"),
+    [
+        r#"{"dm_format_version":"1.0","categories":{"label":{"labels":[{"name":"dent","parent":""}]}},"items":[{"id":"a","annotations":[{"id":1,"type":"bbox","label_id":0,"bbox":[1,2,3,4]},{"type":"polygon","label_id":0,"points":[1,2,30,2,30,20]},{"type":"mask","label_id":0,"rle":{"counts":"6230009","size":[5,6]}},{"type":"points","points":[1,2],"visibility":[2]},{"type":"ellipse","points":[1,2,3,4]},{"type":"label","label_id":0}],"image":{"path":"a.png","size":[5,6]}}]}"#
+    ],
+    &[
+        "items",
+        "categories",
+        "annotations",
+        "type",
+        "bbox",
+        "mask",
+        "rle",
+        "counts",
+        "size",
+        "points",
+        "label_id",
+        "ellipse",
+        "polyline",
+        "rotated_bbox",
+        "visibility",
+        "image",
+        "path",
+        "id",
+        "6230009",
+        "a.png"
+    ]
+);
+
+format_target!(
+    LABELME,
+    labelme,
+    "labels_labelme",
+    "LabelMe's JSON",
+    "labelme",
+    Some("a.json"),
+    [
+        r#"{"version":"5.5.0","flags":{},"shapes":[{"label":"dent","points":[[4.5,6.0],[1.0,2.0]],"group_id":null,"shape_type":"rectangle","flags":{}},{"label":"dent","points":[[1,1],[9,1],[5,9]],"group_id":3,"shape_type":"polygon"},{"label":"hole","points":[[10,10],[13,14]],"shape_type":"circle"},{"label":"a","points":[[1,1],[2,2]],"shape_type":"mask","mask":"iVBORw0KGgoAAAANSUhEUgAAAAIAAAACAQAAAABazTCJAAAADElEQVR4nGNoYDgAAAJEAUHooQgHAAAAAElFTkSuQmCC"}],"imagePath":"..\\images\\a.png","imageData":null,"imageHeight":50,"imageWidth":40}"#
+    ],
+    &[
+        "shapes",
+        "label",
+        "points",
+        "shape_type",
+        "group_id",
+        "rectangle",
+        "polygon",
+        "circle",
+        "rotation",
+        "linestrip",
+        "point",
+        "mask",
+        "imagePath",
+        "imageHeight",
+        "imageWidth",
+        "imageData",
+        "iVBORw0KGgo",
+        "..",
+        "a.png"
+    ]
+);
+
+format_target!(
+    VIA,
+    via,
+    "labels_via",
+    "the JSON of VGG Image Annotator",
+    "via",
+    Some("via.json"),
+    [
+        r#"{"a.png10":{"filename":"a.png","size":10,"regions":[{"shape_attributes":{"name":"rect","x":1,"y":2,"width":3,"height":4},"region_attributes":{"class":"dent"}},{"shape_attributes":{"name":"polygon","all_points_x":[0,10,5],"all_points_y":[0,0,8]},"region_attributes":{}}],"file_attributes":{}}}"#,
+        r#"{"_via_settings":{},"_via_img_metadata":{"b":{"filename":"b.png","regions":{"0":{"shape_attributes":{"name":"ellipse","cx":1,"cy":2,"rx":1,"ry":2}}}}}}"#
+    ],
+    &[
+        "_via_img_metadata",
+        "filename",
+        "regions",
+        "shape_attributes",
+        "region_attributes",
+        "name",
+        "rect",
+        "circle",
+        "ellipse",
+        "polygon",
+        "polyline",
+        "point",
+        "all_points_x",
+        "all_points_y",
+        "width",
+        "height",
+        "theta",
+        "a.png"
+    ]
+);
+
+format_target!(
+    MASKS,
+    masks,
+    "labels_masks",
+    "a folder of masks with a class map",
+    "masks",
+    None,
+    [
+        "=== class_map.csv\nvalue,name\n0,background\n7,dent\n=== masks/a.png\n\u{2}PNG\n=== a.jpg\n\u{2}JPEG\n",
+        "=== labelmap.txt\n# label:color_rgb:parts:actions\nbackground:0,0,0::\ndent:255,0,1::\n=== SegmentationClass/a.png\n\u{2}PNG\n"
+    ],
+    &[
+        "\n=== class_map.json\n",
+        "\n=== _classes.csv\n",
+        "\n=== classes.txt\n",
+        "\n=== masks/b.png\n",
+        "\u{2}PNG",
+        "value,name",
+        "name,r,g,b",
+        "0,background",
+        "dent:1,2,3::",
+        "{\"1\":\"dent\"}",
+        "IDAT",
+        "PLTE",
+        "IEND"
+    ]
+);
+
+const KLARF_12: &str = "FileVersion 1 2;\nLotID \"L;1\";\nDiePitch 2.0e+004 1.5e+004;\nWaferID \"01\";\nSampleCenterLocation 1.0e+004 7.5e+003;\nClassLookup 2\n 0 \"none\"\n 12 \"dent; long\";\nDefectRecordSpec 11 DEFECTID XREL YREL XINDEX YINDEX XSIZE YSIZE CLASSNUMBER TEST IMAGECOUNT IMAGELIST ;\nTiffFileName images/a.tif;\nDefectList\n 1 1000.5 2000.25 0 0 10.0 4.0 12 1 2 2 1 0 2 0\n 2 10.0 20.0 1 0 1.0\n 1.0 0 1 0 0;\nEndOfFile;\n";
+const KLARF_18: &str = "Record FileRecord \"1.8\" {\n Record LotRecord \"L\" { Field DiePitch 2 {20000000, 15000000} Record WaferRecord \"01\" { List DefectList { Columns 6 { int32 DEFECTID, int32 XREL, int32 YREL, int32 XSIZE, int32 CLASSNUMBER, ImageList IMAGEINFO } Data 2 { 1 1000500 2000250 10000 12 Images 1 { \"a.jpg\" \"JPG\" 1 \"Patch\" }; 2 1 2 NA 0 N; } } }\n List ClassLookupList { Columns 2 { int32 CLASSNUMBER, string CLASSNAME } Data 1 { 12 \"dent\"; } } } }\nEndOfFile;\n";
+
+format_target!(
+    KLARF,
+    klarf,
+    "labels_klarf",
+    "KLARF of the versions 1.2 and 1.8",
+    "klarf",
+    Some("lot.klarf"),
+    [KLARF_12, KLARF_18],
+    &[
+        "FileVersion 1 2;",
+        "Record ",
+        "Field ",
+        "List ",
+        "Columns ",
+        "Data ",
+        "DefectList",
+        "DefectRecordSpec ",
+        "ClassLookup ",
+        "TiffFileName ",
+        "EndOfFile;",
+        "Images 1 {",
+        " N ;",
+        "NA",
+        "IMAGELIST",
+        "IMAGECOUNT",
+        "CLASSNUMBER",
+        "XREL",
+        "DiePitch",
+        "\"",
+        ";",
+        "{",
+        "}",
+        ",",
+        "-1",
+        "1e300"
+    ]
+);
+
 /// Reads labels of one format twice, and checks what came out.
 fn labels(input: &[u8], format: &str, file: Option<&str>) {
     let dir = scratch();
@@ -310,6 +513,9 @@ fn labels(input: &[u8], format: &str, file: Option<&str>) {
         ..LabelOptions::default()
     };
     options.format = (flags & GUESSED == 0).then(|| format.to_owned());
+    if format == "klarf" && flags & (SETTINGS | GUESSED) == SETTINGS {
+        options.klarf_scale = Some("0.5".to_owned());
+    }
     if flags & SETTINGS != 0 {
         let settings = [
             ("path_strip", "b/"),
@@ -473,6 +679,8 @@ fn canonical(input: &[u8]) {
             &scratch,
             &LabelOptions::default(),
             None,
+            &source::own::Own::none(),
+            &mut |_, _| Ok(Vec::new()),
         )
         .map(|source| (scratch, info(&source)))
     };

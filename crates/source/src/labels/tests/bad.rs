@@ -250,7 +250,11 @@ fn the_first_offenders_are_listed_and_all_are_counted() {
         OFFENDERS_LISTED_MAX
     );
     assert!(
-        fault.message.ends_with("; and 32 more"),
+        fault.message.ends_with(
+            "annotations[19] (id 19): the box is -19 wide and 1 high; and 30 more; \
+             annotations[50] (id 7): its id is that of annotations[7] (id 7) already; \
+             annotations[50] (id 7): there is no image with the id 3"
+        ),
         "{}",
         fault.message
     );
@@ -675,17 +679,26 @@ fn what_is_no_labels_at_all() {
     for (input, said) in [
         (Input::file("a.json", "  "), "it is empty"),
         (Input::file("a.txt", "hello"), "it is not JSON"),
-        (
-            Input::file("a.zip", b"PK\x03\x04abc"),
-            "it is an archive; unpack it first",
-        ),
-        (Input::file("a.xml", "<annotation/>"), "it is one XML file"),
+        (Input::file("a.xml", "<a/>"), "it is one XML file"),
+        (Input::file("a.json", r#"{"a":1}"#), "it is a JSON object"),
         (Input::folder(&[("a.png", b"")]), "the folder holds neither"),
     ] {
         check(
             &input,
             &["the format of the labels", "cannot be guessed", said],
         );
+    }
+    for (input, said) in [
+        (
+            Input::file("a.zip", b"PK\x03\x04abc"),
+            "are an archive (or an Excel workbook), which is not read",
+        ),
+        (
+            Input::file("a.xml", "<annotation/>"),
+            "are one file of Pascal VOC, which is not read",
+        ),
+    ] {
+        check(&input, &[said]);
     }
     let fault = |input: &Input| input.read().unwrap_err();
     let gone = Input {

@@ -1,6 +1,7 @@
 //! Labels of every format, good and bad, through the door that `ingest` uses.
 
 mod bad;
+mod formats;
 mod good;
 mod omitted;
 mod order;

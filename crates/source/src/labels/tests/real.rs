@@ -907,7 +907,12 @@ fn bad_records_are_left_out_or_cut_where_that_is_asked_for() {
         ["a.png 1 bbox 1,1,5,5", "b.png 1 bbox 2,2,2,2"]
     );
     let bad = notes(&input, Category::BadRecords);
-    assert_eq!(bad.len(), 5, "{bad:?}");
+    // The count of each kind, and behind it the further ones of each kind.
+    assert_eq!(bad.len(), 5 + 3, "{bad:?}");
+    assert!(
+        bad[5].starts_with("box outside its image: annotations[3] (id 3)"),
+        "{bad:?}"
+    );
     assert!(
         bad[0].starts_with("1 × zero or negative box, the first at annotations[1] (id 918)"),
         "{bad:?}"
