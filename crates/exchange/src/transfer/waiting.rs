@@ -63,7 +63,9 @@ impl Runner {
             tokio::select! {
                 biased;
                 done = &mut call => {
-                    if shown.is_some() {
+                    // After a failure the caller stores its reason; between the two there must be no
+                    // moment without one.
+                    if shown.is_some() && done.is_ok() {
                         self.show_again(row, &before).await;
                     }
                     return done;
