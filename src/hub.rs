@@ -201,6 +201,7 @@ impl Hub {
             quotas: quotas.clone(),
             manifests: manifests.clone(),
             traffic: Default::default(),
+            refused_reports: Tally::new("refused a report of a site"),
             tasks: tasks.clone(),
             stop: stop.clone(),
         });

@@ -94,7 +94,7 @@ fn decide(actor: &Actor, verb: Verb, object: &Object<'_>) -> Result<(), ApiError
 /// The request's body as JSON, and the request as it was.
 async fn body<T: DeserializeOwned>(request: Request) -> Result<(Request, T), ApiError> {
     let (parts, body) = request.into_parts();
-    let bytes = super::body::read(body).await?;
+    let bytes = super::body::read(body, parts.extensions.get()).await?;
     let asked = serde_json::from_slice(&bytes)
         .map_err(|e| Fault::usage(format!("the request's body is malformed: {e}")))?;
     Ok((Request::from_parts(parts, Body::from(bytes)), asked))

@@ -144,7 +144,7 @@ async fn authenticate(
     State(app): State<App>,
     Extension(connection): Extension<Connection>,
     headers: HeaderMap,
-    request: Request,
+    mut request: Request,
     next: Next,
 ) -> Result<Response, ApiError> {
     let (actor, why) = match presented(&headers) {
@@ -163,9 +163,13 @@ async fn authenticate(
         return Err(ApiError::with_status(fault, StatusCode::UNAUTHORIZED));
     };
     connection.finish();
+    // Held until the response was made: what the body became takes as much memory.
+    let memory = body::Memory::default();
+    request.extensions_mut().insert(memory.clone());
     let request = access::check(&app, &actor, request).await?;
     let is_publish = request.uri().path() == "/v1/artifacts";
     let response = log_change(&actor, &connection, request, next).await;
+    drop(memory);
     match &actor {
         Actor::Trainer(run) if is_publish => Ok(run_token::note_job(&app, run, response).await),
         _ => Ok(response),
@@ -266,7 +270,7 @@ impl<T: DeserializeOwned + Serialize, S: Send + Sync> FromRequest<S> for B<T> {
     async fn from_request(request: Request, state: &S) -> Result<Self, ApiError> {
         let (parts, body) = request.into_parts();
         let asked = parts.extensions.get::<Asked>().cloned();
-        let body = Body::from(body::read(body).await?);
+        let body = Body::from(body::read(body, parts.extensions.get()).await?);
         let Json(body) = Json::from_request(Request::from_parts(parts, body), state).await?;
         if let Some(asked) = asked {
             // No body holds a secret: passwords are in files. A request that cannot be recorded is

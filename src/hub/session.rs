@@ -34,6 +34,7 @@ use base::fault::Fault;
 use base::limits::{FETCH_STREAMS_MAX, QUESTIONS_AT_ONCE_MAX, SILENCE_MAX};
 use base::names::SiteName;
 use base::peer::Peer;
+use base::tally::Tally;
 use content::store::Store;
 use exchange::fetch;
 use model::actor::Actor;
@@ -73,6 +74,8 @@ pub(super) struct SessionParts {
     pub(super) quotas: QuotaLedger,
     pub(super) manifests: Manifests,
     pub(super) traffic: ControlTraffic,
+    /// Reports of sites that were refused: a site may send any number of them.
+    pub(super) refused_reports: Tally,
     pub(super) tasks: TaskTracker,
     pub(super) stop: CancellationToken,
 }

@@ -240,6 +240,7 @@ impl Uploads {
         }
         let fetcher = Fetcher::new(link.clone(), digest, Arc::default());
         let manifest = fetcher.clone().with_idle_max(MANIFEST_IDLE_MAX);
+        let _offer = inner.budgets.offer(&peer).await;
         let root = manifest.root().await?;
         if root.kind != artifact.kind {
             return Err(Fault::integrity(format!(

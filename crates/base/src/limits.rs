@@ -36,6 +36,11 @@ pub const ANSWER_MAX: Duration = Duration::from_secs(120);
 pub const ANSWER_IDLE_MAX: Duration = Duration::from_secs(600);
 /// The slowest rate at which a message may arrive, in bytes per second.
 pub const MESSAGE_BYTES_PER_SECOND_MIN: u64 = 8 << 10;
+/// The values in a message of a site or a publisher. A value of one byte costs some hundred bytes
+/// once it is parsed, so that the length of a message alone does not limit its memory.
+pub const MESSAGE_VALUES_MAX: usize = 80 << 10;
+/// The values in a message of the hub, whose lists are longer.
+pub const HUB_MESSAGE_VALUES_MAX: usize = 256 << 10;
 /// A message larger than this is parsed on a blocking thread.
 pub const MESSAGE_BYTES_SMALL: usize = 64 << 10;
 /// How long a fetch waits for its own data while the connection carries other data: the time that
@@ -60,6 +65,11 @@ pub const CHANGES_PER_SECOND_MAX: u32 = 50;
 pub const CHANGES_AT_ONCE_MAX: u32 = 1_000;
 /// The largest root manifest.
 pub const ROOT_BYTES_MAX: usize = 1 << 20;
+/// The values in the text of a root manifest.
+pub const ROOT_VALUES_MAX: usize = 16 << 10;
+/// The manifests of one site or publisher that the hub accepts at once; others wait. Each is in
+/// memory until its pages have arrived.
+pub const OFFERS_AT_ONCE_MAX: usize = 8;
 /// The approximate number of raw bytes that one fetch request asks for; it fits in the window of a
 /// stream.
 pub const FETCH_BATCH_BYTES: u64 = 1 << 20;
@@ -223,6 +233,12 @@ pub const LABEL_DDL_TRIES_MAX: u32 = 6;
 pub const LONG_POLL_MAX: Duration = Duration::from_secs(50);
 /// The largest body of an API request.
 pub const API_BODY_BYTES_MAX: usize = 1 << 20;
+/// The bytes of such bodies that take no memory of [`API_BODIES_BYTES_MAX`].
+pub const API_BODY_BYTES_SMALL: usize = 64 << 10;
+/// The memory for the larger bodies of all API requests that are handled at once.
+pub const API_BODIES_BYTES_MAX: usize = 16 << 20;
+/// The values in the body of an API request.
+pub const API_BODY_VALUES_MAX: usize = 16 << 10;
 /// The longest silence within the body of an API request, and its total time limit unless it keeps
 /// the minimum rate.
 pub const API_BODY_SILENCE_MAX: Duration = Duration::from_secs(30);

@@ -37,6 +37,7 @@ macro_rules! catalogue_suite {
             sites::the_sharing_list_of_a_site_and_the_labels_of_another_decide_whether_it_receives,
             sites::the_origins_of_content_are_the_origins_of_the_delivered_artifacts,
             transfers::a_repeated_delivery_has_one_transfer_and_a_cursor_returns_only_changes,
+            transfers::a_new_transfer_has_the_greatest_id_although_the_clock_was_put_back,
             transfers::labels_wait_for_their_dataset_at_the_same_site,
             transfers::only_inputs_that_nothing_else_needs_are_removed_after_a_run,
             transfers::an_input_that_may_be_in_removal_is_delivered_again,

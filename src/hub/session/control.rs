@@ -193,7 +193,11 @@ impl Sessions {
                 self.note_seen(site, Some(&version)).await;
             }
             FromSite::Report(reports) => {
-                if !self.take_reports(site, peer, reports).await.is_empty() {
+                if !self
+                    .take_reports(site, peer, reports.into_iter())
+                    .await
+                    .is_empty()
+                {
                     unstored.lock().reports = true;
                 }
             }
@@ -252,7 +256,7 @@ impl Sessions {
         &self,
         site: &SiteName,
         peer: &Peer,
-        reports: Vec<Report>,
+        reports: impl ExactSizeIterator<Item = Report>,
     ) -> Vec<TransferId> {
         self.inner.budgets.reports(peer, reports.len()).await;
         let mut unstored = Vec::new();
@@ -267,7 +271,8 @@ impl Sessions {
                     unstored.push(id);
                 }
                 Err(fault) => {
-                    tracing::warn!(transfer = %id, error = %fault, "a report was refused");
+                    let refused = &self.inner.refused_reports;
+                    refused.note(format_args!("{site}, transfer {id}: {fault}"));
                 }
                 Ok(()) => {}
             }
@@ -297,9 +302,8 @@ impl Sessions {
                     unstored.push(report);
                 }
                 Err(fault) => {
-                    span.in_scope(
-                        || tracing::warn!(error = %fault, "a report of a run was refused"),
-                    );
+                    let refused = &self.inner.refused_reports;
+                    refused.note(format_args!("{site}, run {}: {fault}", report.name));
                 }
                 Ok(()) => {}
             }

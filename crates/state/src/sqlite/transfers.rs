@@ -418,6 +418,16 @@ impl TransferChanges for Write {
         .map_err(fault)
     }
 
+    async fn greatest_id(&mut self) -> Result<Option<TransferId>, Fault> {
+        let id: Option<String> =
+            sqlx::query_scalar("SELECT id FROM transfer ORDER BY id DESC LIMIT 1")
+                .fetch_optional(self.db())
+                .await
+                .map_err(fault)?;
+        // An id that cannot be read has no time, and nothing depends on it.
+        Ok(id.and_then(|id| id.parse().ok()))
+    }
+
     async fn add_delivery(
         &mut self,
         id: &DeliveryId,
