@@ -269,6 +269,7 @@ mod tests {
             "runs/r1/run.json",
             "runs/r1/output/m",
             "artifacts/dataset/x/1/a",
+            "artifacts/.packhorse/id",
         ] {
             put(&data.join(file));
         }
@@ -298,6 +299,8 @@ mod tests {
             "hard",
             "secret",
             "mine/../data/api-token",
+            "data/artifacts/.packhorse",
+            "data/artifacts/.packhorse/id",
         ] {
             assert_eq!(check(path), Err(Code::NotAllowed), "{path}");
         }
