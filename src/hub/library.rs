@@ -159,12 +159,7 @@ impl Library for HubLibrary {
         }
     }
 
-    async fn recheck(
-        &self,
-        peer: &Peer,
-        opened: &Opened,
-        children: &[Child],
-    ) -> Result<(), Fault> {
+    async fn recheck(&self, peer: &Peer, opened: &Opened, children: &[Child]) -> Result<(), Fault> {
         let ids: Vec<Hash> = children.iter().map(|child| child.chunk.id).collect();
         let relay = self.inner.relay.relay().clone();
         let bad = {
@@ -246,8 +241,11 @@ impl HubLibrary {
 /// own store.
 fn content_page(opened: &Opened, wanted: &Wanted, children: &[Child]) -> Option<Hash> {
     match wanted {
-        Wanted::Children { page, .. } | Wanted::Refused { page, .. } => Some(*page)
-            .filter(|_| !children.iter().any(|child| opened.pages.contains(&child.chunk.id))),
+        Wanted::Children { page, .. } | Wanted::Refused { page, .. } => Some(*page).filter(|_| {
+            !children
+                .iter()
+                .any(|child| opened.pages.contains(&child.chunk.id))
+        }),
         _ => None,
     }
 }

@@ -14,9 +14,9 @@ use crate::config;
 use base::fault::{Code, Fault};
 use base::names::{ArtifactRef, TransferId};
 use base::workers::{Pace, Worker, Workers};
+use content::store::Store;
 use exchange::chunk_index::ChunkIndex;
 use exchange::transfer::{Scrub, Scrubbed, Sinks};
-use content::store::Store;
 use sink::Incoming;
 use state::Catalogue;
 

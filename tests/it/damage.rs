@@ -182,7 +182,10 @@ fn a_damaged_chunk_is_repaired_from_another_site() {
     world.hub.deliver_and_wait(REFERENCE, "west", secs(60));
     assert_same(&world.source, &west.folder(REFERENCE));
     assert!(
-        world.hub.log().contains(&format!("artifacts=\"{REFERENCE}\"")),
+        world
+            .hub
+            .log()
+            .contains(&format!("artifacts=\"{REFERENCE}\"")),
         "the hub names what was damaged"
     );
     world.hub.cli(&["verify", REFERENCE]).expect(0);

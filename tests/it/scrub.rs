@@ -38,7 +38,11 @@ fn a_file_that_a_disk_damaged_is_found_and_repaired() {
 
     let weights = site.folder("model/m:v1").join("model.safetensors");
     let (file, before) = (
-        File::options().write(true).read(true).open(&weights).unwrap(),
+        File::options()
+            .write(true)
+            .read(true)
+            .open(&weights)
+            .unwrap(),
         std::fs::metadata(&weights).unwrap(),
     );
     let mut byte = [0];
@@ -60,9 +64,16 @@ fn a_file_that_a_disk_damaged_is_found_and_repaired() {
     assert_same(&source, &site.folder("model/m:v2"));
 
     site.cli(&["verify", "model/m:v1", "--repair"]);
-    wait_for("the repaired file is read without a fault", secs(60), || {
-        site.cli(&["verify", "model/m:v1"]).code.eq(&0).then_some(())
-    });
+    wait_for(
+        "the repaired file is read without a fault",
+        secs(60),
+        || {
+            site.cli(&["verify", "model/m:v1"])
+                .code
+                .eq(&0)
+                .then_some(())
+        },
+    );
     let errors = worker()["errors"].as_u64().unwrap();
     let round = worker()["iterations"].as_u64().unwrap();
     wait_for("two more rounds", secs(60), || {

@@ -164,7 +164,10 @@ mod tests {
         assert!(known.holds(&known.state, 1_000, day));
         assert!(known.holds(&known.state, 86_400_999, day));
         assert!(!known.holds(&known.state, 86_401_000, day), "too old");
-        assert!(!known.holds(&known.state, 999, day), "the clock was set back");
+        assert!(
+            !known.holds(&known.state, 999, day),
+            "the clock was set back"
+        );
         assert!(!known.holds(&known.state, 1_000, Duration::ZERO));
         let other = |change: fn(&mut FileState)| {
             let mut state = known.state;

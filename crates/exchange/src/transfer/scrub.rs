@@ -133,7 +133,11 @@ impl Scrub {
             if self.stop.is_cancelled() {
                 return Err(stopped());
             }
-            if let Step::Entry { number: entry, entry: body, .. } = step?
+            if let Step::Entry {
+                number: entry,
+                entry: body,
+                ..
+            } = step?
                 && let EntryBody::File(file) = body.body
             {
                 pending.push(Due {
@@ -274,7 +278,7 @@ mod tests {
     const WEEK: Duration = Duration::from_secs(7 * 86_400);
 
     fn put(path: &Path, content: &[u8]) {
-        base::durable::replace(path, content).unwrap();
+        durable::replace(path, content).unwrap();
     }
 
     #[test]

@@ -138,7 +138,11 @@ pub async fn verify(
 
 /// The current location of an artifact: the root of its sink may have changed since it was
 /// delivered.
-pub(super) fn place_now(sink: &dyn Sink, incoming: &Incoming, place: &StorageLocation) -> StorageLocation {
+pub(super) fn place_now(
+    sink: &dyn Sink,
+    incoming: &Incoming,
+    place: &StorageLocation,
+) -> StorageLocation {
     sink.place_of(&incoming.artifact)
         .unwrap_or_else(|| place.clone())
 }

@@ -416,7 +416,7 @@ impl Assembly {
                         stage.set_mode(&entry.path, entry.mode)?;
                         state = stage.file_state(&entry.path)?.unwrap_or(state);
                     }
-                    records.add(number, state)?;
+                    records.add(number, state);
                     if file.size == 0 || sets_mode {
                         if !stage.syncs_filesystem() {
                             stage.sync_file(&entry.path)?;
@@ -427,7 +427,7 @@ impl Assembly {
                 }
             }
         }
-        records.end()?;
+        records.end();
         let all = stage.syncs_filesystem() && dirs.len() + loose.len() >= SYNC_ALL_FROM;
         if !all {
             loose.iter().try_for_each(|path| stage.sync_file(path))?;
@@ -474,18 +474,27 @@ impl<'a> Records<'a> {
         }
     }
 
-    fn add(&mut self, number: u64, state: FileState) -> Result<(), Fault> {
-        let Some(place) = self.place else {
-            return Ok(());
-        };
+    fn add(&mut self, number: u64, state: FileState) {
+        let Some(place) = self.place else { return };
         self.pending.push(((place, number), state));
         if self.pending.len() >= LOOK_UP {
-            self.look_up()?;
+            let looked_up = self.look_up();
+            self.note(looked_up);
         }
         if self.rows.len() >= ROWS_TOGETHER {
-            self.write()?;
+            let written = self.write();
+            self.note(written);
         }
-        Ok(())
+    }
+
+    /// A delivery does not fail because its files must be hashed when they are used again.
+    fn note(&mut self, done: Result<(), Fault>) {
+        if let Err(fault) = done {
+            tracing::warn!(error = %fault, "delivered files could not be recorded as intact; they are hashed when they are used again");
+            self.place = None;
+            self.pending.clear();
+            self.rows.clear();
+        }
     }
 
     /// Compares with the records of files that were taken over: their content was verified earlier.
@@ -510,8 +519,8 @@ impl<'a> Records<'a> {
         written
     }
 
-    fn end(mut self) -> Result<(), Fault> {
-        self.look_up()?;
-        self.write()
+    fn end(mut self) {
+        let ended = self.look_up().and_then(|()| self.write());
+        self.note(ended);
     }
 }

@@ -326,9 +326,8 @@ impl Worker {
         if *link {
             // Nobody else writes to it, so the hashed bytes are the shared bytes.
             let now_ms = clock::now_ms();
-            let known = intact.filter(|known| {
-                known.holds(&before, now_ms, self.shared.trusted_for)
-            });
+            let known =
+                intact.filter(|known| known.holds(&before, now_ms, self.shared.trusted_for));
             if known.is_none() {
                 self.check_content(&file, from, dest)?;
             }

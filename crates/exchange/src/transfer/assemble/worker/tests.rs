@@ -63,7 +63,7 @@ impl Bench {
 
     /// Writes the delivered file, long enough ago that its times can be trusted.
     fn deliver(&self, content: &[u8]) {
-        base::durable::replace(&self.delivered, content).unwrap();
+        durable::replace(&self.delivered, content).unwrap();
         let mode = std::fs::Permissions::from_mode(FILE_MODE);
         std::fs::set_permissions(&self.delivered, mode).unwrap();
         std::thread::sleep(Duration::from_millis(30));
@@ -141,7 +141,8 @@ async fn a_touched_file_and_an_old_record_are_hashed() {
             assert_eq!(fault.code, Code::Integrity, "{fault}");
         };
         refused(&mut bench, None);
-        refused(&mut bench, checked_before(bench.state(), HOUR));
+        let old = checked_before(bench.state(), HOUR);
+        refused(&mut bench, old);
         // Another mode, and back: only the change time tells it.
         for mode in [0o600, FILE_MODE] {
             let mode = std::fs::Permissions::from_mode(mode);
