@@ -116,7 +116,7 @@ mod tests {
         file.write_all_at(b"two", 0).unwrap();
         file.set_modified(time).unwrap();
         let Comparison::Suspect(second) = first.compare().unwrap() else {
-            panic!("written to, and its time restored")
+            unreachable!("written to, and its time restored")
         };
         assert!(matches!(second.compare().unwrap(), Comparison::Same));
         fs::remove_file(&path).unwrap();

@@ -142,7 +142,7 @@ impl FilesSource {
                 Lost::of_folder(&root, &meta, keeps),
             );
             return Ok(Self {
-                input: Input::Folder(Walk::new(root, walk)?),
+                input: Input::Folder(Walk::new(&root, walk)?),
                 lost,
                 kept,
                 settle,
@@ -357,7 +357,7 @@ fn refuse_offenders(
     mut lost: Option<&mut Lost>,
 ) -> Result<Omitted, Fault> {
     let mut offenders = Offenders::default();
-    let mut walk = Walk::new(root.to_path_buf(), options.clone())?;
+    let mut walk = Walk::new(root, options.clone())?;
     while let Some(found) = walk.step()? {
         let full = &found.full;
         let path = rel_path(&found.rel);
@@ -387,7 +387,9 @@ fn refuse_offenders(
             match settle.wait(full, meta) {
                 // It was renamed when it was complete, and the second walk finds it.
                 Err(fault) if fault.code == Code::NotFound => {}
-                other => drop(other?),
+                other => {
+                    other?;
+                }
             }
         }
     }

@@ -158,15 +158,15 @@ impl Names {
 }
 
 impl Walk {
-    pub(super) fn new(root: PathBuf, options: WalkOptions) -> Result<Self, Fault> {
+    pub(super) fn new(root: &Path, options: WalkOptions) -> Result<Self, Fault> {
         let mut walk = Self {
-            root: root.clone(),
+            root: root.to_owned(),
             options,
             levels: Vec::new(),
             held: 0,
             excluded: Omitted::default(),
         };
-        walk.enter(b"", &root)
+        walk.enter(b"", root)
             .at(format_args!("read the directory {}", root.display()))?;
         Ok(walk)
     }

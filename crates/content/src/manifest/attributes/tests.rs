@@ -93,7 +93,7 @@ fn attributes_round_trip() {
     };
     let entries = [
         dir("d", xattrs(&[("user.k", b"v")])),
-        file("d/a", "one", all.clone()),
+        file("d/a", "one", all),
         file("d/b", "one", link("d/a")),
         file("d/c", "", time(1_700_000_000)),
         file("e", "two", Attributes::default()),
