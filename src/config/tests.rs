@@ -263,7 +263,7 @@ fn a_site_says_how_often_it_reads_delivered_files_again() {
     assert_eq!(scrub("[scrub]\nrate = \"1MiB\"\n").rate, 1 << 20);
     check(
         &format!("{HUB}[scrub]\nevery = \"1d\"\n"),
-        "x.toml:4:1: scrub: only a site has it; a hub verifies its store by 'packhorse verify'",
+        "x.toml:4:2: scrub: only a site has it; a hub verifies its store by 'packhorse verify'",
     );
 }
 

@@ -67,9 +67,10 @@ impl PeerBudgets {
         self.content.take(peer, bytes, priority).await
     }
 
-    /// What is read for one answer before it is sent: two of them fit into the part of a peer.
+    /// What is read for one answer before it is sent: a fourth of the part of a peer. A buffer that a
+    /// peer has acknowledged in part is held completely, and no budget counts its first part.
     pub(super) fn answer_bytes(&self) -> u64 {
-        (self.content.part() / 2).clamp(ANSWER_BYTES.0, ANSWER_BYTES.1)
+        (self.content.part() / 4).clamp(ANSWER_BYTES.0, ANSWER_BYTES.1)
     }
 
     /// The budget that questions and answers are taken out of.

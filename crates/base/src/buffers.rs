@@ -13,7 +13,7 @@ use parking_lot::Mutex;
 /// Buffers returned by [`Buffers::room`] have a length that is a multiple of this…
 const STEP: usize = 256 << 10;
 /// …or of this, if they are smaller than twice [`STEP`]: many peers hold such buffers.
-const SMALL_STEP: usize = 64 << 10;
+const SMALL_STEP: usize = 16 << 10;
 
 /// A pool of buffers of similar sizes. Cheap to clone.
 #[derive(Clone)]
