@@ -117,7 +117,7 @@ mod tests {
         );
         trial(&dir.path().join("trial")).unwrap();
         let file = dir.path().join("file");
-        std::fs::write(&file, "x").unwrap();
+        durable::replace(&file, b"x").unwrap();
         assert!(can_share(&file, dir.path()));
         assert!(!can_share(&dir.path().join("missing"), dir.path()));
         for name in ["file", "hard-link", "reflink"] {

@@ -415,7 +415,7 @@ mod tests {
         let staged = stage(&sink, "v1", "one");
         sink.commit(&one, &staged).await.unwrap();
         assert_eq!(fs::read(series.join("v1/sub/a")).unwrap(), b"one");
-        fs::write(series.join("v1/sub/a"), "two").unwrap();
+        durable::replace(&series.join("v1/sub/a"), b"two").unwrap();
         let staged = stage(&sink, "v1", "one");
         sink.commit(&one, &staged).await.unwrap();
         assert_eq!(fs::read(series.join("v1/sub/a")).unwrap(), b"one");
@@ -454,7 +454,7 @@ mod tests {
         // What is not a directory is not a version.
         fs::remove_dir_all(&folder).unwrap();
         durable::remove_all(&sink.note_path(&one.artifact)).unwrap();
-        fs::write(&folder, "a file").unwrap();
+        durable::replace(&folder, b"a file").unwrap();
         assert_eq!(sink.unregistered(&one).await.unwrap(), None);
     }
 }
