@@ -219,7 +219,7 @@ pub struct Scrub {
     /// long a delivery also uses a file again without hashing it, if nobody touched it. `0s`: neither.
     #[serde(deserialize_with = "duration")]
     pub every: Duration,
-    /// Bytes per second that are read for this; `0B`: none. A file that was last read longer ago is then
+    /// Bytes per second that are read for this; 0: none. A file that was last read longer ago is then
     /// hashed when a delivery uses it again.
     #[serde(deserialize_with = "size")]
     pub rate: u64,
@@ -329,7 +329,10 @@ pub struct Train {
 
 /// Reads `HOST:PORT`, or `[V6]:PORT`, or several, separated by commas.
 pub fn parse_host_port(text: &str) -> Result<String, String> {
-    rules::check_hosts(text).map(|()| text.to_owned())
+    match transport::check_addresses(text) {
+        Ok(()) => Ok(text.to_owned()),
+        Err(fault) => Err(fault.message),
+    }
 }
 
 /// Reads `20MiB`, `4GB`, `512KiB`, `100B`: a whole number and a unit.

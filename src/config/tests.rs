@@ -178,7 +178,7 @@ fn roles_have_their_own_tables() {
     );
     check(
         &SITE.replace("hub:7443", "hub"),
-        "x.toml:5:1: hub.address: \"hub\" is not HOST:PORT",
+        "x.toml:5:1: hub.address: the hub's address \"hub\" is not HOST:PORT",
     );
 }
 
@@ -199,7 +199,7 @@ fn a_site_has_several_hub_addresses_and_a_proxy() {
     assert_eq!(address("address = [\"a:1\", \"[::1]:2\"]"), "a:1,[::1]:2");
     check(
         &hub("address = [\"a:1\", \"b\"]"),
-        "x.toml:5:1: hub.address: \"b\" is not HOST:PORT",
+        "x.toml:5:1: hub.address: the hub's address \"b\" is not HOST:PORT",
     );
     check(
         &hub("address = 7"),
@@ -256,7 +256,7 @@ fn hub_and_site_say_alike_who_may_have_what_is_published() {
 #[test]
 fn a_site_says_how_often_it_reads_delivered_files_again() {
     let scrub = |text: &str| parse(&format!("{SITE}{text}"), "x").unwrap().scrub;
-    let (default, none) = (scrub(""), scrub("[scrub]\nevery = \"0s\"\nrate = \"0B\"\n"));
+    let (default, none) = (scrub(""), scrub("[scrub]\nevery = \"0s\"\nrate = \"0\"\n"));
     assert_eq!(default.every, Duration::from_secs(7 * 24 * 3600));
     assert_eq!(default.rate, 16 << 20);
     assert_eq!((none.every, none.rate), (Duration::ZERO, 0));
