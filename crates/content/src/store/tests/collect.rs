@@ -194,7 +194,6 @@ fn content_of_a_running_publish_is_never_collected() {
 
 #[test]
 fn a_damaged_chunk_does_not_stop_a_collection() {
-    use std::os::unix::fs::FileExt;
     let dir = tempfile::tempdir().unwrap();
     let store = Store::open(dir.path()).unwrap();
     let chunks = fill(&store, 0..100);
