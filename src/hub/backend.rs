@@ -8,7 +8,9 @@ use super::deliveries::no_artifact_named;
 use super::{Hub, sharing};
 use crate::api::types::*;
 use crate::api::{Backend, View, worker_page};
+use crate::label_export::LabelExport;
 use base::blocking::blocking;
+use base::clock::rfc3339_ms;
 use base::fault::{Code, Fault, Reason};
 use base::limits::API_PAGE_BYTES;
 use base::names::{ArtifactRef, check_label};
@@ -16,6 +18,7 @@ use base::peer::Peer;
 use base::text;
 use content::bundle::Member;
 use model::actor::Actor;
+use model::publisher_scope::{PATTERNS_MAX, PublisherScope};
 use model::paging::{Budget, Page, Pager, Room};
 use state::{Changed, SiteRow, what_changed};
 use transport::identity::JoinToken;
@@ -33,6 +36,8 @@ impl Hub {
         let mut site = row.view();
         if let Some(link) = self.inner.links.of(&site.name) {
             site.online = true;
+            let heard_ms = self.inner.links.heard_ms(&site.name).max(row.seen_ms);
+            site.last_seen = heard_ms.map(rfc3339_ms);
             site.line = Some(link.transport().into());
             site.rtt_ms = Some(link.rtt().as_secs_f64() * 1000.0);
         }
@@ -224,6 +229,29 @@ impl Backend for Hub {
             }
             _ => return Err(Fault::usage("a token is for a site or for a publisher")),
         };
+        let scope = PublisherScope {
+            artifacts: match &request.artifacts[..] {
+                [] => None,
+                patterns => Some(
+                    patterns
+                        .iter()
+                        .map(|pattern| pattern.parse())
+                        .collect::<Result<_, _>>()?,
+                ),
+            },
+            deliver_to: request.deliver_to.as_deref().map(str::parse).transpose()?,
+        };
+        let is_limited = scope != PublisherScope::default();
+        if is_limited && request.publisher.is_none() {
+            return Err(Fault::usage(
+                "artifacts and deliver_to limit a publisher, and the token is for a site",
+            ));
+        }
+        if request.artifacts.len() > PATTERNS_MAX {
+            return Err(Fault::usage(format!(
+                "a token has at most {PATTERNS_MAX} patterns of artifacts"
+            )));
+        }
         if request.ttl_seconds == 0 {
             return Err(Fault::usage(
                 "the validity of a token must be longer than 0",
@@ -244,6 +272,10 @@ impl Backend for Hub {
                 request.ttl_seconds,
             )
             .await?;
+        // The token works before this, but nobody has it.
+        if is_limited {
+            self.inner.catalogue.limit_token(token.id(), &scope).await?;
+        }
         Ok(token.to_string())
     }
 
@@ -268,6 +300,19 @@ impl Backend for Hub {
         }
         self.inner.catalogue.set_pinned(&artifact, pinned).await?;
         Ok(self.inner.catalogue.artifact(&artifact).await?.view())
+    }
+
+    async fn export_labels(&self, request: ExportLabelsRequest) -> Result<Job, Fault> {
+        let export = LabelExport::parse(&request)?;
+        let row = self.inner.catalogue.artifact(&export.artifact).await?;
+        if let Some(site) = &row.origin {
+            return Err(Fault::usage(format!(
+                "{} was published at site {site}, and this hub may have only a part of its content",
+                export.artifact
+            ))
+            .with_next("run the command at a site that holds it"));
+        }
+        self.inner.jobs.export_labels(row, export)
     }
 
     async fn export(&self, artifacts: Vec<String>, out: String) -> Result<Job, Fault> {

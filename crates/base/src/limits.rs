@@ -206,6 +206,10 @@ pub const SINK_REPORT_AFTER: Duration = Duration::from_secs(3);
 pub const LABEL_CONNECT_MAX: Duration = Duration::from_secs(10);
 /// How long a label database may take to accept one batch of rows, or to return the next row.
 pub const LABEL_SILENCE_MAX: Duration = Duration::from_secs(120);
+/// How often a hub looks whether it received something from each site. `last_seen` is exact to this.
+pub const HEARD_LOOK_EVERY: Duration = Duration::from_secs(5);
+/// How often a hub stores when it last received something from the connected sites.
+pub const HEARD_STORE_EVERY: Duration = Duration::from_secs(60);
 /// How long one statement without rows (an index, a switch) may take in a label database.
 pub const LABEL_STATEMENT_MAX: Duration = Duration::from_secs(3600);
 /// How long a commit waits for the writer lock of SQLite before the delivery pauses and retries.

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
 pub use artifacts::{
-    Artifact, ArtifactDetail, ExportRequest, ImportRequest, PinRequest, PublishRequest, Published,
+    Artifact, ArtifactDetail, ExportLabelsRequest, ExportRequest, ImportRequest, PinRequest, PublishRequest, Published,
     ShowQuery, SourceOptions, VerifyRequest,
 };
 pub use deliveries::{DeliverRequest, Delivered, Delivery, DeliveryQuery, LeftOut, PlanRow};

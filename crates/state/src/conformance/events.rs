@@ -209,7 +209,7 @@ pub(crate) async fn a_change_wakes_only_those_that_wait_for_its_subject(catalogu
     check!(
         none,
         "a site connects",
-        catalogue.site_seen(&sites[0], None)
+        catalogue.site_seen(&sites[0], 1, None)
     );
     let offer = Offer::default();
     check!(

@@ -8,6 +8,7 @@ use base::fault::Fault;
 use base::names::{PublisherName, SiteName, SiteSelector};
 use base::peer::Peer;
 use futures::TryStreamExt as _;
+use model::publisher_scope::PublisherScope;
 use transport::identity::Claim;
 
 use super::{Sqlite, fault, json, malformed};
@@ -137,6 +138,34 @@ impl Sites for Sqlite {
         write.commit().await
     }
 
+    async fn limit_token(&self, id: &str, scope: &PublisherScope) -> Result<(), Fault> {
+        let mut write = self.begin().await?;
+        sqlx::query("UPDATE token SET scope = $1 WHERE id = $2")
+            .bind(json("scope", scope)?)
+            .bind(id)
+            .execute(write.db())
+            .await
+            .map_err(fault)?;
+        write.commit().await
+    }
+
+    async fn publisher_scope(&self, name: &PublisherName) -> Result<Option<PublisherScope>, Fault> {
+        let row: Option<(Option<String>,)> =
+            sqlx::query_as("SELECT scope FROM publisher WHERE name = $1")
+                .bind(name.as_str())
+                .fetch_optional(self.read())
+                .await
+                .map_err(fault)?;
+        match row {
+            None => Ok(None),
+            Some((None,)) => Ok(Some(PublisherScope::default())),
+            // A scope that cannot be read allows nothing.
+            Some((Some(scope),)) => serde_json::from_str(&scope)
+                .map(Some)
+                .map_err(|e| malformed("publisher", name.as_str(), e)),
+        }
+    }
+
     async fn redeem_token(
         &self,
         id: &str,
@@ -180,11 +209,13 @@ impl Sites for Sqlite {
             }
             Peer::Publisher(_) | Peer::Hub(_) => {
                 sqlx::query(
-                    "INSERT INTO publisher (name, joined_ms) VALUES ($1, $2)
-                     ON CONFLICT (name) DO UPDATE SET joined_ms = excluded.joined_ms",
+                    "INSERT INTO publisher (name, joined_ms, scope)
+                     VALUES ($1, $2, (SELECT scope FROM token WHERE id = $3))
+                     ON CONFLICT (name) DO UPDATE SET joined_ms = excluded.joined_ms, scope = excluded.scope",
                 )
                 .bind(name)
                 .bind(now)
+                .bind(id)
                 .execute(write.db())
                 .await
                 .map_err(fault)?;
@@ -207,12 +238,17 @@ impl Sites for Sqlite {
         Ok(done.rows_affected() == 1)
     }
 
-    async fn site_seen(&self, site: &SiteName, version: Option<&str>) -> Result<(), Fault> {
+    async fn site_seen(
+        &self,
+        site: &SiteName,
+        at_ms: i64,
+        version: Option<&str>,
+    ) -> Result<(), Fault> {
         let mut write = self.begin().await?;
         sqlx::query(
             "UPDATE site SET seen_ms = $1, version = COALESCE($2, version) WHERE name = $3",
         )
-        .bind(clock::now_ms())
+        .bind(at_ms)
         .bind(version)
         .bind(site.as_str())
         .execute(write.db())
@@ -243,6 +279,19 @@ impl Sites for Sqlite {
         write
             .note_as(last, "site", site.as_str(), Subject::Other)
             .await?;
+        write.commit().await
+    }
+
+    async fn sites_heard(&self, heard: &[(SiteName, i64)]) -> Result<(), Fault> {
+        let mut write = self.begin().await?;
+        for (site, at_ms) in heard {
+            sqlx::query("UPDATE site SET seen_ms = MAX(COALESCE(seen_ms, 0), $1) WHERE name = $2")
+                .bind(at_ms)
+                .bind(site.as_str())
+                .execute(write.db())
+                .await
+                .map_err(fault)?;
+        }
         write.commit().await
     }
 
