@@ -207,7 +207,9 @@ impl Hub {
             quotas: quotas.clone(),
             manifests: manifests.clone(),
             traffic: Default::default(),
-            unknown: Tally::new("a site connected that is not registered at this hub; it must join again"),
+            unknown: Tally::new(
+                "a site connected that is not registered at this hub; it must join again",
+            ),
             tasks: tasks.clone(),
             stop: stop.clone(),
         });

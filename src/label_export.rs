@@ -99,8 +99,8 @@ pub fn unpack(
                 let is_rows = [ANNOTATIONS, CLASSES, SAMPLES].contains(&entry.path.as_str());
                 if is_rows && matches!(entry.body, EntryBody::File(_)) {
                     let path = entry.path.in_dir(into);
-                    let file = File::create_new(&path)
-                        .at(format_args!("create {}", path.display()))?;
+                    let file =
+                        File::create_new(&path).at(format_args!("create {}", path.display()))?;
                     open = Some((BufWriter::new(file), path));
                 }
             }

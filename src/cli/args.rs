@@ -336,7 +336,12 @@ pub(super) struct TokenCreate {
     pub(super) labels: Vec<(String, String)>,
     /// What the publisher can publish, separated by commas: KIND/NAME with * for any characters, such
     /// as dataset/line3-*,model/* [default: anything].
-    #[arg(long, value_name = "PATTERN", value_delimiter = ',', requires = "publisher")]
+    #[arg(
+        long,
+        value_name = "PATTERN",
+        value_delimiter = ',',
+        requires = "publisher"
+    )]
     pub(super) artifacts: Vec<String>,
     /// Where the publisher can deliver what it publishes: names separated by commas, `all`, a label
     /// selector, or `none` [default: all].

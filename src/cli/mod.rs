@@ -65,7 +65,9 @@ pub fn init_log(args: &Args) {
         .with_env_filter(filter)
         .with_ansi(colour)
         .with_writer(std::io::stderr);
-    let log = log.fmt_fields(fields.delimited(" ")).with_filter_reloading();
+    let log = log
+        .fmt_fields(fields.delimited(" "))
+        .with_filter_reloading();
     let handle = log.reload_handle();
     // The log is set once per process; a second call (in tests) has no effect.
     if log.try_init().is_ok() {

@@ -9,11 +9,11 @@ use serde_json::json;
 use super::args::Args;
 use super::tracker::{Tracker, notice};
 use super::{dispatch, render_error, status};
-use crate::log_filter::{CRATES, expanded};
 use crate::api::ApiToken;
 use crate::api::fake::{Fake, TOKEN, job, offline, transfer};
 use crate::api::types::*;
 use crate::cli::args::Output;
+use crate::log_filter::{CRATES, expanded};
 use base::fault::{Code, Fault, Reason};
 
 struct Daemon {

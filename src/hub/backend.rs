@@ -18,8 +18,8 @@ use base::peer::Peer;
 use base::text;
 use content::bundle::Member;
 use model::actor::Actor;
-use model::publisher_scope::{PATTERNS_MAX, PublisherScope};
 use model::paging::{Budget, Page, Pager, Room};
+use model::publisher_scope::{PATTERNS_MAX, PublisherScope};
 use state::{Changed, SiteRow, what_changed};
 use transport::identity::JoinToken;
 

@@ -19,8 +19,8 @@ use super::runs::RunKeeper;
 use super::short;
 use crate::api::types::{Job, PublishRequest, Published};
 use crate::config::Config;
-use crate::label_export::{LabelExport, unpack};
 use crate::jobs::{Jobs, until_room};
+use crate::label_export::{LabelExport, unpack};
 use crate::open_source::{self, Access};
 use base::blocking::{blocking, blocking_at};
 use base::fault::Fault;
@@ -120,16 +120,17 @@ impl HubJobs {
     ) -> Result<Job, Fault> {
         let (store, config) = (self.parts.store.clone(), self.parts.config.clone());
         let asked = format!("{export:?}");
-        self.jobs.start_once("export labels", &asked, move |progress| async move {
-            let (watched, out) = (progress.clone(), export.out.display().to_string());
-            let data_dir = config.data_dir.clone();
-            open_source::with_scratch(&data_dir, &out, &progress, move |scratch, _| {
-                watched.doing("reading the rows");
-                unpack(&row.root, &store, &scratch.folder, &watched)?;
-                export.write(&config, &scratch.folder, &watched)
+        self.jobs
+            .start_once("export labels", &asked, move |progress| async move {
+                let (watched, out) = (progress.clone(), export.out.display().to_string());
+                let data_dir = config.data_dir.clone();
+                open_source::with_scratch(&data_dir, &out, &progress, move |scratch, _| {
+                    watched.doing("reading the rows");
+                    unpack(&row.root, &store, &scratch.folder, &watched)?;
+                    export.write(&config, &scratch.folder, &watched)
+                })
+                .await
             })
-            .await
-        })
     }
 
     /// Begins an import.

@@ -134,7 +134,9 @@ impl Sessions {
             .is_ok_and(|site| site.is_some());
         let actor = Actor::Site(name.clone());
         if policy::may(&actor, Verb::Connect, &Object::Membership { known }).is_err() {
-            self.inner.unknown.note(format_args!("{name} at {}", link.remote_address()));
+            self.inner
+                .unknown
+                .note(format_args!("{name} at {}", link.remote_address()));
             link.refuse("the hub does not know this site");
             return;
         }

@@ -50,10 +50,20 @@ fn hangup_reloads_the_log_filter_the_token_and_the_certificate_and_ends_nothing(
     let other = scratch.join("chengdu-again.toml");
     let text = std::fs::read_to_string(&site.config).unwrap();
     let data = format!("{}-again", site.data_dir.display());
-    let text = text.replace(&format!("\"{}\"", site.data_dir.display()), &format!("{data:?}"));
+    let text = text.replace(
+        &format!("\"{}\"", site.data_dir.display()),
+        &format!("{data:?}"),
+    );
     std::fs::write(&other, text).unwrap();
     let mut join = bound(env!("CARGO_BIN_EXE_packhorse"));
-    join.args(["join", "--hub", &hub.quic.to_string(), "--token", &token, "--config"]);
+    join.args([
+        "join",
+        "--hub",
+        &hub.quic.to_string(),
+        "--token",
+        &token,
+        "--config",
+    ]);
     run(join.arg(&other), secs(60)).expect(0);
     std::fs::copy(
         format!("{data}/identity/site.pem"),
@@ -89,7 +99,10 @@ fn a_site_that_a_restored_hub_does_not_know_reports_it() {
         "{report}"
     );
     wait_for_log(&hub, "is not registered at this hub");
-    wait_for_log(&site, "the hub refused this site: the hub does not know this site");
+    wait_for_log(
+        &site,
+        "the hub refused this site: the hub does not know this site",
+    );
 }
 
 #[test]
@@ -100,11 +113,16 @@ fn the_hub_shows_when_it_last_received_anything_from_a_site() {
     let mut site = Site::start_new(scratch.path(), &hub, "chengdu", &SiteSpec::default());
     let seen = || {
         let sites = hub.json(&["sites"]);
-        sites[0]["last_seen"].as_str().unwrap_or_default().to_owned()
+        sites[0]["last_seen"]
+            .as_str()
+            .unwrap_or_default()
+            .to_owned()
     };
     let first = seen();
     // Keep-alive packets of an idle connection count.
-    let later = wait_for("a later time", secs(60), || Some(seen()).filter(|now| *now > first));
+    let later = wait_for("a later time", secs(60), || {
+        Some(seen()).filter(|now| *now > first)
+    });
     site.stop();
     hub.wait_online("chengdu", false, secs(30));
     let last = seen();
@@ -128,18 +146,35 @@ fn labels_are_exported_at_the_hub_and_at_a_site() {
     hub.publish(&source, "labels/line3:v1", &[]);
     let out = scratch.join("coco");
     let export = |daemon: &Daemon, format: &str, out: &std::path::Path| {
-        daemon.cli(&["export-labels", "labels/line3:v1", "--format", format, "--out", out.to_str().unwrap()])
+        daemon.cli(&[
+            "export-labels",
+            "labels/line3:v1",
+            "--format",
+            format,
+            "--out",
+            out.to_str().unwrap(),
+        ])
     };
     export(&hub, "coco", &out).expect(0);
     // What is exported is published again as the same labels, but for their own records.
     hub.publish(&out.join("annotations.json"), "labels/again:v1", &[]);
     let again = scratch.join("coco-again");
-    hub.cli(&["export-labels", "labels/again:v1", "--format", "coco", "--out", again.to_str().unwrap()])
-        .expect(0);
-    let text = |dir: &std::path::Path| std::fs::read_to_string(dir.join("annotations.json")).unwrap();
+    hub.cli(&[
+        "export-labels",
+        "labels/again:v1",
+        "--format",
+        "coco",
+        "--out",
+        again.to_str().unwrap(),
+    ])
+    .expect(0);
+    let text =
+        |dir: &std::path::Path| std::fs::read_to_string(dir.join("annotations.json")).unwrap();
     assert_eq!(text(&again), text(&out));
     // A directory that exists is left alone.
-    export(&hub, "coco", &out).expect(6).says(&["exists already"]);
+    export(&hub, "coco", &out)
+        .expect(6)
+        .says(&["exists already"]);
     export(&hub, "csv", &hub.data_dir.join("inside")).expect(4);
 
     hub.deliver_and_wait("labels/line3:v1", "chengdu", secs(60));

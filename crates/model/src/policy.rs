@@ -498,13 +498,23 @@ fn publisher(name: &PublisherName, verb: Verb, object: &Object<'_>) -> Result<()
             Some(patterns) if !patterns.iter().any(|pattern| pattern.includes(artifact)) => {
                 let patterns: Vec<String> = patterns.iter().map(ToString::to_string).collect();
                 refuse(
-                    format!("the publisher {name} may publish {} only, not {artifact}", patterns.join(", ")),
+                    format!(
+                        "the publisher {name} may publish {} only, not {artifact}",
+                        patterns.join(", ")
+                    ),
                     "publish under another name, or ask the administrator of the hub for a token with other --artifacts",
                 )
             }
             _ => Ok(()),
         },
-        (Verb::Deliver, Object::UploadTo { site, labels, scope }) => match &scope.deliver_to {
+        (
+            Verb::Deliver,
+            Object::UploadTo {
+                site,
+                labels,
+                scope,
+            },
+        ) => match &scope.deliver_to {
             Some(to) if !to.sites().is_some_and(|sites| sites.includes(site, labels)) => refuse(
                 format!("the publisher {name} may deliver to {to} only, not to {site}"),
                 "publish without --to, or ask the administrator of the hub to deliver",

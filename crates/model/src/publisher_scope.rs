@@ -185,7 +185,15 @@ mod tests {
             let includes = parsed.includes(&artifact.parse().unwrap());
             assert_eq!(includes, expected, "{pattern} {artifact}");
         }
-        for wrong in ["line3", "thing/x", "dataset/", "dataset/A", "dataset/a/b", "/x", ""] {
+        for wrong in [
+            "line3",
+            "thing/x",
+            "dataset/",
+            "dataset/A",
+            "dataset/a/b",
+            "/x",
+            "",
+        ] {
             assert!(wrong.parse::<ArtifactPattern>().is_err(), "{wrong}");
         }
     }
@@ -197,8 +205,14 @@ mod tests {
             deliver_to: Some("region=west".parse().unwrap()),
         };
         let json = serde_json::to_string(&scope).unwrap();
-        assert_eq!(json, r#"{"artifacts":["dataset/*"],"deliver_to":"region=west"}"#);
-        assert_eq!(serde_json::from_str::<PublisherScope>(&json).unwrap(), scope);
+        assert_eq!(
+            json,
+            r#"{"artifacts":["dataset/*"],"deliver_to":"region=west"}"#
+        );
+        assert_eq!(
+            serde_json::from_str::<PublisherScope>(&json).unwrap(),
+            scope
+        );
         let nobody: PublisherScope = serde_json::from_str(r#"{"deliver_to":"none"}"#).unwrap();
         assert_eq!(nobody.deliver_to.unwrap().sites(), None);
         assert!(serde_json::from_str::<PublisherScope>(r#"{"artifact":[]}"#).is_err());

@@ -40,14 +40,21 @@ pub(super) fn write(set: &Set<'_>, left_out: &mut LeftOut) -> Result<(u64, u64),
         Item::Annotation(number, row) => match annotation(image, number, row, left_out) {
             None => Ok(()),
             Some(text) => {
-                out.put(if std::mem::take(&mut first) { "\n" } else { ",\n" })?;
+                out.put(if std::mem::take(&mut first) {
+                    "\n"
+                } else {
+                    ",\n"
+                })?;
                 out.put(&text)
             }
         },
     })?;
     out.put("\n],\"categories\":[")?;
     for (at, class) in set.classes.iter().enumerate() {
-        let attrs = class.attrs.as_deref().and_then(|json| members(json, &OF_CATEGORY));
+        let attrs = class
+            .attrs
+            .as_deref()
+            .and_then(|json| members(json, &OF_CATEGORY));
         out.put(&format!(
             "{}{{\"id\":{},\"name\":{}{}}}",
             if at == 0 { "\n" } else { ",\n" },
@@ -76,7 +83,10 @@ fn image(out: &mut Output, number: u64, sample: &SampleRow) -> Result<(), Fault>
         text.push_str(&format!(",\"split\":{}", json_string(split)));
     }
     // What the source's record said beyond that.
-    let meta = sample.meta.as_deref().and_then(|json| members(json, &OF_IMAGE));
+    let meta = sample
+        .meta
+        .as_deref()
+        .and_then(|json| members(json, &OF_IMAGE));
     text.push_str(&meta.map_or(String::new(), |meta| meta.text));
     out.put(&text)?;
     out.put("}")
@@ -127,11 +137,18 @@ fn annotation(
         text.push_str(&format!(",\"bbox\":{}", number_list(&sides)));
     }
     text.push_str(&shape);
-    let attrs = row.attrs.as_deref().and_then(|json| members(json, &OF_ANNOTATION));
+    let attrs = row
+        .attrs
+        .as_deref()
+        .and_then(|json| members(json, &OF_ANNOTATION));
     if attrs.is_none() && row.attrs.is_some() {
         left_out.add("attributes that are no JSON object are left out", &place);
     }
-    let has = |key: &str| attrs.as_ref().is_some_and(|attrs| attrs.keys.iter().any(|k| k == key));
+    let has = |key: &str| {
+        attrs
+            .as_ref()
+            .is_some_and(|attrs| attrs.keys.iter().any(|k| k == key))
+    };
     let (has_area, has_crowd) = (has("area"), has("iscrowd"));
     if let Some(attrs) = &attrs {
         for key in &attrs.dropped {

@@ -58,8 +58,10 @@ impl FromStr for ExportFormat {
             "voc" => Self::Voc,
             "yolo" => Self::Yolo,
             other => {
-                return Err(Fault::usage(format!("labels cannot be exported as {other:?}"))
-                    .with_next(format!("use one of {}", Self::WORDS.join(", "))));
+                return Err(
+                    Fault::usage(format!("labels cannot be exported as {other:?}"))
+                        .with_next(format!("use one of {}", Self::WORDS.join(", "))),
+                );
             }
         })
     }
@@ -288,7 +290,10 @@ impl Output {
 
     fn end(self) -> Result<(), Fault> {
         let what = format!("write {}", self.path.display());
-        let file = self.file.into_inner().map_err(|e| Fault::io(&what, e.error()))?;
+        let file = self
+            .file
+            .into_inner()
+            .map_err(|e| Fault::io(&what, e.error()))?;
         durable::close(file).at(what)
     }
 }
@@ -353,7 +358,10 @@ fn members(json: &RawValue, without: &[&str]) -> Option<Members> {
     }
     Some(Members {
         text,
-        keys: keys.into_keys().filter(|key| !dropped.contains(key)).collect(),
+        keys: keys
+            .into_keys()
+            .filter(|key| !dropped.contains(key))
+            .collect(),
         dropped,
     })
 }

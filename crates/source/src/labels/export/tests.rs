@@ -72,7 +72,10 @@ fn annotations(read: &Read) -> Vec<String> {
             let json = |json: Option<Box<RawValue>>| json.map(|json| json.get().to_owned());
             let (geom, attrs) = (json(row.geom), json(row.attrs));
             let name = class.map(|class| &class.name);
-            format!("{} {name:?} {} {sides:?} {geom:?} {attrs:?}", row.sample, row.kind)
+            format!(
+                "{} {name:?} {} {sides:?} {geom:?} {attrs:?}",
+                row.sample, row.kind
+            )
         })
         .collect()
 }
@@ -80,7 +83,12 @@ fn annotations(read: &Read) -> Vec<String> {
 fn samples(read: &Read) -> Vec<String> {
     parsed::<SampleRow>(&read.samples)
         .into_iter()
-        .map(|row| format!("{} {:?} {:?} {:?}", row.path, row.width, row.height, row.split))
+        .map(|row| {
+            format!(
+                "{} {:?} {:?} {:?}",
+                row.path, row.width, row.height, row.split
+            )
+        })
         .collect()
 }
 
@@ -165,8 +173,11 @@ fn pascal_voc_gives_the_same_boxes_and_polygons() {
     let plain = |read: &Read| -> Vec<String> {
         let rows = annotations(read).into_iter();
         // Attributes are text there.
-        rows.map(|row| row.rsplit_once(" Some(\"{").map_or(row.clone(), |(row, _)| row.to_owned()))
-            .collect()
+        rows.map(|row| {
+            row.rsplit_once(" Some(\"{")
+                .map_or(row.clone(), |(row, _)| row.to_owned())
+        })
+        .collect()
     };
     assert_eq!(plain(&again), plain(&set.read));
     assert_eq!(samples(&again), samples(&set.read));

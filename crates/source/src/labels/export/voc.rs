@@ -36,12 +36,18 @@ pub(super) fn write(set: &Set<'_>, left_out: &mut LeftOut) -> Result<(u64, u64),
         let stem = stem(&sample.path);
         if !["train", "val", "test"].contains(&split) || stem.contains(char::is_whitespace) {
             let place = format!("{} ({split})", sample.path);
-            left_out.add("splits other than train, val and test, and of names with blanks, are left out", &place);
+            left_out.add(
+                "splits other than train, val and test, and of names with blanks, are left out",
+                &place,
+            );
             return Ok(());
         }
         // The lists know a sample by the name of its file only.
         if !names.is_new(&Hash::of(stem.as_bytes())) {
-            left_out.add("splits are known by the names of files, and several files may have this name", &sample.path);
+            left_out.add(
+                "splits are known by the names of files, and several files may have this name",
+                &sample.path,
+            );
         }
         if !splits.contains_key(split) {
             durable::create_dir_all(&set.out.join("ImageSets/Main"))?;
@@ -101,7 +107,11 @@ pub(super) fn write(set: &Set<'_>, left_out: &mut LeftOut) -> Result<(u64, u64),
         }
     }
     if !set.classes.is_empty() {
-        let ids: Vec<String> = set.classes.iter().map(|class| class.id.to_string()).collect();
+        let ids: Vec<String> = set
+            .classes
+            .iter()
+            .map(|class| class.id.to_string())
+            .collect();
         left_out.add("classes have no numbers in Pascal VOC", &ids.join(" "));
     }
     Ok(counts)
@@ -137,12 +147,7 @@ fn begin(set: &Set<'_>, sample: &SampleRow, in_images: bool) -> Result<Output, F
 }
 
 /// An object; `None`: Pascal VOC has no place for it.
-fn object(
-    row: &AnnotationRow,
-    class: &str,
-    place: &str,
-    left_out: &mut LeftOut,
-) -> Option<String> {
+fn object(row: &AnnotationRow, class: &str, place: &str, left_out: &mut LeftOut) -> Option<String> {
     let sides = boxed(row);
     let mut shape = String::new();
     if let Some([x, y, w, h]) = sides {
@@ -166,7 +171,10 @@ fn object(
                 shape.push_str("</polygon>\n");
             }
         }
-        kind => match (turned(row.geom.as_deref()).filter(|_| kind == "bbox"), sides) {
+        kind => match (
+            turned(row.geom.as_deref()).filter(|_| kind == "bbox"),
+            sides,
+        ) {
             (Some(t), _) => {
                 shape = format!(
                     "    <robndbox><cx>{}</cx><cy>{}</cy><w>{}</w><h>{}</h><angle>{}</angle></robndbox>\n",

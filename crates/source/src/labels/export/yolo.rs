@@ -104,7 +104,10 @@ pub(super) fn write(set: &Set<'_>, left_out: &mut LeftOut) -> Result<(u64, u64),
         Item::Annotation(number, row) => {
             let place = format!("{} (annotation {})", row.sample, number + 1);
             let Some(file) = &mut open else {
-                left_out.add("annotations of samples without width and height are left out", &place);
+                left_out.add(
+                    "annotations of samples without width and height are left out",
+                    &place,
+                );
                 return Ok(());
             };
             let Some(number) = row.class.and_then(|class| numbers.get(&class)) else {
@@ -153,7 +156,9 @@ impl File {
 fn labels_folder(path: &str) -> Option<String> {
     let mut parts: Vec<&str> = path.split('/').collect();
     let folders = parts.len().checked_sub(1)?;
-    let at = parts[..folders].iter().rposition(|part| *part == "images")?;
+    let at = parts[..folders]
+        .iter()
+        .rposition(|part| *part == "images")?;
     parts[at] = "labels";
     Some(parts.join("/"))
 }
@@ -180,7 +185,10 @@ fn shape(
         return Some(text);
     }
     let Some([x, y, w, h]) = boxed(row) else {
-        let what = format!("annotations of the kind {} without a box are left out", row.kind);
+        let what = format!(
+            "annotations of the kind {} without a box are left out",
+            row.kind
+        );
         left_out.add(what, place);
         return None;
     };
@@ -190,7 +198,9 @@ fn shape(
             Some("turned boxes are written as the upright boxes around them".to_owned())
         }
         ("polygon", _) => Some("polygons of several rings are written as their boxes".to_owned()),
-        (kind, _) => Some(format!("annotations of the kind {kind} are written as their boxes")),
+        (kind, _) => Some(format!(
+            "annotations of the kind {kind} are written as their boxes"
+        )),
     };
     if let Some(what) = what {
         left_out.add(what, place);
