@@ -20,7 +20,7 @@ use content::bundle::Member;
 use model::actor::Actor;
 use model::paging::{Budget, Page, Pager, Room};
 use model::publisher_scope::{PATTERNS_MAX, PublisherScope};
-use state::{Changed, SiteRow, what_changed};
+use state::{Changed, EventRow, SiteRow, what_changed};
 use transport::identity::JoinToken;
 
 fn parse_refs(artifacts: &[String]) -> Result<Vec<ArtifactRef>, Fault> {
@@ -42,6 +42,50 @@ impl Hub {
             site.rtt_ms = Some(link.rtt().as_secs_f64() * 1000.0);
         }
         site
+    }
+
+    /// The subject of an event as it was then; `None`: it cannot be read any more.
+    async fn event_body(&self, row: &EventRow) -> Option<serde_json::Value> {
+        let catalogue = &self.inner.catalogue;
+        match row.what.as_str() {
+            "transfer" => {
+                let now = catalogue.transfer(&row.name).await.ok()?;
+                // Whether its site is connected belongs to the present.
+                let view = if row.is_newest_of(&now) {
+                    self.inner.deliveries.view(&now)
+                } else {
+                    row.transfer(now).view()
+                };
+                serde_json::to_value(view).ok()
+            }
+            "artifact" => {
+                let now = catalogue.artifact(&row.name.parse().ok()?).await.ok()?;
+                serde_json::to_value(row.artifact(now).view()).ok()
+            }
+            "run" => {
+                let view = match row.run() {
+                    Some(run) => super::runs::run_view(&run),
+                    None => {
+                        let runs = &self.inner.runs;
+                        runs.show(&Actor::Admin, &row.name).await.ok()?
+                    }
+                };
+                serde_json::to_value(view).ok()
+            }
+            _ => {
+                let now = catalogue.site(&row.name).await.ok().flatten()?;
+                let mut view = self.site_view(&now);
+                if let Some(then) = row.site() {
+                    view.online = then.online;
+                    view.last_seen = then.seen_ms.map(rfc3339_ms);
+                    view.version = then.version;
+                    if !then.online {
+                        (view.line, view.rtt_ms) = (None, None);
+                    }
+                }
+                serde_json::to_value(view).ok()
+            }
+        }
     }
 
     /// The lines of `doctor` about published content that changed at its site. Only that site knows
@@ -412,38 +456,8 @@ impl Backend for Hub {
         self.inner.catalogue.check_event_cursor(since).await?;
         let (mut out, mut room) = (Vec::new(), Budget::new(API_PAGE_BYTES));
         for row in self.inner.catalogue.events(since, limit).await? {
-            let (mut event, name) = (row.view(), row.name);
-            event.body = match event.what.as_str() {
-                "transfer" => self
-                    .inner
-                    .catalogue
-                    .transfer(&name)
-                    .await
-                    .ok()
-                    .and_then(|row| serde_json::to_value(self.inner.deliveries.view(&row)).ok()),
-                "artifact" => match name.parse() {
-                    Ok(artifact) => self
-                        .inner
-                        .catalogue
-                        .artifact(&artifact)
-                        .await
-                        .ok()
-                        .and_then(|row| serde_json::to_value(row.view()).ok()),
-                    Err(_) => None,
-                },
-                "run" => self
-                    .inner
-                    .runs
-                    .show(&Actor::Admin, &name)
-                    .await
-                    .ok()
-                    .and_then(|run| serde_json::to_value(run).ok()),
-                _ => {
-                    let site = self.inner.catalogue.site(&name).await.ok().flatten();
-                    site.and_then(|row| serde_json::to_value(self.site_view(&row)).ok())
-                }
-            }
-            .unwrap_or_default();
+            let mut event = row.view();
+            event.body = self.event_body(&row).await.unwrap_or_default();
             if !room.takes(&event) {
                 break;
             }

@@ -142,7 +142,7 @@ impl Sessions {
         }
         self.inner.links.enter(&name, &link);
         tracing::info!("a site is online");
-        self.note_seen(&name, clock::now_ms(), None).await;
+        self.note_seen(&name, true, clock::now_ms(), None).await;
         let _seats = self.inner.budgets.seats();
         let streams = Arc::new(Streams {
             fetches: Semaphore::new(FETCH_STREAMS_MAX),
@@ -166,13 +166,15 @@ impl Sessions {
         let heard_ms = self.inner.links.heard_ms(&name);
         self.inner.links.leave(&name, &link);
         tracing::info!("a site is offline");
-        self.note_seen(&name, heard_ms.unwrap_or_else(clock::now_ms), None)
-            .await;
+        // A newer connection may have replaced this one.
+        let online = self.inner.links.is_online(&name);
+        let heard_ms = heard_ms.unwrap_or_else(clock::now_ms);
+        self.note_seen(&name, online, heard_ms, None).await;
     }
 
-    async fn note_seen(&self, name: &SiteName, at_ms: i64, version: Option<&str>) {
+    async fn note_seen(&self, name: &SiteName, online: bool, at_ms: i64, version: Option<&str>) {
         let catalogue = &self.inner.catalogue;
-        if let Err(fault) = catalogue.site_seen(name, at_ms, version).await {
+        if let Err(fault) = catalogue.site_seen(name, online, at_ms, version).await {
             tracing::error!(error = %fault, "the catalogue cannot be written");
         }
     }

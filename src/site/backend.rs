@@ -449,25 +449,18 @@ impl Backend for Site {
             .await?;
         let (mut out, mut room) = (Vec::new(), Budget::new(API_PAGE_BYTES));
         for row in self.inner.opened.catalogue.events(since, limit).await? {
-            let (mut event, name) = (row.view(), row.name);
+            let mut event = row.view();
+            let catalogue = &self.inner.opened.catalogue;
             let body = match event.what.as_str() {
-                "transfer" => self
-                    .inner
-                    .opened
-                    .catalogue
-                    .transfer(&name)
-                    .await
-                    .ok()
-                    .and_then(|row| serde_json::to_value(row.view()).ok()),
-                _ => match name.parse() {
-                    Ok(artifact) => self
-                        .inner
-                        .opened
-                        .catalogue
-                        .artifact(&artifact)
-                        .await
-                        .ok()
-                        .and_then(|row| serde_json::to_value(row.view()).ok()),
+                "transfer" => {
+                    let now = catalogue.transfer(&row.name).await.ok();
+                    now.and_then(|now| serde_json::to_value(row.transfer(now).view()).ok())
+                }
+                _ => match row.name.parse() {
+                    Ok(artifact) => {
+                        let now = catalogue.artifact(&artifact).await.ok();
+                        now.and_then(|now| serde_json::to_value(row.artifact(now).view()).ok())
+                    }
                     Err(_) => None,
                 },
             };

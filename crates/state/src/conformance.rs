@@ -30,6 +30,7 @@ macro_rules! catalogue_suite {
             events::a_cursor_from_which_changes_would_be_missed_is_refused,
             events::a_change_wakes_only_those_that_wait_for_its_subject,
             events::with_many_sites_a_change_for_one_is_read_by_one,
+            events::an_event_keeps_what_its_subject_was_like,
             lists::a_list_continues_after_any_row,
             lists::a_reader_that_follows_a_cursor_misses_none_of_many_simultaneous_changes,
             sites::a_token_can_be_used_once_and_expires,

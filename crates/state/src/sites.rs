@@ -153,6 +153,7 @@ pub trait Sites: Send + Sync {
     async fn site_seen(
         &self,
         site: &SiteName,
+        online: bool,
         at_ms: i64,
         version: Option<&str>,
     ) -> Result<(), Fault>;

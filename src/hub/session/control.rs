@@ -191,7 +191,8 @@ impl Sessions {
                     tracing::error!(error = %fault, "the settings that a site reported could not be stored; retrying");
                     unstored.lock().hello = Some((share, train));
                 }
-                self.note_seen(site, clock::now_ms(), Some(&version)).await;
+                self.note_seen(site, true, clock::now_ms(), Some(&version))
+                    .await;
             }
             FromSite::Report(reports) => {
                 if !self.take_reports(site, peer, reports).await.is_empty() {

@@ -20,7 +20,7 @@ pub(crate) async fn what_was_heard_of_sites_is_stored_and_is_no_event(catalogue:
             .unwrap()
             .seen_ms
     };
-    catalogue.site_seen(&site, 2_000, None).await.unwrap();
+    catalogue.site_seen(&site, true, 2_000, None).await.unwrap();
     let cursor = catalogue.cursor().await.unwrap();
     let unknown = "east".parse().unwrap();
     let heard = [(site.clone(), 3_000), (unknown, 3_000)];
@@ -76,7 +76,7 @@ pub(crate) async fn a_token_can_be_used_once_and_expires(catalogue: Catalogue) {
             .contains("used")
     );
     catalogue
-        .site_seen(&name, base::clock::now_ms() + 1, None)
+        .site_seen(&name, true, base::clock::now_ms() + 1, None)
         .await
         .unwrap();
     assert!(

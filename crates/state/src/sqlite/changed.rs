@@ -163,7 +163,7 @@ async fn put(
     .map_err(fault)?;
     let new = done.rows_affected() > 0;
     if new {
-        write.note("artifact", name, Subject::Artifacts).await?;
+        write.note_artifact(name).await?;
     }
     Ok(new)
 }

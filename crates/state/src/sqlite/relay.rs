@@ -149,7 +149,7 @@ impl Relay for Sqlite {
             .execute(write.db())
             .await
             .map_err(fault)?;
-        write.note("artifact", &name, Subject::Artifacts).await?;
+        write.note_artifact(&name).await?;
         write.commit().await
     }
 

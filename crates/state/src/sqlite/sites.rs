@@ -13,6 +13,7 @@ use transport::identity::Claim;
 
 use super::{Sqlite, fault, json, malformed};
 use crate::engine::{Listed, See};
+use crate::events::SiteState;
 use crate::sites::{AllowLists, PUBLISHER, SITE, SiteRow, Sites, TokenRow};
 use crate::wake::Subject;
 
@@ -205,7 +206,13 @@ impl Sites for Sqlite {
                 .execute(write.db())
                 .await
                 .map_err(fault)?;
-                write.note("site", name, Subject::Other).await?;
+                let state = SiteState {
+                    online: false,
+                    seen_ms: None,
+                    version: None,
+                };
+                let state = json("a site", &state)?;
+                write.note("site", name, state, Subject::Other).await?;
             }
             Peer::Publisher(_) | Peer::Hub(_) => {
                 sqlx::query(
@@ -241,19 +248,26 @@ impl Sites for Sqlite {
     async fn site_seen(
         &self,
         site: &SiteName,
+        online: bool,
         at_ms: i64,
         version: Option<&str>,
     ) -> Result<(), Fault> {
         let mut write = self.begin().await?;
-        sqlx::query(
-            "UPDATE site SET seen_ms = $1, version = COALESCE($2, version) WHERE name = $3",
+        let version: Option<(Option<String>,)> = sqlx::query_as(
+            "UPDATE site SET seen_ms = $1, version = COALESCE($2, version) WHERE name = $3 RETURNING version",
         )
         .bind(at_ms)
         .bind(version)
         .bind(site.as_str())
-        .execute(write.db())
+        .fetch_optional(write.db())
         .await
         .map_err(fault)?;
+        let state = SiteState {
+            online,
+            seen_ms: Some(at_ms),
+            version: version.and_then(|(version,)| version),
+        };
+        let state = json("a site", &state)?;
         // Each transfer gets its own number, so that a page of changes can end after any of them.
         // The event has the number of the last one.
         let (open,): (i64,) =
@@ -277,7 +291,7 @@ impl Sites for Sqlite {
         .map_err(fault)?;
         // The work of the site does not change.
         write
-            .note_as(last, "site", site.as_str(), Subject::Other)
+            .note_as(last, "site", site.as_str(), state, Subject::Other)
             .await?;
         write.commit().await
     }
