@@ -14,6 +14,7 @@ use crate::api::{Backend, RunToken, View, worker_page};
 use crate::delivery::Whole;
 use crate::label_export::LabelExport;
 use crate::serve::wrong_role;
+use base::blocking::blocking_at;
 use base::fault::{Code, Fault};
 use base::limits::{API_PAGE_BYTES, ROOM_AWAITED_MAX};
 use base::names::{ArtifactRef, DeliveryId, RunName, WorkId};

@@ -12,7 +12,6 @@ use sink::StorageLocation;
 
 use super::{Sqlite, Write, fault, malformed};
 use crate::changed::{InPlace, PublishedInPlace};
-use crate::wake::Subject;
 
 const TABLE: &str = "artifact";
 

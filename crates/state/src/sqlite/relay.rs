@@ -8,7 +8,6 @@ use content::manifest::Digest;
 
 use super::{Sqlite, digest_of, fault, json, malformed};
 use crate::relay::{Relay, RelayedArtifact, ShareTerms};
-use crate::wake::Subject;
 
 const TABLE: &str = "artifact";
 
