@@ -19,6 +19,7 @@ use base::durable;
 use base::fault::Fault;
 use base::limits::{
     CONFIG_BYTES_MAX, MEMORY_BUDGET_BYTES, MEMORY_BUDGET_BYTES_MIN, MEMORY_BUDGET_CGROUP_PART,
+    UNPACKED_BYTES_MAX,
 };
 use base::names::SiteName;
 pub use base::secrets::read_secret;
@@ -185,6 +186,8 @@ pub struct Registry {
     /// Additional hosts that may receive the password, if the registry names them as its token
     /// service.
     pub realm_hosts: Vec<String>,
+    /// Accepts any certificate, and a registry without TLS.
+    pub insecure: bool,
 }
 
 /// `[share]`
@@ -236,11 +239,16 @@ pub struct Limits {
     /// The memory for bytes in flight of all transfers (`256MiB`).
     #[serde(deserialize_with = "size")]
     pub memory: u64,
+    /// The bytes that a layer or an archive of an image may have after decompression, whatever the
+    /// ratio (`64GiB`).
+    #[serde(deserialize_with = "size")]
+    pub image_unpacked: u64,
 }
 
 impl Default for Limits {
     fn default() -> Self {
         Self {
+            image_unpacked: UNPACKED_BYTES_MAX,
             memory: default_memory(cgroup::memory_limit_bytes()),
         }
     }
@@ -400,6 +408,7 @@ impl Config {
             password_file: None,
             ca_file: None,
             realm_hosts: Vec::new(),
+            insecure: false,
             create_project: false,
         };
         self.sink.images.clone().unwrap_or_else(default)

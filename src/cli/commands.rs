@@ -98,10 +98,15 @@ pub(super) async fn publish(global: &Global, publish: Publish) -> Result<(), Fau
         encoding: publish.encoding.clone(),
         klarf_scale: publish.klarf_scale.clone(),
         columns: publish.columns.iter().cloned().collect(),
+        platforms: publish.platforms.clone(),
+        compress: publish.compress,
         strict: publish.strict,
         accept_omitted: publish.accept_omitted.iter().copied().collect(),
         username: publish.username.clone(),
         password_file: publish.password_file.as_deref().map(absolute).transpose()?,
+        ca_file: publish.ca_file.as_deref().map(absolute).transpose()?,
+        realm_hosts: publish.realm_hosts.clone(),
+        insecure: publish.insecure,
     };
     if let Some(hub) = publish.hub.clone() {
         return Box::pin(remote::publish(global, publish, hub, options)).await;

@@ -235,6 +235,7 @@ impl Rules<'_> {
                 "password_file",
                 "ca_file",
                 "realm_hosts",
+                "insecure",
                 "create_project",
             ] {
                 self.absent(

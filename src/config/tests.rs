@@ -307,7 +307,7 @@ fn registries_to_publish_from_are_named_by_host() {
         let good = parse(
             &registry(
                 "h:5000",
-                "username = \"u\"\npassword_file = \"/s\"\nrealm_hosts = [\"t:1\"]",
+                "username = \"u\"\npassword_file = \"/s\"\nrealm_hosts = [\"t:1\"]\ninsecure = true",
             ),
             "x",
         )

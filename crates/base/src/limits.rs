@@ -170,9 +170,10 @@ pub const ARCHIVE_MEMBERS_MAX: usize = 65_536;
 pub const ARCHIVE_NAMES_BYTES_MAX: usize = 16 << 20;
 /// The largest extended header (a long name) in an archive, in bytes.
 pub const ARCHIVE_HEADER_BYTES_MAX: u64 = 64 << 10;
-/// Decompression stops as a decompression bomb after this many output bytes, if the ratio is also
-/// exceeded.
-pub const BOMB_BYTES: u64 = 1 << 30;
+/// Decompression of a layer or an archive stops as a decompression bomb after this many output
+/// bytes, if the ratio is also exceeded. The default of `[limits] image_unpacked`: hashing them takes
+/// minutes.
+pub const UNPACKED_BYTES_MAX: u64 = 64 << 30;
 /// The ratio of output to input for the bomb check. Real layers reach 20; gzip cannot exceed 1,032;
 /// zstd has no limit.
 pub const BOMB_RATIO: u64 = 256;

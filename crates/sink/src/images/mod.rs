@@ -64,6 +64,7 @@ fn top_of(info: &ImageInfo) -> Result<Descriptor, Fault> {
         digest,
         size: info.size,
         urls: None,
+        platform: None,
     })
 }
 

@@ -28,7 +28,7 @@ use base::names::{ArtifactRef, RelPath};
 use content::manifest::FileInfo;
 use registry::image::{Descriptor, Sha256, Tree, walk};
 use registry::reference::check_repository;
-use registry::{Credentials, Deleted, Error, LocalBlob, Origin, Registry};
+use registry::{Access, Credentials, Deleted, Error, LocalBlob, Origin, Registry, Settings};
 use tag::Tag;
 
 /// Writes images to a registry.
@@ -68,7 +68,13 @@ impl RegistrySink {
         let credentials =
             Credentials::from_config(cfg.username.as_deref(), cfg.password_file.as_ref())?
                 .map(|credentials| credentials.with_realm_hosts(&cfg.realm_hosts));
-        let registry = Registry::new(origin, credentials, cfg.ca_file.as_deref())?;
+        let access = Access {
+            credentials,
+            ca_file: cfg.ca_file.clone(),
+            insecure: cfg.insecure,
+            settings: Settings::Sink,
+        };
+        let registry = Registry::open(origin, access)?;
         durable::create_dir_all(&staging_root)?;
         Ok(Self {
             registry,

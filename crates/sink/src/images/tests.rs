@@ -64,6 +64,7 @@ fn sink_config(url: &str, dir: &Path) -> settings::ImagesSink {
         password_file: Some(file),
         ca_file: None,
         realm_hosts: Vec::new(),
+        insecure: false,
         create_project: false,
     }
 }
