@@ -65,6 +65,9 @@ pub struct Config {
     /// sites.
     #[serde(default)]
     pub share: Share,
+    /// How often delivered files are read again (sites only).
+    #[serde(default)]
+    pub scrub: Scrub,
     /// The cache for bytes between sites (hub only).
     #[serde(default)]
     pub relay: Relay,
@@ -207,6 +210,29 @@ impl Default for Share {
         Self {
             allow: None,
             check_every: Duration::from_secs(300),
+        }
+    }
+}
+
+/// `[scrub]`
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Scrub {
+    /// The time within which each delivered file is read again and compared with its hash. For this
+    /// long a delivery also uses a file again without hashing it, if nobody touched it. `0s`: neither.
+    #[serde(deserialize_with = "duration")]
+    pub every: Duration,
+    /// Bytes per second that are read for this; 0: none. A file that was last read longer ago is then
+    /// hashed when a delivery uses it again.
+    #[serde(deserialize_with = "size")]
+    pub rate: u64,
+}
+
+impl Default for Scrub {
+    fn default() -> Self {
+        Self {
+            every: Duration::from_secs(7 * 86_400),
+            rate: 16 << 20,
         }
     }
 }

@@ -77,6 +77,10 @@ impl Rules<'_> {
             "share.check_every",
             "only a site has it; sites publish in place",
         )?;
+        self.absent(
+            "scrub",
+            "only a site has it; a hub verifies its store by 'packhorse verify'",
+        )?;
         self.absent("sink", "only a site has it; artifacts land at sites")
     }
 

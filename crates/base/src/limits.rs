@@ -449,6 +449,9 @@ pub const CONNECTION_SEND_BYTES_LEAST: u64 = 256 << 10;
 /// The bytes that a connection buffers for sending if there are few connections. A larger
 /// congestion window increases this.
 pub const CONNECTION_SEND_BYTES_MIN: u64 = 8 << 20;
+/// What an idle connection of a site takes at the hub besides its buffers: QUIC and TLS, tasks, and
+/// the state of the session. The send buffers get less memory by this.
+pub const CONNECTION_STATE_BYTES: u64 = 60 << 10;
 /// How often the send buffers are adjusted to the bandwidth and the number of connections.
 pub const CONNECTION_FIT_EVERY: Duration = Duration::from_millis(500);
 /// The largest send buffer of a connection.
@@ -636,7 +639,9 @@ pub const XATTR_NAMES_BYTES_MAX: usize = 64 << 10;
 pub const RUN_JOBS_KEPT_MAX: usize = 256;
 /// The redirects of a registry that are followed for one request.
 pub const REGISTRY_REDIRECTS_MAX: usize = 10;
-/// The chunks in one report of a failed transfer that the hub reads again.
+/// The chunks that the hub reads again because a site refused them: those that one report of a failed
+/// transfer names, and those of one range of a request. A site requests at most this many refused
+/// chunks of a transfer again.
 pub const REFUSED_CHUNKS_MAX: usize = 16;
 /// The paths of directories that the links of one artifact leave by `..`, and of those links, in
 /// bytes.

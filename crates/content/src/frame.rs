@@ -14,10 +14,12 @@
 //!     52     …  stored bytes
 //! ```
 //!
-//! The XXH3 checksum detects a flipped bit on a disk at a tenth of the cost of BLAKE3. A daemon
-//! checks it whenever it reads a frame to send it. Only [`Frame::verify`] converts stored bytes to
-//! raw bytes: it decodes them and compares the id, the raw length and the BLAKE3. It rejects a
-//! frame if any field differs from what the stored bytes decode to.
+//! The XXH3 checksum detects a flipped bit on a disk at a tenth of the cost of BLAKE3. It is checked
+//! where no receiver verifies the frame: in a bundle, in a collection, and in the tail of a pack
+//! after a crash. A frame that is sent to a peer is not summed, because the peer verifies it. Only
+//! [`Frame::verify`] converts stored bytes to raw bytes: it decodes them and compares the id, the
+//! raw length and the BLAKE3. It rejects a frame if any field differs from what the stored bytes
+//! decode to.
 
 mod byte_stream_split;
 

@@ -5,6 +5,7 @@
 //! receives an unverified byte. Every call is idempotent: after a crash the engine repeats it.
 //! `stage` owns the staging directory; transfers and the site call this crate.
 
+pub mod file_state;
 pub mod files;
 pub mod heartbeat;
 pub mod images;

@@ -17,6 +17,7 @@ use cap_std::fs::{Dir, DirBuilder, OpenOptions, OpenOptionsExt, Permissions, Per
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, mkdirat, openat, statat};
 use rustix::io::Errno;
 
+use crate::file_state::FileState;
 use base::durable;
 use base::fault::{Fault, IoContext};
 use base::limits::{STATE_INODES_SPARE, STATE_ROOM_BYTES_MIN};
@@ -269,7 +270,12 @@ impl Stage {
 
     /// The size of a regular file; `None` if there is none.
     pub fn size(&self, path: &RelPath) -> Result<Option<u64>, Fault> {
-        Ok(self.stat(path)?.map(|stat| stat.st_size as u64))
+        Ok(self.file_state(path)?.map(|state| state.len))
+    }
+
+    /// The state of a regular file; `None` if there is none.
+    pub fn file_state(&self, path: &RelPath) -> Result<Option<FileState>, Fault> {
+        Ok(self.stat(path)?.map(|stat| FileState::of_stat(&stat)))
     }
 
     /// Whether an entry of this name exists, including a dangling link.

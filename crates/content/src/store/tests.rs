@@ -1,12 +1,13 @@
 use std::collections::HashSet;
 use std::io::Write;
+use std::os::unix::fs::FileExt;
 use std::sync::atomic::Ordering;
 
 use bytes::Bytes;
 
 use super::*;
 use crate::chunk::ShortHash;
-use crate::frame::{Frame, Verified};
+use crate::frame::{Frame, Header, Verified};
 use crate::manifest::ChunkRef;
 use base::fault::Code;
 
@@ -201,6 +202,52 @@ fn damage_is_detected_and_never_returned() {
     let file = std::fs::File::options().write(true).open(&pack).unwrap();
     file.set_len(12_000).unwrap();
     assert_eq!(store.read(chunks[2].id).unwrap_err().code, Code::Integrity);
+}
+
+#[test]
+fn the_receiver_finds_damage_in_what_is_read_to_send_and_recheck_removes_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path()).unwrap();
+    let chunks = fill(&store, 0..3);
+    store.flush().unwrap();
+    let listed: Vec<ChunkRef> = chunks
+        .iter()
+        .map(|chunk| ChunkRef {
+            id: chunk.id,
+            len: chunk.bytes.len() as u32,
+        })
+        .collect();
+    let pack = dir.path().join("packs/00000001.pack");
+    let file = std::fs::File::options()
+        .read(true)
+        .write(true)
+        .open(&pack)
+        .unwrap();
+    let flip = |at: u64| {
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, at).unwrap();
+        file.write_all_at(&[byte[0] ^ 1], at).unwrap();
+    };
+    let of_second = 15_000;
+    flip(of_second);
+    let mut sent = store.read_to_send(&listed).unwrap().concat();
+    let mut refused = Vec::new();
+    for chunk in &listed {
+        let header = Header::parse(sent.first_chunk().unwrap()).unwrap();
+        let rest = sent.split_off(header.frame_len());
+        let frame = Frame::from_line(header, std::mem::replace(&mut sent, rest).into()).unwrap();
+        refused.extend(frame.verify(chunk.id, chunk.len).err().map(|_| chunk.id));
+    }
+    assert_eq!(refused, [chunks[1].id]);
+    assert!(store.has(chunks[1].id).unwrap(), "nobody has read it");
+    let ids: Vec<Hash> = listed.iter().map(|chunk| chunk.id).collect();
+    assert_eq!(store.recheck(&ids).unwrap(), 1);
+    assert_eq!(store.has_many(&ids).unwrap(), [true, false, true]);
+    // A damaged header is found before anything is sent.
+    flip(8);
+    let fault = store.read_to_send(&listed[..1]).unwrap_err();
+    assert_eq!(fault.code, Code::Integrity, "{fault}");
+    assert!(!store.has(chunks[0].id).unwrap());
 }
 
 #[test]

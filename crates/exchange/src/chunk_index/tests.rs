@@ -30,6 +30,7 @@ fn a_commit_survives_and_a_removed_place_is_forgotten() {
         chunks: vec![(Hash([3; 32]), at)],
         entries: vec![(7, "a/b".parse().unwrap(), file)],
         ordinals: vec![0, 70_000, 199_999],
+        ..Commit::default()
     };
     index.commit(place, &journal, &mut commit).unwrap();
     drop(index);

@@ -30,6 +30,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::sync_channel;
+use std::time::Duration;
 
 use futures::{StreamExt, stream};
 use parking_lot::{Mutex, RwLock};
@@ -37,11 +38,11 @@ use tokio::sync::{OwnedMutexGuard, OwnedSemaphorePermit, Semaphore, mpsc, onesho
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use crate::chunk_index::{At, ChunkIndex, Commit, Journal, Reader};
+use crate::chunk_index::{At, ChunkIndex, Commit, FileKey, Intact, Journal, Reader};
 use crate::fetch::{self, Fetcher};
 use base::blocking::blocking;
 use base::buffers::Buffers;
-use base::fault::{Fault, Reason};
+use base::fault::{Code, Fault, Reason};
 use base::limits::{
     FETCH_FAR_FROM, FETCH_IN_FLIGHT_FAR_MAX, FETCH_IN_FLIGHT_MAX, SINK_STOP_MAX,
     UNCOMMITTED_BYTES_AFTER_FAILURE_MAX, UNCOMMITTED_BYTES_FAR_MAX, UNCOMMITTED_BYTES_MAX,
@@ -114,6 +115,9 @@ pub struct Counters {
     /// fetched. The index keeps them, because a NAS or a registry that is away for a time loses no
     /// content.
     unreadable: Mutex<HashSet<u32>>,
+    /// Chunks that did not verify when they arrived. Each is requested again once, and the sender
+    /// then verifies its own copy.
+    refused: Mutex<HashSet<Hash>>,
 }
 
 /// The components that all assemblies of a daemon share.
@@ -127,6 +131,8 @@ pub struct AssemblyContext {
     pub memory: Arc<Memory>,
     /// The sink that reads blobs of the registry.
     pub images: Arc<dyn Sink>,
+    /// How long a file of this site that nobody touched is taken over without hashing it.
+    pub trusted_for: Duration,
 }
 
 /// One artifact being assembled.
@@ -192,8 +198,10 @@ struct Local {
     path: PathBuf,
     /// Whether a hard link of it is safe: nobody else writes to it.
     link: bool,
-    /// The number of its storage location.
-    location: u32,
+    /// The number of its storage location, and its entry there.
+    key: FileKey,
+    /// Its record, if nobody else writes to it.
+    intact: Option<Intact>,
 }
 
 /// The resources of a batch until its last chunk is committed.
@@ -222,6 +230,8 @@ struct Done {
     synced: bool,
     /// Of the bytes that a kill may lose; none for local content.
     uncommitted: Option<Arc<OwnedSemaphorePermit>>,
+    /// The file at this site that was taken over as a whole, and its new record.
+    taken_over: Option<(FileKey, Intact)>,
 }
 
 impl Assembly {
@@ -511,11 +521,22 @@ async fn fetch_batch(
     jobs: &mpsc::Sender<Job>,
     buffers: &Buffers,
 ) -> Result<(), Fault> {
+    let again = match batch.wants.first() {
+        Some(Wanted::Refused { .. }) => batch.items.first().map(|item| item.chunk.id),
+        _ => None,
+    };
+    let explained = |fault: Fault| match again.filter(|_| fault.code == Code::Integrity) {
+        Some(chunk) => fault.context(format_args!(
+            "chunk {chunk} did not match its hash when it arrived and was requested again"
+        )),
+        None => fault,
+    };
     let mut frames = fetcher.ask(batch.wants, priority).await?;
     let mut items = batch.items.into_iter();
     while items.len() > 0 {
         // One message for many chunks: waking another thread costs as much as writing one chunk.
-        let some = frames.some(items.len(), JOB_BYTES, buffers).await?;
+        let some = frames.some(items.len(), JOB_BYTES, buffers).await;
+        let some = some.map_err(explained)?;
         let together = items.by_ref().take(some.len()).zip(some).collect();
         let job = Job::Write {
             frames: together,

@@ -18,6 +18,7 @@ mod finalize;
 mod memory;
 mod progress_rate;
 mod pushed_manifest;
+mod scrub;
 mod slots;
 mod task;
 #[cfg(test)]
@@ -50,6 +51,7 @@ use transport::identity::SiteIdentity;
 
 pub use assemble::{Assembly, AssemblyContext, Counters, Estimate, free_room};
 pub use memory::Memory;
+pub use scrub::{Scrub, Scrubbed};
 use slots::Slots;
 use unwritten::Unwritten;
 pub use verify::{VerifyReport, beside, verify};

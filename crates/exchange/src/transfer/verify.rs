@@ -138,24 +138,28 @@ pub async fn verify(
 
 /// The current location of an artifact: the root of its sink may have changed since it was
 /// delivered.
-fn place_now(sink: &dyn Sink, incoming: &Incoming, place: &StorageLocation) -> StorageLocation {
+pub(super) fn place_now(
+    sink: &dyn Sink,
+    incoming: &Incoming,
+    place: &StorageLocation,
+) -> StorageLocation {
     sink.place_of(&incoming.artifact)
         .unwrap_or_else(|| place.clone())
 }
 
 /// Problems of an artifact's files.
 #[derive(Default)]
-struct FileProblems {
+pub(super) struct FileProblems {
     /// Missing or damaged files.
-    faults: Vec<String>,
+    pub(super) faults: Vec<String>,
     /// Files that the disk cannot read. They are damaged if the disk works otherwise.
-    unread: Vec<String>,
+    pub(super) unread: Vec<String>,
 }
 
 impl FileProblems {
     /// Records an error of a stat or a read. Returns the error if it says nothing about the
     /// artifact.
-    fn error(&mut self, path: &Path, error: &io::Error) -> Result<(), Fault> {
+    pub(super) fn error(&mut self, path: &Path, error: &io::Error) -> Result<(), Fault> {
         use rustix::io::Errno;
         let line = || format!("{}: read: {error}", path.display());
         match Errno::from_io_error(error) {

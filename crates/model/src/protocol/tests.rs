@@ -152,6 +152,13 @@ fn fetch_requests() {
             }],
             format!("0104 01 0101 {two} 0304"),
         ),
+        (
+            vec![Wanted::Refused {
+                page: Hash([2; 32]),
+                ranges: vec![(7, 1)],
+            }],
+            format!("0105 {two} 01 0701"),
+        ),
     ];
     for (wants, hex) in cases {
         let bytes = request(wants.clone()).to_bytes().unwrap();

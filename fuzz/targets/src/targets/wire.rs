@@ -240,6 +240,10 @@ pub(super) const FETCH_REQUEST: Target = Target {
                 page: Hash([2; 32]),
                 ranges: vec![(7, 1), (9, 100)],
             }],
+            vec![Wanted::Refused {
+                page: Hash([2; 32]),
+                ranges: vec![(7, 1)],
+            }],
             vec![
                 Wanted::Delta {
                     ranges: vec![(1, 1)],
@@ -259,7 +263,7 @@ pub(super) const FETCH_REQUEST: Target = Target {
             .filter_map(|wants| request(wants).to_bytes().ok())
             .collect()
     },
-    words: &["\u{0}", "\u{1}", "\u{2}", "\u{3}", "\u{4}"],
+    words: &["\u{0}", "\u{1}", "\u{2}", "\u{3}", "\u{4}", "\u{5}"],
     short: 4000,
 };
 
@@ -276,6 +280,7 @@ fn fetch_request(input: &[u8]) {
         Wanted::Root | Wanted::RootAndPages(_) => &[][..],
         Wanted::TopPages(ranges)
         | Wanted::Children { ranges, .. }
+        | Wanted::Refused { ranges, .. }
         | Wanted::Delta { ranges, .. } => ranges,
     });
     let pieces: u64 = ranges.map(|(_, count)| u64::from(*count)).sum();

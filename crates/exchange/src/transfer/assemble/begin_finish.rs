@@ -9,9 +9,10 @@ use std::sync::atomic::Ordering;
 
 use parking_lot::RwLock;
 
-use super::{Assembly, INODES_SPARE, ROWS_TOGETHER, SPARE_BYTES, SYNC_ALL_FROM, names};
-use crate::chunk_index::{At, Commit, Journal, LocationInfo};
+use super::{Assembly, INODES_SPARE, LOOK_UP, ROWS_TOGETHER, SPARE_BYTES, SYNC_ALL_FROM, names};
+use crate::chunk_index::{At, ChunkIndex, Commit, FileKey, Intact, Journal, LocationInfo};
 use crate::transfer::stopped;
+use base::clock;
 use base::durable;
 use base::fault::{Fault, Retry};
 use base::names::RelPath;
@@ -19,6 +20,7 @@ use base::private::umask;
 use content::chunk::Hash;
 use content::manifest::{EntryBody, FileInfo, KindInfo, Step};
 use sink::StorageLocation;
+use sink::file_state::FileState;
 use sink::stage::{FILE_MODE, Stage};
 
 /// What the sink holds.
@@ -373,6 +375,7 @@ impl Assembly {
     pub(super) fn finish(&self, stage: &Stage, held: &HeldBySink) -> Result<(), Fault> {
         let mut dirs: Vec<(RelPath, u32)> = Vec::new();
         let mut loose: Vec<RelPath> = Vec::new();
+        let mut records = Records::of(self);
         // The umask may have removed permissions that the artifact has.
         let masked = umask() & FILE_MODE != 0;
         for step in self.walk() {
@@ -390,7 +393,8 @@ impl Assembly {
                     if file.size == 0 && stage.size(&entry.path)? != Some(0) {
                         stage.write_file(&entry.path, b"")?;
                     }
-                    if stage.size(&entry.path)? != Some(file.size) {
+                    let state = stage.file_state(&entry.path)?;
+                    let Some(mut state) = state.filter(|state| state.len == file.size) else {
                         // The staging folder was changed from outside: the journal is not reliable.
                         if let Some(place) =
                             self.shared.chunk_index.staged_by(&self.incoming.transfer)
@@ -405,12 +409,14 @@ impl Assembly {
                         .with_next(
                             "no action is needed: the content is fetched again automatically",
                         ));
-                    }
+                    };
                     // On a mount with fixed modes nothing changes.
                     let sets_mode = (masked || entry.mode != FILE_MODE) && !stage.has_fixed_modes();
                     if sets_mode {
                         stage.set_mode(&entry.path, entry.mode)?;
+                        state = stage.file_state(&entry.path)?.unwrap_or(state);
                     }
+                    records.add(number, state);
                     if file.size == 0 || sets_mode {
                         if !stage.syncs_filesystem() {
                             stage.sync_file(&entry.path)?;
@@ -421,6 +427,7 @@ impl Assembly {
                 }
             }
         }
+        records.end();
         let all = stage.syncs_filesystem() && dirs.len() + loose.len() >= SYNC_ALL_FROM;
         if !all {
             loose.iter().try_for_each(|path| stage.sync_file(path))?;
@@ -438,5 +445,82 @@ impl Assembly {
         } else {
             stage.sync_dir(None)
         }
+    }
+}
+
+/// Records the files of an artifact as intact at the end of its assembly, when all of them are
+/// verified, synced and have their final modes.
+struct Records<'a> {
+    chunk_index: &'a ChunkIndex,
+    /// The location; `None`: nothing is recorded.
+    place: Option<u32>,
+    now_ms: i64,
+    pending: Vec<(FileKey, FileState)>,
+    rows: Vec<(FileKey, Option<Intact>)>,
+}
+
+impl<'a> Records<'a> {
+    fn of(assembly: &'a Assembly) -> Self {
+        let chunk_index = &assembly.shared.chunk_index;
+        let incoming = &assembly.incoming;
+        let is_used = incoming.artifact.kind.is_files() && !assembly.shared.trusted_for.is_zero();
+        let place = is_used.then(|| chunk_index.staged_by(&incoming.transfer));
+        Self {
+            chunk_index,
+            place: place.flatten(),
+            now_ms: clock::now_ms(),
+            pending: Vec::new(),
+            rows: Vec::new(),
+        }
+    }
+
+    fn add(&mut self, number: u64, state: FileState) {
+        let Some(place) = self.place else { return };
+        self.pending.push(((place, number), state));
+        if self.pending.len() >= LOOK_UP {
+            let looked_up = self.look_up();
+            self.note(looked_up);
+        }
+        if self.rows.len() >= ROWS_TOGETHER {
+            let written = self.write();
+            self.note(written);
+        }
+    }
+
+    /// A delivery does not fail because its files must be hashed when they are used again.
+    fn note(&mut self, done: Result<(), Fault>) {
+        if let Err(fault) = done {
+            tracing::warn!(error = %fault, "delivered files could not be recorded as intact; they are hashed when they are used again");
+            self.place = None;
+            self.pending.clear();
+            self.rows.clear();
+        }
+    }
+
+    /// Compares with the records of files that were taken over: their content was verified earlier.
+    fn look_up(&mut self) -> Result<(), Fault> {
+        let keys: Vec<FileKey> = self.pending.iter().map(|(key, _)| *key).collect();
+        let known = self.chunk_index.intact(&keys)?;
+        for ((key, state), known) in self.pending.drain(..).zip(known) {
+            let checked_ms = known.map_or(self.now_ms, |known| known.checked_ms);
+            let now = state
+                .is_settled(self.now_ms)
+                .then_some(Intact { state, checked_ms });
+            if now != known {
+                self.rows.push((key, now));
+            }
+        }
+        Ok(())
+    }
+
+    fn write(&mut self) -> Result<(), Fault> {
+        let written = self.chunk_index.note_intact(&self.rows);
+        self.rows.clear();
+        written
+    }
+
+    fn end(mut self) {
+        let ended = self.look_up().and_then(|()| self.write());
+        self.note(ended);
     }
 }

@@ -115,10 +115,15 @@ impl Assembly {
             };
             if matches!(info.place, StorageLocation::Folder { .. }) {
                 wanted.push((at.place, at.entry));
-                of.push((number, file, info, at.place));
+                of.push((number, file, info));
             }
         }
-        for ((number, file, info, location), there) in of.into_iter().zip(places.entries(&wanted)?)
+        let known = places.intact(&wanted)?.into_iter();
+        for ((((number, file, info), key), there), intact) in of
+            .into_iter()
+            .zip(&wanted)
+            .zip(places.entries(&wanted)?)
+            .zip(known)
         {
             let (StorageLocation::Folder { path }, Some((rel, _))) =
                 (&info.place, there.filter(|(_, there)| *there == file))
@@ -129,7 +134,8 @@ impl Assembly {
             out[number] = Some(Local {
                 path: rel.in_dir(path),
                 link,
-                location,
+                key: *key,
+                intact: intact.filter(|_| link),
             });
         }
         Ok(out)

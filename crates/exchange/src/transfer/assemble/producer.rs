@@ -240,6 +240,15 @@ impl Producer {
         if !self.asked.insert(item.chunk.id) {
             return Ok(()); // it is fetched once; the next pass finds it here
         }
+        if self
+            .assembly
+            .counters
+            .refused
+            .lock()
+            .contains(&item.chunk.id)
+        {
+            return self.ask_again(item);
+        }
         match self.batch.wants.last_mut() {
             Some(Wanted::Children { page, ranges }) if *page == item.spot.page => {
                 let mut runs = Ranges(std::mem::take(ranges));
@@ -259,6 +268,20 @@ impl Producer {
         } else {
             Ok(())
         }
+    }
+
+    /// Requests a chunk that was refused, by itself: a sender that does not know such a request
+    /// refuses all of it.
+    fn ask_again(&mut self, item: Item) -> Result<(), Ended> {
+        let batch = Batch {
+            wants: vec![Wanted::Refused {
+                page: item.spot.page,
+                ranges: vec![(item.spot.index, 1)],
+            }],
+            bytes: u64::from(item.chunk.len),
+            items: vec![item],
+        };
+        self.batches.blocking_send(batch).map_err(|_| Ended)
     }
 
     fn send_batch(&mut self) -> Result<(), Ended> {

@@ -13,13 +13,16 @@ use parking_lot::Mutex;
 use tokio::sync::mpsc;
 
 use super::{AssemblyContext, Counters, Dest, Done, Failure, Item, Job, Local, Whole};
-use crate::chunk_index::{At, Reader};
+use crate::chunk_index::{At, Intact, Reader};
+use base::clock;
 use base::durable;
 use base::durable::write_parts;
 use base::fault::{Code, Fault, IoContext};
+use base::limits::REFUSED_CHUNKS_MAX;
 use content::chunk::Hash;
-use content::frame::{Frame, Verified};
+use content::frame::{Frame, FrameError, Verified};
 use content::manifest::{ChunkPosition, ChunkRef};
+use sink::file_state::FileState;
 use sink::stage::{self, Stage};
 
 /// Bytes of a file that are read at once to be hashed.
@@ -78,6 +81,7 @@ impl Worker {
         for (item, frame) in frames {
             let chunk = match frame.verify(item.chunk.id, item.chunk.len) {
                 Ok(chunk) => chunk,
+                Err(fault) if self.request_again(&fault, item.chunk.id) => continue,
                 Err(fault) => {
                     tries.failed(fault.into());
                     break;
@@ -92,6 +96,19 @@ impl Worker {
         }
         let _ = tries.note(self.end_run(run, done));
         tries.end()
+    }
+
+    /// Whether a chunk that did not verify is requested again by the next pass: the first time, and
+    /// only for a few chunks of a transfer.
+    fn request_again(&self, fault: &FrameError, chunk: Hash) -> bool {
+        let mut refused = self.counters.refused.lock();
+        let again = matches!(fault, FrameError::Mismatch { .. })
+            && refused.len() < REFUSED_CHUNKS_MAX
+            && refused.insert(chunk);
+        if again {
+            tracing::warn!(%chunk, error = %fault, "a received chunk is refused; it is requested again, and the sender checks its copy");
+        }
+        again
     }
 
     /// Copies local chunks.
@@ -138,8 +155,8 @@ impl Worker {
     ) -> Result<(), Fault> {
         use stage::Sharing;
         match self.share(&dest, from) {
-            Ok(Sharing::Not) => self.copy_whole(&dest, &chunks, from, done),
-            Ok(how) => {
+            Ok((Sharing::Not, _)) => self.copy_whole(&dest, &chunks, from, done),
+            Ok((how, intact)) => {
                 self.counters
                     .reused
                     .fetch_add(dest.file.size, Ordering::Relaxed);
@@ -154,6 +171,7 @@ impl Worker {
                     written,
                     synced,
                     uncommitted: None,
+                    taken_over: intact.map(|intact| (from.key, intact)),
                 });
                 Ok(())
             }
@@ -161,7 +179,7 @@ impl Worker {
             Err(fault) => {
                 self.stage.remove_file(&dest.path)?;
                 chunks.first().map_or(Ok(()), |first| {
-                    self.fetch_instead(first.0, from.location, &fault)
+                    self.fetch_instead(first.0, from.key.0, &fault)
                 })
             }
         }
@@ -276,6 +294,7 @@ impl Worker {
             written: true,
             synced: false,
             uncommitted: None,
+            taken_over: None,
         });
         Ok(())
     }
@@ -285,19 +304,49 @@ impl Worker {
         self.counters.damaged.lock().insert(dest.number);
     }
 
-    /// Shares a local file as the staged file, and verifies all its bytes.
-    fn share(&mut self, dest: &Dest, from: &Local) -> Result<stage::Sharing, Fault> {
+    /// Shares a local file as the staged file, and verifies all its bytes, unless they were verified
+    /// and nobody touched the file since. Returns the new record of the local file.
+    fn share(
+        &mut self,
+        dest: &Dest,
+        from: &Local,
+    ) -> Result<(stage::Sharing, Option<Intact>), Fault> {
         let Local {
-            path: from, link, ..
+            path: from,
+            link,
+            intact,
+            ..
         } = from;
         let file = durable::open_regular_nofollow(from).at(from.display())?;
-        if file.metadata().at(from.display())?.len() != dest.file.size {
+        let state = || Ok::<_, Fault>(FileState::of(&file.metadata().at(from.display())?));
+        let before = state()?;
+        if before.len != dest.file.size {
             return Err(Fault::integrity("the size differs from the recorded size"));
         }
         if *link {
             // Nobody else writes to it, so the hashed bytes are the shared bytes.
-            self.check_content(&file, from, dest)?;
-            return self.stage.share(from, &file, &dest.path, dest.mode, true);
+            let now_ms = clock::now_ms();
+            let known =
+                intact.filter(|known| known.holds(&before, now_ms, self.shared.trusted_for));
+            if known.is_none() {
+                self.check_content(&file, from, dest)?;
+            }
+            let how = self.stage.share(from, &file, &dest.path, dest.mode, true)?;
+            // A link changes the state.
+            let after = state()?;
+            let is_same = after.has_content_of(&before);
+            if known.is_some() && !is_same {
+                return Err(Fault::integrity("it was changed while it was shared"));
+            }
+            let checked_ms = known.map_or(now_ms, |known| known.checked_ms);
+            let record = is_same && after.is_settled(now_ms);
+            return Ok((
+                how,
+                record.then_some(Intact {
+                    state: after,
+                    checked_ms,
+                }),
+            ));
         }
         // Its owner may write to it at any moment: the result is verified.
         let how = self
@@ -307,7 +356,7 @@ impl Worker {
             let staged = dest.path.in_dir(self.stage.path());
             self.check_content(&self.stage.open_to_read(&dest.path)?, &staged, dest)?;
         }
-        Ok(how)
+        Ok((how, None))
     }
 
     /// Hashes a file whole.
@@ -351,7 +400,7 @@ impl Worker {
             let chunk = match read.and_then(|()| Ok(Verified::check(id, out.into())?)) {
                 Ok(chunk) => chunk,
                 Err(fault) => {
-                    self.fetch_instead(id, from.location, &fault)?;
+                    self.fetch_instead(id, from.key.0, &fault)?;
                     continue;
                 }
             };
@@ -429,3 +478,6 @@ impl WriteRun {
             && self.len < RUN_BYTES
     }
 }
+
+#[cfg(test)]
+mod tests;
