@@ -388,6 +388,12 @@ pub(super) struct Publish {
     /// settings such as path_strip, path_prefix and normalised; can be repeated.
     #[arg(long = "column", value_name = "FIELD=COLUMN", value_parser = key_value, num_args = 1..)]
     pub(super) columns: Vec<(String, String)>,
+    /// Images: the repository at the sites, such as ops/team/trainer [default: the artifact's name].
+    #[arg(long)]
+    pub(super) repository: Option<String>,
+    /// Images: the tag at the sites, such as V1.2_A [default: the artifact's version].
+    #[arg(long)]
+    pub(super) tag: Option<String>,
     /// Images: keep only these platforms, such as linux/amd64; separated by commas. All if absent.
     #[arg(long = "platform", value_name = "PLATFORM", value_delimiter = ',')]
     pub(super) platforms: Vec<String>,

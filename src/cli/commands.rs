@@ -98,6 +98,8 @@ pub(super) async fn publish(global: &Global, publish: Publish) -> Result<(), Fau
         encoding: publish.encoding.clone(),
         klarf_scale: publish.klarf_scale.clone(),
         columns: publish.columns.iter().cloned().collect(),
+        repository: publish.repository.clone(),
+        tag: publish.tag.clone(),
         platforms: publish.platforms.clone(),
         compress: publish.compress,
         strict: publish.strict,
