@@ -19,6 +19,7 @@ use content::ingest::Ingested;
 use content::manifest::{DatasetBinding, EntryBody, FileInfo, Root, Step, Walk};
 use content::store::Store;
 use exchange::in_place::InPlace;
+use registry::reference::{check_repository, check_tag};
 use registry::{self, Credentials, Origin, Reference, Settings};
 use sink::StorageLocation;
 use sink::labels::LabelsSink;
@@ -323,10 +324,13 @@ pub fn open(
     scratch: &Scratch,
     runtime: &Handle,
 ) -> Result<Box<dyn Source>, Fault> {
-    let for_images = !options.platforms.is_empty() || options.compress;
+    let for_images = !options.platforms.is_empty()
+        || options.compress
+        || options.repository.is_some()
+        || options.tag.is_some();
     if for_images && kind != Kind::Image {
         return Err(Fault::usage(
-            "--platform and --compress are for images only",
+            "--repository, --tag, --platform and --compress are for images only",
         ));
     }
     if let Some(asked) = source.strip_prefix(database::SCHEME) {
@@ -381,7 +385,9 @@ pub fn open(
             kept.empty()?;
         }
         return Ok(Box::new(
-            ImageSource::open_scratch(&layout, &image)?.with_omitted(referrers),
+            ImageSource::open_scratch(&layout, &image)?
+                .with_omitted(referrers)
+                .named(options.repository.clone(), options.tag.clone()),
         ));
     }
     let absolute = |path: &Path| {
@@ -408,7 +414,9 @@ pub fn open(
             let image = image_options(options, access)?;
             let opened = ImageSource::open_for(&path, &scratch.folder, tag, &image, &access.own)
                 .map_err(|fault| missing_image(fault, true))?;
-            Ok(Box::new(opened))
+            Ok(Box::new(
+                opened.named(options.repository.clone(), options.tag.clone()),
+            ))
         }
         Kind::Labels => {
             let path = PathBuf::from(source);
@@ -447,6 +455,27 @@ fn label_options(options: &SourceOptions) -> LabelOptions {
         bad_out: options.bad_out.as_ref().map(PathBuf::from),
         encoding: options.encoding.clone(),
         klarf_scale: options.klarf_scale.clone(),
+    }
+}
+
+/// Refuses, before anything is read, the name of an image that no registry accepts.
+pub fn check_image_name(artifact: &ArtifactRef, options: &SourceOptions) -> Result<(), Fault> {
+    if artifact.kind != Kind::Image {
+        return Ok(());
+    }
+    let repository = options.repository.as_deref().unwrap_or(artifact.name());
+    check_repository(repository).map_err(|why| {
+        Fault::usage(format!(
+            "registries do not accept the repository name {repository:?}: {why}"
+        ))
+        .with_next("give --repository, the name of the image at the sites, or publish it under another name")
+    })?;
+    match options.tag.as_deref() {
+        Some(tag) if !check_tag(tag) => Err(Fault::usage(format!(
+            "registries do not accept the tag {tag:?}"
+        ))
+        .with_next("a tag has at most 128 characters of A-Z, a-z, 0-9, '_', '.' and '-', and does not begin with '.' or '-'")),
+        _ => Ok(()),
     }
 }
 

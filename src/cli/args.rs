@@ -343,10 +343,29 @@ pub(super) enum ConfigCommand {
 pub(super) struct Publish {
     /// A path, registry://HOST/REPOSITORY:TAG (also docker://, https://, http://), or at a site its label database:
     /// db:LABEL_SET:VERSION, db:'SELECT ...'.
+    #[arg(
+        required_unless_present = "list",
+        default_value = "",
+        hide_default_value = true
+    )]
     pub(super) source: String,
     /// The reference to publish it as; kinds are dataset, labels, operator, image, model.
-    #[arg(long = "as", value_name = "KIND/NAME:VERSION")]
+    #[arg(
+        long = "as",
+        value_name = "KIND/NAME:VERSION",
+        required_unless_present = "list",
+        default_value = "",
+        hide_default_value = true
+    )]
     pub(super) as_ref: String,
+    /// Publish all images of this list, each under the name and the tag of its repository: references
+    /// line by line, the YAML of skopeo sync, or Images documents of Hauler.
+    #[arg(
+        long,
+        value_name = "FILE",
+        conflicts_with_all = ["source", "as_ref", "hub", "repository", "tag", "compress", "for_dataset", "run"]
+    )]
+    pub(super) list: Option<PathBuf>,
     /// Deliver at once to these sites: names separated by commas, `all`, or a label selector
     /// (`region=west,line!=3`).
     #[arg(long, value_name = "SITES")]
@@ -388,6 +407,12 @@ pub(super) struct Publish {
     /// settings such as path_strip, path_prefix and normalised; can be repeated.
     #[arg(long = "column", value_name = "FIELD=COLUMN", value_parser = key_value, num_args = 1..)]
     pub(super) columns: Vec<(String, String)>,
+    /// Images: the repository at the sites, such as ops/team/trainer [default: the artifact's name].
+    #[arg(long)]
+    pub(super) repository: Option<String>,
+    /// Images: the tag at the sites, such as V1.2_A [default: the artifact's version].
+    #[arg(long)]
+    pub(super) tag: Option<String>,
     /// Images: keep only these platforms, such as linux/amd64; separated by commas. All if absent.
     #[arg(long = "platform", value_name = "PLATFORM", value_delimiter = ',')]
     pub(super) platforms: Vec<String>,

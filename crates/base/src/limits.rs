@@ -170,6 +170,8 @@ pub const ARCHIVE_MEMBERS_MAX: usize = 65_536;
 pub const ARCHIVE_NAMES_BYTES_MAX: usize = 16 << 20;
 /// The largest extended header (a long name) in an archive, in bytes.
 pub const ARCHIVE_HEADER_BYTES_MAX: u64 = 64 << 10;
+/// The most images in a list of images to publish.
+pub const IMAGE_LIST_MAX: usize = 10_000;
 /// Decompression of a layer or an archive stops as a decompression bomb after this many output
 /// bytes, if the ratio is also exceeded. The default of `[limits] image_unpacked`: hashing them takes
 /// minutes.

@@ -149,7 +149,8 @@ pub fn check_repository(name: &str) -> Result<(), String> {
     Ok(())
 }
 
-fn check_tag(tag: &str) -> bool {
+/// Checks a tag according to the distribution specification.
+pub fn check_tag(tag: &str) -> bool {
     let first = tag
         .bytes()
         .next()

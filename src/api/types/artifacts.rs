@@ -122,6 +122,12 @@ pub struct SourceOptions {
     /// Labels from KLARF: how many micrometres a pixel is wide. Rows have no boxes if absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub klarf_scale: Option<String>,
+    /// Images: the repository at the destination; the artifact's name if absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub repository: Option<String>,
+    /// Images: the tag at the destination; the artifact's version if absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tag: Option<String>,
     /// Images: the platforms that are kept, such as `linux/amd64`; all if empty.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub platforms: Vec<String>,

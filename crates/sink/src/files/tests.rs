@@ -125,7 +125,9 @@ async fn an_empty_mount_point_is_not_filled() {
             .await
             .unwrap_err(),
             sink.trial().await.unwrap_err(),
-            sink.remove(&one.artifact).await.unwrap_err(),
+            sink.remove(&one.artifact, Some(&one.root.info))
+                .await
+                .unwrap_err(),
             sink.probe().await.unwrap_err(),
         ];
         for fault in faults {

@@ -190,6 +190,12 @@ impl ImageSource {
         })
     }
 
+    /// Sets the name at the destination; `None`: that of the artifact.
+    pub fn named(mut self, repository: Option<String>, tag: Option<String>) -> Self {
+        (self.info.repository, self.info.tag) = (repository, tag);
+        self
+    }
+
     /// Adds what the program that fetched the image left out.
     pub fn with_omitted(mut self, more: Omitted) -> Self {
         self.omitted.merge(more);
@@ -445,6 +451,8 @@ fn into_source(image: Image) -> Result<ImageSource, Fault> {
         size: image.top.size,
         platforms: image.platforms,
         absent: image.absent,
+        repository: None,
+        tag: None,
     };
     let folder = |path: &str| {
         Ok(SourceEntry {

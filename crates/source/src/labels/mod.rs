@@ -104,7 +104,7 @@ mod voc_base;
 mod write;
 mod xml;
 mod xml_stream;
-mod yaml;
+pub(crate) mod yaml;
 mod yolo;
 mod yolo_lists;
 mod yolo_names;

@@ -459,7 +459,11 @@ async fn a_removal_that_a_reader_blocks_hides_the_rows_and_is_completed_later() 
         .execute(&mut reader)
         .await
         .unwrap();
-    let fault = bench.sink.remove(&incoming.artifact).await.unwrap_err();
+    let fault = bench
+        .sink
+        .remove(&incoming.artifact, Some(&incoming.root.info))
+        .await
+        .unwrap_err();
     assert_eq!(
         class(&fault),
         (Code::Unreachable, Reason::SinkUnavailable, Retry::Backoff),
@@ -468,7 +472,11 @@ async fn a_removal_that_a_reader_blocks_hides_the_rows_and_is_completed_later() 
     assert_eq!(bench.current().await, 0);
     assert_eq!(bench.number("SELECT count(*) FROM {}annotations").await, 0);
     sqlx::raw_sql("COMMIT").execute(&mut reader).await.unwrap();
-    bench.sink.remove(&incoming.artifact).await.unwrap();
+    bench
+        .sink
+        .remove(&incoming.artifact, Some(&incoming.root.info))
+        .await
+        .unwrap();
     assert_eq!(
         bench.number("SELECT count(*) FROM {}label_version").await,
         0
