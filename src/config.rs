@@ -337,7 +337,10 @@ pub struct Train {
 
 /// Reads `HOST:PORT`, or `[V6]:PORT`, or several, separated by commas.
 pub fn parse_host_port(text: &str) -> Result<String, String> {
-    rules::check_hosts(text).map(|()| text.to_owned())
+    match transport::check_addresses(text) {
+        Ok(()) => Ok(text.to_owned()),
+        Err(fault) => Err(fault.message),
+    }
 }
 
 /// Reads `20MiB`, `4GB`, `512KiB`, `100B`: a whole number and a unit.

@@ -110,7 +110,7 @@ pub(super) enum Command {
         after_help = "Example:\n  packhorse join --config /etc/packhorse/site.toml --hub hub.example.com:7443 --token TOKEN"
     )]
     Join {
-        /// Address of the hub.
+        /// Address of the hub; several are separated by commas, the preferred one first.
         #[arg(long, value_name = "HOST:PORT", value_parser = config::parse_host_port)]
         hub: String,
         /// The output of `token create`. The environment variable keeps it out of the process list.

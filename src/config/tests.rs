@@ -178,7 +178,7 @@ fn roles_have_their_own_tables() {
     );
     check(
         &SITE.replace("hub:7443", "hub"),
-        "x.toml:5:1: hub.address: \"hub\" is not HOST:PORT",
+        "x.toml:5:1: hub.address: the hub's address \"hub\" is not HOST:PORT",
     );
 }
 
@@ -199,7 +199,7 @@ fn a_site_has_several_hub_addresses_and_a_proxy() {
     assert_eq!(address("address = [\"a:1\", \"[::1]:2\"]"), "a:1,[::1]:2");
     check(
         &hub("address = [\"a:1\", \"b\"]"),
-        "x.toml:5:1: hub.address: \"b\" is not HOST:PORT",
+        "x.toml:5:1: hub.address: the hub's address \"b\" is not HOST:PORT",
     );
     check(
         &hub("address = 7"),

@@ -13,9 +13,9 @@ pub const MEMORY_BUDGET_CGROUP_PART: u64 = 4;
 /// The largest control message of a connection.
 pub const CONTROL_FRAME_BYTES_MAX: usize = 4 << 20;
 /// The number of manifests that the hub sends to a site in one control message without a request.
-pub const TOLD_MAX: usize = 16;
+pub const MESSAGE_MANIFESTS_MAX: usize = 16;
 /// The total size of these manifests.
-pub const TOLD_BYTES_MAX: usize = 256 << 10;
+pub const MESSAGE_MANIFESTS_BYTES_MAX: usize = 256 << 10;
 /// The number of pushed root manifests that a site keeps until their transfers start.
 pub const PUSHED_MANIFESTS_MAX: usize = 64;
 /// The largest request for chunks.
