@@ -286,7 +286,7 @@ impl Holder {
         // Compressed content is at most a little larger.
         let bytes_max = layer.size.saturating_add(layer.size / 1000 + 1024);
         let space = Reservation::take(
-            file,
+            file.parent().unwrap_or(file),
             bytes_max,
             SCRATCH_SPARE_BYTES,
             1,

@@ -188,7 +188,8 @@ impl Config {
     }
 
     pub(super) fn is_selected(&self, wanted: &[Wanted]) -> bool {
-        wanted.is_empty() || self.platform.is_selected(wanted)
+        // The config of an attestation states no known platform.
+        wanted.is_empty() || self.platform.text().is_none() || self.platform.is_selected(wanted)
     }
 
     /// The digests of the uncompressed layers, if the config lists them.
