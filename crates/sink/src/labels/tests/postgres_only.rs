@@ -303,12 +303,12 @@ async fn a_session_with_an_old_plan_reads_the_old_version_and_delays_no_commit()
     // Removing the active version leaves one active version, and no transaction sees two.
     bench
         .sink
-        .remove(&"labels/aoi-line3:v5".parse().unwrap())
+        .remove(&"labels/aoi-line3:v5".parse().unwrap(), None)
         .await
         .unwrap();
     bench
         .sink
-        .remove(&"labels/aoi-line3:v2".parse().unwrap())
+        .remove(&"labels/aoi-line3:v2".parse().unwrap(), None)
         .await
         .unwrap();
     assert_eq!(bench.current().await, two.count());

@@ -142,7 +142,7 @@ fn images_without_names_are_selected_by_position_and_image_id() {
     let (a, b) = (config("amd64", &[]), config("arm64", &[]));
     let names = [&a, &b].map(|config| format!("{}.json", &BlobDigest::of(config).to_string()[7..]));
     let mut parts = Parts::default();
-    parts.file(&names[0], a.clone()).file(&names[1], b.clone());
+    parts.file(&names[0], a).file(&names[1], b.clone());
     let listed = json!([
         { "Config": names[0], "RepoTags": null, "Layers": [] },
         { "Config": names[1], "RepoTags": null, "Layers": [] },
@@ -154,7 +154,7 @@ fn images_without_names_are_selected_by_position_and_image_id() {
     for bytes in [docker, oci] {
         let platform = |tag: &str| {
             let source = case.open_tag(&bytes, Some(tag)).unwrap();
-            source.info.platforms.clone()
+            source.info.platforms
         };
         assert_eq!(platform("@0"), ["linux/amd64"]);
         assert_eq!(platform("@1"), ["linux/arm64"]);
@@ -214,7 +214,7 @@ fn encrypted_layers_are_compared_with_their_own_digest_only() {
     let (case, mut parts) = (Case::new(), Parts::default());
     let config = parts.blob(OCI_CONFIG, &config("amd64", &[b"the content"]));
     let secret = parts.blob(&format!("{TAR_LAYER}+encrypted"), b"without the key");
-    let top = manifest(&mut parts, &config, &[secret.clone()]);
+    let top = manifest(&mut parts, &config, std::slice::from_ref(&secret));
     parts.layout(std::slice::from_ref(&top));
     let source = case.open(&parts.tar()).unwrap();
     assert_eq!(json!(source.info.digest), top["digest"]);
