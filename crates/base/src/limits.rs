@@ -451,9 +451,10 @@ pub const CONNECTION_SEND_BYTES_LEAST: u64 = 256 << 10;
 /// The bytes that a connection buffers for sending if there are few connections. A larger
 /// congestion window increases this.
 pub const CONNECTION_SEND_BYTES_MIN: u64 = 8 << 20;
-/// What an idle connection of a site takes at the hub besides its buffers: QUIC and TLS, tasks, and
-/// the state of the session. The send buffers get less memory by this.
-pub const CONNECTION_STATE_BYTES: u64 = 60 << 10;
+/// What a connection of a site takes at the hub besides its send buffer: about 60 KiB for QUIC and
+/// TLS, tasks and the state of the session; while it sends, also the packets that are being built and
+/// the acknowledged part of a buffer. The send buffers get less memory by this.
+pub const CONNECTION_STATE_BYTES: u64 = 128 << 10;
 /// How often the send buffers are adjusted to the bandwidth and the number of connections.
 pub const CONNECTION_FIT_EVERY: Duration = Duration::from_millis(500);
 /// The largest send buffer of a connection.
