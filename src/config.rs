@@ -19,6 +19,7 @@ use base::durable;
 use base::fault::Fault;
 use base::limits::{
     CONFIG_BYTES_MAX, MEMORY_BUDGET_BYTES, MEMORY_BUDGET_BYTES_MIN, MEMORY_BUDGET_CGROUP_PART,
+    UNPACKED_BYTES_MAX,
 };
 use base::names::SiteName;
 pub use base::secrets::read_secret;
@@ -200,6 +201,8 @@ pub struct Registry {
     /// Additional hosts that may receive the password, if the registry names them as its token
     /// service.
     pub realm_hosts: Vec<String>,
+    /// Accepts any certificate, and a registry without TLS.
+    pub insecure: bool,
 }
 
 /// `[share]`
@@ -231,7 +234,7 @@ pub struct Scrub {
     /// long a delivery also uses a file again without hashing it, if nobody touched it. `0s`: neither.
     #[serde(deserialize_with = "duration")]
     pub every: Duration,
-    /// Bytes per second that are read for this; 0: none. A file that was last read longer ago is then
+    /// Bytes per second that are read for this; `0B`: none. A file that was last read longer ago is then
     /// hashed when a delivery uses it again.
     #[serde(deserialize_with = "size")]
     pub rate: u64,
@@ -274,11 +277,16 @@ pub struct Limits {
     /// The memory for bytes in flight of all transfers (`256MiB`).
     #[serde(deserialize_with = "size")]
     pub memory: u64,
+    /// The bytes that a layer or an archive of an image may have after decompression, whatever the
+    /// ratio (`64GiB`).
+    #[serde(deserialize_with = "size")]
+    pub image_unpacked: u64,
 }
 
 impl Default for Limits {
     fn default() -> Self {
         Self {
+            image_unpacked: UNPACKED_BYTES_MAX,
             memory: default_memory(cgroup::memory_limit_bytes()),
         }
     }
@@ -341,7 +349,10 @@ pub struct Train {
 
 /// Reads `HOST:PORT`, or `[V6]:PORT`, or several, separated by commas.
 pub fn parse_host_port(text: &str) -> Result<String, String> {
-    rules::check_hosts(text).map(|()| text.to_owned())
+    match transport::check_addresses(text) {
+        Ok(()) => Ok(text.to_owned()),
+        Err(fault) => Err(fault.message),
+    }
 }
 
 /// Reads `20MiB`, `4GB`, `512KiB`, `100B`: a whole number and a unit.
@@ -438,6 +449,7 @@ impl Config {
             password_file: None,
             ca_file: None,
             realm_hosts: Vec::new(),
+            insecure: false,
             create_project: false,
         };
         self.sink.images.clone().unwrap_or_else(default)

@@ -110,7 +110,7 @@ pub(super) enum Command {
         after_help = "Example:\n  packhorse join --config /etc/packhorse/site.toml --hub hub.example.com:7443 --token TOKEN"
     )]
     Join {
-        /// Address of the hub.
+        /// Address of the hub; several are separated by commas, the preferred one first.
         #[arg(long, value_name = "HOST:PORT", value_parser = config::parse_host_port)]
         hub: String,
         /// The output of `token create`. The environment variable keeps it out of the process list.
@@ -370,12 +370,31 @@ pub(super) enum ConfigCommand {
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Publish {
-    /// A path, registry://HOST/REPOSITORY:TAG, or at a site its label database:
+    /// A path, registry://HOST/REPOSITORY:TAG (also docker://, https://, http://), or at a site its label database:
     /// db:LABEL_SET:VERSION, db:'SELECT ...'.
+    #[arg(
+        required_unless_present = "list",
+        default_value = "",
+        hide_default_value = true
+    )]
     pub(super) source: String,
     /// The reference to publish it as; kinds are dataset, labels, operator, image, model.
-    #[arg(long = "as", value_name = "KIND/NAME:VERSION")]
+    #[arg(
+        long = "as",
+        value_name = "KIND/NAME:VERSION",
+        required_unless_present = "list",
+        default_value = "",
+        hide_default_value = true
+    )]
     pub(super) as_ref: String,
+    /// Publish all images of this list, each under the name and the tag of its repository: references
+    /// line by line, the YAML of skopeo sync, or Images documents of Hauler.
+    #[arg(
+        long,
+        value_name = "FILE",
+        conflicts_with_all = ["source", "as_ref", "hub", "repository", "tag", "compress", "for_dataset", "run"]
+    )]
+    pub(super) list: Option<PathBuf>,
     /// Deliver at once to these sites: names separated by commas, `all`, or a label selector
     /// (`region=west,line!=3`).
     #[arg(long, value_name = "SITES")]
@@ -417,6 +436,19 @@ pub(super) struct Publish {
     /// settings such as path_strip, path_prefix and normalised; can be repeated.
     #[arg(long = "column", value_name = "FIELD=COLUMN", value_parser = key_value, num_args = 1..)]
     pub(super) columns: Vec<(String, String)>,
+    /// Images: the repository at the sites, such as ops/team/trainer [default: the artifact's name].
+    #[arg(long)]
+    pub(super) repository: Option<String>,
+    /// Images: the tag at the sites, such as V1.2_A [default: the artifact's version].
+    #[arg(long)]
+    pub(super) tag: Option<String>,
+    /// Images: keep only these platforms, such as linux/amd64; separated by commas. All if absent.
+    #[arg(long = "platform", value_name = "PLATFORM", value_delimiter = ',')]
+    pub(super) platforms: Vec<String>,
+    /// Images from docker save: compress the layers with gzip. Their digests become others than in
+    /// the registry that the image came from.
+    #[arg(long)]
+    pub(super) compress: bool,
     /// Refuse an input from which something would be left out (exit code 8). Without it, `publish`
     /// reports what it leaves out.
     #[arg(long)]
@@ -429,13 +461,24 @@ pub(super) struct Publish {
     /// run.
     #[arg(long, value_name = "RUN", conflicts_with = "hub")]
     pub(super) run: Option<String>,
-    /// With --hub and a registry: the user. A daemon takes user and password from its
-    /// configuration: [registry."HOST"].
+    /// With --hub and a registry: the user; without it, that of 'docker login'. A daemon takes user
+    /// and password from its configuration: [registry."HOST"].
     #[arg(long, requires = "password_file")]
     pub(super) username: Option<String>,
     /// With --hub and a registry: a file with the password.
     #[arg(long, value_name = "FILE", requires = "username")]
     pub(super) password_file: Option<PathBuf>,
+    /// With --hub and a registry: a file with PEM certificates to trust, of authorities or the
+    /// registry's own.
+    #[arg(long, value_name = "FILE", requires = "hub")]
+    pub(super) ca_file: Option<PathBuf>,
+    /// With --hub and a registry: another host that may receive the password, the registry's token
+    /// service; can be repeated.
+    #[arg(long = "realm-host", value_name = "HOST", requires = "hub")]
+    pub(super) realm_hosts: Vec<String>,
+    /// With --hub and a registry: accept any certificate, and a registry without TLS.
+    #[arg(long, requires = "hub")]
+    pub(super) insecure: bool,
     /// Publish from this machine, without a daemon, at the hub with this address; only chunks that
     /// the hub lacks are sent.
     #[arg(long, value_name = "HOST:PORT", value_parser = config::parse_host_port)]

@@ -9,7 +9,7 @@ use super::args::{Deliver, Global, Output, Publish, Status, TokenCreate, Wait};
 use super::client::Client;
 use super::follow::{self, Deadline, Progress};
 use super::output::{self, emit, fields, one, rows};
-use super::{human, remote, status as show_status, watch};
+use super::{human, list, remote, status as show_status, watch};
 use crate::api::types::*;
 use crate::serve;
 use crate::trainer;
@@ -90,21 +90,10 @@ pub(super) async fn token_create(global: &Global, create: TokenCreate) -> Result
 
 /// `publish`
 pub(super) async fn publish(global: &Global, publish: Publish) -> Result<(), Fault> {
-    let options = SourceOptions {
-        format: publish.format.clone(),
-        for_dataset: publish.for_dataset.clone(),
-        allow_missing: publish.allow_missing,
-        voc_base: publish.voc_base.clone(),
-        on_bad: publish.on_bad.clone(),
-        bad_out: publish.bad_out.as_deref().map(absolute).transpose()?,
-        encoding: publish.encoding.clone(),
-        klarf_scale: publish.klarf_scale.clone(),
-        columns: publish.columns.iter().cloned().collect(),
-        strict: publish.strict,
-        accept_omitted: publish.accept_omitted.iter().copied().collect(),
-        username: publish.username.clone(),
-        password_file: publish.password_file.as_deref().map(absolute).transpose()?,
-    };
+    if let Some(file) = publish.list.clone() {
+        return Box::pin(list::publish(global, publish, &file)).await;
+    }
+    let options = source_options(&publish)?;
     if let Some(hub) = publish.hub.clone() {
         return Box::pin(remote::publish(global, publish, hub, options)).await;
     }
@@ -124,11 +113,7 @@ pub(super) async fn publish(global: &Global, publish: Publish) -> Result<(), Fau
         run: publish.run,
         options,
     };
-    let mut progress = Progress::new();
-    let job: Job = client.post("/v1/artifacts", &request).await?;
-    let job = follow::job(&client, job, deadline, &mut progress).await?;
-    let published: Published = answer(job.result.unwrap_or_default())?;
-    drop(progress);
+    let published = publish_one(&client, &request, deadline).await?;
     one(global.output, &published, published_text)?;
     note_omitted(&published);
     wait_for(
@@ -139,6 +124,44 @@ pub(super) async fn publish(global: &Global, publish: Publish) -> Result<(), Fau
         deadline,
     )
     .await
+}
+
+/// Publishes at the daemon, and waits for the end of the publish.
+pub(super) async fn publish_one(
+    client: &Client,
+    request: &PublishRequest,
+    deadline: Deadline,
+) -> Result<Published, Fault> {
+    let mut progress = Progress::new();
+    let job: Job = client.post("/v1/artifacts", request).await?;
+    let job = follow::job(client, job, deadline, &mut progress).await?;
+    answer(job.result.unwrap_or_default())
+}
+
+/// How a publish reads its source.
+pub(super) fn source_options(publish: &Publish) -> Result<SourceOptions, Fault> {
+    Ok(SourceOptions {
+        format: publish.format.clone(),
+        for_dataset: publish.for_dataset.clone(),
+        allow_missing: publish.allow_missing,
+        voc_base: publish.voc_base.clone(),
+        on_bad: publish.on_bad.clone(),
+        bad_out: publish.bad_out.as_deref().map(absolute).transpose()?,
+        encoding: publish.encoding.clone(),
+        klarf_scale: publish.klarf_scale.clone(),
+        columns: publish.columns.iter().cloned().collect(),
+        repository: publish.repository.clone(),
+        tag: publish.tag.clone(),
+        platforms: publish.platforms.clone(),
+        compress: publish.compress,
+        strict: publish.strict,
+        accept_omitted: publish.accept_omitted.iter().copied().collect(),
+        username: publish.username.clone(),
+        password_file: publish.password_file.as_deref().map(absolute).transpose()?,
+        ca_file: publish.ca_file.as_deref().map(absolute).transpose()?,
+        realm_hosts: publish.realm_hosts.clone(),
+        insecure: publish.insecure,
+    })
 }
 
 pub(super) fn published_text(p: &Published) -> String {
@@ -230,7 +253,7 @@ pub(super) async fn deliver(global: &Global, deliver: Deliver) -> Result<(), Fau
 }
 
 /// With `--wait`, waits for the transfers and returns their result.
-async fn wait_for(
+pub(super) async fn wait_for(
     client: &Client,
     format: Output,
     ids: &[String],

@@ -10,6 +10,7 @@ pub(crate) mod client;
 mod commands;
 mod follow;
 pub(crate) mod human;
+mod list;
 mod manual;
 pub(crate) mod output;
 mod remote;

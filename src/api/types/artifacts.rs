@@ -122,6 +122,18 @@ pub struct SourceOptions {
     /// Labels from KLARF: how many micrometres a pixel is wide. Rows have no boxes if absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub klarf_scale: Option<String>,
+    /// Images: the repository at the destination; the artifact's name if absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub repository: Option<String>,
+    /// Images: the tag at the destination; the artifact's version if absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tag: Option<String>,
+    /// Images: the platforms that are kept, such as `linux/amd64`; all if empty.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub platforms: Vec<String>,
+    /// Images from `docker save`: compress the layers.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub compress: bool,
     /// Refuse an input with omissions.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub strict: bool,
@@ -134,6 +146,16 @@ pub struct SourceOptions {
     pub username: Option<String>,
     /// Refused by a daemon, which takes a registry's password file from its configuration.
     pub password_file: Option<String>,
+    /// Refused by a daemon, which takes the certificates for a registry from its configuration.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ca_file: Option<String>,
+    /// Refused by a daemon, which takes the hosts that may receive a registry's password from its
+    /// configuration.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub realm_hosts: Vec<String>,
+    /// Refused by a daemon, which takes insecure registries from its configuration.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub insecure: bool,
 }
 
 /// The result of a publish.

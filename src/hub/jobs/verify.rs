@@ -170,6 +170,7 @@ impl Verify<'_> {
             digest,
             size: info.size,
             urls: None,
+            platform: None,
         };
         let walked = {
             let this = &*self;

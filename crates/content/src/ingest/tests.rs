@@ -151,8 +151,7 @@ fn a_file_that_changes_between_its_listing_and_its_end_is_refused() {
     impl Source for Meddled {
         fn next(&mut self) -> Result<Option<SourceEntry>, Fault> {
             let entry = self.0.next()?;
-            // The resolution of timestamps is the tick of the kernel.
-            std::thread::sleep(Duration::from_millis(30));
+            base::testing::wait_for_file_clock();
             put(&self.1, b"other");
             Ok(entry)
         }
@@ -233,9 +232,9 @@ fn a_scratch_file_is_removed_after_it_was_read() {
 }
 
 /// Measures chunk sizes for the table in BENCHMARKS.md, on a system tree and on generated data:
-/// `cargo test --release --lib -- --ignored --nocapture chunk_sizes`.
+/// `cargo test -p content --release --lib -- --ignored --nocapture chunk_sizes`.
 #[test]
-#[ignore = "prints a table; takes minutes"]
+#[ignore = "measures the chunk sizes in BENCHMARKS.md, for minutes"]
 fn chunk_sizes() {
     const KIB: u32 = 1 << 10;
     let of = |min, avg, max, whole, normalization| Chunking {

@@ -33,7 +33,11 @@ pub(super) const WRITE_MAX: Duration = Duration::from_secs(900);
 pub async fn serve(mut send: SendHalf, mut recv: RecvHalf, peer: &Peer, library: &dyn Library) {
     if let Err(fault) = answer(&mut send, &mut recv, peer, library).await {
         tracing::debug!(%peer, error = %fault, "a fetch was refused");
-        let _ = send.write_bytes(Frame::fault(&fault).to_bytes()).await;
+        match Frame::fault(&fault) {
+            Ok(frame) => drop(send.write_bytes(frame.to_bytes()).await),
+            // The peer sees an answer that ended too early.
+            Err(unsent) => tracing::error!(%peer, error = %unsent, "a refusal was not sent"),
+        }
     }
     let _ = send.finish();
 }

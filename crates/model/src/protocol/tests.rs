@@ -106,7 +106,7 @@ fn questions_to_a_site_and_answers() {
     bytes::<AskSite>(r#"{"holds":{"artifact":"dataset/d:1","digest":"DIGEST"}}"#);
     bytes::<AskSite>(r#"{"stands":{"artifact":"dataset/d:1","digest":"DIGEST"}}"#);
     for state in ["sound", "damaged", "missing", "unavailable"] {
-        bytes::<Result<Standing, Fault>>(&format!(
+        bytes::<Result<Presence, Fault>>(&format!(
             r#"{{"Ok":{{"state":"{state}","detail":"a is gone","active":null}}}}"#
         ));
     }

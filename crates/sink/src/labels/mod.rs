@@ -459,7 +459,11 @@ impl Sink for LabelsSink {
         Ok(found)
     }
 
-    async fn remove(&self, artifact: &ArtifactRef) -> Result<Option<String>, Fault> {
+    async fn remove(
+        &self,
+        artifact: &ArtifactRef,
+        _info: Option<&KindInfo>,
+    ) -> Result<Option<String>, Fault> {
         self.engine
             .remove(artifact.name(), artifact.version())
             .await?;

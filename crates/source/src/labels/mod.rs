@@ -61,6 +61,7 @@
 //!   keeps its number spellings, other formats are rendered as JSON.
 
 mod bad_out;
+mod classes;
 mod coco;
 mod collect;
 mod cvat;
@@ -75,6 +76,7 @@ mod klarf;
 mod klarf_12;
 mod klarf_18;
 mod klarf_tokens;
+mod label_files;
 mod label_studio;
 mod labelme;
 mod masks;
@@ -93,7 +95,9 @@ mod table;
 mod table_boxes;
 mod table_csv;
 mod table_fields;
+mod table_jsonl;
 mod table_objects;
+mod table_query;
 mod table_sizes;
 #[cfg(test)]
 mod tests;
@@ -105,7 +109,7 @@ mod voc_base;
 mod write;
 mod xml;
 mod xml_stream;
-mod yaml;
+pub(crate) mod yaml;
 mod yolo;
 mod yolo_lists;
 mod yolo_names;
@@ -264,7 +268,7 @@ impl LabelsSource {
         let mut collector = Settings::parse(options, None)?.collector(scratch);
         collector.refusals.out = bad_out(options, scratch, own)?;
         collector.by_content = true;
-        let info = table::read_query(rows, classes_of, &mut collector)
+        let info = table_query::read(rows, classes_of, &mut collector)
             .and_then(|()| finish(collector, DATABASE, options, dataset));
         let (info, omitted) = info.map_err(|fault| fault.context("labels out of the database"))?;
         Ok(Self {
@@ -322,7 +326,7 @@ fn convert(
         Format::LabelMe => labelme::read(input, &mut collector)?,
         Format::Masks => masks::read(input, &mut collector)?,
         Format::Via => via_json::read(input, &mut collector)?,
-        Format::Jsonl => table::read_jsonl(input, columns, settings.table, &mut collector)?,
+        Format::Jsonl => table_jsonl::read(input, columns, settings.table, &mut collector)?,
         Format::LabelStudio => label_studio::read(input, settings.predictions, &mut collector)?,
         Format::Voc => voc::read(input, settings.voc_base, &mut collector)?,
         Format::Yolo => yolo::read(input, settings.yolo_task, &mut collector)?,

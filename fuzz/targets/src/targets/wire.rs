@@ -6,7 +6,7 @@ use std::fmt::Debug;
 use base::fault::Fault;
 use base::limits::FETCH_BATCH_CHUNKS_MAX;
 use model::protocol::{
-    AskHub, AskSite, FetchRequest, FromHub, FromSite, Planned, Standing, Wanted, from_json, to_json,
+    AskHub, AskSite, FetchRequest, FromHub, FromSite, Planned, Presence, Wanted, from_json, to_json,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -159,7 +159,7 @@ pub(super) const QUESTION: Target = Target {
     run: |input| {
         json::<AskHub>(input);
         json::<AskSite>(input);
-        json::<Result<Standing, Fault>>(input);
+        json::<Result<Presence, Fault>>(input);
         json::<Result<Planned, Fault>>(input);
         json::<Result<bool, Fault>>(input);
         taken(from_json::<Result<serde_json::Value, Fault>>(input));

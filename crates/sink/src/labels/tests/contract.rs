@@ -463,12 +463,12 @@ async fn activates_and_removes(bench: Bench) {
     bench.sink.activate(&v2).await.unwrap();
     assert_eq!(bench.current().await, two.count());
     // The active version is removed, and the other one becomes active.
-    bench.sink.remove(&v2).await.unwrap();
-    bench.sink.remove(&v2).await.unwrap();
+    bench.sink.remove(&v2, None).await.unwrap();
+    bench.sink.remove(&v2, None).await.unwrap();
     assert!(!bench.data.path().join("labels/aoi-line3/v2").exists());
     assert_eq!(bench.current().await, one.count());
     assert_eq!(bench.leftovers().await, 0);
-    bench.sink.remove(&v1).await.unwrap();
+    bench.sink.remove(&v1, None).await.unwrap();
     assert_eq!(bench.current().await, 0);
     assert!(!bench.data.path().join("labels/aoi-line3").exists());
     assert_eq!(bench.sink.active_version("aoi-line3").await.unwrap(), None);

@@ -294,12 +294,12 @@ async fn a_session_with_an_old_plan_reads_the_old_version_and_delays_no_commit()
     // Removing the active version leaves one active version, and no transaction sees two.
     bench
         .sink
-        .remove(&"labels/aoi-line3:v5".parse().unwrap())
+        .remove(&"labels/aoi-line3:v5".parse().unwrap(), None)
         .await
         .unwrap();
     bench
         .sink
-        .remove(&"labels/aoi-line3:v2".parse().unwrap())
+        .remove(&"labels/aoi-line3:v2".parse().unwrap(), None)
         .await
         .unwrap();
     assert_eq!(bench.current().await, two.count());
@@ -412,7 +412,11 @@ async fn a_removal_does_not_wait_for_readers_and_takes_nothing_from_them() {
         sqlx::query_scalar(all).fetch_one(reader).await.unwrap()
     };
     assert_eq!(read(&mut reader).await, set.count());
-    bench.sink.remove(&incoming.artifact).await.unwrap();
+    bench
+        .sink
+        .remove(&incoming.artifact, Some(&incoming.root.info))
+        .await
+        .unwrap();
     assert_eq!(bench.current().await, 0);
     assert_eq!(
         bench.number("SELECT count(*) FROM {}label_version").await,
@@ -454,10 +458,10 @@ async fn a_session_that_the_server_ends_is_retried() {
     assert_eq!(bench.leftovers().await, 0);
 }
 
-/// `cargo test --lib copy_beside_psql -- --ignored --nocapture`; `ROWS` sets the number of
+/// `cargo test -p sink --release --lib -- --ignored --nocapture copy_beside_psql`; `ROWS` sets the number of
 /// annotations.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[ignore = "a measurement"]
+#[ignore = "measures the ratio to psql (W12) in BENCHMARKS.md"]
 async fn copy_beside_psql() {
     let bench = Bench::postgres().await;
     let Db::Postgres(server, database) = &bench.db else {
