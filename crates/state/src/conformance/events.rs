@@ -242,7 +242,7 @@ pub(crate) async fn a_change_wakes_only_those_that_wait_for_its_subject(catalogu
 
 pub(crate) async fn an_event_keeps_what_its_subject_was_like(catalogue: Catalogue) {
     let site = join(&catalogue, "a", &[]).await;
-    let name: base::names::ArtifactRef = "model/m:1".parse().unwrap();
+    let name: ArtifactRef = "model/m:1".parse().unwrap();
     catalogue.add_artifact(&name, &root(1), None).await.unwrap();
     let parts = [part("model/m:1", std::slice::from_ref(&site))];
     let ids = catalogue

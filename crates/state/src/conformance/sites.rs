@@ -75,7 +75,7 @@ pub(crate) async fn a_token_can_be_used_once_and_expires(catalogue: Catalogue) {
             .contains("used")
     );
     catalogue
-        .site_seen(&name, true, base::clock::now_ms() + 1, None)
+        .site_seen(&name, true, clock::now_ms() + 1, None)
         .await
         .unwrap();
     assert!(

@@ -10,7 +10,7 @@ use crate::labels::testing::server::server;
 use crate::labels::testing::set::Set;
 use crate::labels::testing::{Bench, Db, postgres_config};
 use crate::settings;
-use crate::{Sink, StorageLocation, Threads, Verification};
+use crate::{Sink, Threads};
 use base::fault::{Code, Fault, Reason, Retry};
 
 fn class(fault: &Fault) -> (Code, Reason, Retry) {
