@@ -260,7 +260,7 @@ async fn a_hundred_readers_of_three_hundred_versions_hold_few_locks() {
         let mut reader = session(&bench).await;
         sqlx::raw_sql("BEGIN").execute(&mut reader).await.unwrap();
         assert_eq!(read(&mut reader).await, set.count());
-        assert_eq!(locks(&mut reader).await, of_three);
+        assert!(locks(&mut reader).await.0 <= of_three.0);
         readers.push(reader);
     }
     assert!(of_three.0 <= 30, "{of_three:?}");
