@@ -29,7 +29,7 @@ fn verb_of(method: &Method, path: &str) -> Option<Verb> {
         ("POST", "/v1/tokens") => Verb::CreateToken,
         ("POST", "/v1/verify") => Verb::Verify,
         ("POST", "/v1/pin") => Verb::Pin,
-        ("POST", "/v1/export") => Verb::Export,
+        ("POST", "/v1/export" | "/v1/labels/export") => Verb::Export,
         ("POST", "/v1/import") => Verb::Import,
         // It adds to what the daemon holds, as an import does.
         ("POST", "/v1/adopt") => Verb::Import,

@@ -92,6 +92,7 @@ pub(super) fn router(app: App) -> Router {
         .route("/v1/tokens", post(token))
         .route("/v1/verify", post(verify))
         .route("/v1/pin", post(pin))
+        .route("/v1/labels/export", post(export_labels))
         .route("/v1/export", post(export))
         .route("/v1/import", post(import))
         .route("/v1/adopt", post(adopt))
@@ -514,6 +515,19 @@ pub(super) async fn pin(
     Ok(Json(
         app.backend.pin(&request.artifact, request.pinned).await?,
     ))
+}
+
+/// Writes labels to a new directory, in a format of annotation tools. The `notes` of the job report
+/// what the format cannot hold.
+#[utoipa::path(post, path = "/v1/labels/export", tag = "artifacts", request_body = ExportLabelsRequest, responses(
+    (status = 202, description = "begun", body = Job),
+    (status = "default", description = "an error", body = ErrorBody),
+))]
+pub(super) async fn export_labels(
+    State(app): State<App>,
+    B(request): B<ExportLabelsRequest>,
+) -> Result<Response, ApiError> {
+    Ok(accepted(app.backend.export_labels(request).await?))
 }
 
 /// Writes artifacts to one file, for transport by hand.

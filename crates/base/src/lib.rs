@@ -23,6 +23,7 @@ pub mod number;
 pub mod omitted;
 pub mod open_files;
 pub mod peer;
+pub mod platform;
 pub mod private;
 pub mod secrets;
 pub mod sha256;

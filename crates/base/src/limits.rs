@@ -180,9 +180,12 @@ pub const ARCHIVE_MEMBERS_MAX: usize = 65_536;
 pub const ARCHIVE_NAMES_BYTES_MAX: usize = 16 << 20;
 /// The largest extended header (a long name) in an archive, in bytes.
 pub const ARCHIVE_HEADER_BYTES_MAX: u64 = 64 << 10;
-/// Decompression stops as a decompression bomb after this many output bytes, if the ratio is also
-/// exceeded.
-pub const BOMB_BYTES: u64 = 1 << 30;
+/// The most images in a list of images to publish.
+pub const IMAGE_LIST_MAX: usize = 10_000;
+/// Decompression of a layer or an archive stops as a decompression bomb after this many output
+/// bytes, if the ratio is also exceeded. The default of `[limits] image_unpacked`: hashing them takes
+/// minutes.
+pub const UNPACKED_BYTES_MAX: u64 = 64 << 30;
 /// The ratio of output to input for the bomb check. Real layers reach 20; gzip cannot exceed 1,032;
 /// zstd has no limit.
 pub const BOMB_RATIO: u64 = 256;
@@ -216,6 +219,10 @@ pub const SINK_REPORT_AFTER: Duration = Duration::from_secs(3);
 pub const LABEL_CONNECT_MAX: Duration = Duration::from_secs(10);
 /// How long a label database may take to accept one batch of rows, or to return the next row.
 pub const LABEL_SILENCE_MAX: Duration = Duration::from_secs(120);
+/// How often a hub looks whether it received something from each site. `last_seen` is exact to this.
+pub const HEARD_LOOK_EVERY: Duration = Duration::from_secs(5);
+/// How often a hub stores when it last received something from the connected sites.
+pub const HEARD_STORE_EVERY: Duration = Duration::from_secs(60);
 /// How long one statement without rows (an index, a switch) may take in a label database.
 pub const LABEL_STATEMENT_MAX: Duration = Duration::from_secs(3600);
 /// How long a commit waits for the writer lock of SQLite before the delivery pauses and retries.

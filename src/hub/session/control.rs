@@ -15,6 +15,7 @@ use super::Sessions;
 use crate::api::types::State;
 use crate::config::Congestion;
 use base::blocking::blocking;
+use base::clock;
 use base::fault::{Code, Fault};
 use base::limits::{REPORTS_UNACKED_MAX, RUNS_OPEN_MAX, STATE_RETRY_EVERY, STATE_WRITE_BYTES_MIN};
 use base::names::{ArtifactRef, RunName, SiteName, TransferId};
@@ -190,7 +191,8 @@ impl Sessions {
                     tracing::error!(error = %fault, "the settings that a site reported could not be stored; retrying");
                     unstored.lock().hello = Some((share, train));
                 }
-                self.note_seen(site, Some(&version)).await;
+                self.note_seen(site, true, clock::now_ms(), Some(&version))
+                    .await;
             }
             FromSite::Report(reports) => {
                 if !self

@@ -108,6 +108,13 @@ pub struct ImageInfo {
     pub platforms: Vec<String>,
     /// `sha256:<hex>` of manifests that the source listed without their content; they are left out.
     pub absent: Vec<String>,
+    /// The repository at the destination, if it is not the name of the artifact. A daemon that does
+    /// not know this field refuses the artifact as one of a later version.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub repository: Option<String>,
+    /// The tag at the destination, if it is not the version of the artifact.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tag: Option<String>,
 }
 
 /// The metadata of a label set.
