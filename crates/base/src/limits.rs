@@ -448,6 +448,10 @@ pub const CONNECTION_SEND_BYTES_LEAST: u64 = 256 << 10;
 /// The bytes that a connection buffers for sending if there are few connections. A larger
 /// congestion window increases this.
 pub const CONNECTION_SEND_BYTES_MIN: u64 = 8 << 20;
+/// The send buffer of a slow connection with a long round trip.
+pub const CONNECTION_SEND_BYTES_SLOW: u64 = 32 << 10;
+/// How often the send buffer of a connection in use is adjusted.
+pub const CONNECTION_SEND_FIT_EVERY: Duration = Duration::from_millis(20);
 /// How often the send buffers are adjusted to the bandwidth and the number of connections.
 pub const CONNECTION_FIT_EVERY: Duration = Duration::from_millis(500);
 /// The largest send buffer of a connection.
