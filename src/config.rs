@@ -64,6 +64,9 @@ pub struct Config {
     /// sites.
     #[serde(default)]
     pub share: Share,
+    /// How often delivered files are read again (sites only).
+    #[serde(default)]
+    pub scrub: Scrub,
     /// The cache for bytes between sites (hub only).
     #[serde(default)]
     pub relay: Relay,
@@ -208,6 +211,29 @@ impl Default for Share {
     }
 }
 
+/// `[scrub]`
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Scrub {
+    /// The time within which each delivered file is read again and compared with its hash. For this
+    /// long a delivery also uses a file again without hashing it, if nobody touched it. `0s`: neither.
+    #[serde(deserialize_with = "duration")]
+    pub every: Duration,
+    /// Bytes per second that are read for this; 0: none. A file that was last read longer ago is then
+    /// hashed when a delivery uses it again.
+    #[serde(deserialize_with = "size")]
+    pub rate: u64,
+}
+
+impl Default for Scrub {
+    fn default() -> Self {
+        Self {
+            every: Duration::from_secs(7 * 86_400),
+            rate: 16 << 20,
+        }
+    }
+}
+
 /// `[relay]`
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -303,7 +329,10 @@ pub struct Train {
 
 /// Reads `HOST:PORT`, or `[V6]:PORT`, or several, separated by commas.
 pub fn parse_host_port(text: &str) -> Result<String, String> {
-    rules::check_hosts(text).map(|()| text.to_owned())
+    match transport::check_addresses(text) {
+        Ok(()) => Ok(text.to_owned()),
+        Err(fault) => Err(fault.message),
+    }
 }
 
 /// Reads `20MiB`, `4GB`, `512KiB`, `100B`: a whole number and a unit.

@@ -6,6 +6,7 @@
 //! `index` (the chunk index). `backend` implements the API. `serve` calls this module. Each
 //! component states which of its state survives a crash.
 
+mod adopt;
 mod backend;
 mod connection;
 mod hub_link;
@@ -13,6 +14,7 @@ mod index;
 mod lost;
 mod publish;
 mod runs;
+mod scrub;
 mod watch;
 
 use std::sync::Arc;
@@ -38,6 +40,7 @@ use hub_link::HubLink;
 use index::IndexKeeper;
 use publish::Publications;
 use runs::RunKeeper;
+use scrub::Scrubber;
 use sink::files::FilesSink;
 use sink::{images, labels};
 use state::Catalogue;
@@ -150,6 +153,7 @@ impl Site {
             chunk_index: Arc::new(places),
             memory: Arc::new(transfer::Memory::new(memory.to_fetch)),
             images: sinks.images.clone(),
+            trusted_for: config.scrub.every,
         };
         let hub = Arc::new(HubLink::new(identity, config.data_dir.clone()));
         let (check_requests, requested) = mpsc::channel(CHECK_REQUESTS_MAX);
@@ -238,6 +242,7 @@ impl Site {
         inner.watch.start_workers(workers);
         opened.runner.start_cleanup_workers(workers);
         self.inner.index.start_workers(workers);
+        Scrubber::new(opened).start_worker(workers);
         workers.repeat(
             "event-trim",
             EVENT_TRIM_EVERY,

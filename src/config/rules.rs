@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::{Config, MEMORY_BUDGET_BYTES_MIN, Role};
-use base::limits::{CHECK_EVERY_MIN, CONNECTION_HUBS_MAX};
+use base::limits::CHECK_EVERY_MIN;
 use base::names::SiteSelector;
 use transport::Proxy;
 
@@ -77,6 +77,10 @@ impl Rules<'_> {
             "share.check_every",
             "only a site has it; sites publish in place",
         )?;
+        self.absent(
+            "scrub",
+            "only a site has it; a hub verifies its store by 'packhorse verify'",
+        )?;
         self.absent("sink", "only a site has it; artifacts land at sites")
     }
 
@@ -93,8 +97,8 @@ impl Rules<'_> {
         let Some(hub) = &config.hub else {
             return self.broken("role", "a site needs [hub] with address = \"HOST:PORT\"");
         };
-        if let Err(why) = check_hosts(&hub.address) {
-            return self.broken("hub.address", why);
+        if let Err(fault) = transport::check_addresses(&hub.address) {
+            return self.broken("hub.address", fault.message);
         }
         self.proxy(hub)?;
         if let Some(files) = &config.sink.files {
@@ -340,32 +344,6 @@ impl Rules<'_> {
 /// `user@host:port` of the text after `scheme://`.
 fn authority(rest: &str) -> &str {
     rest.split(['/', '?', '#']).next().unwrap_or_default()
-}
-
-/// One or more `HOST:PORT`, separated by commas.
-pub(super) fn check_hosts(addresses: &str) -> Result<(), String> {
-    if addresses.split(',').count() > CONNECTION_HUBS_MAX {
-        return Err(format!(
-            "there are more than {CONNECTION_HUBS_MAX} addresses"
-        ));
-    }
-    addresses
-        .split(',')
-        .try_for_each(|address| check_host_port(address.trim()))
-}
-
-/// `HOST:PORT`, `[v6]:PORT`.
-pub(super) fn check_host_port(address: &str) -> Result<(), String> {
-    let shape = || format!("{address:?} is not HOST:PORT");
-    let (host, port) = address.rsplit_once(':').ok_or_else(shape)?;
-    let bare_v6 = host.contains(':') && !(host.starts_with('[') && host.ends_with(']'));
-    let odd = host.is_empty()
-        || bare_v6
-        || host.contains(|c: char| c.is_whitespace() || c == '/' || c == '@');
-    match port.parse::<u16>() {
-        Ok(p) if p > 0 && !odd => Ok(()),
-        _ => Err(shape()),
-    }
 }
 
 /// The byte offset of `a.b.c` in the text; `None` when it is absent.

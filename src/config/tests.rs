@@ -37,6 +37,7 @@ fn samples_parse_and_say_the_true_defaults() {
         assert_eq!(format!("{:?}", all.limits), format!("{:?}", minimal.limits));
         assert_eq!(format!("{:?}", all.quota), format!("{:?}", minimal.quota));
         assert_eq!(all.share.check_every, minimal.share.check_every);
+        assert_eq!(format!("{:?}", all.scrub), format!("{:?}", minimal.scrub));
         assert_eq!(all.files_root(), minimal.files_root());
         assert_eq!(
             format!("{:?}", all.labels_sink()),
@@ -53,7 +54,7 @@ fn samples_parse_and_say_the_true_defaults() {
 fn unknown_keys_and_wrong_values_name_their_line() {
     check(
         "role = \"site\"\nname = \"a\"\ndata_dir = \"/d\"\ncolour = 1\n",
-        "x.toml:4:1: unknown key `colour`, expected one of `role`, `name`, `data_dir`, `listen`, `hub`, `sink`, `share`, `relay`, `registry`, `line`, `limits`, `quota`, `train`",
+        "x.toml:4:1: unknown key `colour`, expected one of `role`, `name`, `data_dir`, `listen`, `hub`, `sink`, `share`, `scrub`, `relay`, `registry`, `line`, `limits`, `quota`, `train`",
     );
     check(
         "role = \"site\"\nname = \"a\"\n",
@@ -177,7 +178,7 @@ fn roles_have_their_own_tables() {
     );
     check(
         &SITE.replace("hub:7443", "hub"),
-        "x.toml:5:1: hub.address: \"hub\" is not HOST:PORT",
+        "x.toml:5:1: hub.address: the hub's address \"hub\" is not HOST:PORT",
     );
 }
 
@@ -198,7 +199,7 @@ fn a_site_has_several_hub_addresses_and_a_proxy() {
     assert_eq!(address("address = [\"a:1\", \"[::1]:2\"]"), "a:1,[::1]:2");
     check(
         &hub("address = [\"a:1\", \"b\"]"),
-        "x.toml:5:1: hub.address: \"b\" is not HOST:PORT",
+        "x.toml:5:1: hub.address: the hub's address \"b\" is not HOST:PORT",
     );
     check(
         &hub("address = 7"),
@@ -250,6 +251,20 @@ fn hub_and_site_say_alike_who_may_have_what_is_published() {
             ),
         );
     }
+}
+
+#[test]
+fn a_site_says_how_often_it_reads_delivered_files_again() {
+    let scrub = |text: &str| parse(&format!("{SITE}{text}"), "x").unwrap().scrub;
+    let (default, none) = (scrub(""), scrub("[scrub]\nevery = \"0s\"\nrate = \"0\"\n"));
+    assert_eq!(default.every, Duration::from_secs(7 * 24 * 3600));
+    assert_eq!(default.rate, 16 << 20);
+    assert_eq!((none.every, none.rate), (Duration::ZERO, 0));
+    assert_eq!(scrub("[scrub]\nrate = \"1MiB\"\n").rate, 1 << 20);
+    check(
+        &format!("{HUB}[scrub]\nevery = \"1d\"\n"),
+        "x.toml:4:2: scrub: only a site has it; a hub verifies its store by 'packhorse verify'",
+    );
 }
 
 #[test]

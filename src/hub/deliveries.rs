@@ -23,7 +23,7 @@ use base::text::Message;
 use model::actor::Actor;
 use model::paging::Room;
 use model::policy::{self, Object, Verb};
-use model::protocol::{AskSite, Standing, Stands};
+use model::protocol::{AskSite, Presence, PresenceState};
 use state::{Body, Catalogue, DeliveryRow, Part, TransferRow, new_delivery_id};
 
 /// How long a site may take to answer whether it still has an artifact.
@@ -180,16 +180,16 @@ impl Deliveries {
         let done = self.inner.catalogue.done_already(parts).await?;
         let mut asked = futures::stream::iter(done)
             .map(|row| async move {
-                let standing = self.standing(&row).await;
-                (row, standing)
+                let presence = self.presence(&row).await;
+                (row, presence)
             })
             .buffered(HOLDS_AT_ONCE);
-        while let Some((row, standing)) = asked.next().await {
-            let found = found(&row, &standing);
+        while let Some((row, presence)) = asked.next().await {
+            let found = found(&row, &presence);
             notes.extend(found.note);
             if found.again {
                 lost.push(row.id);
-            } else if standing.is_some() && row.body.message != found.message {
+            } else if presence.is_some() && row.body.message != found.message {
                 let body = Body {
                     message: found.message,
                     ..row.body
@@ -208,19 +208,19 @@ impl Deliveries {
 
     /// The state of a delivered artifact at a site, as the site reports it. `None`: the site is
     /// offline or slow; its last report stays valid. A `retry` makes the site verify the artifact.
-    async fn standing(&self, row: &TransferRow) -> Option<Standing> {
+    async fn presence(&self, row: &TransferRow) -> Option<Presence> {
         let (artifact, digest) = (row.artifact.clone(), row.digest);
-        let question = AskSite::Stands {
+        let question = AskSite::CheckPresence {
             artifact: artifact.clone(),
             digest,
         };
         match tokio::time::timeout(
             HOLDS_MAX,
-            self.inner.links.ask::<Standing>(&row.site, &question),
+            self.inner.links.ask::<Presence>(&row.site, &question),
         )
         .await
         {
-            Ok(Ok(standing)) => return Some(standing),
+            Ok(Ok(presence)) => return Some(presence),
             Ok(Err(_)) => {}
             Err(_) => return None,
         }
@@ -234,11 +234,11 @@ impl Deliveries {
         .ok()?
         .ok()?;
         let state = if answer {
-            Stands::Sound
+            PresenceState::Intact
         } else {
-            Stands::Missing
+            PresenceState::Missing
         };
-        Some(Standing {
+        Some(Presence {
             state,
             detail: None,
             active: None,
@@ -394,9 +394,9 @@ struct RepeatedDelivery {
     message: Option<Message>,
 }
 
-fn found(row: &TransferRow, standing: &Option<Standing>) -> RepeatedDelivery {
+fn found(row: &TransferRow, presence: &Option<Presence>) -> RepeatedDelivery {
     let (artifact, site) = (&row.artifact, &row.site);
-    let Some(standing) = standing else {
+    let Some(presence) = presence else {
         let note = format!(
             "{artifact} arrived at {site} before; the site does not answer, so its copy was not checked"
         );
@@ -406,7 +406,7 @@ fn found(row: &TransferRow, standing: &Option<Standing>) -> RepeatedDelivery {
             message: None,
         };
     };
-    let detail = standing
+    let detail = presence
         .detail
         .as_ref()
         .map(|detail| format!(": {detail}"))
@@ -416,11 +416,13 @@ fn found(row: &TransferRow, standing: &Option<Standing>) -> RepeatedDelivery {
         note: Some(format!("{artifact} {what} at {site}{detail}")),
         message: None,
     };
-    match (standing.state, &standing.active) {
-        (Stands::Missing, _) => again("is delivered again, because it is missing"),
-        (Stands::Damaged, _) => again("is delivered again, because it was changed or damaged"),
-        (Stands::Unavailable, _) => again("waits until the site can check its copy"),
-        (Stands::Sound, Some(active))
+    match (presence.state, &presence.active) {
+        (PresenceState::Missing, _) => again("is delivered again, because it is missing"),
+        (PresenceState::Damaged, _) => {
+            again("is delivered again, because it was changed or damaged")
+        }
+        (PresenceState::Unavailable, _) => again("waits until the site can check its copy"),
+        (PresenceState::Intact, Some(active))
             if active.as_str() != artifact.version() && !active.is_empty() =>
         {
             let message = format!(
@@ -432,7 +434,7 @@ fn found(row: &TransferRow, standing: &Option<Standing>) -> RepeatedDelivery {
                 message: Some(message.into()),
             }
         }
-        (Stands::Sound, _) => RepeatedDelivery {
+        (PresenceState::Intact, _) => RepeatedDelivery {
             again: false,
             note: None,
             message: None,

@@ -16,7 +16,7 @@ use super::peer_budgets::PeerBudgets;
 use super::relay::RelayKeeper;
 use base::blocking::blocking;
 use base::budget::Share;
-use base::fault::Fault;
+use base::fault::{Code, Fault};
 use base::names::{ArtifactRef, SiteName};
 use base::peer::Peer;
 use content::chunk::Hash;
@@ -127,6 +127,10 @@ impl Library for HubLibrary {
         entitlement.may_read_content(peer, opened.digest).await
     }
 
+    fn answer_bytes(&self) -> u64 {
+        self.inner.budgets.answer_bytes()
+    }
+
     async fn share(&self, peer: &Peer, bytes: u64, priority: i32) -> Result<Share, Fault> {
         self.inner.budgets.content(peer, bytes, priority).await
     }
@@ -147,10 +151,32 @@ impl Library for HubLibrary {
         wanted: &Wanted,
         children: &[Child],
     ) -> Result<(), Fault> {
-        match relayed_page(opened, wanted) {
-            Some(_) => self.inner.relay.ready(peer, opened.digest, children).await,
-            None => Ok(()),
+        match content_page(opened, wanted, children) {
+            Some(_) if opened.relayed => {
+                self.inner.relay.ready(peer, opened.digest, children).await
+            }
+            _ => Ok(()),
         }
+    }
+
+    async fn recheck(&self, peer: &Peer, opened: &Opened, children: &[Child]) -> Result<(), Fault> {
+        let ids: Vec<Hash> = children.iter().map(|child| child.chunk.id).collect();
+        let relay = self.inner.relay.relay().clone();
+        let bad = {
+            let _place = self.work_place(peer).await;
+            blocking(move || relay.recheck(&ids)).await?
+        };
+        if bad > 0 {
+            let rows = self.inner.catalogue.all_by_digest(opened.digest).await?;
+            let artifacts: Vec<String> = rows.iter().map(|row| row.artifact.to_string()).collect();
+            tracing::error!(
+                %peer,
+                artifacts = artifacts.join(", "),
+                bad,
+                "chunks that a site refused are damaged at the hub; they were removed from the index"
+            );
+        }
+        Ok(())
     }
 
     async fn frames(
@@ -161,28 +187,65 @@ impl Library for HubLibrary {
         children: Vec<Child>,
         priority: i32,
     ) -> Result<Pieces, Fault> {
-        if let Some(page) = relayed_page(opened, wanted) {
-            let of = Of {
-                digest: opened.digest,
-                page,
-                priority,
-            };
+        let page = content_page(opened, wanted, &children);
+        let of = page.map(|page| Of {
+            digest: opened.digest,
+            page,
+            priority,
+        });
+        if let Some(of) = of.filter(|_| opened.relayed) {
             return self.inner.relay.frames(peer, of, children).await;
         }
-        let store = self.inner.store.clone();
-        let chunks: Vec<ChunkRef> = children.into_iter().map(|c| c.chunk).collect();
-        let _place = self.work_place(peer).await;
-        blocking(move || store.read_listed(&chunks))
-            .await
-            .map(pieces)
+        let chunks: Arc<[ChunkRef]> = children.iter().map(|c| c.chunk).collect();
+        match (self.read(peer, &chunks, of.is_some()).await, of) {
+            // The store has lost a chunk, or has just found it damaged. Another site may have it.
+            (Err(fault), Some(of)) if fault.code == Code::Integrity => {
+                match self.inner.relay.relay().restore(peer, of, &children).await {
+                    Ok(0) => return Err(fault),
+                    Ok(restored) => {
+                        tracing::warn!(%peer, digest = %opened.digest, restored, error = %fault, "chunks that the hub had lost were fetched from a site and stored again");
+                    }
+                    Err(not) => {
+                        tracing::warn!(digest = %opened.digest, error = %not, "chunks that the hub has lost could not be fetched from a site");
+                        return Err(fault);
+                    }
+                }
+                self.read(peer, &chunks, true).await
+            }
+            (read, _) => read,
+        }
+        .map(pieces)
     }
 }
 
-/// The page of a relayed artifact whose children are asked for. The root and what it lists are
-/// always here.
-fn relayed_page(opened: &Opened, wanted: &Wanted) -> Option<Hash> {
+impl HubLibrary {
+    /// Reads frames of the hub's own store. A peer verifies each chunk of content; pages are also
+    /// summed here, because a peer without one page can do nothing.
+    async fn read(
+        &self,
+        peer: &Peer,
+        chunks: &Arc<[ChunkRef]>,
+        is_content: bool,
+    ) -> Result<Vec<Bytes>, Fault> {
+        let (store, chunks) = (self.inner.store.clone(), chunks.clone());
+        let _place = self.work_place(peer).await;
+        blocking(move || match is_content {
+            true => store.read_to_send(&chunks),
+            false => store.read_listed(&chunks),
+        })
+        .await
+    }
+}
+
+/// The page whose chunks of content are asked for. The pages of an artifact are always in the hub's
+/// own store.
+fn content_page(opened: &Opened, wanted: &Wanted, children: &[Child]) -> Option<Hash> {
     match wanted {
-        Wanted::Children { page, .. } if opened.relayed => Some(*page),
+        Wanted::Children { page, .. } | Wanted::Refused { page, .. } => Some(*page).filter(|_| {
+            !children
+                .iter()
+                .any(|child| opened.pages.contains(&child.chunk.id))
+        }),
         _ => None,
     }
 }

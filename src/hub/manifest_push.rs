@@ -15,7 +15,7 @@ use crate::api::types::State;
 use base::budget::Share;
 use base::clock;
 use base::fault::Fault;
-use base::limits::{TOLD_BYTES_MAX, TOLD_MAX};
+use base::limits::{MESSAGE_MANIFESTS_BYTES_MAX, MESSAGE_MANIFESTS_MAX};
 use base::names::{SiteName, TransferId};
 use base::peer::Peer;
 use base::text::Exact;
@@ -26,7 +26,7 @@ use state::{Catalogue, Want};
 
 /// The manifest of a larger artifact is never small enough: it has at least 36 bytes for each 256
 /// KiB.
-const TOTAL_MAX: u64 = (TOLD_BYTES_MAX as u64 / 36) * (256 << 10);
+const TOTAL_MAX: u64 = (MESSAGE_MANIFESTS_BYTES_MAX as u64 / 36) * (256 << 10);
 
 /// The manifests that were pushed over one connection.
 pub(super) struct ManifestPush {
@@ -76,7 +76,11 @@ impl ManifestPush {
                 && wanted.created_ms >= self.since_ms;
             begins && wanted.total <= TOTAL_MAX
         };
-        let new: Vec<&Desired> = new.iter().filter(begins).take(TOLD_MAX).collect();
+        let new: Vec<&Desired> = new
+            .iter()
+            .filter(begins)
+            .take(MESSAGE_MANIFESTS_MAX)
+            .collect();
         if new.is_empty() {
             return (Vec::new(), None);
         }
@@ -84,12 +88,12 @@ impl ManifestPush {
         // A push never waits for a share of the budget.
         let Some(Ok(share)) = self
             .library
-            .share(&peer, TOLD_BYTES_MAX as u64, PRIORITY_MANIFEST)
+            .share(&peer, MESSAGE_MANIFESTS_BYTES_MAX as u64, PRIORITY_MANIFEST)
             .now_or_never()
         else {
             return (Vec::new(), None);
         };
-        let (mut pushed, mut room) = (Vec::new(), TOLD_BYTES_MAX);
+        let (mut pushed, mut room) = (Vec::new(), MESSAGE_MANIFESTS_BYTES_MAX);
         for wanted in new {
             match self.manifest_for(site, &peer, wanted, room).await {
                 Ok(Some(frames)) => {

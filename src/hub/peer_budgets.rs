@@ -18,6 +18,9 @@ use base::peer::Peer;
 /// full.
 const SITE_SHARE_MAX: u64 = 12 << 20;
 
+/// The limits of what is read for one answer before it is sent, bytes.
+const ANSWER_BYTES: (u64, u64) = (64 << 10, 1 << 20);
+
 /// The parts of all peers.
 pub(super) struct PeerBudgets {
     /// Bytes that are read for peers and not yet sent.
@@ -62,6 +65,13 @@ impl PeerBudgets {
         priority: i32,
     ) -> Result<Share, Fault> {
         self.content.take(peer, bytes, priority).await
+    }
+
+    /// What is read for one answer before it is sent: half of the part of a peer. A buffer that a peer
+    /// has acknowledged in part is held completely, and no budget counts its first part. A fourth took
+    /// more memory: more threads read at once, and each has its own part of the allocator.
+    pub(super) fn answer_bytes(&self) -> u64 {
+        (self.content.part() / 2).clamp(ANSWER_BYTES.0, ANSWER_BYTES.1)
     }
 
     /// The budget that questions and answers are taken out of.

@@ -203,11 +203,11 @@ impl RunKeeper {
             .await?;
         let own = |row: &TransferRow| row.site == run.spec.from && row.removed_ms.is_none();
         // The transfer that was not cancelled, else the one that was cancelled last.
-        let standing = rows
+        let kept = rows
             .iter()
             .rev()
             .find(|row| own(row) && row.state != State::Cancelled);
-        Ok(standing
+        Ok(kept
             .or_else(|| rows.iter().rev().find(|row| own(row)))
             .cloned())
     }

@@ -220,7 +220,7 @@ impl Connection {
         let (question, _share) = wire::receive_question(&mut recv, budget, hub).await?;
         let verb = match question {
             AskSite::Plan { .. } => Verb::Plan,
-            AskSite::Stands { .. } | AskSite::Holds { .. } => Verb::Verify,
+            AskSite::CheckPresence { .. } | AskSite::Holds { .. } => Verb::Verify,
         };
         policy::may(&Actor::from(hub), verb, &Object::Daemon)?;
         let answer = async {
@@ -228,10 +228,10 @@ impl Connection {
                 AskSite::Plan { artifact, digest } => {
                     wire::send(&mut send, &self.plan_for(link, artifact, digest).await).await
                 }
-                AskSite::Stands { artifact, digest } => {
+                AskSite::CheckPresence { artifact, digest } => {
                     wire::send(
                         &mut send,
-                        &self.opened.runner.standing(&artifact, digest).await,
+                        &self.opened.runner.presence(&artifact, digest).await,
                     )
                     .await
                 }

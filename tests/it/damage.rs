@@ -163,6 +163,34 @@ fn a_flipped_bit_in_a_pack_is_never_sent() {
     world.arrives(&transfer);
 }
 
+/// The receiver finds the damage, the hub checks its copy, and fetches the chunk from a site that
+/// holds the artifact.
+#[test]
+fn a_damaged_chunk_is_repaired_from_another_site() {
+    let _limit = limit(secs(180));
+    let mut world = World::start();
+    world.hub.deliver_and_wait(REFERENCE, "chengdu", secs(60));
+    let west = Site::start_new(
+        world._scratch.path(),
+        &world.hub,
+        "west",
+        &SiteSpec::default(),
+    );
+    let weights = world.source.join("weights.bin");
+    world.damage(|pack| flip(pack, &weights));
+    world.hub.wait_online("west", true, secs(75));
+    world.hub.deliver_and_wait(REFERENCE, "west", secs(60));
+    assert_same(&world.source, &west.folder(REFERENCE));
+    assert!(
+        world
+            .hub
+            .log()
+            .contains(&format!("artifacts=\"{REFERENCE}\"")),
+        "the hub names what was damaged"
+    );
+    world.hub.cli(&["verify", REFERENCE]).expect(0);
+}
+
 #[test]
 fn a_truncated_pack_is_never_sent() {
     let _limit = limit(secs(180));

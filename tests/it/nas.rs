@@ -22,6 +22,18 @@ struct Lab {
     scratch: Scratch,
 }
 
+/// Creates a source with this number of files of this size.
+fn source(scratch: &Scratch, name: &str, files: usize, bytes: usize) -> PathBuf {
+    let root = scratch.join(name);
+    for number in 0..files {
+        data::write(
+            &root.join(format!("part-{number:03}")),
+            &data::noise(&mut data::rng(&format!("{name}{number}")), bytes),
+        );
+    }
+    root
+}
+
 impl Lab {
     fn new() -> Option<Self> {
         let scratch = Scratch::new();
@@ -47,14 +59,7 @@ impl Lab {
 
     /// Creates a source with this number of files of this size.
     fn source(&self, name: &str, files: usize, bytes: usize) -> PathBuf {
-        let root = self.scratch.join(name);
-        for number in 0..files {
-            data::write(
-                &root.join(format!("part-{number:03}")),
-                &data::noise(&mut data::rng(&format!("{name}{number}")), bytes),
-            );
-        }
-        root
+        source(&self.scratch, name, files, bytes)
     }
 
     fn deliver(&self, source: &Path, reference: &str) -> String {
@@ -401,13 +406,7 @@ fn a_transfer_waits_for_a_nas_that_was_unmounted() {
         ..SiteSpec::default()
     };
     let site = Site::start_new(scratch.path(), &hub, "chengdu", &spec);
-    let source = scratch.join("films");
-    for number in 0..8 {
-        data::write(
-            &source.join(format!("part-{number}")),
-            &data::noise(&mut data::rng(&format!("film{number}")), 1 << 20),
-        );
-    }
+    let source = source(&scratch, "films", 8, 1 << 20);
     hub.publish(&source, "dataset/films:v1", &[]);
     line.hold_at(line.down() + (4 << 20));
     let id = hub.deliver(&["dataset/films:v1"], "chengdu").remove(0);
@@ -637,13 +636,7 @@ fn a_nas_can_be_mounted_at_another_path() {
             ..SiteSpec::default()
         },
     );
-    let source = scratch.join("one");
-    for number in 0..8 {
-        data::write(
-            &source.join(format!("part-{number}")),
-            &data::noise(&mut data::rng(&format!("moved{number}")), 30_000),
-        );
-    }
+    let source = source(&scratch, "one", 8, 30_000);
     hub.publish(&source, "dataset/x:v1", &[]);
     hub.deliver_and_wait("dataset/x:v1", "chengdu", secs(30));
     site.stop();
@@ -652,7 +645,7 @@ fn a_nas_can_be_mounted_at_another_path() {
     site.start();
     hub.wait_online("chengdu", true, secs(20));
     site.cli(&["verify", "dataset/x:v1"]).expect(0);
-    std::fs::remove_file(source.join("part-0")).unwrap();
+    std::fs::remove_file(source.join("part-000")).unwrap();
     hub.publish(&source, "dataset/x:v2", &[]);
     let id = hub.deliver(&["dataset/x:v2"], "chengdu").remove(0);
     let done = hub.wait_done(&id, secs(30));
@@ -771,13 +764,7 @@ fn a_filesystem_stores_a_version_and_a_full_one_delays_it(kind: &str) {
             ..SiteSpec::default()
         },
     );
-    let source = scratch.join("one");
-    for number in 0..40 {
-        data::write(
-            &source.join(format!("f{number}")),
-            &data::noise(&mut data::rng(&format!("{kind}{number}")), 20_000),
-        );
-    }
+    let source = source(&scratch, "one", 40, 20_000);
     hub.publish(&source, "dataset/x:v1", &[]);
     let filler = disk.fill("filler", 0);
     let id = hub.deliver(&["dataset/x:v1"], "chengdu").remove(0);
@@ -892,13 +879,7 @@ fn nothing_is_transmitted_again_while_the_chunk_index_has_no_space() {
         .unwrap();
     site.start();
     hub.wait_online("chengdu", true, secs(20));
-    let source = scratch.join("films");
-    for number in 0..30 {
-        data::write(
-            &source.join(format!("part-{number:03}")),
-            &data::noise(&mut data::rng(&format!("film{number}")), 1 << 20),
-        );
-    }
+    let source = source(&scratch, "films", 30, 1 << 20);
     hub.publish(&source, "dataset/films:v1", &[]);
     line.hold_at(line.down() + (10 << 20));
     let id = hub.deliver(&["dataset/films:v1"], "chengdu").remove(0);

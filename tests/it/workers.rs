@@ -77,6 +77,7 @@ fn a_hub_and_a_site_list_their_background_workers() {
             "index-rebuild",
             "index-sweep",
             "runs",
+            "scrub",
             "watch",
             "watch-requests",
         ],

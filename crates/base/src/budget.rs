@@ -86,6 +86,11 @@ impl Budget {
         }
     }
 
+    /// The part of one peer while all connected peers use the budget.
+    pub fn part(&self) -> u64 {
+        self.inner.part(&self.inner.state.lock())
+    }
+
     /// Waits until `bytes` are available. A request that is larger than the part of its peer is
     /// served when the peer holds nothing else.
     pub async fn take(&self, peer: &Peer, bytes: u64, priority: i32) -> Result<Share, Fault> {
@@ -109,6 +114,10 @@ impl Budget {
 }
 
 impl Inner {
+    fn part(&self, state: &State) -> u64 {
+        (self.total / state.peers.len().max(state.seats).max(1) as u64).min(self.part_max)
+    }
+
     /// Serves all requests that can be served now.
     fn serve(this: &Arc<Self>) {
         // If the receiver of a share is gone, the share is dropped here, and the drop locks the
@@ -122,8 +131,7 @@ impl Inner {
     /// holds the fewest bytes.
     fn next(self: &Arc<Self>) -> Option<(oneshot::Sender<Share>, Share)> {
         let mut state = self.state.lock();
-        let part =
-            (self.total / state.peers.len().max(state.seats).max(1) as u64).min(self.part_max);
+        let part = self.part(&state);
         let left = self.total.saturating_sub(state.used);
         let all_free = state.used == 0;
         let fits = |account: &Account| {
@@ -240,7 +248,9 @@ mod tests {
         );
         let quick: Vec<Option<Share>> = (0..9).map(|_| now(&budget, "quick", 10)).collect();
         assert_eq!(quick.iter().flatten().count(), 4);
+        assert_eq!(budget.part(), 40);
         let seats: Vec<Seat> = (0..10).map(|_| budget.seat()).collect();
+        assert_eq!(budget.part(), 10);
         drop(quick);
         assert!(
             now(&budget, "quick", 10).is_some(),

@@ -10,8 +10,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use bytes::Bytes;
 use parking_lot::Mutex;
 
-/// Buffers returned by [`Buffers::room`] have a length that is a multiple of this.
+/// Buffers returned by [`Buffers::room`] have a length that is a multiple of this…
 const STEP: usize = 256 << 10;
+/// …or of this, if they are smaller than twice [`STEP`]: many peers hold such buffers.
+const SMALL_STEP: usize = 64 << 10;
 
 /// A pool of buffers of similar sizes. Cheap to clone.
 #[derive(Clone)]
@@ -68,7 +70,8 @@ impl Buffers {
         } else if out.len() >= len {
             return out;
         }
-        vec![0; len.next_multiple_of(STEP)]
+        let step = if len < 2 * STEP { SMALL_STEP } else { STEP };
+        vec![0; len.next_multiple_of(step)]
     }
 
     /// Makes `Bytes` of a buffer, which returns to the pool when the last slice of them is dropped.

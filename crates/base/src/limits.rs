@@ -13,9 +13,9 @@ pub const MEMORY_BUDGET_CGROUP_PART: u64 = 4;
 /// The largest control message of a connection.
 pub const CONTROL_FRAME_BYTES_MAX: usize = 4 << 20;
 /// The number of manifests that the hub sends to a site in one control message without a request.
-pub const TOLD_MAX: usize = 16;
+pub const MESSAGE_MANIFESTS_MAX: usize = 16;
 /// The total size of these manifests.
-pub const TOLD_BYTES_MAX: usize = 256 << 10;
+pub const MESSAGE_MANIFESTS_BYTES_MAX: usize = 256 << 10;
 /// The number of pushed root manifests that a site keeps until their transfers start.
 pub const PUSHED_MANIFESTS_MAX: usize = 64;
 /// The largest request for chunks.
@@ -452,6 +452,10 @@ pub const CONNECTION_SEND_BYTES_MIN: u64 = 8 << 20;
 pub const CONNECTION_SEND_BYTES_SLOW: u64 = 32 << 10;
 /// How often the send buffer of a connection in use is adjusted.
 pub const CONNECTION_SEND_FIT_EVERY: Duration = Duration::from_millis(20);
+/// What a connection of a site takes at the hub besides its send buffer: about 60 KiB for QUIC and
+/// TLS, tasks and the state of the session; while it sends, also the packets that are being built and
+/// the acknowledged part of a buffer. The send buffers get less memory by this.
+pub const CONNECTION_STATE_BYTES: u64 = 128 << 10;
 /// How often the send buffers are adjusted to the bandwidth and the number of connections.
 pub const CONNECTION_FIT_EVERY: Duration = Duration::from_millis(500);
 /// The largest send buffer of a connection.
@@ -633,13 +637,31 @@ pub const OMITTED_LINE_CHARS_MAX: usize = 200;
 /// hard links: at most 18 MiB. Beyond this number, each file with several names counts as a hard
 /// link.
 pub const HARD_LINKED_FILES_KEPT_MAX: usize = 7 << 17;
+/// The extended attributes of one entry in a manifest, and the name of one of them, in bytes.
+pub const XATTRS_BYTES_MAX: usize = 32 << 10;
+pub const XATTR_NAME_BYTES_MAX: usize = 255;
+/// The paths of the files of one artifact that have several names, in bytes, with the memory of
+/// each.
+pub const HARD_LINK_BYTES_MAX: usize = 32 << 20;
+/// The versions that one list of the answer of `adopt` names, and those that it looks for.
+pub const ADOPT_LISTED_MAX: usize = 1000;
+pub const ADOPT_VERSIONS_MAX: usize = 100_000;
+/// The patterns of `--exclude`, or of one `.packhorseignore`, and the bytes of one pattern and of
+/// such a file.
+pub const EXCLUDE_PATTERNS_MAX: usize = 10_000;
+pub const EXCLUDE_PATTERN_BYTES_MAX: usize = 4096;
+pub const IGNORE_FILE_BYTES_MAX: u64 = 1 << 20;
+/// How long a publish with `--settle` waits in all for files that are written to.
+pub const SETTLE_WAIT_MAX: Duration = Duration::from_secs(60 * 60);
 /// The names of the extended attributes of one file in bytes, the limit of Linux.
 pub const XATTR_NAMES_BYTES_MAX: usize = 64 << 10;
 /// The jobs of trainers whose owners the API remembers.
 pub const RUN_JOBS_KEPT_MAX: usize = 256;
 /// The redirects of a registry that are followed for one request.
 pub const REGISTRY_REDIRECTS_MAX: usize = 10;
-/// The chunks in one report of a failed transfer that the hub reads again.
+/// The chunks that the hub reads again because a site refused them: those that one report of a failed
+/// transfer names, and those of one range of a request. A site requests at most this many refused
+/// chunks of a transfer again.
 pub const REFUSED_CHUNKS_MAX: usize = 16;
 /// The paths of directories that the links of one artifact leave by `..`, and of those links, in
 /// bytes.

@@ -14,10 +14,12 @@
 //!     52     …  stored bytes
 //! ```
 //!
-//! The XXH3 checksum detects a flipped bit on a disk at a tenth of the cost of BLAKE3. A daemon
-//! checks it whenever it reads a frame to send it. Only [`Frame::verify`] converts stored bytes to
-//! raw bytes: it decodes them and compares the id, the raw length and the BLAKE3. It rejects a
-//! frame if any field differs from what the stored bytes decode to.
+//! The XXH3 checksum detects a flipped bit on a disk at a tenth of the cost of BLAKE3. It is checked
+//! where no receiver verifies the frame: in a bundle, in a collection, and in the tail of a pack
+//! after a crash. A frame that is sent to a peer is not summed, because the peer verifies it. Only
+//! [`Frame::verify`] converts stored bytes to raw bytes: it decodes them and compares the id, the
+//! raw length and the BLAKE3. It rejects a frame if any field differs from what the stored bytes
+//! decode to.
 
 mod byte_stream_split;
 
@@ -220,9 +222,10 @@ impl Frame {
     }
 
     /// Creates a frame with a fault, which is sent instead of a chunk.
-    pub fn fault(fault: &Fault) -> Self {
-        let text = serde_json::to_vec(fault).unwrap_or_default();
-        Self::seal(Hash([0; 32]), 0, FAULT, text.into())
+    pub fn fault(fault: &Fault) -> Result<Self, Fault> {
+        let text = serde_json::to_vec(fault)
+            .map_err(|e| Fault::internal(format!("the fault '{fault}' has no JSON form: {e}")))?;
+        Ok(Self::seal(Hash([0; 32]), 0, FAULT, text.into()))
     }
 
     /// Creates a frame for manifest pages of `raw_len` bytes in total, compressed against other

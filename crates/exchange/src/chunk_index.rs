@@ -14,6 +14,7 @@
 //!
 //! A damaged file is moved aside, and a damaged or missing file is rebuilt (see [`Loss`]).
 
+mod intact;
 mod journal;
 mod loss;
 mod reader;
@@ -38,6 +39,7 @@ use content::manifest::{Digest, FileInfo};
 use content::redb_file::{NotOpened, Tree};
 use sink::StorageLocation;
 
+pub use intact::{FileKey, Intact};
 pub use journal::Journal;
 pub use loss::Loss;
 pub use reader::{Reader, buffers};
@@ -95,6 +97,8 @@ pub struct Commit {
     pub entries: Vec<(u64, RelPath, FileInfo)>,
     /// Their ordinals.
     pub ordinals: Vec<u64>,
+    /// Files that are intact and were taken over, or from which one was taken over.
+    pub intact: Vec<(FileKey, Option<Intact>)>,
 }
 
 /// The index.
@@ -257,6 +261,7 @@ impl ChunkIndex {
             write
                 .open_table(ENTRIES)?
                 .retain_in((number, 0)..(number, u64::MAX), |_, _| false)?;
+            intact::remove(write, number)?;
             sweep::note(write)
         })?;
         known.remove(&number);
@@ -271,6 +276,15 @@ impl ChunkIndex {
             .iter()
             .find(|(_, i)| i.digest == digest && i.transfer.is_none() && i.place == *place)
             .map(|(number, _)| *number)
+    }
+
+    /// All committed locations.
+    pub fn committed(&self) -> Vec<(u32, Arc<LocationInfo>)> {
+        let known = self.known.read();
+        let committed = known.iter().filter(|(_, info)| info.transfer.is_none());
+        committed
+            .map(|(number, info)| (*number, info.clone()))
+            .collect()
     }
 
     /// Records chunks of committed locations. `replace`: also those for which another committed
@@ -458,6 +472,7 @@ impl ChunkIndex {
             for (number, path, file) in &commit.entries {
                 entries.insert((place, *number), (path.as_str(), file.size, &file.hash.0))?;
             }
+            intact::write(write, &commit.intact)?;
             let mut journal = journal.write();
             for ordinal in &commit.ordinals {
                 journal.set(*ordinal);

@@ -584,7 +584,7 @@ impl Library for InPlaceReader {
             Wanted::TopPages(_) | Wanted::Root | Wanted::RootAndPages(_) | Wanted::Delta { .. } => {
                 true
             }
-            Wanted::Children { .. } => chunks
+            Wanted::Children { .. } | Wanted::Refused { .. } => chunks
                 .first()
                 .is_some_and(|chunk| opened.pages.contains(&chunk.id)),
         };

@@ -12,6 +12,7 @@
 
 mod cache;
 mod inflight_fetch;
+mod restore;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -377,7 +378,7 @@ impl Relay {
                 } else {
                     &inner.kept.store
                 };
-                out.push(Slot::Here(store.read_listed(&chunks[*first..=*last])?));
+                out.push(Slot::Here(store.read_to_send(&chunks[*first..=*last])?));
             }
             Ok(())
         };

@@ -251,10 +251,11 @@ impl ReceivedList {
         for id in &changes.removed {
             list.remove(id);
         }
+        let too_many = Fault::integrity(format!(
+            "the hub lists more than {TRANSFERS_LISTED_MAX} transfers"
+        ));
         if list.len() > TRANSFERS_LISTED_MAX {
-            return Err(Fault::integrity(format!(
-                "the hub lists more than {TRANSFERS_LISTED_MAX} transfers"
-            )));
+            return Err(too_many);
         }
         let mut complete = false;
         if changes.end
@@ -262,6 +263,9 @@ impl ReceivedList {
         {
             if changes.partial {
                 self.listed.extend(collected);
+                if self.listed.len() > TRANSFERS_LISTED_MAX {
+                    return Err(too_many);
+                }
             } else {
                 self.listed = collected;
                 complete = true;

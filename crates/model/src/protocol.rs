@@ -39,7 +39,7 @@ use base::text;
 pub use changes::{Changes, ReportBatch};
 pub use control::{AllowList, Desired, FromHub, FromSite, Known, PushedManifest, Report};
 pub use fetch::{FetchRequest, Wanted};
-pub use question::{AskHub, AskSite, Planned, Standing, Stands, renewal};
+pub use question::{AskHub, AskSite, Planned, Presence, PresenceState, renewal};
 
 /// First byte of a control stream.
 pub const CONTROL: u8 = b'C';

@@ -27,8 +27,8 @@ fn hubs(addresses: &str) -> impl Iterator<Item = &str> {
     addresses.split(',').map(str::trim)
 }
 
-/// Checks addresses that are separated by commas.
-pub(super) fn check(addresses: &str) -> Result<(), Fault> {
+/// Checks addresses of a hub, `HOST:PORT` or `[V6]:PORT`, separated by commas.
+pub fn check(addresses: &str) -> Result<(), Fault> {
     if hubs(addresses).count() > CONNECTION_HUBS_MAX {
         return Err(Fault::config(format!(
             "there are more than {CONNECTION_HUBS_MAX} addresses of the hub"
@@ -174,6 +174,8 @@ mod tests {
             "hub:x",
             ":1",
             "a:1,",
+            "fd00::1:1",
+            "a:0",
             "u@hub:1",
             "h\r\n:1",
             &"a:1,".repeat(9),

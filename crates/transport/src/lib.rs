@@ -38,6 +38,7 @@ mod tls;
 mod window;
 mod write_order;
 
+pub use addresses::check as check_addresses;
 pub use dial::{clock_difference, dial, join, probe_quic};
 pub use listen::{Arrival, JoinRequest, Listener};
 pub use proxy::{Proxy, ProxySettings};

@@ -27,7 +27,7 @@ use base::limits::{
     CONNECTION_ARRIVALS_WAITING_MAX, CONNECTION_HANDSHAKE_MAX, CONNECTION_HANDSHAKES_EASY,
     CONNECTION_HANDSHAKES_MAX, CONNECTION_HANDSHAKES_PER_ADDRESS_MAX,
     CONNECTION_HANDSHAKES_PROVED_MAX, CONNECTION_JOINS_MAX, CONNECTION_SEND_BYTES_MAX,
-    CONNECTION_TLS_MAX, SITE_CONNECTIONS_MAX,
+    CONNECTION_STATE_BYTES, CONNECTION_TLS_MAX, SITE_CONNECTIONS_MAX,
 };
 use base::names::{PublisherName, SiteName};
 use base::peer::Peer;
@@ -368,7 +368,10 @@ impl Admission {
     /// The bytes that each connection may buffer for sending, given the current number of
     /// connections.
     fn send_room(&self) -> u64 {
-        (self.memory / self.seats.used().max(1) as u64).min(CONNECTION_SEND_BYTES_MAX)
+        let connections = self.seats.used().max(1) as u64;
+        (self.memory / connections)
+            .saturating_sub(CONNECTION_STATE_BYTES)
+            .min(CONNECTION_SEND_BYTES_MAX)
     }
 
     /// The number of unfinished handshakes allowed for one address. The limit grows with the

@@ -384,10 +384,14 @@ pub(super) fn split_host_port(address: &str) -> Result<(&str, u16), Fault> {
         .and_then(|host| host.strip_suffix(']'));
     let host = bare.unwrap_or(host);
     let odd = |c: char| c.is_whitespace() || c.is_control() || matches!(c, '/' | '@');
-    if host.is_empty() || host.contains(odd) {
+    // An IPv6 address has brackets.
+    if host.is_empty() || host.contains(odd) || (bare.is_none() && host.contains(':')) {
         return Err(invalid());
     }
-    Ok((host, port.parse().map_err(|_| invalid())?))
+    match port.parse() {
+        Ok(port) if port > 0 => Ok((host, port)),
+        _ => Err(invalid()),
+    }
 }
 
 fn decode_percent(text: &str) -> Result<String, String> {

@@ -158,7 +158,7 @@ impl Sessions {
     }
 
     /// Whether a transfer that the site has is not wanted any more. A transfer that cannot be read
-    /// is.
+    /// counts as wanted.
     async fn has_ended(&self, site: &SiteName, id: &TransferId) -> bool {
         match self.inner.catalogue.transfer(id).await {
             Ok(row) => row.site == *site && row.state.is_final() && row.want != Want::Cancel,

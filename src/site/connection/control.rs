@@ -66,6 +66,23 @@ impl Requests {
         }
     }
 
+    /// A complete list has ended: what it does not name is not executed any more.
+    fn drop_unlisted(&mut self, received: &ReceivedList) {
+        self.set.retain(|id, _| received.contains(id));
+    }
+
+    /// Refuses more requests than a hub may send before they are executed: the transfers of an old
+    /// and of a new list.
+    fn check_size(&self) -> Result<(), Fault> {
+        let most = 2 * TRANSFERS_LISTED_MAX;
+        if self.set.len() <= most && self.removed.len() <= most {
+            return Ok(());
+        }
+        Err(Fault::integrity(format!(
+            "the hub changes more than {most} transfers at once"
+        )))
+    }
+
     /// Adds newer requests.
     fn merge(&mut self, newer: Self) {
         if newer.is_whole {
@@ -191,11 +208,10 @@ impl Connection {
         requests.remove(changes.removed);
         requests.gives_up |= complete;
         requests.runs = changes.runs.or(requests.runs.take());
-        if requests.removed.len() > TRANSFERS_LISTED_MAX {
-            return Err(Fault::integrity(format!(
-                "the hub removes more than {TRANSFERS_LISTED_MAX} transfers at once"
-            )));
+        if complete {
+            requests.drop_unlisted(&shared.received.lock());
         }
+        requests.check_size()?;
         drop(requests);
         shared.has_requests.notify_one();
         Ok(())
@@ -210,6 +226,9 @@ impl Connection {
         loop {
             left.merge(std::mem::take(&mut *shared.requests.lock()));
             left.is_whole = false;
+            if left.gives_up {
+                left.drop_unlisted(&shared.received.lock());
+            }
             runs = left.runs.take().or(runs);
             let unapplied = runner.apply(left.set.values()).await;
             self.note_applied(&left.set, shared).await;
@@ -410,5 +429,57 @@ fn report(row: TransferRow) -> Report {
         generation: row.generation,
         state: row.state,
         body: row.body,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use model::protocol::from_json;
+
+    fn changes(text: &str) -> Changes {
+        from_json(text.as_bytes()).unwrap()
+    }
+
+    fn wanted(id: &str) -> String {
+        let digest = "00".repeat(32);
+        format!(
+            r#"{{"id":"{id}","delivery":"d-1","artifact":"model/{id}:1","digest":"{digest}","want":"run","generation":0,"total":1,"created_ms":1}}"#
+        )
+    }
+
+    #[test]
+    fn a_request_that_could_not_be_stored_ends_with_a_complete_list_without_it() {
+        let mut received = ReceivedList::default();
+        let first = changes(&format!(
+            r#"{{"revision":1,"begin":true,"end":true,"set":[{},{}]}}"#,
+            wanted("t-1"),
+            wanted("t-2")
+        ));
+        received.take(&first).unwrap();
+        // Both wait for room on the disk.
+        let mut left = Requests::default();
+        left.set(first.set);
+        let list = changes(&format!(
+            r#"{{"revision":2,"begin":true,"end":true,"set":[{}]}}"#,
+            wanted("t-2")
+        ));
+        received.take(&list).unwrap();
+        let mut newer = Requests::default();
+        newer.set(list.set);
+        left.merge(newer);
+        left.drop_unlisted(&received);
+        let ids: Vec<&str> = left.set.keys().map(|id| id.as_str()).collect();
+        assert_eq!(ids, ["t-2"]);
+    }
+
+    #[test]
+    fn requests_that_are_not_executed_are_bounded() {
+        let id = |n: usize| format!("t-{n}").parse::<TransferId>().unwrap();
+        let mut requests = Requests::default();
+        requests.remove((0..2 * TRANSFERS_LISTED_MAX).map(id));
+        requests.check_size().unwrap();
+        requests.remove([id(2 * TRANSFERS_LISTED_MAX)]);
+        requests.check_size().unwrap_err();
     }
 }

@@ -59,12 +59,14 @@ impl Reporter {
         let pause = self.pause.unwrap_or(STATE_RETRY_EVERY);
         let mut failed = 0;
         for id in unstored {
-            // A newer report of the transfer is on its way, or due.
+            // Otherwise a newer report of the transfer is on its way. The hub names a transfer twice
+            // if it could not store the reports of two batches.
             let is_latest = self
                 .unacknowledged
                 .get(id)
                 .is_some_and(|(of, _)| *of <= number);
             if is_latest {
+                self.unacknowledged.remove(id);
                 failed += 1;
                 if !self.due.contains(id) {
                     self.again.insert(id.clone(), now + pause);
@@ -260,6 +262,26 @@ mod tests {
         );
         reporter.processed(second, &[], Instant::now());
         assert_eq!(reporter.next_at(Instant::now()), None);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn two_reports_of_one_transfer_may_fail_together() {
+        let mut reporter = begun();
+        reporter.note(id(1), false);
+        send(&mut reporter);
+        tokio::time::advance(REPORTS_EVERY).await;
+        reporter.note(id(1), true);
+        let (second, _) = send(&mut reporter);
+        reporter.processed(second, &[id(1), id(1)], Instant::now());
+        let at = reporter.next_at(Instant::now()).unwrap();
+        assert_eq!(at - Instant::now(), STATE_RETRY_EVERY);
+        tokio::time::advance(STATE_RETRY_EVERY).await;
+        let (third, ids) = send(&mut reporter);
+        assert_eq!(ids, [id(1)]);
+        // None was stored, so the pause grows.
+        reporter.processed(third, &[id(1)], Instant::now());
+        let at = reporter.next_at(Instant::now()).unwrap();
+        assert_eq!(at - Instant::now(), 2 * STATE_RETRY_EVERY);
     }
 
     #[tokio::test(start_paused = true)]

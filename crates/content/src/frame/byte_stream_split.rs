@@ -261,10 +261,9 @@ pub(super) mod tests {
         );
     }
 
-    /// Prints the figures of BENCHMARKS.md: `cargo test --lib -- --ignored --nocapture
-    /// weights_by_lane`.
+    /// `cargo test -p content --release --lib -- --ignored --nocapture weights_by_lane`.
     #[test]
-    #[ignore = "prints figures"]
+    #[ignore = "measures the sizes of weights in BENCHMARKS.md"]
     fn weights_by_lane() {
         for (name, stride, bytes) in forms() {
             let share = |len: usize| len as f64 * 100.0 / bytes.len() as f64;

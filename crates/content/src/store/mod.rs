@@ -2,11 +2,12 @@
 //!
 //! The hub keeps all content here. A site keeps only manifest pages here; its delivered files and
 //! blobs are its chunk store (see `chunk_index`). A chunk is written as a
-//! [`Frame`](crate::frame::Frame) and appended to the open pack. [`Store::flush`] syncs the pack and then commits its index entries, so the index
-//! never names bytes that a power failure could lose. A full pack is synced by the thread that
-//! starts the next pack. That thread also updates the index if enough entries have accumulated;
-//! other threads continue to put at the same time. This process can read chunks immediately after
-//! they are put, before the flush. The parts: `append` writes, `read` reads, `collect` removes.
+//! [`Frame`](crate::frame::Frame) and appended to the open pack. [`Store::flush`] syncs the pack and
+//! then commits its index entries, so the index never names bytes that a power failure could lose. A
+//! full pack is synced by the thread that starts the next pack. That thread also updates the index
+//! if enough entries have accumulated; other threads continue to put at the same time. This process
+//! can read chunks immediately after they are put, before the flush. The parts: `append` writes,
+//! `read` reads, `collect` removes.
 //!
 //! On disk, in the directory of the store: `packs/00000001.pack …` (a header of 8 bytes, then
 //! frames) and `index.redb`. After a crash, the part of the last packs that is not in the index is

@@ -8,11 +8,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use bytes::Bytes;
+use bytes::{Buf as _, Bytes};
 use parking_lot::Mutex;
 
 use crate::chunk::Hash;
-use crate::frame::{Frame, HEADER_BYTES, Header};
+use crate::frame::{Frame, FrameError, HEADER_BYTES, Header};
 use base::blocking;
 use base::buffers::Buffers;
 use base::durable;
@@ -235,21 +235,34 @@ impl Packs {
 
     /// Splits the first frame off `bytes` and checks its checksum.
     pub(super) fn split_frame(&self, number: u32, bytes: &mut Bytes) -> Result<Frame, Fault> {
-        let damaged = |error: crate::frame::FrameError| {
-            Fault::integrity(format!("the pack {}: {error}", self.path(number).display()))
-                .with_next(
-                    "run 'packhorse verify' on the artifacts, then publish the affected ones again",
-                )
-        };
-        let head = bytes
+        let len = self.first_header(number, bytes)?.frame_len();
+        Frame::parse(bytes.split_to(len)).map_err(|error| self.damaged(number, &error))
+    }
+
+    /// Removes the first frame from `bytes`. Only its header is checked.
+    pub(super) fn skip_frame(&self, number: u32, bytes: &mut Bytes) -> Result<Header, Fault> {
+        let header = self.first_header(number, bytes)?;
+        bytes.advance(header.frame_len());
+        Ok(header)
+    }
+
+    /// The header of the first frame, which `bytes` contains completely.
+    fn first_header(&self, number: u32, bytes: &Bytes) -> Result<Header, Fault> {
+        let header = bytes
             .first_chunk::<HEADER_BYTES>()
-            .ok_or(crate::frame::FrameError::Malformed)
-            .map_err(damaged)?;
-        let len = Header::parse(head).map_err(damaged)?.frame_len();
-        if len > bytes.len() {
-            return Err(damaged(crate::frame::FrameError::Malformed));
+            .ok_or(FrameError::Malformed)
+            .and_then(Header::parse)
+            .map_err(|error| self.damaged(number, &error))?;
+        if header.frame_len() > bytes.len() {
+            return Err(self.damaged(number, &FrameError::Malformed));
         }
-        Frame::parse(bytes.split_to(len)).map_err(damaged)
+        Ok(header)
+    }
+
+    fn damaged(&self, number: u32, error: &FrameError) -> Fault {
+        Fault::integrity(format!("the pack {}: {error}", self.path(number).display())).with_next(
+            "run 'packhorse verify' on the artifacts, then publish the affected ones again",
+        )
     }
 
     /// Renames a file that is not a pack to a name that no pack has. The header of a pack is synced

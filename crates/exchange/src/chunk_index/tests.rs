@@ -3,18 +3,22 @@
 use super::journal::{sound_segment, with_sum};
 use super::*;
 
-#[test]
-fn a_commit_survives_and_a_removed_place_is_forgotten() {
-    let dir = tempfile::tempdir().unwrap();
-    let index = ChunkIndex::open(dir.path()).unwrap();
-    let info = LocationInfo {
+/// A location where a transfer stages.
+fn staging() -> LocationInfo {
+    LocationInfo {
         place: StorageLocation::Folder { path: "/x".into() },
         digest: Hash([1; 32]),
         transfer: Some("t-1".into()),
         foreign: false,
         adopting: false,
-    };
-    let place = index.put(None, info).unwrap();
+    }
+}
+
+#[test]
+fn a_commit_survives_and_a_removed_place_is_forgotten() {
+    let dir = tempfile::tempdir().unwrap();
+    let index = ChunkIndex::open(dir.path()).unwrap();
+    let place = index.put(None, staging()).unwrap();
     let journal = RwLock::new(index.journal(place, 200_000).unwrap());
     let file = FileInfo {
         size: 5,
@@ -30,6 +34,7 @@ fn a_commit_survives_and_a_removed_place_is_forgotten() {
         chunks: vec![(Hash([3; 32]), at)],
         entries: vec![(7, "a/b".parse().unwrap(), file)],
         ordinals: vec![0, 70_000, 199_999],
+        ..Commit::default()
     };
     index.commit(place, &journal, &mut commit).unwrap();
     drop(index);
@@ -58,15 +63,7 @@ fn a_commit_survives_and_a_removed_place_is_forgotten() {
 fn a_location_is_behind_until_its_rows_are_written() {
     let dir = tempfile::tempdir().unwrap();
     let index = ChunkIndex::open(dir.path()).unwrap();
-    let transfer = Some("t-1".into());
-    let info = LocationInfo {
-        place: StorageLocation::Folder { path: "/x".into() },
-        digest: Hash([1; 32]),
-        transfer,
-        foreign: false,
-        adopting: false,
-    };
-    let place = index.put(None, info).unwrap();
+    let place = index.put(None, staging()).unwrap();
     let journal = RwLock::new(index.journal(place, 2).unwrap());
     let row = |n: u8| {
         (
@@ -113,14 +110,7 @@ fn a_location_is_behind_until_its_rows_are_written() {
 
 fn staged(dir: &Path) -> u32 {
     let index = ChunkIndex::open(dir).unwrap();
-    let info = LocationInfo {
-        place: StorageLocation::Folder { path: "/x".into() },
-        digest: Hash([1; 32]),
-        transfer: Some("t-1".into()),
-        foreign: false,
-        adopting: false,
-    };
-    let place = index.put(None, info).unwrap();
+    let place = index.put(None, staging()).unwrap();
     let journal = RwLock::new(index.journal(place, 100).unwrap());
     index
         .commit(

@@ -15,7 +15,8 @@ use super::{PIECES, listed, listed_bytes, pages};
 use crate::wire::{self, PRIORITY_MANIFEST};
 use base::fault::Fault;
 use base::limits::{
-    FETCH_BATCH_BYTES, FETCH_BATCH_CHUNKS_MAX, FETCH_REQUEST_BYTES_MAX, SILENCE_MAX,
+    FETCH_BATCH_BYTES, FETCH_BATCH_CHUNKS_MAX, FETCH_REQUEST_BYTES_MAX, REFUSED_CHUNKS_MAX,
+    SILENCE_MAX,
 };
 use base::peer::Peer;
 use content::frame::Frame;
@@ -24,7 +25,7 @@ use model::protocol::{FetchRequest, Wanted};
 use transport::{RecvHalf, SendHalf};
 
 /// Raw bytes that are read from the store for one answer before they are sent.
-const ANSWER_BYTES: u64 = 1 << 20;
+pub(super) const ANSWER_BYTES: u64 = 1 << 20;
 /// How long a peer may take for one piece of an answer: with the data before it, at 20 KB/s.
 pub(super) const WRITE_MAX: Duration = Duration::from_secs(900);
 
@@ -32,7 +33,11 @@ pub(super) const WRITE_MAX: Duration = Duration::from_secs(900);
 pub async fn serve(mut send: SendHalf, mut recv: RecvHalf, peer: &Peer, library: &dyn Library) {
     if let Err(fault) = answer(&mut send, &mut recv, peer, library).await {
         tracing::debug!(%peer, error = %fault, "a fetch was refused");
-        let _ = send.write_bytes(Frame::fault(&fault).to_bytes()).await;
+        match Frame::fault(&fault) {
+            Ok(frame) => drop(send.write_bytes(frame.to_bytes()).await),
+            // The peer sees an answer that ended too early.
+            Err(unsent) => tracing::error!(%peer, error = %unsent, "a refusal was not sent"),
+        }
     }
     let _ = send.finish();
     // A requester whose transfer was paused or cancelled needs nothing of what is buffered.
@@ -82,7 +87,7 @@ async fn answer(
                 }
             }
             Wanted::TopPages(ranges) => pick(&listed(&opened.root), ranges)?,
-            Wanted::Children { page, ranges } => {
+            Wanted::Children { page, ranges } | Wanted::Refused { page, ranges } => {
                 let children = pick(&opened.children(peer, *page, library).await?, ranges)?;
                 // Everything that is not a page of the manifest is content.
                 let has_content = children
@@ -90,6 +95,14 @@ async fn answer(
                     .any(|child| !opened.pages.contains(&child.chunk.id));
                 if has_content && !library.may_read_content(peer, &opened).await? {
                     return Err(nothing_such());
+                }
+                if matches!(wanted, Wanted::Refused { .. }) {
+                    if children.len() > REFUSED_CHUNKS_MAX {
+                        return Err(Fault::integrity(
+                            "a fetch request names too many refused chunks",
+                        ));
+                    }
+                    library.recheck(peer, &opened, &children).await?;
                 }
                 children
             }
@@ -105,7 +118,8 @@ async fn answer(
         let mut children = children.as_slice();
         while !children.is_empty() {
             let (mut bytes, mut count) = (0, 0);
-            while count < children.len() && bytes < ANSWER_BYTES {
+            let together = library.answer_bytes();
+            while count < children.len() && bytes < together {
                 bytes += u64::from(children[count].chunk.len);
                 count += 1;
             }

@@ -14,6 +14,7 @@ use futures::stream::BoxStream;
 use parking_lot::Mutex;
 use tokio::sync::{OnceCell, OwnedSemaphorePermit};
 
+use super::answer::ANSWER_BYTES;
 use base::blocking::blocking;
 use base::budget::Share;
 use base::fault::{Fault, Reason};
@@ -138,6 +139,21 @@ pub trait Library: Send + Sync {
     /// Whether this peer may read the content of an opened artifact, and not only its manifest.
     async fn may_read_content(&self, _peer: &Peer, _opened: &Opened) -> Result<bool, Fault> {
         Ok(true)
+    }
+    /// Verifies the copies of these chunks, which the peer received and refused. A damaged copy is
+    /// not sent again: `frames` takes the chunk from elsewhere, or fails.
+    async fn recheck(
+        &self,
+        _peer: &Peer,
+        _opened: &Opened,
+        _children: &[Child],
+    ) -> Result<(), Fault> {
+        Ok(())
+    }
+    /// Raw bytes that are read for one answer before they are sent. The buffer that holds them is
+    /// freed when the peer has acknowledged the last of them, so with many peers they must be few.
+    fn answer_bytes(&self) -> u64 {
+        ANSWER_BYTES
     }
     /// A share of the daemon's budget for this many bytes, within this peer's part of it.
     async fn share(&self, peer: &Peer, bytes: u64, priority: i32) -> Result<Share, Fault>;

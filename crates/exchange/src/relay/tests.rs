@@ -406,3 +406,27 @@ async fn a_site_where_it_only_arrived_never_has_the_last_word() {
         "its origin may come back: {fault}"
     );
 }
+
+#[tokio::test]
+async fn a_chunk_that_the_hub_lost_is_stored_again_from_another_site() {
+    let f = fixture(site(5), 1 << 30);
+    let peer = Peer::Site("b".parse().unwrap());
+    for chunk in [&f.site.chunks[0], &f.site.chunks[2]] {
+        f.main.put(&Frame::encode(chunk)).unwrap();
+    }
+    let children = f.children(0..4);
+    f.site.away.store(true, Ordering::Relaxed);
+    assert_eq!(
+        f.relay.restore(&peer, OF, &children).await.unwrap(),
+        0,
+        "no site is there"
+    );
+    f.site.away.store(false, Ordering::Relaxed);
+    assert_eq!(f.relay.restore(&peer, OF, &children).await.unwrap(), 2);
+    assert_eq!(f.asked(), [1, 3]);
+    for chunk in &f.site.chunks[..4] {
+        assert_eq!(f.main.read(chunk.id).unwrap().bytes, chunk.bytes);
+    }
+    assert!(!f.main.has(f.site.chunks[4].id).unwrap());
+    assert_eq!(f.relay.restore(&peer, OF, &children).await.unwrap(), 0);
+}

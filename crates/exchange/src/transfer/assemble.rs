@@ -22,6 +22,7 @@ mod growing;
 mod names;
 mod producer;
 mod recent;
+mod sparse;
 mod worker;
 
 use std::collections::{HashMap, HashSet};
@@ -30,6 +31,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::sync_channel;
+use std::time::Duration;
 
 use futures::{StreamExt, stream};
 use parking_lot::{Mutex, RwLock};
@@ -37,11 +39,11 @@ use tokio::sync::{OwnedMutexGuard, OwnedSemaphorePermit, Semaphore, mpsc, onesho
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use crate::chunk_index::{At, ChunkIndex, Commit, Journal, Reader};
+use crate::chunk_index::{At, ChunkIndex, Commit, FileKey, Intact, Journal, Reader};
 use crate::fetch::{self, Fetcher};
 use base::blocking::blocking;
 use base::buffers::Buffers;
-use base::fault::{Fault, Reason};
+use base::fault::{Code, Fault, Reason};
 use base::limits::{
     FETCH_FAR_FROM, FETCH_IN_FLIGHT_FAR_MAX, FETCH_IN_FLIGHT_MAX, SINK_STOP_MAX,
     UNCOMMITTED_BYTES_AFTER_FAILURE_MAX, UNCOMMITTED_BYTES_FAR_MAX, UNCOMMITTED_BYTES_MAX,
@@ -52,7 +54,7 @@ use content::frame::Frame;
 use content::manifest::{ChunkPosition, ChunkRef, FileInfo, Walk};
 use content::store::Store;
 use model::protocol::Wanted;
-use sink::stage::Stage;
+use sink::stage::{self, Stage};
 use sink::{Incoming, Sink};
 
 use super::memory::{Memory, UNIT_BYTES};
@@ -64,6 +66,7 @@ use failure::{Ending, Failure};
 use growing::{Arrival, Growing};
 use producer::Producer;
 use recent::Recent;
+use sparse::{SparseFile, SparseFiles};
 use worker::{READ_BYTES, Worker};
 
 /// Chunks that are looked up together.
@@ -114,6 +117,9 @@ pub struct Counters {
     /// fetched. The index keeps them, because a NAS or a registry that is away for a time loses no
     /// content.
     unreadable: Mutex<HashSet<u32>>,
+    /// Chunks that did not verify when they arrived. Each is requested again once, and the sender
+    /// then verifies its own copy.
+    refused: Mutex<HashSet<Hash>>,
 }
 
 /// The components that all assemblies of a daemon share.
@@ -127,6 +133,8 @@ pub struct AssemblyContext {
     pub memory: Arc<Memory>,
     /// The sink that reads blobs of the registry.
     pub images: Arc<dyn Sink>,
+    /// How long a file of this site that nobody touched is taken over without hashing it.
+    pub trusted_for: Duration,
 }
 
 /// One artifact being assembled.
@@ -155,11 +163,13 @@ pub struct Assembly {
 struct Dest {
     number: u64,
     path: RelPath,
-    mode: u32,
+    wanted: stage::Wanted,
     file: FileInfo,
     /// Open while chunks of it are in flight; files of one chunk are opened, written and closed.
     handle: Mutex<Option<File>>,
     announced: AtomicBool,
+    /// If it is staged with holes.
+    sparse: Option<Arc<SparseFile>>,
 }
 
 struct Item {
@@ -178,6 +188,8 @@ enum Job {
     Copy(Vec<(Item, At)>),
     /// Whole files at this site.
     Share(Vec<Whole>),
+    /// Chunks of zeros, which are not written.
+    Holes(Vec<Item>),
 }
 
 /// A whole file that this site holds.
@@ -192,8 +204,10 @@ struct Local {
     path: PathBuf,
     /// Whether a hard link of it is safe: nobody else writes to it.
     link: bool,
-    /// The number of its storage location.
-    location: u32,
+    /// The number of its storage location, and its entry there.
+    key: FileKey,
+    /// Its record, if nobody else writes to it.
+    intact: Option<Intact>,
 }
 
 /// The resources of a batch until its last chunk is committed.
@@ -222,6 +236,8 @@ struct Done {
     synced: bool,
     /// Of the bytes that a kill may lose; none for local content.
     uncommitted: Option<Arc<OwnedSemaphorePermit>>,
+    /// The file at this site that was taken over as a whole, and its new record.
+    taken_over: Option<(FileKey, Intact)>,
 }
 
 impl Assembly {
@@ -249,6 +265,13 @@ impl Assembly {
         let this = self.clone();
         let (place, journal, stage) = self.on_thread(move || this.begin()).await?;
         let held = Arc::new(self.held_by_sink(&journal).await?);
+        let this = self.clone();
+        let (journal, sparse) = self
+            .on_thread(move || {
+                let sparse = this.sparse_files(Some(&journal))?;
+                Ok((journal, Arc::new(sparse)))
+            })
+            .await?;
         let journal = Arc::new(RwLock::new(journal));
         let total = self.incoming.root.totals.chunks;
         let mut stuck = 0;
@@ -258,7 +281,7 @@ impl Assembly {
                 break;
             }
             tokio::select! {
-                done = self.pass(place, &journal, &stage, &held) => done?,
+                done = self.pass(place, &journal, &stage, &held, &sparse) => done?,
                 // A thread that hangs in the sink is abandoned. It holds `staging`, so nobody else
                 // uses the folder before it ends.
                 () = self.given_up() => return Err(stopped()),
@@ -304,6 +327,7 @@ impl Assembly {
         journal: &Arc<RwLock<Journal>>,
         stage: &Arc<Stage>,
         held: &Arc<HeldBySink>,
+        sparse: &Arc<SparseFiles>,
     ) -> Result<(), Fault> {
         let failure = Arc::new(Failure::new(&self.stop, self.incoming.waits.clone()));
         let (jobs, job_queue) = mpsc::channel::<Job>(JOBS_MAX);
@@ -318,6 +342,7 @@ impl Assembly {
             journal: journal.clone(),
             stage: stage.clone(),
             held: held.clone(),
+            sparse: sparse.clone(),
             failure: failure.clone(),
             jobs: jobs.clone(),
             batches,
@@ -330,6 +355,7 @@ impl Assembly {
             sharing: None,
             copies: Vec::new(),
             copy_bytes: 0,
+            holes: Vec::new(),
             wholes: Vec::new(),
             whole_bytes: 0,
         };
@@ -511,11 +537,22 @@ async fn fetch_batch(
     jobs: &mpsc::Sender<Job>,
     buffers: &Buffers,
 ) -> Result<(), Fault> {
+    let again = match batch.wants.first() {
+        Some(Wanted::Refused { .. }) => batch.items.first().map(|item| item.chunk.id),
+        _ => None,
+    };
+    let explained = |fault: Fault| match again.filter(|_| fault.code == Code::Integrity) {
+        Some(chunk) => fault.context(format_args!(
+            "chunk {chunk} did not match its hash when it arrived and was requested again"
+        )),
+        None => fault,
+    };
     let mut frames = fetcher.ask(batch.wants, priority).await?;
     let mut items = batch.items.into_iter();
     while items.len() > 0 {
         // One message for many chunks: waking another thread costs as much as writing one chunk.
-        let some = frames.some(items.len(), JOB_BYTES, buffers).await?;
+        let some = frames.some(items.len(), JOB_BYTES, buffers).await;
+        let some = some.map_err(explained)?;
         let together = items.by_ref().take(some.len()).zip(some).collect();
         let job = Job::Write {
             frames: together,

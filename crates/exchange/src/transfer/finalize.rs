@@ -18,7 +18,7 @@ use base::fault::{Code, Fault, IoContext};
 use base::limits::{CANCEL_LOOK_MAX, PRESENCE_CHECK_MAX};
 use base::names::{ArtifactRef, TransferId};
 use content::manifest::Digest;
-use model::protocol::{Standing, Stands};
+use model::protocol::{Presence, PresenceState};
 use model::receipt::Receipt;
 use model::transfer::State;
 use sink::{Committed, Incoming, Sink, Verification};
@@ -189,12 +189,12 @@ impl Runner {
 
     /// The condition of an artifact at this site, by a check that reads no content and ends in
     /// time.
-    pub async fn standing(
+    pub async fn presence(
         &self,
         artifact: &ArtifactRef,
         digest: Digest,
-    ) -> Result<Standing, Fault> {
-        let plain = |state, detail: Option<String>| Standing {
+    ) -> Result<Presence, Fault> {
+        let plain = |state, detail: Option<String>| Presence {
             state,
             detail: detail.map(Into::into),
             active: None,
@@ -202,13 +202,13 @@ impl Runner {
         let there = match self.inner.catalogue.artifact(artifact).await {
             Ok(there) if there.digest == digest => there,
             Err(fault) if fault.code != Code::NotFound => return Err(fault),
-            _ => return Ok(plain(Stands::Missing, None)),
+            _ => return Ok(plain(PresenceState::Missing, None)),
         };
         let Some(place) = there.place else {
-            return Ok(plain(Stands::Missing, None));
+            return Ok(plain(PresenceState::Missing, None));
         };
         if there.published {
-            return Ok(plain(Stands::Sound, None));
+            return Ok(plain(PresenceState::Intact, None));
         }
         let sink = self.inner.sinks.of(artifact.kind).clone();
         let until = std::time::Instant::now() + PRESENCE_CHECK_MAX / 2;
@@ -221,27 +221,27 @@ impl Runner {
                 waits: Default::default(),
             };
             if !sink.exists_at_target(&incoming).await? {
-                return Ok(plain(Stands::Missing, None));
+                return Ok(plain(PresenceState::Missing, None));
             }
             let store = self.inner.shared.store.clone();
             if artifact.kind.is_files()
                 && let Some(wrong) = look(sink.clone(), store, incoming, place, until).await?
             {
-                return Ok(plain(Stands::Damaged, Some(wrong)));
+                return Ok(plain(PresenceState::Damaged, Some(wrong)));
             }
-            Ok::<_, Fault>(Standing {
-                state: Stands::Sound,
+            Ok::<_, Fault>(Presence {
+                state: PresenceState::Intact,
                 detail: None,
                 active: sink.active(artifact).await?.map(Into::into),
             })
         };
         Ok(match tokio::time::timeout(PRESENCE_CHECK_MAX, look).await {
-            Ok(Ok(standing)) => standing,
+            Ok(Ok(presence)) => presence,
             // Other content has replaced it: the transfer reports what to do.
             Ok(Err(fault)) if fault.code == Code::Conflict => {
-                plain(Stands::Damaged, Some(fault.message))
+                plain(PresenceState::Damaged, Some(fault.message))
             }
-            Ok(Err(fault)) => plain(Stands::Unavailable, Some(fault.message)),
+            Ok(Err(fault)) => plain(PresenceState::Unavailable, Some(fault.message)),
             Err(_) => {
                 let silent = format!(
                     "{} has not answered for {} s",
@@ -249,7 +249,7 @@ impl Runner {
                     PRESENCE_CHECK_MAX.as_secs()
                 );
                 plain(
-                    Stands::Unavailable,
+                    PresenceState::Unavailable,
                     Some(sink.wait_reason().map_or(silent, |fault| fault.message)),
                 )
             }
@@ -267,8 +267,9 @@ impl Runner {
         let inner = &self.inner;
         let (places, id, digest) = (inner.shared.chunk_index.clone(), row.id.clone(), row.digest);
         let place = landed.place.clone();
-        blocking(move || {
-            if let Some(number) = places.staged_by(&id) {
+        let was_staged = blocking(move || {
+            let staged = places.staged_by(&id);
+            if let Some(number) = staged {
                 places.put(
                     Some(number),
                     LocationInfo {
@@ -280,9 +281,12 @@ impl Runner {
                     },
                 )?;
             }
-            Ok(())
+            Ok(staged.is_some())
         })
         .await?;
+        if !was_staged {
+            self.record_landed(incoming, &landed.place).await?;
+        }
         inner
             .catalogue
             .add_artifact(&row.artifact, &incoming.root, None)

@@ -15,9 +15,11 @@ mod assemble;
 mod attempt;
 mod ending;
 mod finalize;
+mod kept;
 mod memory;
 mod progress_rate;
 mod pushed_manifest;
+mod scrub;
 mod slots;
 mod task;
 #[cfg(test)]
@@ -49,7 +51,9 @@ use transport::Link;
 use transport::identity::SiteIdentity;
 
 pub use assemble::{Assembly, AssemblyContext, Counters, Estimate, free_room};
+pub use kept::Registered;
 pub use memory::Memory;
+pub use scrub::{Scrub, Scrubbed};
 use slots::Slots;
 use unwritten::Unwritten;
 pub use verify::{VerifyReport, beside, verify};

@@ -155,6 +155,7 @@ impl Bench {
             images: images.clone(),
         };
         let shared = AssemblyContext {
+            trusted_for: Duration::from_secs(3600),
             store: Store::open(&data.join("store")).unwrap(),
             chunk_index: Arc::new(ChunkIndex::open_expected(&data, lost).unwrap()),
             memory: Arc::new(Memory::new(64 << 20)),

@@ -295,4 +295,12 @@ fn a_list_that_leaves_out_transfers_gives_up_none() {
         Received::Applies { complete: false }
     );
     assert!(received.contains(&id(1)) && received.contains(&id(2)));
+    // Many such lists are bounded too.
+    let most = TRANSFERS_LISTED_MAX as u32;
+    let many = Changes {
+        set: Vec::new(),
+        kept: (0..most).map(|n| TransferId::made(1, n)).collect(),
+        ..list(true, 2)
+    };
+    assert!(received.take(&many).is_err());
 }

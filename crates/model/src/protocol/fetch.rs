@@ -11,6 +11,7 @@
 //!         | 2 page (32) ranges                children of a page
 //!         | 3 max(u64)                        the root, and the pages that it lists
 //!         | 4 ranges base (32) first count    entry pages as a delta
+//!         | 5 page (32) ranges                children of a page whose frames were refused
 //! ranges  = count (first count)*
 //! ```
 
@@ -61,6 +62,15 @@ pub enum Wanted {
         /// Its pages: `(first, count)`.
         against: (u32, u32),
     },
+    /// Children of a page whose frames the requester received before and refused, because they did
+    /// not verify. The sender verifies its copies first, and replaces a damaged copy if another
+    /// daemon has the chunk. A sender of an earlier version refuses the request.
+    Refused {
+        /// The page.
+        page: Hash,
+        /// Its children.
+        ranges: Vec<(u32, u32)>,
+    },
 }
 
 /// Stops before more wants are in memory than a request may have.
@@ -101,7 +111,9 @@ impl FetchRequest {
                     roots += 1;
                     &[][..]
                 }
-                Wanted::TopPages(ranges) | Wanted::Children { ranges, .. } => ranges,
+                Wanted::TopPages(ranges)
+                | Wanted::Children { ranges, .. }
+                | Wanted::Refused { ranges, .. } => ranges,
                 Wanted::Delta { ranges, .. } => {
                     deltas += 1;
                     ranges

@@ -125,8 +125,9 @@ pub enum AskSite {
         digest: Digest,
     },
     /// The condition of this artifact at the site, by a check that reads no content; the answer is
-    /// [`Standing`].
-    Stands {
+    /// [`Presence`].
+    #[serde(rename = "stands")]
+    CheckPresence {
         /// The artifact.
         artifact: ArtifactRef,
         /// Its digest.
@@ -134,11 +135,11 @@ pub enum AskSite {
     },
 }
 
-/// A site's answer to [`AskSite::Stands`].
+/// A site's answer to [`AskSite::CheckPresence`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Standing {
+pub struct Presence {
     /// The condition.
-    pub state: Stands,
+    pub state: PresenceState,
     /// The first fault that was found, in words.
     pub detail: Option<Text<PRESENCE_TEXT_BYTES_MAX>>,
     /// The active version of its series, where the sink has one and it is known.
@@ -148,9 +149,10 @@ pub struct Standing {
 /// The condition of an artifact at a site.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Stands {
+pub enum PresenceState {
     /// It exists, and nothing shows that it was changed.
-    Sound,
+    #[serde(rename = "sound")]
+    Intact,
     /// Part of it is missing or was changed.
     Damaged,
     /// It does not exist.

@@ -106,7 +106,7 @@ fn questions_to_a_site_and_answers() {
     bytes::<AskSite>(r#"{"holds":{"artifact":"dataset/d:1","digest":"DIGEST"}}"#);
     bytes::<AskSite>(r#"{"stands":{"artifact":"dataset/d:1","digest":"DIGEST"}}"#);
     for state in ["sound", "damaged", "missing", "unavailable"] {
-        bytes::<Result<Standing, Fault>>(&format!(
+        bytes::<Result<Presence, Fault>>(&format!(
             r#"{{"Ok":{{"state":"{state}","detail":"a is gone","active":null}}}}"#
         ));
     }
@@ -151,6 +151,13 @@ fn fetch_requests() {
                 against: (3, 4),
             }],
             format!("0104 01 0101 {two} 0304"),
+        ),
+        (
+            vec![Wanted::Refused {
+                page: Hash([2; 32]),
+                ranges: vec![(7, 1)],
+            }],
+            format!("0105 {two} 01 0701"),
         ),
     ];
     for (wants, hex) in cases {

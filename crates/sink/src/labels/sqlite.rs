@@ -6,42 +6,30 @@
 //! writer at a time, between processes the lock of SQLite does; readers never wait. The file must
 //! not be on a network filesystem, where the locks and the shared memory of SQLite do not work.
 
-use std::os::unix::fs::MetadataExt;
+mod connection;
+mod insert;
+
 use std::path::{Path, PathBuf};
 
 use async_trait::async_trait;
 use futures::TryStreamExt;
 use sqlx::migrate::MigrateError;
-use sqlx::sqlite::{
-    SqliteArguments, SqliteConnectOptions, SqliteJournalMode, SqliteRow, SqliteSynchronous,
-};
+use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqliteRow, SqliteSynchronous};
 use sqlx::{
     AssertSqlSafe, Column as _, ConnectOptions, Connection, Executor as _, Row, SqlSafeStr as _,
-    Sqlite as Db, SqliteConnection, Statement as _, TypeInfo as _, ValueRef as _,
+    SqliteConnection, Statement as _, TypeInfo as _, ValueRef as _,
 };
 use tokio::sync::mpsc;
 
-use super::canonical::{Table, read_annotations, read_classes, read_samples};
-use super::engine::{
-    Batcher, Engine, NewVersion, Rows, StoredVersion, join_thread, not_held, pump,
-};
+use super::canonical::Table;
+use super::engine::{Batcher, Engine, NewVersion, Rows, StoredVersion, not_held};
 use super::query::{self, Batch};
 use super::row_mapping::{self, LabelRow};
 use crate::Threads;
 use base::fault::{Fault, IoContext, Reason, Retry};
-use base::limits::{LABEL_BATCH_BYTES, LABEL_BATCHES_QUEUED_MAX, LABEL_WRITER_WAIT_MAX};
-use base::space::Space;
+use base::limits::LABEL_WRITER_WAIT_MAX;
+use connection::FileId;
 use content::label_rows::{ClassRow, QueryRow};
-
-/// The rows of one INSERT: SQLite accepts at most 32,766 parameters, and more rows are not faster.
-const ROWS_AN_INSERT: usize = 100;
-/// `f_type` of statfs(2) for NFS, SMB, CIFS and SMB2 (linux/magic.h).
-const NETWORK_FILESYSTEMS: [(u32, &str); 4] = [
-    (0x6969, "NFS"),
-    (0x517b, "SMB"),
-    (0xff53_4d42, "CIFS"),
-    (0xfe53_4d42, "SMB"),
-];
 
 const HELD: &str = "SELECT v.manifest_digest, v.n_classes, v.n_samples, v.n_annotations, v.rows_digest, v.id
     FROM label_version v JOIN label_set s ON s.id = v.label_set_id WHERE s.name = ? AND v.version = ?";
@@ -52,7 +40,7 @@ const EXPORT_ANNOTATIONS: &str = "SELECT n.ann_no, i.path, n.class_id, n.kind, n
     FROM annotation n JOIN version_sample i ON i.version_id = n.version_id AND i.sample_no = n.sample_no
     WHERE n.version_id = ? ORDER BY n.ann_no";
 
-/// An SQLite file. No connection is open between two calls.
+/// An SQLite file. At most one idle connection is open between two calls.
 pub(super) struct Sqlite {
     file: PathBuf,
     options: SqliteConnectOptions,
@@ -61,80 +49,6 @@ pub(super) struct Sqlite {
     /// beside the database, without which a user who may not write there cannot read it.
     keeper: tokio::sync::Mutex<Option<(SqliteConnection, FileId)>>,
     threads: Threads,
-}
-
-/// Device and inode.
-type FileId = (u64, u64);
-
-fn file_id(file: &Path) -> Option<FileId> {
-    let meta = std::fs::metadata(file).ok()?;
-    Some((meta.dev(), meta.ino()))
-}
-
-/// One value of a row.
-enum Value {
-    Int(Option<i64>),
-    Float(Option<f64>),
-    Text(Option<String>),
-}
-
-fn text(value: Option<&str>) -> Value {
-    Value::Text(value.map(Into::into))
-}
-
-/// Rows of one table, value after value.
-#[derive(Default)]
-struct Values {
-    values: Vec<Value>,
-    rows: usize,
-    bytes: usize,
-}
-
-impl Values {
-    /// Adds a row. Returns all rows when they fill a batch.
-    fn row<const N: usize>(&mut self, row: [Value; N]) -> Option<Values> {
-        let text_bytes = |v: &Value| {
-            if let Value::Text(Some(text)) = v {
-                text.len()
-            } else {
-                0
-            }
-        };
-        self.bytes += row.iter().map(text_bytes).sum::<usize>();
-        self.values.extend(row);
-        self.rows += 1;
-        (self.rows == ROWS_AN_INSERT || self.bytes >= LABEL_BATCH_BYTES / LABEL_BATCHES_QUEUED_MAX)
-            .then(|| std::mem::take(self))
-    }
-}
-
-/// An INSERT of one row and one of a whole batch; only these two are prepared.
-struct Insert {
-    columns: usize,
-    one: String,
-    many: String,
-}
-
-impl Insert {
-    fn new(table: &str, columns: &[&str]) -> Self {
-        let row = format!("({})", vec!["?"; columns.len()].join(","));
-        let head = format!("INSERT INTO {table} ({}) VALUES ", columns.join(","));
-        Self {
-            columns: columns.len(),
-            one: format!("{head}{row}"),
-            many: format!("{head}{}", vec![row.as_str(); ROWS_AN_INSERT].join(",")),
-        }
-    }
-}
-
-type Query<'q> = sqlx::query::Query<'q, Db, SqliteArguments>;
-
-fn bind<'q>(query: Query<'q>, value: Value) -> Query<'q> {
-    match value {
-        Value::Int(value) => query.bind(value),
-        Value::Float(value) => query.bind(value),
-        Value::Text(value) => query.bind(value),
-    }
 }
 
 impl Sqlite {
@@ -155,112 +69,6 @@ impl Sqlite {
             keeper: tokio::sync::Mutex::new(None),
             threads,
         }
-    }
-
-    /// The path in `sqlite:///path` or `sqlite:path`.
-    pub(super) fn file_of(url: &str) -> Result<PathBuf, Fault> {
-        let path = url
-            .strip_prefix("sqlite://")
-            .or_else(|| url.strip_prefix("sqlite:"))
-            .unwrap_or("");
-        if path.starts_with('/') && !path.contains('?') {
-            return Ok(path.into());
-        }
-        Err(Fault::config(format!(
-            "the url of [sink.labels], {url:?}, does not name a file"
-        ))
-        .with_next("write it as sqlite:///absolute/path/labels.db"))
-    }
-
-    /// Rejects a network filesystem. If the directory does not exist, its nearest existing parent
-    /// is checked.
-    fn check_filesystem(file: &Path) -> Result<(), Fault> {
-        let mut folder = file.parent().unwrap_or(Path::new("/"));
-        while !folder.exists() {
-            folder = folder.parent().unwrap_or(Path::new("/"));
-        }
-        let stat = rustix::fs::statfs(folder)
-            .map_err(std::io::Error::from)
-            .at(format_args!(
-                "determine the filesystem of {}",
-                folder.display()
-            ))?;
-        // The field is signed or wider on some platforms; the numbers have 32 bits.
-        let kind = stat.f_type as u32;
-        match NETWORK_FILESYSTEMS.iter().find(|(magic, _)| *magic == kind) {
-            None => Ok(()),
-            Some((_, name)) => Err(Fault::config(format!(
-                "{} is on {name}, where SQLite's locks do not work",
-                file.display()
-            ))
-            .with_reason(Reason::SinkRefused)
-            .with_next("move the file to a local disk, or configure PostgreSQL in [sink.labels]")),
-        }
-    }
-
-    fn check_room(file: &Path, room_bytes: u64) -> Result<(), Fault> {
-        let folder = file.parent().unwrap_or(Path::new("/"));
-        // Each page is written to the WAL and then to the file.
-        let needed = room_bytes.saturating_mul(2);
-        Space::check(
-            folder,
-            needed,
-            1,
-            format_args!("the label database {}", file.display()),
-        )
-    }
-
-    async fn connect(&self) -> Result<SqliteConnection, Fault> {
-        let mut keeper = self.keeper.lock().await;
-        if let Some((_, kept)) = &*keeper
-            && self.id().await? != Some(*kept)
-            && let Some((conn, _)) = keeper.take()
-        {
-            // The file was moved away. This connection must be closed before another file has its
-            // name, because it removes the files beside the database by their names.
-            let _ = conn.close().await;
-        }
-        drop(keeper);
-        self.options
-            .connect()
-            .await
-            .map_err(|e| self.fault("open", &e))
-    }
-
-    /// A connection for reading, if the tables exist.
-    async fn connect_existing(&self) -> Result<Option<SqliteConnection>, Fault> {
-        let file = self.file.clone();
-        if !self.threads.run(move || Ok(file.exists())).await? {
-            return Ok(None);
-        }
-        let mut conn = self.connect().await?;
-        let query = sqlx::query_scalar::<_, i64>(
-            "SELECT count(*) FROM sqlite_schema WHERE name = 'label_active'",
-        );
-        let tables = query
-            .fetch_one(&mut conn)
-            .await
-            .map_err(|e| self.fault("look up the tables", &e))?;
-        Ok((tables == 1).then_some(conn))
-    }
-
-    /// The file that has the name of the database now.
-    async fn id(&self) -> Result<Option<FileId>, Fault> {
-        let file = self.file.clone();
-        self.threads.run(move || Ok(file_id(&file))).await
-    }
-
-    /// Ends the use of a connection: the first one is kept.
-    async fn close(&self, conn: SqliteConnection) {
-        let mut keeper = self.keeper.lock().await;
-        if keeper.is_none()
-            && let Ok(Some(id)) = self.id().await
-        {
-            *keeper = Some((conn, id));
-            return;
-        }
-        // Everything is committed.
-        let _ = conn.close().await;
     }
 
     async fn run(
@@ -361,167 +169,6 @@ impl Sqlite {
             .map(row_mapping::stored_version)
             .transpose()
             .map_err(|e| self.fault(what, &e))
-    }
-
-    /// Inserts the rows that `work` reads on a thread of the sink.
-    async fn insert<R, W>(
-        &self,
-        conn: &mut SqliteConnection,
-        insert: &Insert,
-        work: W,
-    ) -> Result<R, Fault>
-    where
-        R: Send + 'static,
-        W: FnOnce(&mut Values, &mut dyn FnMut(Values) -> Result<(), Fault>) -> Result<R, Fault>
-            + Send
-            + 'static,
-    {
-        let (mut batches, task) = pump(&self.threads, move |send_batch| {
-            let mut values = Values::default();
-            let result = work(&mut values, send_batch)?;
-            send_batch(values)?;
-            Ok(result)
-        });
-        while let Some(batch) = batches.recv().await {
-            let batch: Values = batch;
-            let (sql, values_each) = if batch.rows == ROWS_AN_INSERT {
-                (&insert.many, insert.columns * ROWS_AN_INSERT)
-            } else {
-                (&insert.one, insert.columns)
-            };
-            let mut values = batch.values.into_iter().peekable();
-            while values.peek().is_some() {
-                let query = sqlx::query(AssertSqlSafe(sql.as_str()));
-                let query = values.by_ref().take(values_each).fold(query, bind);
-                query
-                    .execute(&mut *conn)
-                    .await
-                    .map_err(|e| self.fault("insert rows", &e))?;
-            }
-        }
-        join_thread(task).await
-    }
-
-    /// Inserts the rows of a version, in the transaction of the caller.
-    async fn fill(
-        &self,
-        conn: &mut SqliteConnection,
-        new: &NewVersion,
-        id: i64,
-    ) -> Result<(), Fault> {
-        let version = move || Value::Int(Some(id));
-
-        let dir = new.dir.clone();
-        let insert = Insert::new("label_class", &["version_id", "class_id", "name", "attrs"]);
-        let classes = self
-            .insert(conn, &insert, move |rows, send_batch| {
-                read_classes(&dir, &mut |class| {
-                    let row = [
-                        version(),
-                        Value::Int(Some(class.id)),
-                        text(Some(class.name)),
-                        text(class.attrs),
-                    ];
-                    rows.row(row).map_or(Ok(()), &mut *send_batch)
-                })
-            })
-            .await?;
-        new.check_count(Table::Classes, classes.len() as u64)?;
-
-        let dir = new.dir.clone();
-        let columns = [
-            "version_id",
-            "sample_no",
-            "path",
-            "hash",
-            "width",
-            "height",
-            "split",
-            "meta",
-        ];
-        let samples = self
-            .insert(
-                conn,
-                &Insert::new("version_sample", &columns),
-                move |rows, send_batch| {
-                    read_samples(&dir, &mut |no, sample| {
-                        let row = [
-                            version(),
-                            Value::Int(Some(no.cast_signed())),
-                            text(Some(sample.path)),
-                            text(sample.hash),
-                            Value::Int(sample.width),
-                            Value::Int(sample.height),
-                            text(sample.split),
-                            text(sample.meta),
-                        ];
-                        rows.row(row).map_or(Ok(()), &mut *send_batch)
-                    })
-                },
-            )
-            .await?;
-        new.check_count(Table::Samples, samples)?;
-
-        let dir = new.dir.clone();
-        let columns = [
-            "version_id",
-            "ann_no",
-            "sample_no",
-            "class_id",
-            "kind",
-            "x",
-            "y",
-            "w",
-            "h",
-            "geom",
-            "attrs",
-            "raw",
-        ];
-        let (annotations, rows_digest) = self
-            .insert(
-                conn,
-                &Insert::new("annotation", &columns),
-                move |rows, send_batch| {
-                    read_annotations(&dir, &classes, &mut |no, sample_no, row| {
-                        let [x, y, w, h] = row.bbox.map(Value::Float);
-                        let (no, sample_no) = (
-                            Value::Int(Some(no.cast_signed())),
-                            Value::Int(Some(sample_no.cast_signed())),
-                        );
-                        let (geom, attrs, raw) =
-                            (text(row.geom), text(row.attrs), text(Some(row.raw)));
-                        let row = [
-                            version(),
-                            no,
-                            sample_no,
-                            Value::Int(row.class),
-                            text(Some(row.kind)),
-                            x,
-                            y,
-                            w,
-                            h,
-                            geom,
-                            attrs,
-                            raw,
-                        ];
-                        rows.row(row).map_or(Ok(()), &mut *send_batch)
-                    })
-                },
-            )
-            .await?;
-        new.check_count(Table::Annotations, annotations)?;
-
-        let counts = "UPDATE label_version SET n_classes = ?, n_samples = ?, n_annotations = ?, rows_digest = ? WHERE id = ?";
-        sqlx::query(counts)
-            .bind(new.info.classes.cast_signed())
-            .bind(samples.cast_signed())
-            .bind(annotations.cast_signed())
-            .bind(rows_digest.hex())
-            .bind(id)
-            .execute(&mut *conn)
-            .await
-            .map_err(|e| self.fault("write the counts", &e))?;
-        Ok(())
     }
 
     async fn load_in(&self, conn: &mut SqliteConnection, new: &NewVersion) -> Result<(), Fault> {

@@ -52,7 +52,7 @@ use crate::own::Own;
 use base::durable;
 use base::fault::{Fault, IoContext};
 use base::omitted::{Category, Omitted};
-use content::manifest::{ImageInfo, KindInfo};
+use content::manifest::{Attributes, ImageInfo, KindInfo};
 
 const FOLDER_MODE: u32 = 0o755;
 const FILE_MODE: u32 = 0o644;
@@ -363,6 +363,7 @@ fn into_source(image: Image) -> Result<ImageSource, Fault> {
             mode: FOLDER_MODE,
             body: SourceBody::Dir,
             identity: None,
+            attributes: Attributes::default(),
         })
     };
     let file = |path: &str, size: u64, content: Content, identity: Option<FileIdentity>| {
@@ -371,6 +372,7 @@ fn into_source(image: Image) -> Result<ImageSource, Fault> {
             mode: FILE_MODE,
             body: SourceBody::File { size, content },
             identity,
+            attributes: Attributes::default(),
         })
     };
     let mut entries: Vec<Result<SourceEntry, Fault>> =

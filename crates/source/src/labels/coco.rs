@@ -8,8 +8,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
-use std::io::{BufReader, Read};
-use std::path::{Path, PathBuf};
+use std::io::BufReader;
+use std::path::Path;
 
 use base::fault::Fault;
 use base::limits::{LABEL_CLASSES_MAX, LABEL_SORT_BYTES};
@@ -20,9 +20,12 @@ use content::label_rows::AnnotationRow;
 use super::collect::{
     Annotation, AnnotationRecord, ClassRef, Collector, Extent, Sample, decode, id_text,
 };
-use super::folder::{Input, Walk, has_extension};
+use super::folder::{Input, has_extension};
+use super::guess::{self, Format};
 use super::images_beside::ImagesBeside;
 use super::json::{self, Fields, JsonReader};
+use super::label_files;
+use super::recognise::Known;
 use super::refuse::Why;
 use super::sort::Sorter;
 use super::table_boxes::{Evidence, to_pixels};
@@ -55,55 +58,21 @@ pub(super) fn read(
         set.file(input.file()?, &shown, collector)?;
         return set.finish(collector);
     };
-    let mut images = ImagesBeside::new(inside);
-    let mut files: Vec<PathBuf> = Vec::new();
-    let mut walk = Walk::new(inside);
-    while let Some(file) = walk.next() {
-        let file = file?;
-        images.note(&file);
-        if has_extension(&file, &["json"]) && is_coco(inside.file(&file)?) {
-            files.push(file);
-        } else if !has_extension(&file, &super::images_beside::IMAGE_EXTENSIONS) {
-            walk.omitted
-                .add(Category::UnreadFiles, file.display().to_string());
-        }
-        if files.len() > FILES_MAX {
-            return Err(Fault::integrity(format!(
-                "the folder holds more than {FILES_MAX} COCO files"
-            ))
-            .with_next("give the folder of one set, in which each split is one file"));
-        }
-    }
-    collector.omitted.merge(walk.omitted);
+    let is_coco = |file: &Path| {
+        Ok(has_extension(file, &["json"])
+            && guess::look(inside.file(file)?) == Some(Known::Format(Format::Coco)))
+    };
+    let (files, images) = label_files::few(inside, "COCO", is_coco, collector)?;
     if files.is_empty() {
         return Err(Fault::integrity("the folder holds no COCO file")
             .with_next("give the COCO file itself"));
     }
-    files.sort();
     for file in &files {
         let shown = file.display().to_string();
         set.home = Some(Home::of(file, &images));
         set.file(inside.file(file)?, &shown, collector)?;
     }
     set.finish(collector)
-}
-
-/// How many files a set may have.
-const FILES_MAX: usize = 1000;
-
-/// Whether a JSON file begins as COCO does.
-pub(super) fn is_coco(file: File) -> bool {
-    let mut head = Vec::new();
-    if file.take(64 << 10).read_to_end(&mut head).is_err() {
-        return false;
-    }
-    let head = String::from_utf8_lossy(&head);
-    let text = head.trim_start_matches('\u{feff}').trim_start();
-    let has = |key: &str| text.contains(key);
-    text.starts_with('{')
-        && (has("\"annotations\"") || has("\"images\""))
-        && !has("\"shapes\"")
-        && !has("\"items\"")
 }
 
 /// Where the images of one file of a folder are, and which split they are in.

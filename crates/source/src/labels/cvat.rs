@@ -8,6 +8,7 @@
 
 use std::fs::File;
 use std::io::BufReader;
+use std::path::Path;
 
 use serde_json::{Map, Value};
 
@@ -18,8 +19,9 @@ use base::omitted::Category;
 
 use super::collect::{Collector, Extent, Sample};
 use super::encoding::Utf8Reader;
-use super::folder::{Input, Walk, has_extension};
-use super::images_beside::{IMAGE_EXTENSIONS, ImagesBeside};
+use super::folder::{Input, has_extension};
+use super::images_beside::ImagesBeside;
+use super::label_files;
 use super::refuse::Why;
 use super::shapes::{Checked, Patch, Row, Shape};
 use super::split;
@@ -58,31 +60,12 @@ pub(super) fn read(input: &Input, collector: &mut Collector) -> Result<(), Fault
         let shown = input.shown().display().to_string();
         return Document::default().read(input.file()?, &shown, collector);
     };
-    let mut images = ImagesBeside::new(inside);
-    let mut files = Vec::new();
-    let mut walk = Walk::new(inside);
-    while let Some(file) = walk.next() {
-        let file = file?;
-        images.note(&file);
-        if has_extension(&file, &["xml"]) {
-            files.push(file);
-        } else if !has_extension(&file, &IMAGE_EXTENSIONS) {
-            walk.omitted
-                .add(Category::UnreadFiles, file.display().to_string());
-        }
-        if files.len() > 1000 {
-            return Err(
-                Fault::integrity("the folder holds more than 1000 XML files")
-                    .with_next("give the folder of one export"),
-            );
-        }
-    }
-    collector.omitted.merge(walk.omitted);
+    let is_xml = |file: &Path| Ok(has_extension(file, &["xml"]));
+    let (files, images) = label_files::few(inside, "XML", is_xml, collector)?;
     if files.is_empty() {
         return Err(Fault::integrity("the folder holds no XML file")
             .with_next("give CVAT's annotations.xml, or the folder that holds it"));
     }
-    files.sort();
     for file in &files {
         let shown = file.display().to_string();
         let folder = shown.rsplit_once('/').map_or("", |(folder, _)| folder);

@@ -7,25 +7,22 @@
 
 use std::fs::File;
 use std::io::BufReader;
-use std::path::PathBuf;
+use std::path::Path;
 
 use serde_json::{Map, Value};
 
 use base::fault::Fault;
-use base::limits::LABEL_TASK_BYTES_MAX;
+use base::limits::{LABEL_RECORD_BYTES_MAX, LABEL_TASK_BYTES_MAX};
 use base::names::RelPath;
-use base::omitted::Category;
 
 use super::collect::{ClassRef, Collector, Extent, Sample};
-use super::folder::{Input, Walk, has_extension};
+use super::folder::{Input, has_extension};
 use super::images_beside::{IMAGE_EXTENSIONS, ImagesBeside, with_extension};
 use super::json::{self, Fields, JsonReader};
+use super::label_files;
 use super::refuse::Why;
 use super::shapes::{Checked, Row, Shape};
 use super::split;
-
-/// How many files a set may have.
-const FILES_MAX: usize = 1000;
 
 pub(super) fn read(input: &Input, collector: &mut Collector) -> Result<(), Fault> {
     let Some(inside) = input.folder() else {
@@ -40,27 +37,8 @@ pub(super) fn read(input: &Input, collector: &mut Collector) -> Result<(), Fault
         };
         return file.read(input.file()?, &shown.display().to_string(), collector);
     };
-    let mut images = ImagesBeside::new(inside);
-    let mut files: Vec<PathBuf> = Vec::new();
-    let mut walk = Walk::new(inside);
-    while let Some(file) = walk.next() {
-        let file = file?;
-        images.note(&file);
-        if has_extension(&file, &["json"]) {
-            files.push(file);
-        } else if !has_extension(&file, &IMAGE_EXTENSIONS) {
-            walk.omitted
-                .add(Category::UnreadFiles, file.display().to_string());
-        }
-        if files.len() > FILES_MAX {
-            return Err(Fault::integrity(format!(
-                "the folder holds more than {FILES_MAX} JSON files"
-            ))
-            .with_next("give the folder of one set, in which each subset is one file"));
-        }
-    }
-    collector.omitted.merge(walk.omitted);
-    files.sort();
+    let is_json = |file: &Path| Ok(has_extension(file, &["json"]));
+    let (files, images) = label_files::few(inside, "JSON", is_json, collector)?;
     for file in &files {
         let shown = file.display().to_string();
         let folder = shown.rsplit_once('/').map_or("", |(folder, _)| folder);
@@ -362,6 +340,10 @@ fn mask(rle: Option<&str>, boxed: Option<&str>) -> Checked<Shape> {
     let Some(rle) = rle else {
         return Err((Why::Shape, "it is a mask without rle".into()));
     };
+    if rle.len() > LABEL_RECORD_BYTES_MAX {
+        let detail = format!("its rle is larger than {LABEL_RECORD_BYTES_MAX} bytes");
+        return Err((Why::TooLarge, detail));
+    }
     let extent = match boxed.and_then(json::as_numbers).as_deref() {
         Some([x, y, w, h]) => Extent::Box {
             x: *x,

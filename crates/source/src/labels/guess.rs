@@ -4,6 +4,7 @@
 
 use std::collections::BTreeSet;
 use std::fmt;
+use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 use std::str::FromStr;
@@ -94,65 +95,46 @@ fn names() -> String {
     )
 }
 
-/// Guesses the format of the labels at `path`.
+/// Guesses the format of labels.
 pub(super) fn guess(input: &Input) -> Result<Format, Fault> {
-    let path = &input.shown();
-    let unknown = |why: &str| {
-        Fault::integrity(format!(
-            "the format of the labels {} cannot be guessed: {why}",
-            path.display()
-        ))
-        .with_next(names())
-    };
-    let unread = |what: &str, instead: &str| {
-        Fault::integrity(format!(
+    let path = input.shown();
+    match identify(input)? {
+        Known::Format(format) => Ok(format),
+        Known::Unread(what, instead) => Err(Fault::integrity(format!(
             "the labels {} are {what}, which is not read",
             path.display()
         ))
-        .with_next(instead)
-    };
-    if let Some(folder) = input.folder() {
-        return match guess_folder(folder)? {
-            Folder::Format(format) => Ok(format),
-            Folder::Unread(what, instead) => Err(unread(what, instead)),
-            Folder::Unknown => Err(unknown(
-                "the folder holds neither YOLO names and text files, nor VOC XML files, nor JSON files of COCO, LabelMe, Datumaro or VIA, nor KLARF files, nor masks with a class map",
-            )),
-        };
+        .with_next(instead)),
+        Known::Unknown(why) => Err(Fault::integrity(format!(
+            "the format of the labels {} cannot be guessed: {why}",
+            path.display()
+        ))
+        .with_next(names())),
     }
-    if !path
-        .metadata()
-        .at(format_args!("read labels {}", path.display()))?
-        .is_file()
-    {
-        return Err(unknown("it is neither a file nor a folder"));
+}
+
+fn identify(input: &Input) -> Result<Known, Fault> {
+    if let Some(folder) = input.folder() {
+        return identify_folder(folder);
+    }
+    let path = &input.shown();
+    let at = || format!("read labels {}", path.display());
+    if !path.metadata().at(at())?.is_file() {
+        return Ok(Known::Unknown("it is neither a file nor a folder"));
     }
     let mut head = Vec::new();
-    let at = || format!("read labels {}", path.display());
     input
         .file()?
         .take(LOOK_BYTES)
         .read_to_end(&mut head)
         .at(at())?;
     if has_extension(path, &["csv", "tsv"]) {
-        return Ok(Format::Csv);
+        return Ok(Known::Format(Format::Csv));
     }
     if has_extension(path, &["jsonl", "ndjson"]) {
-        return Ok(Format::Jsonl);
+        return Ok(Known::Format(Format::Jsonl));
     }
-    match of_head(&head) {
-        Known::Format(format) => Ok(format),
-        Known::Unread(what, instead) => Err(unread(what, instead)),
-        Known::Unknown(why) => Err(unknown(why)),
-    }
-}
-
-/// What a folder holds.
-enum Folder {
-    Format(Format),
-    /// What it is, and what to do.
-    Unread(&'static str, &'static str),
-    Unknown,
+    Ok(of_head(&head))
 }
 
 /// The formats that are files in a folder, the first that is found counts.
@@ -167,7 +149,7 @@ const PREFERRED: [Format; 8] = [
     Format::LabelStudio,
 ];
 
-fn guess_folder(folder: &Inside) -> Result<Folder, Fault> {
+fn identify_folder(folder: &Inside) -> Result<Known, Fault> {
     let is_names = |name: &Path| {
         has_extension(name, &["yaml", "yml", "names"]) || name.ends_with("classes.txt")
     };
@@ -184,7 +166,7 @@ fn guess_folder(folder: &Inside) -> Result<Folder, Fault> {
         let looks = !is_map && (is_xml || has_extension(&file, &["json"]) || klarf::may_be(&file));
         if looks && left > 0 {
             left -= 1;
-            match look(folder, &file) {
+            match folder.try_file(&file).ok().and_then(look) {
                 Some(Known::Format(format)) => {
                     found.insert(format);
                 }
@@ -211,23 +193,24 @@ fn guess_folder(folder: &Inside) -> Result<Folder, Fault> {
     let format = PREFERRED.into_iter().find(|format| found.contains(format));
     Ok(match format {
         // Beside the files of YOLO there may be one of COCO.
-        Some(Format::Coco) if names => Folder::Format(Format::Yolo),
-        Some(format) => Folder::Format(format),
+        Some(Format::Coco) if names => Known::Format(Format::Yolo),
+        Some(format) => Known::Format(format),
         None => match unread {
-            Some((what, instead)) if !names => Folder::Unread(what, instead),
-            _ if map && pngs && !names => Folder::Format(Format::Masks),
+            Some((what, instead)) if !names => Known::Unread(what, instead),
+            _ if map && pngs && !names => Known::Format(Format::Masks),
             // Text files without names are YOLO that its reader refuses with better advice than
             // "unknown".
-            _ if names || texts => Folder::Format(Format::Yolo),
-            _ => Folder::Unknown,
+            _ if names || texts => Known::Format(Format::Yolo),
+            _ => Known::Unknown(
+                "the folder holds neither YOLO names and text files, nor VOC XML files, nor JSON files of COCO, LabelMe, Datumaro or VIA, nor KLARF files, nor masks with a class map",
+            ),
         },
     })
 }
 
-/// What a file of a folder is; `None` if it cannot be read.
-fn look(folder: &Inside, file: &Path) -> Option<Known> {
+/// What a file is; `None` if it cannot be read.
+pub(super) fn look(file: File) -> Option<Known> {
     let mut head = Vec::new();
-    let file = folder.try_file(file).ok()?;
     file.take(LOOK_BYTES).read_to_end(&mut head).ok()?;
     Some(of_head(&head))
 }
@@ -237,16 +220,16 @@ pub(super) fn name_other(fault: Fault, input: &Input, format: Format, guessed: b
     if guessed || fault.code != Code::Integrity {
         return fault;
     }
-    match guess(input) {
-        Ok(other) if other != format => {
+    match identify(input) {
+        Ok(Known::Format(other)) if other != format => {
             let next = format!(
                 "{}; the labels look like {other}: --format {other}",
                 fault.next
             );
             fault.with_next(next)
         }
-        Err(other) if other.message.contains("which is not read") => {
-            let next = format!("{}; {}", other.message, other.next);
+        Ok(Known::Unread(what, instead)) => {
+            let next = format!("the labels are {what}, which is not read; {instead}");
             fault.with_next(next)
         }
         _ => fault,

@@ -12,24 +12,21 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::BufReader;
+use std::io::{BufRead, BufReader};
 use std::path::Path;
 
 use serde_json::{Map, Number, Value};
 
 use base::fault::Fault;
-use base::limits::LABEL_SORT_BYTES;
-use base::omitted::Category;
+use base::limits::LABEL_RECORD_BYTES_MAX;
 
 use super::collect::{Collector, Extent, Sample};
-use super::folder::{Input, Walk, has_extension};
-use super::images_beside::IMAGE_EXTENSIONS;
+use super::folder::{Input, has_extension};
 use super::klarf_tokens::Words;
 use super::path_rules::is_of_one_machine;
 use super::refuse::Why;
 use super::shapes::{Checked, Row, Shape};
-use super::sort::Sorter;
-use super::{klarf_12, klarf_18, size};
+use super::{klarf_12, klarf_18, label_files, size};
 
 /// How boxes are made.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
@@ -49,6 +46,9 @@ const CONTEXT: [(&str, &str); 6] = [
     ("StepID", "step"),
     ("InspectionStationID", "station"),
 ];
+
+/// How many statements or fields a file may have beside its lists.
+const HEADER_MAX: usize = 1000;
 
 /// Whether text begins as a KLARF file does.
 pub(super) fn begins(text: &[u8]) -> bool {
@@ -84,20 +84,7 @@ pub(super) fn read(
         let mut rows = Rows::new(&name, settings, None);
         return one(input.file()?, &mut rows, collector);
     };
-    let mut files = Sorter::new(&collector.scratch, LABEL_SORT_BYTES / 4);
-    let mut walk = Walk::new(folder);
-    while let Some(file) = walk.next() {
-        let file = file?;
-        match file.to_str() {
-            Some(path) if may_be(&file) => files.push(path.as_bytes(), b"")?,
-            _ if has_extension(&file, &IMAGE_EXTENSIONS) => {}
-            _ => walk
-                .omitted
-                .add(Category::UnreadFiles, file.display().to_string()),
-        }
-    }
-    collector.omitted.merge(walk.omitted);
-    let mut files = files.finish()?;
+    let (mut files, _) = label_files::many(folder, may_be, collector)?;
     let mut count = 0u64;
     while let Some((path, _)) = files.next()? {
         let path = String::from_utf8_lossy(path);
@@ -154,7 +141,8 @@ pub(super) struct Rows<'a> {
     /// Micrometres in one unit of the file.
     pub(super) unit_um: f64,
     /// The values of statements or fields by their names.
-    pub(super) header: BTreeMap<String, Vec<String>>,
+    header: BTreeMap<String, Vec<String>>,
+    header_bytes: usize,
     count: u64,
 }
 
@@ -166,6 +154,7 @@ impl<'a> Rows<'a> {
             folder,
             unit_um: 1.0,
             header: BTreeMap::new(),
+            header_bytes: 0,
             count: 0,
         }
     }
@@ -202,6 +191,36 @@ impl<'a> Rows<'a> {
                 collector.refusals.add(Why::Shape, place, detail);
                 Ok(())
             }
+        }
+    }
+
+    /// Keeps the values of a statement or field for the defects behind it.
+    pub(super) fn set_header<R: BufRead>(
+        &mut self,
+        name: String,
+        values: Vec<String>,
+        words: &Words<R>,
+    ) -> Result<(), Fault> {
+        self.remove_header(&name);
+        self.header_bytes += name.len() + values.iter().map(String::len).sum::<usize>();
+        self.header.insert(name, values);
+        if self.header.len() > HEADER_MAX {
+            return Err(words.fault(format!(
+                "it has more than {HEADER_MAX} statements or fields"
+            )));
+        }
+        if self.header_bytes > LABEL_RECORD_BYTES_MAX {
+            return Err(words.fault(format!(
+                "its statements or fields are larger than {LABEL_RECORD_BYTES_MAX} bytes"
+            )));
+        }
+        Ok(())
+    }
+
+    /// Forgets the values of a statement or field.
+    pub(super) fn remove_header(&mut self, name: &str) {
+        if let Some(values) = self.header.remove(name) {
+            self.header_bytes -= name.len() + values.iter().map(String::len).sum::<usize>();
         }
     }
 

@@ -66,23 +66,21 @@ pub(super) fn read<R: BufRead>(
                 (name, values) = ("TiffFileName".into(), vec![values.join(" ")]);
                 values.retain(|file| !file.is_empty());
             }
-            rows.header.insert(name, values);
-            if rows.header.len() > COLUMNS_MAX {
-                return Err(words.fault(format!("it has more than {COLUMNS_MAX} statements")));
-            }
+            rows.set_header(name, values, words)?;
         }
     }
 }
 
 /// The values of a statement up to its `;`, of a long one the first.
 fn statement<R: BufRead>(words: &mut Words<R>, most: usize) -> Result<Vec<Word>, Fault> {
-    let mut out = Vec::new();
+    let (mut out, mut bytes) = (Vec::new(), 0);
     loop {
         let word = words.need()?;
         if word.is(";") {
             return Ok(out);
         }
         if out.len() < most {
+            words.keep(&word, &mut bytes)?;
             out.push(word);
         }
     }
@@ -163,7 +161,7 @@ fn defect<R: BufRead>(
     columns: &[String],
 ) -> Result<Result<Defect, String>, Fault> {
     let mut defect = Defect::default();
-    let mut last_line = 0;
+    let (mut last_line, mut bytes) = (0, 0);
     let mut images = None;
     for (at, column) in columns.iter().enumerate() {
         let word = words.need()?;
@@ -176,6 +174,7 @@ fn defect<R: BufRead>(
             }
             return Ok(Err(format!("it has {at} of {} values", columns.len())));
         }
+        words.keep(&word, &mut bytes)?;
         if column != "IMAGELIST" {
             if column == "IMAGECOUNT" {
                 images = word.text.parse::<usize>().ok();
@@ -205,6 +204,7 @@ fn defect<R: BufRead>(
                     words.push_back(word);
                     return Ok(Err("its IMAGELIST is shorter than it announces".into()));
                 }
+                words.keep(&word, &mut bytes)?;
                 let number = word.text.parse::<i64>().ok();
                 members.insert(
                     name.into(),

@@ -9,14 +9,14 @@ use std::io::BufRead;
 use serde_json::Map;
 
 use base::fault::Fault;
-use base::limits::{LABEL_DEPTH_MAX, LABEL_RECORD_BYTES_MAX};
+use base::limits::LABEL_DEPTH_MAX;
 
 use super::collect::Collector;
 use super::klarf::{Defect, Image, Rows};
 use super::klarf_tokens::{Word, Words, shown};
 use super::refuse::Why;
 
-/// The columns of a list, the values of a field and the fields of a file, at most.
+/// The columns of a list and the values of a field, at most.
 const COLUMNS_MAX: usize = 1000;
 /// The names of the members of an image, in their order.
 const IMAGE_MEMBERS: [&str; 4] = ["file", "format", "index", "type"];
@@ -69,12 +69,13 @@ pub(super) fn read<R: BufRead>(
 /// `NAME "id" {`: lot and wafer are known by the ids of their records.
 fn record<R: BufRead>(words: &mut Words<R>, rows: &mut Rows<'_>) -> Result<(), Fault> {
     let name = words.need()?;
-    let mut ids = Vec::new();
+    let (mut ids, mut bytes) = (Vec::new(), 0);
     loop {
         let word = words.need()?;
         if word.is("{") {
             break;
         }
+        words.keep(&word, &mut bytes)?;
         ids.push(word.text);
         if ids.len() > COLUMNS_MAX {
             return Err(words.fault("a record has no braces"));
@@ -84,25 +85,25 @@ fn record<R: BufRead>(words: &mut Words<R>, rows: &mut Rows<'_>) -> Result<(), F
         "LotID"
     } else if name.is("WaferRecord") {
         // The images of another wafer are not its own.
-        rows.header.remove("TiffFileName");
+        rows.remove_header("TiffFileName");
         "WaferID"
     } else {
         return Ok(());
     };
-    rows.header.insert(header.into(), ids);
-    Ok(())
+    rows.set_header(header.into(), ids, words)
 }
 
 /// Words between braces, without commas.
 fn braced<R: BufRead>(words: &mut Words<R>, most: usize) -> Result<Vec<String>, Fault> {
     words.expect("{")?;
-    let mut out = Vec::new();
+    let (mut out, mut bytes) = (Vec::new(), 0);
     loop {
         let word = words.need()?;
         if word.is("}") {
             return Ok(out);
         }
         if !word.is(",") {
+            words.keep(&word, &mut bytes)?;
             out.push(word.text);
         }
         if out.len() > most {
@@ -128,11 +129,7 @@ fn field<R: BufRead>(words: &mut Words<R>, rows: &mut Rows<'_>) -> Result<(), Fa
             values.len()
         )));
     }
-    rows.header.insert(name, values);
-    if rows.header.len() > COLUMNS_MAX {
-        return Err(words.fault(format!("it has more than {COLUMNS_MAX} fields")));
-    }
-    Ok(())
+    rows.set_header(name, values, words)
 }
 
 fn list<R: BufRead>(
@@ -207,12 +204,7 @@ fn row<R: BufRead>(words: &mut Words<R>) -> Result<Option<Vec<Word>>, Fault> {
         } else if word.is(";") && depth == 0 {
             return Ok(Some(out));
         }
-        bytes += word.text.len() + size_of::<Word>();
-        if bytes > LABEL_RECORD_BYTES_MAX {
-            return Err(words.fault(format!(
-                "a row is larger than {LABEL_RECORD_BYTES_MAX} bytes"
-            )));
-        }
+        words.keep(&word, &mut bytes)?;
         out.push(word);
     }
 }

@@ -6,6 +6,7 @@
 use std::io::BufRead;
 
 use base::fault::{Fault, IoContext};
+use base::limits::LABEL_RECORD_BYTES_MAX;
 
 use super::refuse::Why;
 
@@ -53,6 +54,17 @@ impl<R: BufRead> Words<R> {
     pub(super) fn fault(&self, why: impl std::fmt::Display) -> Fault {
         Fault::integrity(format!("malformed KLARF at line {}: {why}", self.line))
             .with_next(Why::Malformed.advice())
+    }
+
+    /// Counts a word that is kept in memory with others: of one statement, defect or row.
+    pub(super) fn keep(&self, word: &Word, bytes: &mut usize) -> Result<(), Fault> {
+        *bytes += word.text.len() + size_of::<Word>();
+        if *bytes > LABEL_RECORD_BYTES_MAX {
+            return Err(self.fault(format!(
+                "a statement or row is larger than {LABEL_RECORD_BYTES_MAX} bytes"
+            )));
+        }
+        Ok(())
     }
 
     /// Gives a word back, to be read again.

@@ -7,22 +7,27 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::BufReader;
+use std::io::{BufReader, Cursor};
+use std::path::Path;
+
+use base64::Engine as _;
+use base64::alphabet::STANDARD;
+use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
 
 use base::fault::{Code, Fault};
-use base::limits::{LABEL_RECORD_BYTES_MAX, LABEL_SORT_BYTES, LABEL_TASK_BYTES_MAX};
+use base::limits::{LABEL_RECORD_BYTES_MAX, LABEL_TASK_BYTES_MAX};
 use base::names::RelPath;
 use base::omitted::Category;
 
 use super::collect::{Collector, Extent, Sample};
-use super::folder::{Input, Walk, has_extension};
-use super::images_beside::{IMAGE_EXTENSIONS, ImagesBeside};
+use super::folder::{Input, has_extension};
+use super::images_beside::ImagesBeside;
 use super::json::{self, Fields, JsonReader};
+use super::label_files;
 use super::path_rules::{PathFrom, is_of_one_machine};
 use super::png::Png;
 use super::refuse::Why;
 use super::shapes::{Checked, Patch, Row, Shape};
-use super::sort::Sorter;
 use super::split;
 use super::text::json_string;
 
@@ -53,22 +58,8 @@ pub(super) fn read(input: &Input, collector: &mut Collector) -> Result<(), Fault
             ),
         };
     };
-    let mut images = ImagesBeside::new(folder);
-    let mut files = Sorter::new(&collector.scratch, LABEL_SORT_BYTES / 4);
-    let mut walk = Walk::new(folder);
-    while let Some(file) = walk.next() {
-        let file = file?;
-        images.note(&file);
-        match file.to_str() {
-            Some(place) if has_extension(&file, &["json"]) => files.push(place.as_bytes(), b"")?,
-            _ if has_extension(&file, &IMAGE_EXTENSIONS) => {}
-            _ => walk
-                .omitted
-                .add(Category::UnreadFiles, file.display().to_string()),
-        }
-    }
-    collector.omitted.merge(walk.omitted);
-    let mut files = files.finish()?;
+    let is_json = |file: &Path| has_extension(file, &["json"]);
+    let (mut files, images) = label_files::many(folder, is_json, collector)?;
     let mut taken = 0u64;
     while let Some((place, _)) = files.next()? {
         let place = String::from_utf8_lossy(place);
@@ -472,7 +463,7 @@ impl Drawn {
             return Err((Why::Shape, "its mask is not a PNG in base64".into()));
         };
         let read = || -> std::io::Result<(usize, Vec<u8>)> {
-            let png = Png::open(bytes.as_slice())?;
+            let png = Png::open(Cursor::new(bytes.as_slice()))?;
             let (width, height) = (png.width as usize, png.height as usize);
             let mut pixels = vec![0u8; width * height];
             png.rows(|y, x, step, values| {
@@ -495,28 +486,14 @@ impl Drawn {
     }
 }
 
-/// Bytes in base64 (RFC 4648, section 4).
+/// Bytes in base64, in lines or in one; the padding may be missing.
 fn base64(text: &str) -> Option<Vec<u8>> {
-    let mut out = Vec::with_capacity(text.len() / 4 * 3);
-    let (mut bits, mut count) = (0u32, 0);
-    for byte in text.bytes().filter(|b| !b.is_ascii_whitespace()) {
-        let value = match byte {
-            b'A'..=b'Z' => byte - b'A',
-            b'a'..=b'z' => byte - b'a' + 26,
-            b'0'..=b'9' => byte - b'0' + 52,
-            b'+' => 62,
-            b'/' => 63,
-            b'=' => break,
-            _ => return None,
-        };
-        bits = bits << 6 | u32::from(value);
-        count += 6;
-        if count >= 8 {
-            count -= 8;
-            out.push((bits >> count) as u8);
-        }
-    }
-    Some(out)
+    const LENIENT: GeneralPurpose = GeneralPurpose::new(
+        &STANDARD,
+        GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent),
+    );
+    let text: Vec<u8> = text.bytes().filter(|b| !b.is_ascii_whitespace()).collect();
+    LENIENT.decode(text).ok()
 }
 
 #[cfg(test)]
@@ -534,6 +511,7 @@ mod tests {
             assert_eq!(resolve(folder, name), path);
         }
         assert_eq!(base64("aGVsbG8="), Some(b"hello".to_vec()));
+        assert_eq!(base64("aGVsbG8"), Some(b"hello".to_vec()));
         assert_eq!(base64("aGVs\nbG8h"), Some(b"hello!".to_vec()));
         assert_eq!(base64("a*"), None);
     }

@@ -275,7 +275,7 @@ struct Grid {
 }
 
 impl Grid {
-    fn read(file: impl io::BufRead, by_colour: bool) -> io::Result<Self> {
+    fn read(file: impl io::BufRead + io::Seek, by_colour: bool) -> io::Result<Self> {
         let png = Png::open(file)?;
         let (width, height) = (png.width, png.height);
         let colours = png.colours.clone();

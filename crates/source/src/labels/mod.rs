@@ -61,6 +61,7 @@
 //!   keeps its number spellings, other formats are rendered as JSON.
 
 mod bad_out;
+mod classes;
 mod coco;
 mod collect;
 mod cvat;
@@ -74,6 +75,7 @@ mod klarf;
 mod klarf_12;
 mod klarf_18;
 mod klarf_tokens;
+mod label_files;
 mod label_studio;
 mod labelme;
 mod masks;
@@ -92,7 +94,9 @@ mod table;
 mod table_boxes;
 mod table_csv;
 mod table_fields;
+mod table_jsonl;
 mod table_objects;
+mod table_query;
 mod table_sizes;
 #[cfg(test)]
 mod tests;
@@ -119,7 +123,7 @@ use base::fault::{Fault, IoContext};
 use base::names::RelPath;
 use base::omitted::{Category, Omitted};
 use content::label_rows::{ANNOTATIONS, CLASSES, ClassRow, QueryRow, SAMPLES};
-use content::manifest::{DatasetBinding, FileInfo, KindInfo, LabelsInfo};
+use content::manifest::{Attributes, DatasetBinding, FileInfo, KindInfo, LabelsInfo};
 
 pub use bad_out::check as check_bad_out;
 
@@ -263,7 +267,7 @@ impl LabelsSource {
         let mut collector = Settings::parse(options, None)?.collector(scratch);
         collector.refusals.out = bad_out(options, scratch, own)?;
         collector.by_content = true;
-        let info = table::read_query(rows, classes_of, &mut collector)
+        let info = table_query::read(rows, classes_of, &mut collector)
             .and_then(|()| finish(collector, DATABASE, options, dataset));
         let (info, omitted) = info.map_err(|fault| fault.context("labels out of the database"))?;
         Ok(Self {
@@ -317,7 +321,7 @@ fn convert(
         Format::LabelMe => labelme::read(input, &mut collector)?,
         Format::Masks => masks::read(input, &mut collector)?,
         Format::Via => via_json::read(input, &mut collector)?,
-        Format::Jsonl => table::read_jsonl(input, columns, settings.table, &mut collector)?,
+        Format::Jsonl => table_jsonl::read(input, columns, settings.table, &mut collector)?,
         Format::LabelStudio => label_studio::read(input, settings.predictions, &mut collector)?,
         Format::Voc => voc::read(input, settings.voc_base, &mut collector)?,
         Format::Yolo => yolo::read(input, settings.yolo_task, &mut collector)?,
@@ -381,5 +385,6 @@ fn entry(name: &str, file: PathBuf) -> Result<SourceEntry, Fault> {
             content: Content::File(file),
         },
         identity,
+        attributes: Attributes::default(),
     })
 }

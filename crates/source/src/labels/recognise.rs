@@ -107,10 +107,8 @@ fn list(keys: &Keys) -> Known {
             "publish a COCO file with images, annotations and categories; add these as its annotations",
         );
     }
-    if has("image") && has("annotations") && !has("data") && has("coordinates") {
-        return Unread("CreateML", "export as COCO, YOLO or Pascal VOC");
-    }
-    if has("image") && has("annotations") && !has("data") && !has("id") {
+    let is_of_create_ml = has("coordinates") || !has("id");
+    if has("image") && has("annotations") && !has("data") && is_of_create_ml {
         return Unread("CreateML", "export as COCO, YOLO or Pascal VOC");
     }
     if has("External ID") || has("Labeled Data") {

@@ -8,27 +8,23 @@
 //! before the first is taken (`table_boxes`).
 
 use std::collections::BTreeMap;
-use std::io::BufReader;
 
 use serde_json::{Map, Value};
 
 use base::fault::Fault;
-use base::limits::LABEL_LINE_BYTES_MAX;
 use base::names::RelPath;
 use base::omitted::{Category, Omitted};
 use content::chunk::Hash;
-use content::label_rows::{QUERY_COLUMNS, QueryRow};
 
-use super::ClassesOf;
 use super::collect::{Annotation, ClassRef, Collector, Extent, Sample};
 use super::folder::Input;
-use super::json::{self, Fields, JsonReader};
+use super::json;
 use super::refuse::{Refusals, Why};
 use super::table_boxes::{BoxForm, Evidence, Reading, extents, number, to_pixels};
 use super::table_csv::CsvRows;
 use super::table_fields::{
     ATTRS, BBOX, CLASS, CLASS_ID, Cells, FIELDS, GEOM, H, HEIGHT, ID, KIND, RLE, SAMPLE_PATH,
-    SPLIT, VIA_ATTRIBUTES, VIA_SHAPE, W, WIDTH, X, Y, choose,
+    SPLIT, VIA_ATTRIBUTES, VIA_SHAPE, W, WIDTH, X, Y,
 };
 use super::table_objects::{self, Object};
 use super::table_sizes::Sizes;
@@ -85,263 +81,6 @@ pub(super) fn read_csv(
     Ok(())
 }
 
-/// Reads a JSON Lines file.
-pub(super) fn read_jsonl(
-    input: &Input,
-    columns: &BTreeMap<String, String>,
-    settings: TableSettings,
-    collector: &mut Collector,
-) -> Result<(), Fault> {
-    let mut evidence = Evidence::default();
-    let mut first_pass = JsonlRows::open(input, collector)?;
-    // What is wrong with a record is said in the second pass.
-    let mut unsaid = Refusals::default();
-    while let Some(place) = first_pass.next(&mut unsaid)? {
-        let Some(record) = Record::parse(first_pass.text(), columns, &place, &mut unsaid) else {
-            continue;
-        };
-        match record.objects.map(table_objects::read) {
-            Some(Ok(objects)) => objects
-                .iter()
-                .for_each(|object| evidence.add_row(&object.cells)),
-            Some(Err(_)) => {}
-            None => evidence.add_row(&record.cells),
-        }
-        if evidence.is_decided() {
-            break;
-        }
-    }
-    let mut state = Rows::new(settings, &evidence, input, collector);
-    let mut rows = JsonlRows::open(input, collector)?;
-    while let Some(place) = rows.next(&mut collector.refusals)? {
-        let text = rows.text();
-        let Some(record) = Record::parse(text, columns, &place, &mut collector.refusals) else {
-            continue;
-        };
-        let rest = record.fields.rest();
-        let parts = Parts {
-            rest: rest.as_deref(),
-            raw: text,
-            hash: None,
-        };
-        match record.objects {
-            None => state.row(&place, &record.cells, parts, collector)?,
-            Some(objects) => state.objects(&place, &record.cells, objects, collector)?,
-        }
-    }
-    collector.note_encoding(&input.shown().display().to_string(), rows.inferred.name());
-    Ok(())
-}
-
-/// The records of a JSON Lines file.
-struct JsonlRows {
-    json: JsonReader<BufReader<super::encoding::Utf8Reader<std::fs::File>>>,
-    inferred: super::encoding::Inferred,
-    record: Vec<u8>,
-    number: u64,
-}
-
-impl JsonlRows {
-    fn open(input: &Input, collector: &Collector) -> Result<Self, Fault> {
-        let file = collector.utf8(input.file()?);
-        let inferred = file.inferred();
-        let reader = BufReader::with_capacity(256 << 10, file);
-        let json = JsonReader::new(reader, input.shown().display().to_string());
-        Ok(Self {
-            json,
-            inferred,
-            record: Vec::new(),
-            number: 0,
-        })
-    }
-
-    /// Goes to the next record that is text: its place.
-    fn next(&mut self, refusals: &mut Refusals) -> Result<Option<String>, Fault> {
-        while self.json.peek()?.is_some() {
-            self.number += 1;
-            let place = format!("record {}", self.number);
-            let flags = self.json.capture(&mut self.record)?;
-            if json::vet(&self.record, flags, &place, refusals).is_some() {
-                return Ok(Some(place));
-            }
-        }
-        Ok(None)
-    }
-
-    /// The record that [`JsonlRows::next`] went to.
-    fn text(&self) -> &str {
-        std::str::from_utf8(&self.record).unwrap_or_default()
-    }
-}
-
-/// A record of JSON Lines, its fields taken out.
-struct Record<'a> {
-    cells: Cells,
-    /// A list of objects in the image (Hugging Face's `metadata.jsonl`), where the record has no
-    /// box of its own.
-    objects: Option<&'a str>,
-    fields: Fields<'a>,
-}
-
-impl<'a> Record<'a> {
-    fn parse(
-        text: &'a str,
-        columns: &BTreeMap<String, String>,
-        place: &str,
-        refusals: &mut Refusals,
-    ) -> Option<Self> {
-        let mut fields = Fields::parse(text, place, refusals)?;
-        let cells = choose(columns, |name| fields.take(name)).map(|json| json.map(str::to_owned));
-        let is_alone = [X, BBOX, GEOM]
-            .into_iter()
-            .all(|field| cells[field].is_none());
-        let objects = fields
-            .peek("objects")
-            .filter(|json| is_alone && json.starts_with(['{', '[']));
-        let objects = objects.filter(|json| table_objects::are_boxes(json));
-        if objects.is_some() {
-            fields.take("objects");
-        }
-        Some(Self {
-            cells,
-            objects,
-            fields,
-        })
-    }
-}
-
-/// A row of a query, so that its canonical line fits too.
-const QUERY_ROW_BYTES_MAX: usize = LABEL_LINE_BYTES_MAX - (64 << 10);
-
-/// Reads the rows of a query, in whatever order they come.
-pub(super) fn read_query(
-    rows: impl Iterator<Item = Vec<QueryRow>>,
-    classes_of: &mut ClassesOf<'_>,
-    collector: &mut Collector,
-) -> Result<(), Fault> {
-    const FIELD_OF: [(&str, usize); 13] = [
-        ("sample_path", SAMPLE_PATH),
-        ("class", CLASS),
-        ("class_id", CLASS_ID),
-        ("kind", KIND),
-        ("x", X),
-        ("y", Y),
-        ("w", W),
-        ("h", H),
-        ("geom", GEOM),
-        ("attrs", ATTRS),
-        ("width", WIDTH),
-        ("height", HEIGHT),
-        ("split", SPLIT),
-    ];
-    let column = |name: &str| QUERY_COLUMNS.iter().position(|known| *known == name);
-    let fields: Vec<(usize, usize)> = FIELD_OF
-        .iter()
-        .filter_map(|(name, field)| Some((column(name)?, *field)))
-        .collect();
-    let (hash_column, raw_column) = (column("sample_hash"), column("raw"));
-    let take = |row: &QueryRow, column: Option<usize>| column.and_then(|at| row[at].clone());
-    let mut state = Rows::default();
-    let mut of_version = None;
-    for row in rows.flatten() {
-        // All rows state the same one.
-        if of_version.is_none() {
-            let text = |name| take(&row, column(name)).and_then(|json| json::as_string(&json));
-            of_version = Some(text("label_set").zip(text("version")));
-        }
-        // Rows have no numbers: what stands for one is the sample that it speaks of.
-        let place = format!("a row of {}", row[0].as_deref().unwrap_or("no sample"));
-        let plain = |json: &String| json::as_string(json).map_or(json.len(), |text| text.len());
-        if row.iter().flatten().map(String::len).sum::<usize>() > QUERY_ROW_BYTES_MAX
-            && row.iter().flatten().map(plain).sum::<usize>() > QUERY_ROW_BYTES_MAX
-        {
-            let detail = format!("it is larger than {QUERY_ROW_BYTES_MAX} bytes");
-            collector.refusals.add(Why::TooLarge, place, detail);
-            continue;
-        }
-        let mut cells = Cells::default();
-        for (from, field) in &fields {
-            cells[*field] = row[*from].clone();
-        }
-        let hash = match take(&row, hash_column) {
-            None => None,
-            Some(json) => match json::as_string(&json).and_then(|text| text.parse::<Hash>().ok()) {
-                Some(hash) => Some(hash),
-                None => {
-                    let detail = format!("sample_hash is {json}, not 64 hex digits");
-                    collector.refusals.add(Why::Shape, place, detail);
-                    continue;
-                }
-            },
-        };
-        let holds_nul = |json: &&String| {
-            json.contains("\\u0000") && json::as_string(json).is_some_and(|t| t.contains('\0'))
-        };
-        if let Some(nul) = row.iter().flatten().find(holds_nul) {
-            collector
-                .refusals
-                .add(Why::Nul, place, format!("{nul} holds a NUL"));
-            continue;
-        }
-        let raw = match take(&row, raw_column) {
-            Some(json) => json::compact(
-                &json::as_string(&json).unwrap_or(json),
-                &place,
-                &mut collector.refusals,
-            ),
-            None => Some(rendered(&cells)),
-        };
-        let Some(raw) = raw else { continue };
-        state.row(
-            &place,
-            &cells,
-            Parts {
-                rest: None,
-                raw: &raw,
-                hash,
-            },
-            collector,
-        )?;
-    }
-    if let Some((set, version)) = of_version.flatten() {
-        for class in classes_of(&set, &version)? {
-            let attrs = class.attrs.map(|json| json.get().to_owned());
-            collector.classes.complete(class.id, &class.name, attrs)?;
-        }
-    }
-    Ok(())
-}
-
-/// A row without a record of its own, as an object of its fields.
-fn rendered(cells: &Cells) -> String {
-    let mut out = String::from("{");
-    for ((name, _), json) in FIELDS
-        .iter()
-        .zip(cells)
-        .filter_map(|(field, cell)| Some((field, cell.as_ref()?)))
-    {
-        if out.len() > 1 {
-            out.push(',');
-        }
-        out.push_str(&json_string(name));
-        out.push(':');
-        let text = json::as_string(json);
-        let is_number = matches!(
-            *name,
-            "x" | "y" | "w" | "h" | "width" | "height" | "class_id"
-        );
-        match text {
-            Some(text) if is_number && text.trim().parse::<f64>().is_ok_and(f64::is_finite) => {
-                super::collect::push_number(&mut out, text.trim().parse().unwrap_or_default());
-            }
-            // Checked as JSON where the field itself is taken.
-            Some(text) if matches!(*name, "geom" | "attrs") => out.push_str(&json_string(&text)),
-            _ => out.push_str(json),
-        }
-    }
-    out + "}"
-}
-
 /// Why a row was not taken.
 enum Stop {
     /// It is wrong; the next one may be right.
@@ -364,7 +103,7 @@ impl From<Fault> for Stop {
 
 /// Turns rows into samples and annotations.
 #[derive(Default)]
-struct Rows {
+pub(super) struct Rows {
     reading: Reading,
     /// Where sizes of images are found that the rows do not have; for boxes that are fractions of
     /// them.
@@ -390,13 +129,13 @@ type Sampled = (RelPath, Option<(i64, i64)>);
 
 /// What a row is beside its fields.
 #[derive(Clone, Copy)]
-struct Parts<'a> {
+pub(super) struct Parts<'a> {
     /// Its other columns, as an object.
-    rest: Option<&'a str>,
+    pub(super) rest: Option<&'a str>,
     /// All of it, as it came.
-    raw: &'a str,
+    pub(super) raw: &'a str,
     /// What the sample's file hashes to.
-    hash: Option<Hash>,
+    pub(super) hash: Option<Hash>,
 }
 
 /// What a row marks.
@@ -412,7 +151,7 @@ struct Shape {
 impl Rows {
     /// Decides how boxes are read, by the settings or by what all rows say, and reports what was
     /// inferred.
-    fn new(
+    pub(super) fn new(
         settings: TableSettings,
         evidence: &Evidence,
         input: &Input,
@@ -439,7 +178,7 @@ impl Rows {
         }
     }
 
-    fn row(
+    pub(super) fn row(
         &mut self,
         place: &str,
         cells: &Cells,
@@ -451,7 +190,7 @@ impl Rows {
     }
 
     /// A row whose annotations are in a list of their own.
-    fn objects(
+    pub(super) fn objects(
         &mut self,
         place: &str,
         cells: &Cells,

@@ -5,20 +5,20 @@
 
 use std::fs::File;
 use std::io::BufReader;
+use std::path::Path;
 
 use serde_json::{Map, Value};
 
 use base::fault::Fault;
 use base::limits::LABEL_TASK_BYTES_MAX;
-use base::omitted::Category;
 
 use super::collect::{Collector, Sample};
-use super::folder::{Input, Walk, has_extension};
-use super::images_beside::{IMAGE_EXTENSIONS, ImagesBeside};
+use super::folder::{Input, has_extension};
+use super::images_beside::ImagesBeside;
 use super::json::{self, Fields, JsonReader};
 use super::refuse::Why;
 use super::shapes::{Row, Shape};
-use super::{split, via};
+use super::{label_files, split, via};
 
 type Json = JsonReader<BufReader<super::encoding::Utf8Reader<File>>>;
 
@@ -27,34 +27,26 @@ pub(super) fn read(input: &Input, collector: &mut Collector) -> Result<(), Fault
         let shown = input.shown().display().to_string();
         return file(input.file()?, &shown, None, collector);
     };
-    let mut images = ImagesBeside::new(inside);
-    let mut found = None;
-    let mut walk = Walk::new(inside);
-    while let Some(file) = walk.next() {
-        let file = file?;
-        images.note(&file);
-        if has_extension(&file, &["json"]) {
-            if let Some(other) = found.replace(file) {
-                return Err(Fault::integrity(format!(
-                    "the folder holds several JSON files, such as {}",
-                    other.display()
-                ))
-                .with_next("give the one file of VGG Image Annotator"));
-            }
-        } else if !has_extension(&file, &IMAGE_EXTENSIONS) {
-            walk.omitted
-                .add(Category::UnreadFiles, file.display().to_string());
+    let is_json = |file: &Path| Ok(has_extension(file, &["json"]));
+    let (files, images) = label_files::few(inside, "JSON", is_json, collector)?;
+    let path = match files.as_slice() {
+        [path] => path,
+        [] => {
+            return Err(Fault::integrity("the folder holds no JSON file")
+                .with_next("give the JSON file of VGG Image Annotator"));
         }
-    }
-    collector.omitted.merge(walk.omitted);
-    let Some(path) = found else {
-        return Err(Fault::integrity("the folder holds no JSON file")
-            .with_next("give the JSON file of VGG Image Annotator"));
+        [first, ..] => {
+            return Err(Fault::integrity(format!(
+                "the folder holds several JSON files, such as {}",
+                first.display()
+            ))
+            .with_next("give the one file of VGG Image Annotator"));
+        }
     };
     let shown = path.display().to_string();
     let folder = shown.rsplit_once('/').map_or("", |(folder, _)| folder);
     file(
-        inside.file(&path)?,
+        inside.file(path)?,
         &shown,
         Some((&images, folder)),
         collector,

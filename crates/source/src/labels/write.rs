@@ -19,9 +19,10 @@ use content::chunk::Hash;
 use content::label_rows::{ANNOTATIONS, AnnotationRow, CLASSES, ClassRow, SAMPLES, SampleRow};
 use content::manifest::{DatasetBinding, FileInfo};
 
+use super::classes::ClassTable;
 use super::collect::{
-    AnnotationRecord, ClassRef, ClassTable, Collector, Sample, SplitFrom, TAG_ANNOTATION, decode,
-    key_path, number_list, split_key,
+    AnnotationRecord, ClassRef, Collector, Sample, SplitFrom, TAG_ANNOTATION, decode, key_path,
+    number_list, split_key,
 };
 use super::json;
 use super::refuse::{OnBad, Refusals, Why};
@@ -303,12 +304,8 @@ impl Pass<'_> {
                     } else {
                         "its class".to_owned()
                     };
-                    self.refusals.add_record(
-                        Why::UnknownClass,
-                        annotation.place,
-                        format!("{name} is not in the list of classes"),
-                        annotation.raw().as_deref(),
-                    );
+                    let detail = format!("{name} is not in the list of classes");
+                    self.refuse(Why::UnknownClass, annotation, detail);
                     return Ok(());
                 }
             },
@@ -338,13 +335,7 @@ impl Pass<'_> {
                     size(open.width),
                     size(open.height)
                 );
-                let raw = annotation.raw();
-                self.refusals.add_record(
-                    Why::OutsideImage,
-                    annotation.place,
-                    detail,
-                    raw.as_deref(),
-                );
+                self.refuse(Why::OutsideImage, annotation, detail);
                 return Ok(());
             }
         }
@@ -364,13 +355,7 @@ impl Pass<'_> {
                     "its points lie within {left}, {top} and {right}, {bottom}, which reaches out of {:?}",
                     open.path.as_str()
                 );
-                let raw = annotation.raw();
-                self.refusals.add_record(
-                    Why::OutsideImage,
-                    annotation.place,
-                    detail,
-                    raw.as_deref(),
-                );
+                self.refuse(Why::OutsideImage, annotation, detail);
                 return Ok(());
             }
         }
@@ -382,9 +367,7 @@ impl Pass<'_> {
                 "its mask is {width} × {height}, and {:?} is {w} × {h}",
                 open.path.as_str()
             );
-            let raw = annotation.raw();
-            self.refusals
-                .add_record(Why::Conflict, annotation.place, detail, raw.as_deref());
+            self.refuse(Why::Conflict, annotation, detail);
             return Ok(());
         }
         if cut.is_some() {
@@ -398,6 +381,12 @@ impl Pass<'_> {
             ",",
             cut.as_deref().unwrap_or(annotation.tail),
         ])
+    }
+
+    fn refuse(&mut self, why: Why, annotation: &AnnotationRecord<'_>, detail: String) {
+        let raw = annotation.raw();
+        self.refusals
+            .add_record(why, annotation.place, detail, raw.as_deref());
     }
 
     fn close(&mut self) -> Result<(), Fault> {

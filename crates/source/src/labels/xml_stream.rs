@@ -1,7 +1,8 @@
 //! XML of any length in a fixed amount of memory: elements are entered, or captured as JSON values
 //! as `xml` makes them.
 //!
-//! One tag or text, and one captured element, are bounded in bytes; elements in depth.
+//! `quick-xml` reads the syntax and expands no entity that a document declares; what is bounded here
+//! is what it does not bound: one tag or text and one captured element in bytes, elements in depth.
 
 use std::cell::Cell;
 use std::io::{self, BufRead, Read};

@@ -30,7 +30,8 @@ pub(super) const FRAME: Target = Target {
         let plain = frames
             .iter()
             .map(|frame| [&[0][..], &frame.to_bytes()[..]].concat());
-        let fault = Frame::fault(&base::fault::Fault::not_found("no such chunk")).to_bytes();
+        let fault = Frame::fault(&base::fault::Fault::not_found("no such chunk"));
+        let fault = fault.map(|frame| [&[0][..], &frame.to_bytes()[..]].concat());
         let sealed = raws.iter().zip(&frames).map(|(raw, frame)| {
             let bytes = frame.to_bytes();
             [
@@ -40,10 +41,7 @@ pub(super) const FRAME: Target = Target {
             ]
             .concat()
         });
-        plain
-            .chain(sealed)
-            .chain([[&[0][..], &fault[..]].concat()])
-            .collect()
+        plain.chain(sealed).chain(fault.ok()).collect()
     },
     words: &[
         "(\u{b5}/\u{fd}",

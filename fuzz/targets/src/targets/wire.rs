@@ -6,7 +6,7 @@ use std::fmt::Debug;
 use base::fault::Fault;
 use base::limits::FETCH_BATCH_CHUNKS_MAX;
 use model::protocol::{
-    AskHub, AskSite, FetchRequest, FromHub, FromSite, Planned, Standing, Wanted, from_json, to_json,
+    AskHub, AskSite, FetchRequest, FromHub, FromSite, Planned, Presence, Wanted, from_json, to_json,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -159,7 +159,7 @@ pub(super) const QUESTION: Target = Target {
     run: |input| {
         json::<AskHub>(input);
         json::<AskSite>(input);
-        json::<Result<Standing, Fault>>(input);
+        json::<Result<Presence, Fault>>(input);
         json::<Result<Planned, Fault>>(input);
         json::<Result<bool, Fault>>(input);
         taken(from_json::<Result<serde_json::Value, Fault>>(input));
@@ -240,6 +240,10 @@ pub(super) const FETCH_REQUEST: Target = Target {
                 page: Hash([2; 32]),
                 ranges: vec![(7, 1), (9, 100)],
             }],
+            vec![Wanted::Refused {
+                page: Hash([2; 32]),
+                ranges: vec![(7, 1)],
+            }],
             vec![
                 Wanted::Delta {
                     ranges: vec![(1, 1)],
@@ -259,7 +263,7 @@ pub(super) const FETCH_REQUEST: Target = Target {
             .filter_map(|wants| request(wants).to_bytes().ok())
             .collect()
     },
-    words: &["\u{0}", "\u{1}", "\u{2}", "\u{3}", "\u{4}"],
+    words: &["\u{0}", "\u{1}", "\u{2}", "\u{3}", "\u{4}", "\u{5}"],
     short: 4000,
 };
 
@@ -276,6 +280,7 @@ fn fetch_request(input: &[u8]) {
         Wanted::Root | Wanted::RootAndPages(_) => &[][..],
         Wanted::TopPages(ranges)
         | Wanted::Children { ranges, .. }
+        | Wanted::Refused { ranges, .. }
         | Wanted::Delta { ranges, .. } => ranges,
     });
     let pieces: u64 = ranges.map(|(_, count)| u64::from(*count)).sum();

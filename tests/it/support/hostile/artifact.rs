@@ -264,7 +264,7 @@ impl Artifact {
                     self.listed.iter().for_each(|id| out.extend(self.give(*id)));
                 }
                 Wanted::TopPages(ranges) => self.give_of(&self.listed, ranges, &mut out),
-                Wanted::Children { page, ranges } => {
+                Wanted::Children { page, ranges } | Wanted::Refused { page, ranges } => {
                     let none = Vec::new();
                     self.give_of(self.children.get(page).unwrap_or(&none), ranges, &mut out);
                 }

@@ -4,9 +4,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use base::limits::CONNECTION_SEND_BYTES_MAX;
+use base::limits::{CONNECTION_SEND_BYTES_MAX, FETCH_IN_FLIGHT_MAX};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
+use futures::StreamExt as _;
 use model::protocol::{FetchRequest, Wanted};
 use packhorse::config::ConnectionSettings;
 use serde_json::{Value, json};
@@ -161,6 +162,48 @@ impl Connection {
         let _ = stream.write(&framed(&request));
         stream.finish();
         stream
+    }
+
+    /// Sends all these requests, as many at once as a site has, and reads the answers, in the
+    /// background. The returned call waits for the end, and returns the bytes that were read.
+    pub(crate) fn drain(
+        &self,
+        digest: content::manifest::Digest,
+        requests: &[Vec<Wanted>],
+    ) -> impl FnOnce(Duration) -> u64 + use<> {
+        let link = self.link.clone();
+        let messages: Vec<Vec<u8>> = requests
+            .iter()
+            .map(|wants| {
+                let request = FetchRequest {
+                    digest,
+                    priority: 0,
+                    wants: wants.clone(),
+                };
+                let request = framed(&postcard::to_stdvec(&request).expect("postcard"));
+                [b"F".as_slice(), &request].concat()
+            })
+            .collect();
+        let reading = RUNTIME.spawn(
+            futures::stream::iter(messages)
+                .map(move |message| {
+                    let link = link.clone();
+                    async move {
+                        let (mut send, mut recv) = link.open(PRIORITY_BULK).await?;
+                        send.write_all(&message).await?;
+                        send.finish()?;
+                        let mut read = 0;
+                        while let Some(bytes) = recv.read_chunk(1 << 20).await? {
+                            read += bytes.len() as u64;
+                        }
+                        Ok::<u64, base::fault::Fault>(read)
+                    }
+                })
+                .buffer_unordered(FETCH_IN_FLIGHT_MAX)
+                .map(|read| read.expect("the hub answers"))
+                .fold(0, |all, read| std::future::ready(all + read)),
+        );
+        move |limit| within("the hub answers", limit, reading).expect("no panic")
     }
 
     /// Answers the peer's fetches from these artifacts, and refuses every question, in the

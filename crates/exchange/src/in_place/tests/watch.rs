@@ -2,8 +2,6 @@
 
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::PathBuf;
-use std::thread::sleep;
-use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 
@@ -81,11 +79,10 @@ impl Watched {
     }
 }
 
-/// Later than the last check by more than the step of any filesystem's clock. That of this machine
-/// is the tick of the kernel.
+/// Later than the last check by more than the step of any filesystem's clock.
 fn later(mark: &mut Mark) {
     mark.age();
-    sleep(Duration::from_millis(30));
+    base::testing::wait_for_file_clock();
 }
 
 #[test]

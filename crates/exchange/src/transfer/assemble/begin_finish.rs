@@ -9,16 +9,18 @@ use std::sync::atomic::Ordering;
 
 use parking_lot::RwLock;
 
-use super::{Assembly, INODES_SPARE, ROWS_TOGETHER, SPARE_BYTES, SYNC_ALL_FROM, names};
-use crate::chunk_index::{At, Commit, Journal, LocationInfo};
+use super::{Assembly, INODES_SPARE, LOOK_UP, ROWS_TOGETHER, SPARE_BYTES, SYNC_ALL_FROM, names};
+use crate::chunk_index::{At, ChunkIndex, Commit, FileKey, Intact, Journal, LocationInfo};
 use crate::transfer::stopped;
+use base::clock;
 use base::durable;
 use base::fault::{Fault, Retry};
 use base::names::RelPath;
 use base::private::umask;
 use content::chunk::Hash;
-use content::manifest::{EntryBody, FileInfo, KindInfo, Step};
+use content::manifest::{Entry, EntryBody, FileInfo, KindInfo, Step};
 use sink::StorageLocation;
+use sink::file_state::FileState;
 use sink::stage::{FILE_MODE, Stage};
 
 /// What the sink holds.
@@ -373,6 +375,10 @@ impl Assembly {
     pub(super) fn finish(&self, stage: &Stage, held: &HeldBySink) -> Result<(), Fault> {
         let mut dirs: Vec<(RelPath, u32)> = Vec::new();
         let mut loose: Vec<RelPath> = Vec::new();
+        // Attributes are metadata of many files, which one call makes durable. Where there is no such
+        // call, network filesystems store them at the server at once.
+        let (mut refused, has_times) = (0u64, self.incoming.root.format > 1);
+        let mut records = Records::of(self);
         // The umask may have removed permissions that the artifact has.
         let masked = umask() & FILE_MODE != 0;
         for step in self.walk() {
@@ -382,15 +388,23 @@ impl Assembly {
             match entry.body {
                 EntryBody::Dir => {
                     stage.make_dir(&entry.path)?;
+                    refused += self.set_attributes(stage, &entry)?;
                     dirs.push((entry.path, entry.mode));
                 }
                 EntryBody::Symlink(target) => stage.make_symlink(&entry.path, &target)?,
                 EntryBody::File(_) if held.files.contains(&number) => {}
                 EntryBody::File(file) => {
+                    // Another name of an earlier file, which is complete, with its attributes.
+                    if let Some(first) = &entry.attributes.hard_link
+                        && stage.link_names(first, &entry.path)?
+                    {
+                        continue;
+                    }
                     if file.size == 0 && stage.size(&entry.path)? != Some(0) {
                         stage.write_file(&entry.path, b"")?;
                     }
-                    if stage.size(&entry.path)? != Some(file.size) {
+                    let state = stage.file_state(&entry.path)?;
+                    let Some(mut state) = state.filter(|state| state.len == file.size) else {
                         // The staging folder was changed from outside: the journal is not reliable.
                         if let Some(place) =
                             self.shared.chunk_index.staged_by(&self.incoming.transfer)
@@ -405,12 +419,19 @@ impl Assembly {
                         .with_next(
                             "no action is needed: the content is fetched again automatically",
                         ));
+                    };
+                    // Before the mode, which may forbid it.
+                    if !entry.attributes.is_empty() {
+                        refused += self.set_attributes(stage, &entry)?;
+                        state = stage.file_state(&entry.path)?.unwrap_or(state);
                     }
                     // On a mount with fixed modes nothing changes.
                     let sets_mode = (masked || entry.mode != FILE_MODE) && !stage.has_fixed_modes();
                     if sets_mode {
                         stage.set_mode(&entry.path, entry.mode)?;
+                        state = stage.file_state(&entry.path)?.unwrap_or(state);
                     }
+                    records.add(number, state);
                     if file.size == 0 || sets_mode {
                         if !stage.syncs_filesystem() {
                             stage.sync_file(&entry.path)?;
@@ -421,7 +442,15 @@ impl Assembly {
                 }
             }
         }
-        let all = stage.syncs_filesystem() && dirs.len() + loose.len() >= SYNC_ALL_FROM;
+        if refused > 0 {
+            tracing::warn!(
+                entries = refused,
+                "the filesystem does not keep the times or extended attributes of some entries; 'verify' lists them"
+            );
+        }
+        records.end();
+        let all =
+            stage.syncs_filesystem() && (has_times || dirs.len() + loose.len() >= SYNC_ALL_FROM);
         if !all {
             loose.iter().try_for_each(|path| stage.sync_file(path))?;
         }
@@ -438,5 +467,96 @@ impl Assembly {
         } else {
             stage.sync_dir(None)
         }
+    }
+
+    /// Sets the time and the extended attributes of an entry. Returns 1 if the filesystem refuses
+    /// some of them.
+    fn set_attributes(&self, stage: &Stage, entry: &Entry) -> Result<u64, Fault> {
+        let attributes = &entry.attributes;
+        let mut is_set = true;
+        if !attributes.xattrs.is_empty() {
+            is_set &= stage.set_xattrs(&entry.path, &attributes.xattrs)?;
+        }
+        if let Some(time) = attributes.modified {
+            is_set &= stage.set_time(&entry.path, time)?;
+        }
+        Ok(u64::from(!is_set))
+    }
+}
+
+/// Records the files of an artifact as intact at the end of its assembly, when all of them are
+/// verified, synced and have their final modes.
+struct Records<'a> {
+    chunk_index: &'a ChunkIndex,
+    /// The location; `None`: nothing is recorded.
+    place: Option<u32>,
+    now_ms: i64,
+    pending: Vec<(FileKey, FileState)>,
+    rows: Vec<(FileKey, Option<Intact>)>,
+}
+
+impl<'a> Records<'a> {
+    fn of(assembly: &'a Assembly) -> Self {
+        let chunk_index = &assembly.shared.chunk_index;
+        let incoming = &assembly.incoming;
+        let is_used = incoming.artifact.kind.is_files() && !assembly.shared.trusted_for.is_zero();
+        let place = is_used.then(|| chunk_index.staged_by(&incoming.transfer));
+        Self {
+            chunk_index,
+            place: place.flatten(),
+            now_ms: clock::now_ms(),
+            pending: Vec::new(),
+            rows: Vec::new(),
+        }
+    }
+
+    fn add(&mut self, number: u64, state: FileState) {
+        let Some(place) = self.place else { return };
+        self.pending.push(((place, number), state));
+        if self.pending.len() >= LOOK_UP {
+            let looked_up = self.look_up();
+            self.note(looked_up);
+        }
+        if self.rows.len() >= ROWS_TOGETHER {
+            let written = self.write();
+            self.note(written);
+        }
+    }
+
+    /// A delivery does not fail because its files must be hashed when they are used again.
+    fn note(&mut self, done: Result<(), Fault>) {
+        if let Err(fault) = done {
+            tracing::warn!(error = %fault, "delivered files could not be recorded as intact; they are hashed when they are used again");
+            self.place = None;
+            self.pending.clear();
+            self.rows.clear();
+        }
+    }
+
+    /// Compares with the records of files that were taken over: their content was verified earlier.
+    fn look_up(&mut self) -> Result<(), Fault> {
+        let keys: Vec<FileKey> = self.pending.iter().map(|(key, _)| *key).collect();
+        let known = self.chunk_index.intact(&keys)?;
+        for ((key, state), known) in self.pending.drain(..).zip(known) {
+            let checked_ms = known.map_or(self.now_ms, |known| known.checked_ms);
+            let now = state
+                .is_settled(self.now_ms)
+                .then_some(Intact { state, checked_ms });
+            if now != known {
+                self.rows.push((key, now));
+            }
+        }
+        Ok(())
+    }
+
+    fn write(&mut self) -> Result<(), Fault> {
+        let written = self.chunk_index.note_intact(&self.rows);
+        self.rows.clear();
+        written
+    }
+
+    fn end(mut self) {
+        let ended = self.look_up().and_then(|()| self.write());
+        self.note(ended);
     }
 }

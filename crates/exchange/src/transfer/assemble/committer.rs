@@ -82,8 +82,15 @@ impl Committer {
             written,
             synced,
             uncommitted,
+            taken_over,
         } = done;
         self.shares.extend(uncommitted);
+        if let Some((from, intact)) = taken_over {
+            let own = (self.place, dest.number);
+            // `finish` puts the state of the staged file into its record.
+            let records = [(from, Some(intact)), (own, Some(intact))];
+            self.commit.intact.extend(records);
+        }
         self.unsynced += if written { bytes } else { 0 };
         let first = !dest.announced.swap(true, Ordering::Relaxed);
         if first {

@@ -31,6 +31,7 @@ impl Assembly {
         let mut seen = Recent::default();
         let places = &self.shared.chunk_index;
         let (mut whole, mut linked, mut entries) = (None, 0, 0);
+        let (sparse, shares) = (self.sparse_files(journal)?, self.sink.shares_files());
         // The index learns late that a folder was removed.
         let mut gone: HashMap<u32, bool> = HashMap::new();
         let mut is_gone = |place: u32| {
@@ -55,7 +56,13 @@ impl Assembly {
             )?;
             for (((chunk, _, number, _), at), local) in pending.drain(..).zip(found).zip(wholes) {
                 let len = u64::from(chunk.len);
-                if local.is_some_and(|local| local.link) && whole != Some(number) {
+                if sparse
+                    .get(&number)
+                    .is_some_and(|file| file.is_hole(&chunk.id))
+                {
+                    continue;
+                }
+                if local.is_some_and(|local| local.link && shares) && whole != Some(number) {
                     whole = Some(number);
                     linked += 1;
                 }
@@ -115,10 +122,15 @@ impl Assembly {
             };
             if matches!(info.place, StorageLocation::Folder { .. }) {
                 wanted.push((at.place, at.entry));
-                of.push((number, file, info, at.place));
+                of.push((number, file, info));
             }
         }
-        for ((number, file, info, location), there) in of.into_iter().zip(places.entries(&wanted)?)
+        let known = places.intact(&wanted)?.into_iter();
+        for ((((number, file, info), key), there), intact) in of
+            .into_iter()
+            .zip(&wanted)
+            .zip(places.entries(&wanted)?)
+            .zip(known)
         {
             let (StorageLocation::Folder { path }, Some((rel, _))) =
                 (&info.place, there.filter(|(_, there)| *there == file))
@@ -129,7 +141,8 @@ impl Assembly {
             out[number] = Some(Local {
                 path: rel.in_dir(path),
                 link,
-                location,
+                key: *key,
+                intact: intact.filter(|_| link),
             });
         }
         Ok(out)

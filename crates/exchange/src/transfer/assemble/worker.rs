@@ -13,13 +13,16 @@ use parking_lot::Mutex;
 use tokio::sync::mpsc;
 
 use super::{AssemblyContext, Counters, Dest, Done, Failure, Item, Job, Local, Whole};
-use crate::chunk_index::{At, Reader};
+use crate::chunk_index::{At, Intact, Reader};
+use base::clock;
 use base::durable;
 use base::durable::write_parts;
 use base::fault::{Code, Fault, IoContext};
+use base::limits::REFUSED_CHUNKS_MAX;
 use content::chunk::Hash;
-use content::frame::{Frame, Verified};
+use content::frame::{Frame, FrameError, Verified};
 use content::manifest::{ChunkPosition, ChunkRef};
+use sink::file_state::FileState;
 use sink::stage::{self, Stage};
 
 /// Bytes of a file that are read at once to be hashed.
@@ -57,6 +60,7 @@ impl Worker {
                 }
                 Job::Copy(copies) => self.copy_all(copies, &mut done),
                 Job::Share(wholes) => self.share_all(wholes, &mut done),
+                Job::Holes(holes) => self.leave_holes(holes, &mut done),
             };
             let some_stored = !done.is_empty();
             // Stored chunks count, even if others failed.
@@ -78,6 +82,7 @@ impl Worker {
         for (item, frame) in frames {
             let chunk = match frame.verify(item.chunk.id, item.chunk.len) {
                 Ok(chunk) => chunk,
+                Err(fault) if self.request_again(&fault, item.chunk.id) => continue,
                 Err(fault) => {
                     tries.failed(fault.into());
                     break;
@@ -92,6 +97,19 @@ impl Worker {
         }
         let _ = tries.note(self.end_run(run, done));
         tries.end()
+    }
+
+    /// Whether a chunk that did not verify is requested again by the next pass: the first time, and
+    /// only for a few chunks of a transfer.
+    fn request_again(&self, fault: &FrameError, chunk: Hash) -> bool {
+        let mut refused = self.counters.refused.lock();
+        let again = matches!(fault, FrameError::Mismatch { .. })
+            && refused.len() < REFUSED_CHUNKS_MAX
+            && refused.insert(chunk);
+        if again {
+            tracing::warn!(%chunk, error = %fault, "a received chunk is refused; it is requested again, and the sender checks its copy");
+        }
+        again
     }
 
     /// Copies local chunks.
@@ -113,6 +131,44 @@ impl Worker {
         }
         let _ = tries.note(self.end_run(run, done));
         tries.end()
+    }
+
+    /// Records chunks of zeros, which need not be written.
+    fn leave_holes(&self, holes: Vec<Item>, done: &mut Vec<Done>) -> Result<(), Fault> {
+        let mut tries = Tries::default();
+        for item in holes {
+            if tries.note(self.leave_hole(item, done)).is_break() {
+                break;
+            }
+        }
+        tries.end()
+    }
+
+    fn leave_hole(&self, item: Item, done: &mut Vec<Done>) -> Result<(), Fault> {
+        let Item { dest, chunk, spot } = item;
+        let mut handle = dest.handle.lock();
+        if handle.is_none() {
+            *handle = Some(dest.open(&self.stage)?);
+        }
+        drop(handle);
+        let bytes = u64::from(chunk.len);
+        self.counters.reused.fetch_add(bytes, Ordering::Relaxed);
+        let row = (chunk.id, spot.ordinal, spot.offset, chunk.len);
+        match done.last_mut() {
+            Some(last) if Arc::ptr_eq(&last.dest, &dest) && last.bytes == 0 => {
+                last.chunks.push(row);
+            }
+            _ => done.push(Done {
+                dest,
+                chunks: vec![row],
+                bytes: 0,
+                written: false,
+                synced: false,
+                uncommitted: None,
+                taken_over: None,
+            }),
+        }
+        Ok(())
     }
 
     /// Shares whole local files.
@@ -138,8 +194,8 @@ impl Worker {
     ) -> Result<(), Fault> {
         use stage::Sharing;
         match self.share(&dest, from) {
-            Ok(Sharing::Not) => self.copy_whole(&dest, &chunks, from, done),
-            Ok(how) => {
+            Ok((Sharing::Not, _)) => self.copy_whole(&dest, &chunks, from, done),
+            Ok((how, intact)) => {
                 self.counters
                     .reused
                     .fetch_add(dest.file.size, Ordering::Relaxed);
@@ -154,6 +210,7 @@ impl Worker {
                     written,
                     synced,
                     uncommitted: None,
+                    taken_over: intact.map(|intact| (from.key, intact)),
                 });
                 Ok(())
             }
@@ -161,7 +218,7 @@ impl Worker {
             Err(fault) => {
                 self.stage.remove_file(&dest.path)?;
                 chunks.first().map_or(Ok(()), |first| {
-                    self.fetch_instead(first.0, from.location, &fault)
+                    self.fetch_instead(first.0, from.key.0, &fault)
                 })
             }
         }
@@ -201,6 +258,11 @@ impl Worker {
         run: &mut Option<WriteRun>,
         done: &mut Vec<Done>,
     ) -> Result<(), Fault> {
+        if item.dest.is_hole(&chunk.id) {
+            let ended = run.take();
+            self.leave_hole(item, done)?;
+            return self.end_run(ended, done);
+        }
         let ended = if run.as_ref().is_some_and(|run| run.is_continued_by(&item)) {
             None
         } else {
@@ -255,7 +317,7 @@ impl Worker {
             let mut handle = dest.handle.lock();
             let file = match &mut *handle {
                 Some(file) => file,
-                none => none.insert(self.stage.open_file(&dest.path, dest.file.size)?),
+                none => none.insert(dest.open(&self.stage)?),
             };
             let written = write_parts(file, &parts, offset);
             drop(handle);
@@ -276,6 +338,7 @@ impl Worker {
             written: true,
             synced: false,
             uncommitted: None,
+            taken_over: None,
         });
         Ok(())
     }
@@ -285,29 +348,61 @@ impl Worker {
         self.counters.damaged.lock().insert(dest.number);
     }
 
-    /// Shares a local file as the staged file, and verifies all its bytes.
-    fn share(&mut self, dest: &Dest, from: &Local) -> Result<stage::Sharing, Fault> {
+    /// Shares a local file as the staged file, and verifies all its bytes, unless they were verified
+    /// and nobody touched the file since. Returns the new record of the local file.
+    fn share(
+        &mut self,
+        dest: &Dest,
+        from: &Local,
+    ) -> Result<(stage::Sharing, Option<Intact>), Fault> {
         let Local {
-            path: from, link, ..
+            path: from,
+            link,
+            intact,
+            ..
         } = from;
         let file = durable::open_regular_nofollow(from).at(from.display())?;
-        if file.metadata().at(from.display())?.len() != dest.file.size {
+        let state = || Ok::<_, Fault>(FileState::of(&file.metadata().at(from.display())?));
+        let before = state()?;
+        if before.len != dest.file.size {
             return Err(Fault::integrity("the size differs from the recorded size"));
         }
         if *link {
             // Nobody else writes to it, so the hashed bytes are the shared bytes.
-            self.check_content(&file, from, dest)?;
-            return self.stage.share(from, &file, &dest.path, dest.mode, true);
+            let now_ms = clock::now_ms();
+            let known =
+                intact.filter(|known| known.holds(&before, now_ms, self.shared.trusted_for));
+            if known.is_none() {
+                self.check_content(&file, from, dest)?;
+            }
+            let how = self
+                .stage
+                .share(from, &file, &dest.path, &dest.wanted, true)?;
+            // A link changes the state.
+            let after = state()?;
+            let is_same = after.has_content_of(&before);
+            if known.is_some() && !is_same {
+                return Err(Fault::integrity("it was changed while it was shared"));
+            }
+            let checked_ms = known.map_or(now_ms, |known| known.checked_ms);
+            let record = is_same && after.is_settled(now_ms);
+            return Ok((
+                how,
+                record.then_some(Intact {
+                    state: after,
+                    checked_ms,
+                }),
+            ));
         }
         // Its owner may write to it at any moment: the result is verified.
         let how = self
             .stage
-            .share(from, &file, &dest.path, dest.mode, false)?;
+            .share(from, &file, &dest.path, &dest.wanted, false)?;
         if how != stage::Sharing::Not {
             let staged = dest.path.in_dir(self.stage.path());
             self.check_content(&self.stage.open_to_read(&dest.path)?, &staged, dest)?;
         }
-        Ok(how)
+        Ok((how, None))
     }
 
     /// Hashes a file whole.
@@ -351,10 +446,15 @@ impl Worker {
             let chunk = match read.and_then(|()| Ok(Verified::check(id, out.into())?)) {
                 Ok(chunk) => chunk,
                 Err(fault) => {
-                    self.fetch_instead(id, from.location, &fault)?;
+                    self.fetch_instead(id, from.key.0, &fault)?;
                     continue;
                 }
             };
+            if !dest.is_hole(&id) {
+                self.counters
+                    .reused
+                    .fetch_add(u64::from(len), Ordering::Relaxed);
+            }
             let spot = ChunkPosition {
                 page: Hash([0; 32]),
                 index: 0,
@@ -371,9 +471,6 @@ impl Worker {
                 &mut run,
                 done,
             )?;
-            self.counters
-                .reused
-                .fetch_add(u64::from(len), Ordering::Relaxed);
         }
         self.end_run(run, done)
     }
@@ -429,3 +526,6 @@ impl WriteRun {
             && self.len < RUN_BYTES
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -506,10 +506,10 @@ async fn a_session_that_the_server_ends_is_retried() {
     assert_eq!(bench.leftovers().await, 0);
 }
 
-/// `cargo test --lib copy_beside_psql -- --ignored --nocapture`; `ROWS` sets the number of
+/// `cargo test -p sink --release --lib -- --ignored --nocapture copy_beside_psql`; `ROWS` sets the number of
 /// annotations.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[ignore = "a measurement"]
+#[ignore = "measures the ratio to psql (W12) in BENCHMARKS.md"]
 async fn copy_beside_psql() {
     let bench = Bench::postgres().await;
     let Db::Postgres(server, database) = &bench.db else {

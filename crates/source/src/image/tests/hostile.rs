@@ -2,7 +2,6 @@
 //! changes during the read.
 
 use std::os::unix::fs::FileExt;
-use std::time::Duration;
 
 use super::*;
 use base::names::Kind;
@@ -104,8 +103,7 @@ fn an_image_that_changes_after_its_check_is_refused() {
         )
         .unwrap();
         let mut source = opened();
-        // The resolution of timestamps is the tick of the kernel.
-        std::thread::sleep(Duration::from_millis(30));
+        base::testing::wait_for_file_clock();
         let time = fs::metadata(file).unwrap().modified().unwrap();
         let out = fs::File::options().write(true).open(file).unwrap();
         out.write_all_at(b"2", start as u64 + 512).unwrap();

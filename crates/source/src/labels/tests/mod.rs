@@ -3,6 +3,7 @@
 mod bad;
 mod formats;
 mod good;
+mod klarf;
 mod omitted;
 mod order;
 mod real;
