@@ -63,9 +63,8 @@ impl SendHalf {
         result.map_err(|e| self.link.fault(e))
     }
 
-    /// Ends the stream. Written data is still delivered while the connection is open.
-    ///
-    /// If the peer stops reading before it has received everything, the rest is not sent.
+    /// Ends the stream. Written data is still delivered while the connection is open, on QUIC even
+    /// if the peer stops reading; [`SendHalf::delivered`] prevents that.
     pub fn finish(&mut self) -> Result<(), Fault> {
         self.is_over = true;
         let result = match &mut self.wire {
