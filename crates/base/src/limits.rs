@@ -471,6 +471,10 @@ pub const CONNECTION_SEND_BYTES_LEAST: u64 = 256 << 10;
 /// The bytes that a connection buffers for sending if there are few connections. A larger
 /// congestion window increases this.
 pub const CONNECTION_SEND_BYTES_MIN: u64 = 8 << 20;
+/// The send buffer of a slow connection with a long round trip.
+pub const CONNECTION_SEND_BYTES_SLOW: u64 = 32 << 10;
+/// How often the send buffer of a connection in use is adjusted.
+pub const CONNECTION_SEND_FIT_EVERY: Duration = Duration::from_millis(20);
 /// What a connection of a site takes at the hub besides its send buffer: about 60 KiB for QUIC and
 /// TLS, tasks and the state of the session; while it sends, also the packets that are being built and
 /// the acknowledged part of a buffer. The send buffers get less memory by this.
