@@ -222,7 +222,7 @@ pub struct Scrub {
     /// long a delivery also uses a file again without hashing it, if nobody touched it. `0s`: neither.
     #[serde(deserialize_with = "duration")]
     pub every: Duration,
-    /// Bytes per second that are read for this; `0B`: none. A file that was last read longer ago is then
+    /// Bytes per second that are read for this; 0: none. A file that was last read longer ago is then
     /// hashed when a delivery uses it again.
     #[serde(deserialize_with = "size")]
     pub rate: u64,

@@ -4,19 +4,20 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::sync_channel;
+use std::time::Duration;
 
 use tokio::runtime::Handle;
 
 use crate::api::types::SourceOptions;
 use crate::config::{self, Config};
-use base::blocking::blocking_at;
+use base::blocking::{blocking, blocking_at};
 use base::durable;
 use base::fault::{Code, Fault, IoContext};
 use base::job_progress::JobProgress;
 use base::names::{ArtifactRef, Kind, RelPath};
 use base::omitted::Omitted;
 use content::ingest::Ingested;
-use content::manifest::{DatasetBinding, EntryBody, FileInfo, Root, Step, Walk};
+use content::manifest::{DatasetBinding, EntryBody, FileInfo, Root, Step, Walk, same_but_times};
 use content::store::Store;
 use exchange::in_place::InPlace;
 use registry::reference::{check_repository, check_tag};
@@ -24,7 +25,7 @@ use registry::{self, Credentials, Origin, Reference, Settings};
 use sink::StorageLocation;
 use sink::labels::LabelsSink;
 use source::Source;
-use source::files::FilesSource;
+use source::files::{FilesOptions, FilesSource};
 use source::image::{ImageOptions, ImageSource, split_tag};
 use source::labels::{BoundDataset, LabelOptions, LabelsSource};
 use source::own::Own;
@@ -75,6 +76,7 @@ const NOT_A_PATH: &str =
 pub fn base_of(
     kind: Kind,
     source: &str,
+    options: &SourceOptions,
     site: Option<&AtSite>,
 ) -> Result<Option<StorageLocation>, Fault> {
     if kind == Kind::Image && is_reference(source) {
@@ -86,7 +88,7 @@ pub fn base_of(
     }
     let (path, is_image) = match kind {
         Kind::Image => (split_tag(source).0, true),
-        _ if kind.is_files() => (PathBuf::from(source), false),
+        _ if kind.is_files() => (on_disk(source, options)?, false),
         _ => return Ok(None),
     };
     let path = std::fs::canonicalize(&path)
@@ -324,6 +326,7 @@ pub fn open(
     scratch: &Scratch,
     runtime: &Handle,
 ) -> Result<Box<dyn Source>, Fault> {
+    check_files_options(kind, options)?;
     let for_images = !options.platforms.is_empty()
         || options.compress
         || options.repository.is_some()
@@ -402,11 +405,20 @@ pub fn open(
     match kind {
         Kind::Dataset | Kind::Operator | Kind::Model => {
             absolute(Path::new(source))?;
-            Ok(Box::new(FilesSource::open_for(
-                Path::new(source),
-                access.own.clone(),
-                options.strict,
-            )?))
+            let files = FilesOptions {
+                own: access.own.clone(),
+                count_first: options.strict,
+                exclude: options.exclude.clone(),
+                copy_links: options.copy_links,
+                settle: options.settle_seconds.map(Duration::from_secs),
+                name_encoding: options.name_encoding.clone(),
+                times: !options.no_times,
+                xattrs: options.xattrs,
+                hard_links: options.hard_links,
+                job: Some(scratch.progress.clone()),
+            };
+            let path = on_disk(source, options)?;
+            Ok(Box::new(FilesSource::open_for(&path, &files)?))
         }
         Kind::Image => {
             let (path, tag) = split_tag(source);
@@ -429,6 +441,33 @@ pub fn open(
                 access.own.clone(),
             )?))
         }
+    }
+}
+
+/// The options that are for directories of files only.
+fn check_files_options(kind: Kind, options: &SourceOptions) -> Result<(), Fault> {
+    let given = [
+        (!options.exclude.is_empty(), "--exclude"),
+        (options.copy_links, "--copy-links"),
+        (options.settle_seconds.is_some(), "--settle"),
+        (options.name_encoding.is_some(), "--name-encoding"),
+        (options.no_times, "--no-times"),
+        (options.xattrs, "--xattrs"),
+        (options.hard_links, "--hard-links"),
+    ];
+    match given.iter().find(|(is_given, _)| *is_given) {
+        Some((_, option)) if !kind.is_files() => Err(Fault::usage(format!(
+            "{option} is for datasets, operator projects and models, and this is to be a {kind}"
+        ))),
+        _ => Ok(()),
+    }
+}
+
+/// The path of a source: its names may be in another encoding.
+fn on_disk(source: &str, options: &SourceOptions) -> Result<PathBuf, Fault> {
+    match &options.name_encoding {
+        Some(encoding) => source::files::path_on_disk(source, encoding),
+        None => Ok(PathBuf::from(source)),
     }
 }
 
@@ -520,6 +559,28 @@ pub fn read<T: Read>(
     }
     Ok(read)
 }
+
+/// The root of the artifact of this name, if it has the same content as a new root and only
+/// modification times differ: those that were published first stay.
+pub async fn as_published(
+    catalogue: &Catalogue,
+    store: &Store,
+    artifact: &ArtifactRef,
+    new: &Root,
+) -> Result<Option<Root>, Fault> {
+    let row = match catalogue.artifact(artifact).await {
+        Err(fault) if fault.code == Code::NotFound => return Ok(None),
+        row => row?,
+    };
+    if row.digest == new.digest() || new.format.max(row.root.format) < 2 {
+        return Ok(None);
+    }
+    let (store, new, old) = (store.clone(), new.clone(), row.root);
+    blocking(move || Ok(same_but_times(&old, &new, &store)?.then_some(old))).await
+}
+
+/// The note of such a publish.
+pub const TIMES_DIFFER: &str = "the content was published before; the modification times differ, and those of the first publish stay";
 
 /// The dataset of labels; its files are streamed from the manifest in the store.
 pub fn bind(binding: DatasetBinding, root: Root, store: Store) -> BoundDataset {

@@ -254,7 +254,7 @@ fn read(
         None,
         MEMORY_TO_READ,
     );
-    let base = open_source::base_of(kind, &asked.source, None)?;
+    let base = open_source::base_of(kind, &asked.source, &asked.options, None)?;
     let access = Access::of_user(&asked.state);
     let found = open_source::in_scratch(&folder.with_extension("scratch"), progress, |scratch| {
         let mut source = open_source::open(

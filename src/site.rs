@@ -6,6 +6,7 @@
 //! `index` (the chunk index). `backend` implements the API. `serve` calls this module. Each
 //! component states which of its state survives a crash.
 
+mod adopt;
 mod backend;
 mod connection;
 mod hub_link;

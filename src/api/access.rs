@@ -31,6 +31,8 @@ fn verb_of(method: &Method, path: &str) -> Option<Verb> {
         ("POST", "/v1/pin") => Verb::Pin,
         ("POST", "/v1/export") => Verb::Export,
         ("POST", "/v1/import") => Verb::Import,
+        // It adds to what the daemon holds, as an import does.
+        ("POST", "/v1/adopt") => Verb::Import,
         ("POST", "/v1/gc") => Verb::Collect,
         ("DELETE", "/v1/jobs") => Verb::CancelJob,
         _ => return None,

@@ -488,6 +488,9 @@ impl Backend for Fake {
     async fn import(&self, _file: String) -> Result<Job, Fault> {
         self.job("import").await
     }
+    async fn adopt(&self) -> Result<Job, Fault> {
+        self.job("adopt").await
+    }
     async fn gc(&self) -> Result<Job, Fault> {
         self.job("gc").await
     }

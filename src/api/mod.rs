@@ -130,6 +130,8 @@ pub trait Backend: Send + Sync {
     async fn export(&self, artifacts: Vec<String>, out: String) -> Result<Job, Fault>;
     /// Starts an import of such a file.
     async fn import(&self, file: String) -> Result<Job, Fault>;
+    /// Takes up what the NAS of a site already holds (site only).
+    async fn adopt(&self) -> Result<Job, Fault>;
     /// Starts a garbage collection.
     async fn gc(&self) -> Result<Job, Fault>;
     /// Checks the daemon's surroundings: one line each, `ok …` or `fault …`.

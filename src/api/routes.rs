@@ -94,6 +94,7 @@ pub(super) fn router(app: App) -> Router {
         .route("/v1/pin", post(pin))
         .route("/v1/export", post(export))
         .route("/v1/import", post(import))
+        .route("/v1/adopt", post(adopt))
         .route("/v1/gc", post(gc))
         .route("/v1/doctor", get(doctor))
         .route("/v1/jobs", get(job).delete(cancel_job))
@@ -535,6 +536,16 @@ pub(super) async fn import(
     B(request): B<ImportRequest>,
 ) -> Result<Response, ApiError> {
     Ok(accepted(app.backend.import(request.file).await?))
+}
+
+/// Takes up what the NAS of a site already holds: registers versions without a record, and records
+/// the content of others. Transfers nothing.
+#[utoipa::path(post, path = "/v1/adopt", tag = "daemon", responses(
+    (status = 202, description = "begun", body = Job),
+    (status = "default", description = "an error", body = ErrorBody),
+))]
+pub(super) async fn adopt(State(app): State<App>) -> Result<Response, ApiError> {
+    Ok(accepted(app.backend.adopt().await?))
 }
 
 /// Frees unreferenced content.

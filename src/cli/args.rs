@@ -1,6 +1,7 @@
 //! The commands and options of the program. Help, shell completions and man pages are all made from
 //! these definitions.
 
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -254,6 +255,10 @@ pub(super) enum Command {
         /// The file.
         file: PathBuf,
     },
+    /// Take up what the NAS of this site already holds: check versions that lost their record, and
+    /// record the content of versions that the site does not know. Transfers nothing.
+    #[command(after_help = "Example:\n  packhorse adopt --config /etc/packhorse/site.toml")]
+    Adopt,
     /// Remove chunks that no artifact refers to.
     #[command(after_help = "Example:\n  packhorse gc")]
     Gc,
@@ -348,7 +353,7 @@ pub(super) struct Publish {
         default_value = "",
         hide_default_value = true
     )]
-    pub(super) source: String,
+    pub(super) source: OsString,
     /// The reference to publish it as; kinds are dataset, labels, operator, image, model.
     #[arg(
         long = "as",
@@ -407,6 +412,30 @@ pub(super) struct Publish {
     /// settings such as path_strip, path_prefix and normalised; can be repeated.
     #[arg(long = "column", value_name = "FIELD=COLUMN", value_parser = key_value, num_args = 1..)]
     pub(super) columns: Vec<(String, String)>,
+    /// Files: leave out the entries that match this pattern, in the syntax of gitignore; can be
+    /// repeated. Patterns are also read from files .packhorseignore. Left out by default: @eaDir,
+    /// .DS_Store, Thumbs.db, .nfs* ('!.DS_Store' includes it).
+    #[arg(long, value_name = "PATTERN")]
+    pub(super) exclude: Vec<String>,
+    /// Files: publish what links lead to, in the place of the links; also outside the directory.
+    #[arg(long)]
+    pub(super) copy_links: bool,
+    /// Files: wait until each file has not been written to for this time, such as 10s.
+    #[arg(long, value_name = "DURATION", value_parser = config::parse_duration)]
+    pub(super) settle: Option<Duration>,
+    /// Files: the encoding of names that are not UTF-8, such as gbk.
+    #[arg(long, value_name = "ENCODING")]
+    pub(super) name_encoding: Option<String>,
+    /// Files: leave the modification times out; files then have the time of their arrival. A site of
+    /// an earlier version can receive only such an artifact.
+    #[arg(long)]
+    pub(super) no_times: bool,
+    /// Files: publish the extended attributes of users (user.*).
+    #[arg(long)]
+    pub(super) xattrs: bool,
+    /// Files: publish several names of one file as one file, not as copies.
+    #[arg(long)]
+    pub(super) hard_links: bool,
     /// Images: the repository at the sites, such as ops/team/trainer [default: the artifact's name].
     #[arg(long)]
     pub(super) repository: Option<String>,

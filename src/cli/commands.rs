@@ -1,6 +1,7 @@
 //! The commands that call a daemon, each from request to printed answer, and the short commands
 //! that work without one.
 
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
@@ -18,6 +19,7 @@ use base::limits::API_ROWS_MAX;
 use base::omitted::Category;
 use content::store::Rebuilt;
 use sink::files::FilesSink;
+use source::files::name_text;
 
 /// `config check`
 pub(super) fn config_check(global: &Global) -> Result<(), Fault> {
@@ -91,12 +93,13 @@ pub(super) async fn publish(global: &Global, publish: Publish) -> Result<(), Fau
     if let Some(file) = publish.list.clone() {
         return Box::pin(list::publish(global, publish, &file)).await;
     }
+    let from = source(&publish)?;
     let options = source_options(&publish)?;
     if let Some(hub) = publish.hub.clone() {
-        return Box::pin(remote::publish(global, publish, hub, options)).await;
+        return Box::pin(remote::publish(global, publish, from, hub, options)).await;
     }
     if options.username.is_some() || options.password_file.is_some() {
-        let host = registry::Origin::split(&publish.source)
+        let host = registry::Origin::split(&from)
             .map_or_else(|_| "HOST".to_owned(), |(origin, _)| origin.to_string());
         return Err(Fault::usage("a daemon takes a registry's password file from its configuration only").with_next(format!(
             "write [registry.\"{host}\"] with username and password_file into the daemon's configuration, restart the daemon, and omit --username and --password-file"
@@ -105,7 +108,7 @@ pub(super) async fn publish(global: &Global, publish: Publish) -> Result<(), Fau
     let client = Client::new(global)?;
     let deadline = Deadline::after(publish.wait.timeout);
     let request = PublishRequest {
-        source: source(&publish.source)?,
+        source: from,
         as_ref: publish.as_ref,
         to: publish.to,
         run: publish.run,
@@ -152,6 +155,15 @@ pub(super) fn source_options(publish: &Publish) -> Result<SourceOptions, Fault> 
         tag: publish.tag.clone(),
         platforms: publish.platforms.clone(),
         compress: publish.compress,
+        exclude: publish.exclude.clone(),
+        copy_links: publish.copy_links,
+        settle_seconds: publish
+            .settle
+            .map(|time| time.as_millis().div_ceil(1000) as u64),
+        name_encoding: publish.name_encoding.clone(),
+        no_times: publish.no_times,
+        xattrs: publish.xattrs,
+        hard_links: publish.hard_links,
         strict: publish.strict,
         accept_omitted: publish.accept_omitted.iter().copied().collect(),
         username: publish.username.clone(),
@@ -507,6 +519,20 @@ pub(super) async fn import(global: &Global, file: &Path) -> Result<(), Fault> {
     one(global.output, &result, value_text)
 }
 
+/// `adopt`
+pub(super) async fn adopt(global: &Global) -> Result<(), Fault> {
+    let Job { result, .. } = job(global, "/v1/adopt", &json!({})).await?;
+    let result = result.unwrap_or_default();
+    one(global.output, &result, value_text)?;
+    match result["differs"].as_array().map_or(0, Vec::len) {
+        0 => Ok(()),
+        count => Err(Fault::integrity(format!(
+            "{count} versions on the NAS do not have the content of their artifacts"
+        ))
+        .with_next("move these directories to another location, then run 'packhorse deliver' for the artifacts at the hub")),
+    }
+}
+
 /// `gc`
 pub(super) async fn gc(global: &Global) -> Result<(), Fault> {
     let Job { result, notes, .. } = job(global, "/v1/gc", &json!({})).await?;
@@ -617,11 +643,21 @@ fn value_text(value: &Value) -> String {
     }
 }
 
-/// A source in the form for the daemon: a path becomes absolute; a reference to a registry or to
-/// the database stays as it is.
-pub(super) fn source(text: &str) -> Result<String, Fault> {
+/// The source of a publish. A path that is not UTF-8 becomes text in the encoding of the names.
+fn source(publish: &Publish) -> Result<String, Fault> {
+    let text = match (publish.source.to_str(), &publish.name_encoding) {
+        (Some(text), _) => text.to_owned(),
+        (None, Some(encoding)) => name_text(publish.source.as_bytes(), encoding)?.into_owned(),
+        (None, None) => {
+            return Err(
+                Fault::usage(format!("{:?} is not UTF-8", publish.source)).with_next(
+                    "state the encoding of the names, such as --name-encoding gbk, or rename it",
+                ),
+            );
+        }
+    };
     if text.contains("://") || text.starts_with("db:") {
-        Ok(text.into())
+        Ok(text)
     } else {
         absolute(&PathBuf::from(text))
     }

@@ -164,6 +164,7 @@ async fn dispatch(args: Args) -> Result<(), Fault> {
         Command::Unpin { artifact } => commands::pin(global, artifact, false).await,
         Command::Export { artifacts, out } => commands::export(global, artifacts, &out).await,
         Command::Import { file } => commands::import(global, &file).await,
+        Command::Adopt => commands::adopt(global).await,
         Command::Gc => commands::gc(global).await,
         Command::Store(StoreCommand::RebuildIndex) => commands::rebuild_index(global).await,
         Command::Doctor => commands::doctor(global).await,

@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use super::args::{Global, Publish};
-use super::commands::{note_omitted, published_text, source};
+use super::commands::{note_omitted, published_text};
 use super::follow::{Deadline, Progress};
 use super::human;
 use super::output::one;
@@ -22,6 +22,7 @@ const LOOK_EVERY: Duration = Duration::from_millis(200);
 pub(super) async fn publish(
     global: &Global,
     publish: Publish,
+    source: String,
     hub: String,
     options: SourceOptions,
 ) -> Result<(), Fault> {
@@ -33,7 +34,7 @@ pub(super) async fn publish(
     }
     let deadline = Deadline::after(publish.wait.timeout);
     let asked = Asked {
-        source: source(&publish.source)?,
+        source,
         artifact: publish.as_ref.parse()?,
         to: publish.to,
         options,

@@ -8,6 +8,7 @@ use super::deliveries::no_artifact_named;
 use super::{Hub, sharing};
 use crate::api::types::*;
 use crate::api::{Backend, View, worker_page};
+use crate::serve::wrong_role;
 use base::blocking::blocking;
 use base::fault::{Code, Fault, Reason};
 use base::limits::API_PAGE_BYTES;
@@ -287,6 +288,10 @@ impl Backend for Hub {
 
     async fn import(&self, file: String) -> Result<Job, Fault> {
         self.inner.jobs.import(file)
+    }
+
+    async fn adopt(&self) -> Result<Job, Fault> {
+        Err(wrong_role("adopt", "site"))
     }
 
     async fn gc(&self) -> Result<Job, Fault> {

@@ -20,7 +20,7 @@ use super::short;
 use crate::api::types::{Job, PublishRequest, Published};
 use crate::config::Config;
 use crate::jobs::{Jobs, until_room};
-use crate::open_source::{self, Access};
+use crate::open_source::{self, Access, TIMES_DIFFER};
 use base::blocking::{blocking, blocking_at};
 use base::fault::Fault;
 use base::job_progress::JobProgress;
@@ -149,7 +149,15 @@ impl HubJobs {
         let read = until_room(&inner.store, &progress, ROOM_AWAITED_MAX, || {
             self.read_in(&artifact, &request, dataset.clone(), &progress)
         });
-        let (_leased, ingested) = read.await?;
+        let (leased, mut ingested) = read.await?;
+        let mut note = None;
+        if let Some(root) =
+            open_source::as_published(&inner.catalogue, &leased, &artifact, &ingested.root).await?
+        {
+            ingested.digest = root.digest();
+            ingested.root = root;
+            note = Some(TIMES_DIFFER.to_owned());
+        }
         let bytes = ingested.root.totals.bytes;
         progress.end()?;
         let added = match &run {
@@ -192,7 +200,7 @@ impl HubJobs {
             bytes,
             stored,
             unchanged: !added,
-            note: None,
+            note,
             omitted: ingested.omitted.list(),
         })
     }

@@ -9,6 +9,7 @@ use std::fmt::Write as _;
 use async_trait::async_trait;
 
 use super::Site;
+use super::adopt::adopt;
 use crate::api::types::{Site as SiteView, *};
 use crate::api::{Backend, RunToken, View, worker_page};
 use crate::delivery::Whole;
@@ -392,6 +393,13 @@ impl Backend for Site {
 
     async fn import(&self, _file: String) -> Result<Job, Fault> {
         Err(not_in_this_version("import"))
+    }
+
+    async fn adopt(&self) -> Result<Job, Fault> {
+        let this = self.clone();
+        self.inner
+            .jobs
+            .start(move |progress| async move { adopt(&this.inner.opened, progress).await })
     }
 
     async fn gc(&self) -> Result<Job, Fault> {

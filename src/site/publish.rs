@@ -13,7 +13,7 @@ use super::hub_link::HubLink;
 use crate::api::types::{PublishRequest, Published};
 use crate::config::Config;
 use crate::jobs::until_room;
-use crate::open_source::{self, Access, AtSite};
+use crate::open_source::{self, Access, AtSite, TIMES_DIFFER};
 use base::blocking::blocking;
 use base::clock;
 use base::durable;
@@ -91,7 +91,11 @@ impl Publications {
         })?;
         let read = || self.read_in_place(&artifact, &request, dataset.clone(), &progress);
         let published = until_room(&self.store, &progress, patience, read).await?;
-        let (root, omitted) = (published.ingested.root, published.ingested.omitted);
+        let (mut root, omitted) = (published.ingested.root, published.ingested.omitted);
+        let as_published =
+            open_source::as_published(&self.catalogue, &self.store, &artifact, &root).await?;
+        let differs = as_published.is_some().then(|| TIMES_DIFFER.to_owned());
+        root = as_published.unwrap_or(root);
         progress.check()?;
 
         let _turn = self.offering.lock().await;
@@ -125,6 +129,7 @@ impl Publications {
                 Ok(Published {
                     unchanged: held,
                     omitted: omitted.list(),
+                    note: answer.note.clone().or(differs),
                     ..answer
                 })
             }
@@ -176,7 +181,7 @@ impl Publications {
                 let access = Access::of_daemon(&this.config, Some(this.sources.clone()));
                 let mut source =
                     open_source::open(kind, &text, &options, dataset, &access, scratch, runtime)?;
-                let base = open_source::base_of(kind, &text, access.site.as_ref())?;
+                let base = open_source::base_of(kind, &text, &options, access.site.as_ref())?;
                 open_source::read(source.as_mut(), &options, |source| {
                     ingest::reported(&watched, |counted| {
                         this.reader.publish(kind, source, base.as_ref(), counted)

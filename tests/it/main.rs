@@ -25,6 +25,7 @@ mod damage;
 mod docs;
 mod end_to_end;
 mod fairness;
+mod files;
 mod harbor;
 mod harness;
 mod hostile_content;

@@ -78,8 +78,9 @@ fn many_sites_at_once_stay_within_the_memory_of_the_hub() {
     hub.start();
     let source = scratch.join("model");
     data::model(&source, SIZE);
-    let published = hub.publish(&source, REFERENCE, &[]);
-    let digest: Digest = published["digest"].as_str().unwrap().parse().unwrap();
+    hub.publish(&source, REFERENCE, &[]);
+    let named = hub.json(&["show", REFERENCE]);
+    let digest: Digest = named["digest"].as_str().unwrap().parse().unwrap();
     let identities: Vec<Identity> = (0..count)
         .map(|n| Identity::site(&hub, &format!("light-{n}"), over(Transport::Quic)))
         .collect();

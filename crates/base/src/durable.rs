@@ -107,21 +107,40 @@ pub fn close(file: File) -> io::Result<()> {
     }
 }
 
-/// Renames and replaces the target. Syncs nothing: the caller syncs the directories.
-pub fn rename_over(from: &Path, to: &Path) -> Result<(), Fault> {
+/// Whether a rename failed because the two paths are on different mounts.
+fn is_across(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(rustix::io::Errno::XDEV.raw_os_error())
+}
+
+/// Renames and replaces the target. Syncs nothing: the caller syncs the directories. Returns
+/// `false` if the two paths are on different mounts: nothing was renamed.
+pub fn rename_over(from: &Path, to: &Path) -> Result<bool, Fault> {
     blocking::check("durable::rename_over");
-    rename(from, to).at(format_args!(
-        "rename {} to {}",
-        from.display(),
-        to.display()
-    ))
+    match rename(from, to) {
+        Ok(()) => Ok(true),
+        Err(error) if is_across(&error) => Ok(false),
+        Err(error) => Err(Fault::io(
+            format_args!("rename {} to {}", from.display(), to.display()),
+            &error,
+        )),
+    }
 }
 
 /// Renames a file or directory to a name that does not exist, and syncs both parent directories.
 /// The caller must have synced the content. A filesystem without exclusive rename (NFS) gets a
 /// check before the rename. That is safe because only this program writes there.
 pub fn rename_noreplace(from: &Path, to: &Path) -> Result<(), Fault> {
-    blocking::check("durable::rename_noreplace");
+    if rename_within(from, to)? {
+        return Ok(());
+    }
+    let what = format!("rename {} to {}", from.display(), to.display());
+    Err(Fault::io(what, &rustix::io::Errno::XDEV.into()))
+}
+
+/// Like [`rename_noreplace`], but returns `false` if the two paths are on different mounts: nothing
+/// was renamed.
+pub fn rename_within(from: &Path, to: &Path) -> Result<bool, Fault> {
+    blocking::check("durable::rename_within");
     use rustix::fs::{CWD, RenameFlags, renameat_with};
     let what = || format!("rename {} to {}", from.display(), to.display());
     match renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
@@ -130,8 +149,12 @@ pub fn rename_noreplace(from: &Path, to: &Path) -> Result<(), Fault> {
             if fs::symlink_metadata(to).is_ok() {
                 return Err(Fault::conflict(format!("{}: the target exists", what())));
             }
-            rename(from, to).at(what())?;
+            match rename(from, to) {
+                Err(error) if is_across(&error) => return Ok(false),
+                renamed => renamed.at(what())?,
+            }
         }
+        Err(rustix::io::Errno::XDEV) => return Ok(false),
         Err(rustix::io::Errno::EXIST) => {
             return Err(Fault::conflict(format!("{}: the target exists", what())));
         }
@@ -141,7 +164,7 @@ pub fn rename_noreplace(from: &Path, to: &Path) -> Result<(), Fault> {
     if parent(from) != parent(to) {
         sync_dir(parent(from))?;
     }
-    Ok(())
+    Ok(true)
 }
 
 /// Gives a file a second name that keeps its content when the first name is replaced.

@@ -636,6 +636,22 @@ pub const OMITTED_LINE_CHARS_MAX: usize = 200;
 /// hard links: at most 18 MiB. Beyond this number, each file with several names counts as a hard
 /// link.
 pub const HARD_LINKED_FILES_KEPT_MAX: usize = 7 << 17;
+/// The extended attributes of one entry in a manifest, and the name of one of them, in bytes.
+pub const XATTRS_BYTES_MAX: usize = 32 << 10;
+pub const XATTR_NAME_BYTES_MAX: usize = 255;
+/// The paths of the files of one artifact that have several names, in bytes, with the memory of
+/// each.
+pub const HARD_LINK_BYTES_MAX: usize = 32 << 20;
+/// The versions that one list of the answer of `adopt` names, and those that it looks for.
+pub const ADOPT_LISTED_MAX: usize = 1000;
+pub const ADOPT_VERSIONS_MAX: usize = 100_000;
+/// The patterns of `--exclude`, or of one `.packhorseignore`, and the bytes of one pattern and of
+/// such a file.
+pub const EXCLUDE_PATTERNS_MAX: usize = 10_000;
+pub const EXCLUDE_PATTERN_BYTES_MAX: usize = 4096;
+pub const IGNORE_FILE_BYTES_MAX: u64 = 1 << 20;
+/// How long a publish with `--settle` waits in all for files that are written to.
+pub const SETTLE_WAIT_MAX: Duration = Duration::from_secs(60 * 60);
 /// The names of the extended attributes of one file in bytes, the limit of Linux.
 pub const XATTR_NAMES_BYTES_MAX: usize = 64 << 10;
 /// The jobs of trainers whose owners the API remembers.

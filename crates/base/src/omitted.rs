@@ -53,6 +53,8 @@ pub enum Category {
     UnmatchedNames,
     /// Sample paths that differ from what the records say, by a rule for paths: a note.
     ChangedPaths,
+    /// Entries of a directory that patterns exclude: a note.
+    Excluded,
     /// How an input was read, if its format was not stated and is ambiguous: a note.
     Inferred,
     /// Platforms that an image index lists without their content.
@@ -80,7 +82,7 @@ pub enum Category {
 
 impl Category {
     /// Every category that a reader counts, in display order.
-    pub const ALL: [Self; 23] = [
+    pub const ALL: [Self; 24] = [
         Self::UnknownColumns,
         Self::UnreadBoxes,
         Self::NoAnnotations,
@@ -94,6 +96,7 @@ impl Category {
         Self::SameName,
         Self::UnmatchedNames,
         Self::ChangedPaths,
+        Self::Excluded,
         Self::Inferred,
         Self::Platforms,
         Self::ImageDigest,
@@ -122,6 +125,7 @@ impl Category {
             Category::SameName => "same_name",
             Category::UnmatchedNames => "unmatched_names",
             Category::ChangedPaths => "changed_paths",
+            Category::Excluded => "excluded",
             Category::Inferred => "inferred",
             Category::Platforms => "platforms",
             Category::ImageDigest => "image_digest",
@@ -136,12 +140,15 @@ impl Category {
         }
     }
 
-    /// Whether it only reports how the input was read, and nothing is left out: `--strict` does not
-    /// refuse it.
+    /// Whether it only reports how the input was read, or what a pattern excludes: `--strict` does
+    /// not refuse it.
     pub fn is_note(self) -> bool {
         matches!(
             self,
-            Category::ClippedShapes | Category::ChangedPaths | Category::Inferred
+            Category::ClippedShapes
+                | Category::ChangedPaths
+                | Category::Excluded
+                | Category::Inferred
         )
     }
 
@@ -173,6 +180,7 @@ impl Category {
             }
             Category::UnmatchedNames => "name in a list of images that no image has",
             Category::ChangedPaths => "sample path that differs from what its record says",
+            Category::Excluded => "entry that a pattern excludes",
             Category::Inferred => "way of reading that was inferred",
             Category::Platforms => "platform that is missing from the image",
             Category::ImageDigest => {

@@ -26,6 +26,18 @@ struct State {
     changed: (i64, i64),
 }
 
+/// How a file compares with its identity.
+#[derive(Debug)]
+pub enum Comparison {
+    Same,
+    /// Only the change time differs. Somebody changed permissions, the owner, an attribute or the
+    /// number of names, or wrote to the file and restored its time. Only the content can tell; this
+    /// is the identity to read it again with.
+    Suspect(FileIdentity),
+    /// Written to, replaced or removed.
+    Changed,
+}
+
 impl State {
     fn of(meta: &Metadata) -> Self {
         Self {
@@ -50,11 +62,24 @@ impl FileIdentity {
         &self.file
     }
 
-    /// Whether the file is unchanged: not written to, not replaced, not removed.
-    pub fn holds(&self) -> Result<bool, Fault> {
+    /// Compares the file with its identity.
+    pub fn compare(&self) -> Result<Comparison, Fault> {
         match fs::symlink_metadata(&*self.file) {
-            Ok(meta) => Ok(State::of(&meta) == self.state),
-            Err(error) if error.kind() == ErrorKind::NotFound => Ok(false),
+            Ok(meta) => {
+                let now = State::of(&meta);
+                let (before, is_file) = (self.state, meta.is_file());
+                Ok(if now == before {
+                    Comparison::Same
+                } else if is_file && (now.len, now.modified) == (before.len, before.modified) {
+                    Comparison::Suspect(Self {
+                        file: self.file.clone(),
+                        state: now,
+                    })
+                } else {
+                    Comparison::Changed
+                })
+            }
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(Comparison::Changed),
             Err(error) => Err(Fault::io(
                 format_args!("read the metadata of {}", self.file.display()),
                 &error,
@@ -85,17 +110,25 @@ mod tests {
             )
         };
         let (first, time) = (identity(), fs::metadata(&path).unwrap().modified().unwrap());
-        assert!(first.holds().unwrap());
+        assert!(matches!(first.compare().unwrap(), Comparison::Same));
         wait_for_file_clock();
         let file = fs::File::options().write(true).open(&path).unwrap();
         file.write_all_at(b"two", 0).unwrap();
         file.set_modified(time).unwrap();
-        assert!(!first.holds().unwrap(), "written to, and its time restored");
-        let second = identity();
+        let Comparison::Suspect(second) = first.compare().unwrap() else {
+            unreachable!("written to, and its time restored")
+        };
+        assert!(matches!(second.compare().unwrap(), Comparison::Same));
         fs::remove_file(&path).unwrap();
-        assert!(!second.holds().unwrap(), "gone");
+        assert!(
+            matches!(second.compare().unwrap(), Comparison::Changed),
+            "gone"
+        );
         wait_for_file_clock();
         fs::hard_link(&other, &path).unwrap();
-        assert!(!second.holds().unwrap(), "replaced");
+        assert!(
+            matches!(second.compare().unwrap(), Comparison::Changed),
+            "replaced"
+        );
     }
 }

@@ -21,6 +21,7 @@ use bytes::Bytes;
 
 use crate::bloom::BloomFilter;
 use crate::chunk::{Chunking, DEFAULT_CHUNKING, Hash};
+use crate::file_identity::{Comparison, FileIdentity};
 use crate::frame::{Frame, Verified};
 use crate::manifest::{Builder, ChunkRef, Digest, Entry, EntryBody, FileInfo, Root};
 use crate::source::{Content, Source, SourceBody, SourceEntry};
@@ -38,6 +39,11 @@ const _: () = assert!(CHUNK_BYTES_MAX <= INGEST_BATCH_BYTES);
 
 /// How often the progress of the job is updated.
 const REPORT_EVERY: Duration = Duration::from_millis(200);
+
+/// How often a file is read again whose change time does not stay the same.
+const REREADS_MAX: usize = 4;
+/// The bytes that are read at once then.
+const REREAD_BYTES: usize = 256 << 10;
 
 /// The progress of an ingest.
 #[derive(Debug, Default)]
@@ -357,25 +363,17 @@ impl Reading<'_, '_> {
             chunks_left: 0,
             chunks: Vec::new(),
         });
-        let hash = match body {
+        let hash = match &body {
             SourceBody::File { size, content } => {
-                self.check_room(&path, size, &content)?;
-                let mut from = open(&content, size, |file| source.opened(file))?;
-                self.cut(&path, size, &mut *from)?
+                self.check_room(&path, *size, content)?;
+                let mut from = open(content, *size, |file| source.opened(file))?;
+                self.cut(&path, *size, &mut *from)?
             }
             SourceBody::Dir | SourceBody::Symlink(_) => None,
         };
         // The bytes read are those that the source saw only if the file has not changed since.
-        if let Some(identity) = identity
-            && !identity.holds()?
-        {
-            return Err(changed(
-                &path,
-                &format!(
-                    "the time or size of {} differs from the start of the read",
-                    identity.file().display()
-                ),
-            ));
+        if let Some(identity) = identity {
+            self.check_unchanged(&path, &body, identity, hash)?;
         }
         if let Some(file) = scratch {
             std::fs::remove_file(&file).at(format_args!("remove {}", file.display()))?;
@@ -395,6 +393,69 @@ impl Reading<'_, '_> {
             }
         }
         Ok(())
+    }
+
+    /// Rejects a file that changed while it was read. If only its change time differs, the content
+    /// is read again: the bytes count as long as they are the same.
+    fn check_unchanged(
+        &self,
+        path: &RelPath,
+        body: &SourceBody,
+        mut identity: FileIdentity,
+        hash: Option<Hash>,
+    ) -> Result<(), Fault> {
+        for _ in 0..REREADS_MAX {
+            let now = match identity.compare()? {
+                Comparison::Same => return Ok(()),
+                Comparison::Changed => break,
+                Comparison::Suspect(now) => now,
+            };
+            let (size, offset) = match body {
+                SourceBody::File {
+                    size,
+                    content: Content::File(_),
+                } => (*size, 0),
+                SourceBody::File {
+                    size,
+                    content: Content::Range { offset, .. },
+                } => (*size, *offset),
+                _ => break,
+            };
+            // A file of one chunk is the last one in the block.
+            let only = || {
+                self.chunks
+                    .last()
+                    .map(|(range, _)| &self.block[range.clone()])
+            };
+            let read = hash.or_else(|| only().map(Hash::of));
+            if read != Some(self.hash_of(now.file(), offset, size)?) {
+                break;
+            }
+            identity = now;
+        }
+        Err(changed(
+            path,
+            &format!(
+                "the time, the size or the content of {} differs from the start of the read",
+                identity.file().display()
+            ),
+        ))
+    }
+
+    /// Hashes a range of a file, or what exists of it.
+    fn hash_of(&self, file: &Path, offset: u64, size: u64) -> Result<Hash, Fault> {
+        let what = || format!("read {}", file.display());
+        let mut from = durable::open_regular(file).at(what())?;
+        from.seek(SeekFrom::Start(offset)).at(what())?;
+        let mut from = from.take(size);
+        let (mut hasher, mut buffer) = (blake3::Hasher::new(), vec![0; REREAD_BYTES]);
+        loop {
+            self.progress.check()?;
+            match read_all_of(&mut from, &mut buffer).at(what())? {
+                0 => return Ok(Hash(*hasher.finalize().as_bytes())),
+                read => hasher.update(&buffer[..read]),
+            };
+        }
     }
 
     /// Rejects a large file that does not fit before any of it is stored. Its stored size depends
@@ -620,6 +681,7 @@ impl Reading<'_, '_> {
                     path: entry.path,
                     mode: entry.mode & 0o7777,
                     body,
+                    attributes: entry.attributes,
                 },
                 chunks,
             )?;
@@ -639,7 +701,7 @@ fn memory_of(entry: &SourceEntry) -> usize {
         } => bytes.len(),
         SourceBody::File { .. } | SourceBody::Dir => 0,
     };
-    size_of::<Waiting>() + 2 * entry.path.as_str().len() + own
+    size_of::<Waiting>() + 2 * entry.path.as_str().len() + own + entry.attributes.xattr_bytes()
 }
 
 /// Reads until the buffer is full or the input ends.

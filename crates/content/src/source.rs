@@ -12,7 +12,7 @@ use base::names::RelPath;
 use bytes::Bytes;
 
 pub use crate::file_identity::FileIdentity;
-use crate::manifest::KindInfo;
+use crate::manifest::{Attributes, KindInfo};
 use base::omitted::Omitted;
 
 /// One entry of a source.
@@ -26,6 +26,8 @@ pub struct SourceEntry {
     /// The identity of the file with the content before the source examined it. After the content
     /// is read, the file must still have this identity. `None` if no file was read.
     pub identity: Option<FileIdentity>,
+    /// What the entry has beside its content.
+    pub attributes: Attributes,
 }
 
 /// The type of a source entry.

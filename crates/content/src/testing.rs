@@ -9,7 +9,7 @@ use std::vec::IntoIter;
 use base::fault::Fault;
 use base::names::RelPath;
 
-use crate::manifest::KindInfo;
+use crate::manifest::{Attributes, KindInfo};
 use crate::source::{Content, FileIdentity, Source, SourceBody, SourceEntry};
 
 /// Lists the entries of a directory in manifest order.
@@ -52,6 +52,7 @@ fn list(root: &Path, folder: &Path, entries: &mut Vec<SourceEntry>) {
             mode: meta.permissions().mode() & 0o777,
             body,
             identity,
+            attributes: Attributes::default(),
         });
         if meta.is_dir() {
             list(root, &path, entries);

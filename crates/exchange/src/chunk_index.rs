@@ -278,6 +278,15 @@ impl ChunkIndex {
             .map(|(number, _)| *number)
     }
 
+    /// All committed locations.
+    pub fn committed(&self) -> Vec<(u32, Arc<LocationInfo>)> {
+        let known = self.known.read();
+        let committed = known.iter().filter(|(_, info)| info.transfer.is_none());
+        committed
+            .map(|(number, info)| (*number, info.clone()))
+            .collect()
+    }
+
     /// Records chunks of committed locations. `replace`: also those for which another committed
     /// location is known.
     pub fn note(

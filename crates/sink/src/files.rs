@@ -13,22 +13,27 @@
 //! either the staged directory or its own finished one, and can distinguish them. The note is
 //! created exclusively: if two sites commit different content under one version, only one creates
 //! it, and the other does not proceed. If content of a committed version is missing or damaged,
-//! only that content is replaced, file by file (see `repair`). Several sites may use one root. Each
+//! only that content is replaced, file by file (see `repair`). If the directory of the version is on
+//! another mount than the staging directory, the version is first copied to
+//! `<root>/<kind>/<name>/.packhorse-<owner>-<transfer>` (see `copy`). Several sites may use one root. Each
 //! site removes only what it staged itself. A site uses a version that another site committed, and
 //! no site removes a version from a shared root.
 
+mod copy;
 mod mount;
 mod notes;
 mod repair;
 mod root;
 mod versions;
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::sync_channel;
 use std::sync::{Arc, OnceLock};
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use parking_lot::Mutex;
 
 use super::{
     Committed, Folding, Heartbeat, Incoming, Sink, StorageLocation, Threads, Verification,
@@ -59,6 +64,8 @@ pub struct FilesSink {
     mount: Arc<OnceLock<Mount>>,
     threads: Threads,
     heartbeat: Heartbeat,
+    /// Versions that are copied to another mount now.
+    copying: Arc<Mutex<HashSet<PathBuf>>>,
 }
 
 impl FilesSink {
@@ -95,6 +102,7 @@ impl FilesSink {
             mount: Arc::default(),
             threads: Threads::new("sink files", SINK_THREADS_MAX),
             heartbeat: Heartbeat::default(),
+            copying: Arc::default(),
         };
         if !sink.root.is_known() {
             // Mark a root that exists at the first start now; later it could be an empty mount
@@ -121,6 +129,20 @@ impl FilesSink {
         self.threads
             .run(move || work(&this).map_err(Fault::of_sink))
             .await
+    }
+
+    /// The properties of the filesystem, by trying if it was not done before. Blocks.
+    fn probed(&self) -> Mount {
+        if self.mount.get().is_none() && self.root.ensure_mounted().is_ok() {
+            let probe = || {
+                durable::create_dir_all(&self.staging)?;
+                Mount::probe(&self.root.removed("probe"))
+            };
+            if let Ok(mount) = probe() {
+                let _ = self.mount.set(mount);
+            }
+        }
+        self.mount()
     }
 
     fn mount(&self) -> Mount {
@@ -197,6 +219,10 @@ impl Sink for FilesSink {
 
     fn fixed_modes(&self) -> bool {
         self.mount().fixed_modes
+    }
+
+    fn shares_files(&self) -> bool {
+        !self.probed().no_sharing
     }
 
     async fn trial(&self) -> Result<(), Fault> {
@@ -310,6 +336,37 @@ impl Sink for FilesSink {
                 .and_then(|()| this.is_committed(&incoming))
         })
         .await
+    }
+
+    async fn unregistered(&self, incoming: &Incoming) -> Result<Option<PathBuf>, Fault> {
+        let incoming = incoming.clone();
+        self.run(move |this| {
+            this.root.ensure_mounted()?;
+            let folder = this.folder(&incoming.artifact);
+            let is_plain = match std::fs::symlink_metadata(&folder) {
+                Ok(meta) => meta.is_dir(),
+                Err(e) if e.kind() == std::io::ErrorKind::NotFound => false,
+                Err(e) => {
+                    let what = format!("read the metadata of {}", folder.display());
+                    return Err(Fault::io(what, &e));
+                }
+            };
+            Ok((is_plain && this.note(&incoming.artifact)?.is_none()).then_some(folder))
+        })
+        .await
+    }
+
+    async fn versions(&self) -> Result<Vec<ArtifactRef>, Fault> {
+        self.run(|this| {
+            this.root.ensure_mounted()?;
+            this.list_versions()
+        })
+        .await
+    }
+
+    async fn register(&self, incoming: &Incoming) -> Result<(), Fault> {
+        let incoming = incoming.clone();
+        self.run(move |this| this.claim(&incoming)).await
     }
 
     async fn active(&self, artifact: &ArtifactRef) -> Result<Option<String>, Fault> {

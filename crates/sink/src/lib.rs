@@ -159,6 +159,11 @@ pub trait Sink: Send + Sync {
         false
     }
 
+    /// Whether a file of an earlier version can become part of a new one without a copy. May block.
+    fn shares_files(&self) -> bool {
+        true
+    }
+
     /// Writes a small amount of data and reads it back. Called after a failure, before the transfer
     /// sends data again.
     async fn trial(&self) -> Result<(), Fault> {
@@ -248,6 +253,22 @@ pub trait Sink: Send + Sync {
 
     /// Whether a committed artifact still exists, by a quick check.
     async fn exists_at_target(&self, incoming: &Incoming) -> Result<bool, Fault>;
+
+    /// The folder of an artifact that exists although no daemon has registered it. Its content is
+    /// unknown.
+    async fn unregistered(&self, _incoming: &Incoming) -> Result<Option<PathBuf>, Fault> {
+        Ok(None)
+    }
+
+    /// The versions that the target holds, registered or not, as far as their names say.
+    async fn versions(&self) -> Result<Vec<ArtifactRef>, Fault> {
+        Ok(Vec::new())
+    }
+
+    /// Registers that folder, whose content was verified.
+    async fn register(&self, _incoming: &Incoming) -> Result<(), Fault> {
+        Ok(())
+    }
 
     /// The version of this artifact's series that readers use, if it is known.
     async fn active(&self, _artifact: &ArtifactRef) -> Result<Option<String>, Fault> {

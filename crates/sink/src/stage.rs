@@ -5,6 +5,9 @@
 //! crash the directory is found under the id of its transfer, and the journal (see `chunk_index`)
 //! states which bytes are durable.
 
+mod attributes;
+mod copy;
+
 use std::fs::File;
 use std::io::Read;
 use std::os::fd::AsFd;
@@ -23,6 +26,9 @@ use base::fault::{Fault, IoContext};
 use base::limits::{STATE_INODES_SPARE, STATE_ROOM_BYTES_MIN};
 use base::names::{RelPath, TransferId};
 use base::space::Space;
+
+pub use attributes::Wanted;
+pub(crate) use copy::{copy_range, next_data};
 
 /// The mode of staged files; other modes are set at the end.
 pub const FILE_MODE: u32 = 0o644;
@@ -45,8 +51,6 @@ const SYNCFS_REPORTS_FROM: (u32, u32) = (5, 8);
 const MARK_BYTES_MAX: u64 = 256;
 /// Files of at least this size are preallocated.
 const PREALLOCATE_BYTES: u64 = 1 << 20;
-/// The bytes per call that copies within the filesystem.
-const COPY_WITHIN_BYTES: usize = 64 << 20;
 
 /// How a file got the same content as another.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -71,6 +75,8 @@ pub struct Stage {
     path: PathBuf,
     /// Whether the filesystem may support reflinks; false after it rejected one.
     reflinks: AtomicBool,
+    /// Whether the filesystem may have hard links; false after it rejected one.
+    links_names: AtomicBool,
     /// Whether preallocation is cheap. A tmpfs would allocate and clear every page while all
     /// writers wait.
     preallocates: bool,
@@ -183,6 +189,7 @@ impl Stage {
             handle,
             path,
             reflinks,
+            links_names: AtomicBool::new(true),
             preallocates: kind != TMPFS,
             syncs_filesystem,
             fixed_modes: false,
@@ -251,6 +258,14 @@ impl Stage {
         Ok(file)
     }
 
+    /// Opens a file for writing at offsets, and creates it if necessary. It has its full length, and
+    /// takes only the room of what is written.
+    pub fn open_sparse(&self, path: &RelPath, size: u64) -> Result<File, Fault> {
+        let file = self.open_file(path, 0)?;
+        file.set_len(size).at_sink(self.what("create", path))?;
+        Ok(file)
+    }
+
     /// Opens a staged file for reading.
     pub fn open_to_read(&self, path: &RelPath) -> Result<File, Fault> {
         Ok(self
@@ -310,14 +325,14 @@ impl Stage {
     }
 
     /// Gives `path` the same content as `from`, which is open as `source`, without reading its
-    /// bytes here: by reflink; otherwise by hard link if the mode matches and `link` allows it;
-    /// otherwise by a copy within the filesystem.
+    /// bytes here: by reflink; otherwise by hard link if mode and attributes match and `link` allows
+    /// it; otherwise by a copy within the filesystem.
     pub fn share(
         &self,
         from: &Path,
         source: &File,
         path: &RelPath,
-        mode: u32,
+        wanted: &Wanted,
         link: bool,
     ) -> Result<Sharing, Fault> {
         if self.reflinks.load(Ordering::Relaxed) {
@@ -337,8 +352,9 @@ impl Stage {
         }
         let stat = rustix::fs::fstat(source).map_err(|e| sink_fault(from.display(), e))?;
         // If modes are fixed, a copy would get the same mode as the link has.
-        if !link || stat.st_mode & 0o7777 != mode && !self.fixed_modes {
-            return self.copy_within(source, path, stat.st_size as u64);
+        let is_other_mode = stat.st_mode & 0o7777 != wanted.mode && !self.fixed_modes;
+        if !link || is_other_mode || !wanted.has_attributes(source, &stat) {
+            return self.copy_within(source, path, &stat);
         }
         let link_now = || {
             rustix::fs::linkat(
@@ -370,39 +386,8 @@ impl Stage {
             }
             // A different filesystem, too many links, or no support for links, which servers report
             // in several ways.
-            Err(_) => self.copy_within(source, path, stat.st_size as u64),
+            Err(_) => self.copy_within(source, path, &stat),
         }
-    }
-
-    /// Copies a complete file within the filesystem; on a NAS the bytes then do not cross the
-    /// network.
-    fn copy_within(&self, source: &File, path: &RelPath, size: u64) -> Result<Sharing, Fault> {
-        self.remove_file(path)?;
-        let into = self.open_file(path, size)?;
-        let (mut read_at, mut write_at) = (0, 0);
-        while write_at < size {
-            let left = usize::try_from(size - write_at)
-                .unwrap_or(usize::MAX)
-                .min(COPY_WITHIN_BYTES);
-            match rustix::fs::copy_file_range(
-                source,
-                Some(&mut read_at),
-                &into,
-                Some(&mut write_at),
-                left,
-            ) {
-                Ok(copied) if copied > 0 => {}
-                Err(Errno::INTR) => {}
-                // A different filesystem, no support, or a file that became shorter.
-                Ok(_)
-                | Err(Errno::XDEV | Errno::NOSYS | Errno::NOTSUP | Errno::INVAL | Errno::PERM) => {
-                    return Ok(Sharing::Not);
-                }
-                Err(e) => return Err(sink_fault(self.what("copy", path), e)),
-            }
-        }
-        durable::close(into).at_sink(self.what("copy", path))?;
-        Ok(Sharing::Copy)
     }
 
     /// Creates a symbolic link; replaces an existing one.

@@ -122,6 +122,27 @@ pub struct SourceOptions {
     /// Labels from KLARF: how many micrometres a pixel is wide. Rows have no boxes if absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub klarf_scale: Option<String>,
+    /// Files: patterns of entries that are left out, in the syntax of gitignore.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub exclude: Vec<String>,
+    /// Files: publish what links lead to, in the place of the links.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub copy_links: bool,
+    /// Files: how many seconds each file must have stayed unchanged before it is read.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub settle_seconds: Option<u64>,
+    /// Files: the encoding of names that are not UTF-8, such as `gbk`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub name_encoding: Option<String>,
+    /// Files: leave the modification times out.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub no_times: bool,
+    /// Files: publish the extended attributes of users.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub xattrs: bool,
+    /// Files: publish several names of one file as one file.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub hard_links: bool,
     /// Images: the repository at the destination; the artifact's name if absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub repository: Option<String>,

@@ -157,6 +157,8 @@ impl RunKeeper {
             }
             let (places, digest) = (opened.shared.chunk_index.clone(), row.digest);
             blocking(move || places.remove_digest(digest)).await?;
+            // Other versions may share its files.
+            opened.runner.record_series(artifact).await?;
             // It may be published here at this moment.
             opened.catalogue.remove_left(artifact).await?;
             tracing::info!(%artifact, transfer = %row.id, stays = stays.as_deref().unwrap_or_default(), "a borrowed artifact was removed");

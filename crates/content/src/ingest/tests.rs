@@ -1,7 +1,7 @@
 use std::path::PathBuf;
 
 use super::*;
-use crate::manifest::{Step, Walk};
+use crate::manifest::{Attributes, Step, Walk};
 use crate::testing::Folder;
 
 fn noise(seed: &str, len: usize) -> Vec<u8> {
@@ -129,6 +129,7 @@ fn content_that_differs_from_its_listing_is_refused() {
             mode: 0o644,
             body,
             identity: None,
+            attributes: Attributes::default(),
         }));
         let fault = ingest(
             &mut source,
@@ -181,6 +182,83 @@ fn a_file_that_changes_between_its_listing_and_its_end_is_refused() {
 }
 
 #[test]
+fn a_change_of_permissions_or_links_during_the_read_is_no_change() {
+    use std::os::unix::fs::{FileExt, PermissionsExt};
+    /// Calls `change` when the file is open.
+    struct Disturbed<'a>(Folder, &'a (dyn Fn(&Path) + Sync), PathBuf, bool);
+    impl Source for Disturbed<'_> {
+        fn next(&mut self) -> Result<Option<SourceEntry>, Fault> {
+            let mut entry = self.0.next()?;
+            if let Some(SourceEntry {
+                body: SourceBody::File { content, .. },
+                ..
+            }) = entry.as_mut().filter(|_| self.3)
+            {
+                let copy = self.2.parent().unwrap().with_extension("copy");
+                std::fs::copy(&self.2, &copy).unwrap();
+                *content = Content::File(copy);
+            }
+            Ok(entry)
+        }
+        fn opened(&mut self, _: &File) {
+            // The resolution of timestamps is the tick of the kernel.
+            std::thread::sleep(Duration::from_millis(30));
+            self.1(&self.2);
+        }
+        fn info(&self) -> crate::manifest::KindInfo {
+            self.0.info()
+        }
+    }
+    for size in [10, 300_000, 3 << 20] {
+        let dir = tempfile::tempdir().unwrap();
+        let (tree, file) = (dir.path().join("tree"), dir.path().join("tree/f"));
+        let store = Store::open(&dir.path().join("store")).unwrap();
+        put(&file, &noise("x", size));
+        let publish_as = |change: &(dyn Fn(&Path) + Sync), from_copy| {
+            let mut source = Disturbed(Folder::open(&tree), change, file.clone(), from_copy);
+            ingest_as(
+                DEFAULT_CHUNKING,
+                &mut source,
+                Kind::Dataset,
+                &store,
+                &store,
+                &Progress::default(),
+            )
+        };
+        let publish = |change: &(dyn Fn(&Path) + Sync)| publish_as(change, false);
+        let plain = publish(&|_| {}).unwrap().digest;
+        let link = dir.path().join("snapshot");
+        let linked = publish(&|file| std::fs::hard_link(file, &link).unwrap()).unwrap();
+        assert_eq!(linked.digest, plain, "a new hard link");
+        publish(&|file| {
+            std::fs::set_permissions(file, std::fs::Permissions::from_mode(0o600)).unwrap();
+        })
+        .unwrap();
+        // The copy has what was there before somebody wrote to the file and restored its time.
+        let written = |path: &Path| {
+            let time = std::fs::metadata(path).unwrap().modified().unwrap();
+            let file = File::options().write(true).open(path).unwrap();
+            file.write_all_at(b"!", size as u64 - 1).unwrap();
+            file.set_modified(time).unwrap();
+        };
+        let fault = publish_as(&written, true).unwrap_err();
+        assert!(
+            fault.message.contains("changed while it was read"),
+            "{fault}"
+        );
+        let replaced = publish(&|path| {
+            std::fs::remove_file(path).unwrap();
+            put(path, &noise("y", size + 1));
+        });
+        let fault = replaced.unwrap_err();
+        assert!(
+            fault.message.contains("changed while it was read"),
+            "{fault}"
+        );
+    }
+}
+
+#[test]
 fn a_scratch_file_is_removed_after_it_was_read() {
     struct Pair(Vec<PathBuf>);
     impl Source for Pair {
@@ -206,6 +284,7 @@ fn a_scratch_file_is_removed_after_it_was_read() {
                 mode: 0o644,
                 body,
                 identity: None,
+                attributes: Attributes::default(),
             }))
         }
         fn info(&self) -> crate::manifest::KindInfo {

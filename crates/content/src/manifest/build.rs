@@ -28,6 +28,7 @@ pub struct Builder<'a> {
     last: Option<RelPath>,
     /// The path of open directories at the current position.
     open: Vec<String>,
+    has_attributes: bool,
 }
 
 #[derive(Default)]
@@ -50,6 +51,7 @@ impl<'a> Builder<'a> {
             levels,
             last: None,
             open: Vec::new(),
+            has_attributes: false,
         }
     }
 
@@ -63,6 +65,7 @@ impl<'a> Builder<'a> {
     pub fn push(&mut self, entry: &Entry, chunks: &[ChunkRef]) -> Result<(), Fault> {
         check_order(self.last.as_ref(), &mut self.open, entry)?;
         self.last = Some(entry.path.clone());
+        self.has_attributes |= !entry.attributes.is_empty();
         match &entry.body {
             EntryBody::Dir => self.totals.dirs += 1,
             EntryBody::Symlink(_) => self.totals.symlinks += 1,
@@ -153,7 +156,7 @@ impl<'a> Builder<'a> {
         }
         let pages = std::mem::take(&mut self.levels[level].pages);
         Ok(Root {
-            format: 1,
+            format: if self.has_attributes { 2 } else { 1 },
             kind,
             info,
             chunking: self.chunking,

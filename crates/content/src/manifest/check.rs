@@ -9,10 +9,10 @@
 use std::collections::HashMap;
 
 use super::walk::{DIFFERENT_PAGES_KNOWN_MAX, malformed_manifest};
-use super::{Entry, EntryBody, KindInfo, Pages, Root, Step, Walk};
+use super::{Entry, EntryBody, FileInfo, KindInfo, Pages, Root, Step, Walk};
 use crate::label_rows::{ANNOTATIONS, CLASSES, SAMPLES};
 use base::fault::Fault;
-use base::limits::{IMAGE_MANIFEST_BYTES_MAX, LINK_FOLDERS_BYTES_MAX};
+use base::limits::{HARD_LINK_BYTES_MAX, IMAGE_MANIFEST_BYTES_MAX, LINK_FOLDERS_BYTES_MAX};
 use base::names::{ArtifactRef, Kind, RelPath, stays_inside};
 use base::sha256::Sha256;
 
@@ -31,6 +31,12 @@ pub fn check<P: Pages + ?Sized>(
     checked.map_err(|fault| fault.context(artifact))
 }
 
+fn wrong_hard_link(path: &str) -> Fault {
+    malformed_manifest(&format!(
+        "the hard link {path:?} does not have the content of a file of the artifact"
+    ))
+}
+
 /// The rules beyond those of the walk.
 struct Rules<'a> {
     root: &'a Root,
@@ -39,6 +45,9 @@ struct Rules<'a> {
     /// must be a directory.
     parents_of_dotdot: HashMap<String, RelPath>,
     bytes: usize,
+    /// The files that have other names, each with the content that these names have.
+    linked: HashMap<RelPath, FileInfo>,
+    linked_bytes: usize,
 }
 
 /// The rules of an artifact's kind for its entries.
@@ -116,6 +125,8 @@ impl<'a> Rules<'a> {
             kind,
             parents_of_dotdot: HashMap::new(),
             bytes: 0,
+            linked: HashMap::new(),
+            linked_bytes: 0,
         })
     }
 
@@ -145,6 +156,12 @@ impl<'a> Rules<'a> {
     }
 
     fn entry(&mut self, entry: &Entry) -> Result<(), Fault> {
+        if !matches!(self.kind, Kinds::Files) && !entry.attributes.is_empty() {
+            return Err(malformed_manifest("only files have attributes"));
+        }
+        if let (Some(first), EntryBody::File(file)) = (&entry.attributes.hard_link, &entry.body) {
+            self.hard_link(entry, first, *file)?;
+        }
         let path = entry.path.as_str();
         let size = if let EntryBody::File(file) = &entry.body {
             Some(file.size)
@@ -189,6 +206,22 @@ impl<'a> Rules<'a> {
         }
     }
 
+    /// Another name of a file has the content of the file, which the second walk finds.
+    fn hard_link(&mut self, entry: &Entry, first: &RelPath, file: FileInfo) -> Result<(), Fault> {
+        let known = self.linked.get(first).copied();
+        if known.is_none() {
+            self.linked_bytes += first.as_str().len() + size_of::<(RelPath, FileInfo)>();
+            self.linked.insert(first.clone(), file);
+        }
+        if known.is_some_and(|known| known != file) {
+            return Err(wrong_hard_link(entry.path.as_str()));
+        }
+        if self.linked_bytes > HARD_LINK_BYTES_MAX {
+            return Err(malformed_manifest("it has too many hard links"));
+        }
+        Ok(())
+    }
+
     fn link(&mut self, path: &RelPath, target: &str) -> Result<(), Fault> {
         let (folders, bytes) = (&mut self.parents_of_dotdot, &mut self.bytes);
         let inside = stays_inside(path, target, |folder| {
@@ -220,22 +253,29 @@ impl<'a> Rules<'a> {
                 "it does not contain the image's top manifest {top}"
             )));
         }
-        if self.parents_of_dotdot.is_empty() {
+        if self.parents_of_dotdot.is_empty() && self.linked.is_empty() {
             return Ok(());
         }
         for step in Walk::once_each(self.root, pages, DIFFERENT_PAGES_KNOWN_MAX) {
-            if let Step::Entry {
-                entry:
-                    Entry {
-                        path,
-                        body: EntryBody::Dir,
-                        ..
-                    },
-                ..
-            } = step?
-            {
-                self.parents_of_dotdot.remove(path.as_str());
+            let Step::Entry { entry, .. } = step? else {
+                continue;
+            };
+            match &entry.body {
+                EntryBody::Dir => {
+                    self.parents_of_dotdot.remove(entry.path.as_str());
+                }
+                EntryBody::File(file) if entry.attributes.hard_link.is_none() => {
+                    if let Some(expected) = self.linked.remove(&entry.path)
+                        && expected != *file
+                    {
+                        return Err(wrong_hard_link(entry.path.as_str()));
+                    }
+                }
+                EntryBody::File(_) | EntryBody::Symlink(_) => {}
             }
+        }
+        if let Some(first) = self.linked.into_keys().next() {
+            return Err(wrong_hard_link(first.as_str()));
         }
         match self.parents_of_dotdot.into_iter().next() {
             None => Ok(()),

@@ -6,16 +6,20 @@
 //! finished pages to a closure, and [`Walk`] requests pages through [`Pages`]. Both hold at most
 //! one page of each level in memory.
 
+mod attributes;
 mod build;
 mod check;
 pub mod delta;
 mod page;
+mod same;
 mod survey;
 mod walk;
 
+pub use attributes::{Attributes, FileTime, XATTR_PREFIX, Xattr};
 pub use build::Builder;
 pub use check::check;
 pub use page::{ChunkRef, read_children};
+pub use same::same_but_times;
 pub use survey::{Named, survey};
 pub use walk::{
     ChunkPosition, Listed, Pages, Step, Walk, children, entry_pages, for_each_page, level_below,
@@ -29,6 +33,9 @@ use crate::chunk::Hash;
 use base::fault::Fault;
 use base::names::{ArtifactRef, Kind, RelPath};
 
+/// The newest format of manifests. A program of an earlier version refuses it and says so.
+const FORMAT_MAX: u32 = 2;
+
 /// The BLAKE3 of a root manifest, which identifies an artifact.
 pub type Digest = Hash;
 
@@ -39,6 +46,8 @@ pub struct Entry {
     /// Unix permission bits; at most 0777 in an entry that was read.
     pub mode: u32,
     pub body: EntryBody,
+    /// In a manifest of format 2.
+    pub attributes: Attributes,
 }
 
 /// The type of an entry.
@@ -130,7 +139,7 @@ pub struct DatasetBinding {
 /// and without white space. Their BLAKE3 is the digest of the artifact.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Root {
-    /// Always 1.
+    /// 2 if entries have [`Attributes`], otherwise 1, which programs of every version read.
     pub format: u32,
     pub kind: Kind,
     /// The metadata of the kind.
@@ -169,10 +178,10 @@ impl Root {
         let root: Self = serde_json::from_slice(bytes).map_err(|e| {
             Fault::integrity(format!("the root manifest {digest} is malformed: {e}"))
         })?;
-        if root.format != 1 {
+        if !(1..=FORMAT_MAX).contains(&root.format) {
             let format = root.format;
             return Err(Fault::integrity(format!(
-                "the root manifest {digest} has format {format}; this version reads only format 1"
+                "the root manifest {digest} has format {format}; this version reads formats up to {FORMAT_MAX}"
             ))
             .with_next("upgrade packhorse on this machine"));
         }

@@ -7,6 +7,7 @@
 //!        | 2 path mode target                       symbolic link
 //!        | 3 path mode size hash                    file; up to `Chunking::whole` bytes it is one chunk with the hash as id
 //!        | 4 len id                                 the next chunk of the last file (which may be on the previous page)
+//!        | 5 … | 6 … | 7 …                          attributes of the next entry (format 2, see `attributes`)
 //! path   = shared suffix_len suffix                 bytes shared with the previous path on this page, then the rest
 //! child  = len chunks entries id
 //! ```
@@ -19,6 +20,7 @@ use crate::chunk::Hash;
 use base::fault::Fault;
 use base::names::RelPath;
 
+use super::attributes::{Attributes, HARD_LINK, TIME, XATTR};
 use super::{Chunking, Entry, EntryBody, FileInfo, PageRef};
 
 /// The smallest size at which a page can end, except the last page.
@@ -49,6 +51,18 @@ pub struct ChunkRef {
     pub len: u32,
 }
 
+impl ChunkRef {
+    /// The chunk that a long run of zeros is cut into.
+    pub fn of_zeros(chunking: &Chunking) -> Self {
+        let zeros = vec![0; chunking.max as usize];
+        let len = chunking.cut(&zeros);
+        Self {
+            id: Hash::of(&zeros[..len]),
+            len: len as u32,
+        }
+    }
+}
+
 /// One record of an entry page.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Record {
@@ -63,7 +77,7 @@ pub(super) fn is_one_chunk(chunking: &Chunking, size: u64) -> bool {
     size > 0 && size <= u64::from(chunking.whole)
 }
 
-fn put_number(out: &mut Vec<u8>, mut n: u64) {
+pub(super) fn put_number(out: &mut Vec<u8>, mut n: u64) {
     while n >= 0x80 {
         out.push(n as u8 | 0x80);
         n >>= 7;
@@ -90,6 +104,7 @@ impl PageWriter {
     /// Adds an entry. Returns whether the page must end here.
     pub(super) fn entry(&mut self, entry: &Entry, chunking: &Chunking) -> bool {
         self.begin(b'E');
+        entry.attributes.write(&mut self.bytes);
         let (tag, key) = match &entry.body {
             EntryBody::Dir => (DIR, Hash::of(entry.path.as_str().as_bytes())),
             EntryBody::Symlink(_) => (SYMLINK, Hash::of(entry.path.as_str().as_bytes())),
@@ -159,17 +174,17 @@ impl PageWriter {
 }
 
 /// Parses the bytes of a page from an untrusted source.
-struct Reader<'a> {
+pub(super) struct Reader<'a> {
     bytes: &'a [u8],
 }
 
-fn malformed(what: &str) -> Fault {
+pub(super) fn malformed(what: &str) -> Fault {
     Fault::integrity(format!("a manifest page is malformed: {what}"))
         .with_next("publish the artifact again")
 }
 
 impl<'a> Reader<'a> {
-    fn number(&mut self) -> Result<u64, Fault> {
+    pub(super) fn number(&mut self) -> Result<u64, Fault> {
         let mut value = 0u64;
         for shift in (0..64).step_by(7) {
             let (&byte, rest) = self
@@ -206,6 +221,12 @@ impl<'a> Reader<'a> {
         let (head, rest) = self.bytes.split_at(len);
         self.bytes = rest;
         Ok(head)
+    }
+
+    /// A part that follows its length.
+    pub(super) fn part(&mut self) -> Result<&'a [u8], Fault> {
+        let len = self.length()?;
+        self.take(len)
     }
 
     fn hash(&mut self) -> Result<Hash, Fault> {
@@ -256,8 +277,13 @@ impl Records {
         }
     }
 
-    /// Returns the next record unchecked.
+    /// Returns the next record unchecked, without attributes.
     pub(super) fn raw(&mut self) -> Result<Option<Raw<'_>>, Fault> {
+        Ok(self.with_attributes()?.map(|(raw, _)| raw))
+    }
+
+    /// Returns the next record, and the attributes before it.
+    fn with_attributes(&mut self) -> Result<Option<(Raw<'_>, Attributes)>, Fault> {
         let Self { page, at, path } = self;
         let mut reader = Reader {
             bytes: &page[*at..],
@@ -265,7 +291,19 @@ impl Records {
         if reader.bytes.is_empty() {
             return Ok(None);
         }
-        let tag = reader.take(1)?[0];
+        let (mut attributes, mut has_some) = (Attributes::default(), false);
+        let tag = loop {
+            match reader.take(1)?[0] {
+                tag @ (TIME | XATTR | HARD_LINK) => {
+                    attributes.read(tag, &mut reader)?;
+                    has_some = true;
+                }
+                tag => break tag,
+            }
+        };
+        if has_some && tag == CHUNK {
+            return Err(malformed("a chunk has attributes"));
+        }
         let raw = if tag == CHUNK {
             let len = reader.small(base::limits::CHUNK_BYTES_MAX as u64, "a chunk's length")?;
             Raw::Chunk(ChunkRef {
@@ -306,12 +344,12 @@ impl Records {
             }
         };
         *at = page.len() - reader.bytes.len();
-        Ok(Some(raw))
+        Ok(Some((raw, attributes)))
     }
 
     /// Returns the next record after checking it.
     pub(super) fn next(&mut self) -> Result<Option<Record>, Fault> {
-        let Some(raw) = self.raw()? else {
+        let Some((raw, attributes)) = self.with_attributes()? else {
             return Ok(None);
         };
         let (path, mode, body) = match raw {
@@ -327,11 +365,19 @@ impl Records {
         if mode > 0o7777 {
             return Err(malformed(&format!("a mode is {mode:o}, more than 7777")));
         }
-        Ok(Some(Record::Entry(Entry {
+        let entry = Entry {
             path,
             mode: mode as u32 & MODE_BITS,
             body,
-        })))
+            attributes,
+        };
+        match entry.wrong_attributes() {
+            Some(why) => Err(malformed(&format!(
+                "the entry {:?} {why}",
+                entry.path.as_str()
+            ))),
+            None => Ok(Some(Record::Entry(entry))),
+        }
     }
 }
 

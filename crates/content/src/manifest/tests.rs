@@ -48,6 +48,7 @@ pub(super) fn build(files: &[File], memory: &Memory) -> Root {
             path: name.parse().unwrap(),
             mode: 0o644,
             body: EntryBody::File(FileInfo { size: *size, hash }),
+            attributes: Attributes::default(),
         };
         builder.push(&entry, &chunks).unwrap();
     }
@@ -208,6 +209,7 @@ fn an_inconsistent_manifest_is_refused() {
         path: path.parse().unwrap(),
         mode: 0o755,
         body,
+        attributes: Attributes::default(),
     };
     builder
         .push(&entry("a", EntryBody::Symlink("/etc".into())), &[])

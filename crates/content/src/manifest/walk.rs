@@ -171,6 +171,9 @@ impl<'a, P: Pages + ?Sized> Walk<'a, P> {
 
     fn entry(&mut self, entry: Entry) -> Result<Step, Fault> {
         self.check_covered()?;
+        if self.root.format < 2 && !entry.attributes.is_empty() {
+            return Err(malformed_manifest("its format does not have attributes"));
+        }
         check_order(self.last.as_ref(), &mut self.open, &entry)?;
         self.last = Some(entry.path.clone());
         let (number, first_ordinal) = (self.entries, self.seen.chunks);

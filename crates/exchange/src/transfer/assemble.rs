@@ -22,6 +22,7 @@ mod growing;
 mod names;
 mod producer;
 mod recent;
+mod sparse;
 mod worker;
 
 use std::collections::{HashMap, HashSet};
@@ -53,7 +54,7 @@ use content::frame::Frame;
 use content::manifest::{ChunkPosition, ChunkRef, FileInfo, Walk};
 use content::store::Store;
 use model::protocol::Wanted;
-use sink::stage::Stage;
+use sink::stage::{self, Stage};
 use sink::{Incoming, Sink};
 
 use super::memory::{Memory, UNIT_BYTES};
@@ -65,6 +66,7 @@ use failure::{Ending, Failure};
 use growing::{Arrival, Growing};
 use producer::Producer;
 use recent::Recent;
+use sparse::{SparseFile, SparseFiles};
 use worker::{READ_BYTES, Worker};
 
 /// Chunks that are looked up together.
@@ -161,11 +163,13 @@ pub struct Assembly {
 struct Dest {
     number: u64,
     path: RelPath,
-    mode: u32,
+    wanted: stage::Wanted,
     file: FileInfo,
     /// Open while chunks of it are in flight; files of one chunk are opened, written and closed.
     handle: Mutex<Option<File>>,
     announced: AtomicBool,
+    /// If it is staged with holes.
+    sparse: Option<Arc<SparseFile>>,
 }
 
 struct Item {
@@ -184,6 +188,8 @@ enum Job {
     Copy(Vec<(Item, At)>),
     /// Whole files at this site.
     Share(Vec<Whole>),
+    /// Chunks of zeros, which are not written.
+    Holes(Vec<Item>),
 }
 
 /// A whole file that this site holds.
@@ -259,6 +265,13 @@ impl Assembly {
         let this = self.clone();
         let (place, journal, stage) = self.on_thread(move || this.begin()).await?;
         let held = Arc::new(self.held_by_sink(&journal).await?);
+        let this = self.clone();
+        let (journal, sparse) = self
+            .on_thread(move || {
+                let sparse = this.sparse_files(Some(&journal))?;
+                Ok((journal, Arc::new(sparse)))
+            })
+            .await?;
         let journal = Arc::new(RwLock::new(journal));
         let total = self.incoming.root.totals.chunks;
         let mut stuck = 0;
@@ -268,7 +281,7 @@ impl Assembly {
                 break;
             }
             tokio::select! {
-                done = self.pass(place, &journal, &stage, &held) => done?,
+                done = self.pass(place, &journal, &stage, &held, &sparse) => done?,
                 // A thread that hangs in the sink is abandoned. It holds `staging`, so nobody else
                 // uses the folder before it ends.
                 () = self.given_up() => return Err(stopped()),
@@ -314,6 +327,7 @@ impl Assembly {
         journal: &Arc<RwLock<Journal>>,
         stage: &Arc<Stage>,
         held: &Arc<HeldBySink>,
+        sparse: &Arc<SparseFiles>,
     ) -> Result<(), Fault> {
         let failure = Arc::new(Failure::new(&self.stop, self.incoming.waits.clone()));
         let (jobs, job_queue) = mpsc::channel::<Job>(JOBS_MAX);
@@ -328,6 +342,7 @@ impl Assembly {
             journal: journal.clone(),
             stage: stage.clone(),
             held: held.clone(),
+            sparse: sparse.clone(),
             failure: failure.clone(),
             jobs: jobs.clone(),
             batches,
@@ -340,6 +355,7 @@ impl Assembly {
             sharing: None,
             copies: Vec::new(),
             copy_bytes: 0,
+            holes: Vec::new(),
             wholes: Vec::new(),
             whole_bytes: 0,
         };

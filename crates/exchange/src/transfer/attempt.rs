@@ -169,6 +169,18 @@ impl Runner {
             .await?;
         row.body.bytes.total = root.totals.bytes;
         let incoming = incoming(row, &root);
+        let claimed = self
+            .watched(
+                row,
+                sink.as_ref(),
+                &incoming.waits,
+                Takes::ItsTime,
+                self.claimed(&incoming, stop),
+            )
+            .await?;
+        if let Some(landed) = claimed {
+            return self.land(row, counters, &incoming, landed).await;
+        }
         unless(
             stop,
             self.watched(
@@ -194,6 +206,17 @@ impl Runner {
         }
 
         self.enter(row, State::Transferring, None).await;
+        unless(
+            stop,
+            self.watched(
+                row,
+                sink.as_ref(),
+                &incoming.waits,
+                Takes::AnyTime,
+                self.find_removed_versions(&incoming.artifact, sink.as_ref()),
+            ),
+        )
+        .await?;
         let assembly = Assembly {
             shared: inner.shared.clone(),
             sink: sink.clone(),

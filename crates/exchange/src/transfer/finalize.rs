@@ -267,8 +267,9 @@ impl Runner {
         let inner = &self.inner;
         let (places, id, digest) = (inner.shared.chunk_index.clone(), row.id.clone(), row.digest);
         let place = landed.place.clone();
-        blocking(move || {
-            if let Some(number) = places.staged_by(&id) {
+        let was_staged = blocking(move || {
+            let staged = places.staged_by(&id);
+            if let Some(number) = staged {
                 places.put(
                     Some(number),
                     LocationInfo {
@@ -280,9 +281,12 @@ impl Runner {
                     },
                 )?;
             }
-            Ok(())
+            Ok(staged.is_some())
         })
         .await?;
+        if !was_staged {
+            self.record_landed(incoming, &landed.place).await?;
+        }
         inner
             .catalogue
             .add_artifact(&row.artifact, &incoming.root, None)

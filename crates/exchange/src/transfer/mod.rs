@@ -15,6 +15,7 @@ mod assemble;
 mod attempt;
 mod ending;
 mod finalize;
+mod kept;
 mod memory;
 mod progress_rate;
 mod pushed_manifest;
@@ -50,6 +51,7 @@ use transport::Link;
 use transport::identity::SiteIdentity;
 
 pub use assemble::{Assembly, AssemblyContext, Counters, Estimate, free_room};
+pub use kept::Registered;
 pub use memory::Memory;
 pub use scrub::{Scrub, Scrubbed};
 use slots::Slots;

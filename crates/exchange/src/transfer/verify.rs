@@ -6,7 +6,7 @@
 use std::io::{self, ErrorKind};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -14,8 +14,8 @@ use xxhash_rust::xxh3::xxh3_64;
 
 use base::durable;
 use base::fault::{Fault, IoContext};
-use base::limits::OFFENDERS_LISTED_MAX;
-use content::manifest::{EntryBody, FileInfo, Step, Walk};
+use base::limits::{OFFENDERS_LISTED_MAX, XATTRS_BYTES_MAX};
+use content::manifest::{Attributes, EntryBody, FileInfo, Step, Walk, Xattr};
 use content::store::Store;
 use sink::{Incoming, Sink, StorageLocation, Verification};
 
@@ -56,13 +56,56 @@ pub async fn verify(
             });
         }
     };
+    let (mut files, noted) = compare(sink, store, incoming, folder, verification).await?;
+    if !files.faults.is_empty() {
+        // A NAS that was unmounted in the meantime has lost nothing.
+        let lost = sink.verify(incoming, place, verification).await?;
+        files.faults.splice(0..0, lost);
+    }
+    let FileProblems { mut faults, unread } = files;
+    if !unread.is_empty() {
+        // If the disk works but cannot read a few files, those files are damaged.
+        sink.trial().await?;
+        faults.extend(unread);
+    }
+    Ok(VerifyReport {
+        faults,
+        notes: noted.into_iter().chain(verification.take_notes()).collect(),
+        unread: verification.take_unread(),
+    })
+}
+
+/// Whether a folder that no daemon registered holds exactly what the manifest lists.
+pub(super) async fn is_intact(
+    sink: &dyn Sink,
+    store: Store,
+    incoming: &Incoming,
+    folder: PathBuf,
+) -> Result<bool, Fault> {
+    let (files, _) = compare(sink, store, incoming, folder, &Verification::default()).await?;
+    Ok(files.faults.is_empty() && files.unread.is_empty())
+}
+
+/// Compares the entries of a folder with the manifest. The second result is what differs beside the
+/// content.
+async fn compare(
+    sink: &dyn Sink,
+    store: Store,
+    incoming: &Incoming,
+    folder: PathBuf,
+    verification: &Verification,
+) -> Result<(FileProblems, Vec<String>), Fault> {
     let (root, quick, shared) = (
         incoming.root.clone(),
         verification.quick,
         verification.clone(),
     );
     let work = move || {
-        let (mut seen, mut modes) = (FileProblems::default(), Listed::default());
+        let (mut seen, mut modes, mut others) = (
+            FileProblems::default(),
+            Listed::default(),
+            Listed::default(),
+        );
         for step in Walk::new(&root, &store) {
             let Step::Entry { entry, .. } = step? else {
                 continue;
@@ -87,6 +130,9 @@ pub async fn verify(
                 } else if mode & noted(&entry.body) != entry.mode {
                     modes.add(|| format!("{} is {mode:o} and was {:o}", entry.path, entry.mode));
                 }
+            }
+            if let Some(what) = attribute_fault(&entry.attributes, &path, &there) {
+                others.add(|| format!("{}: {what}", entry.path));
             }
             let wrong = match entry.body {
                 EntryBody::Dir => std::fs::metadata(&path)
@@ -114,26 +160,18 @@ pub async fn verify(
                 folder.display()
             )
         });
+        let others = others.line(|count| {
+            format!(
+                "{} has not the times or attributes that were published ({count})",
+                folder.display()
+            )
+        });
         if quick {
             shared.note("quick check: names and sizes were compared; no content was read");
         }
-        Ok((seen, modes))
+        Ok((seen, modes.into_iter().chain(others).collect()))
     };
-    let (FileProblems { mut faults, unread }, modes) = sink.threads().run(work).await?;
-    if !faults.is_empty() {
-        // A NAS that was unmounted in the meantime has lost nothing.
-        faults.splice(0..0, sink.verify(incoming, place, verification).await?);
-    }
-    if !unread.is_empty() {
-        // If the disk works but cannot read a few files, those files are damaged.
-        sink.trial().await?;
-        faults.extend(unread);
-    }
-    Ok(VerifyReport {
-        faults,
-        notes: modes.into_iter().chain(verification.take_notes()).collect(),
-        unread: verification.take_unread(),
-    })
+    sink.threads().run(work).await
 }
 
 /// The current location of an artifact: the root of its sink may have changed since it was
@@ -220,11 +258,16 @@ pub(super) async fn look(
                     Some("has another size")
                 }
                 EntryBody::File(_) => {
-                    let since = meta
-                        .modified()
-                        .ok()
-                        .zip(committed)
-                        .is_some_and(|(written, committed)| written > committed);
+                    // A published time may be later than the arrival.
+                    let published = entry.attributes.modified;
+                    let since =
+                        meta.modified()
+                            .ok()
+                            .zip(committed)
+                            .is_some_and(|(written, committed)| {
+                                written > committed
+                                    && !published.is_some_and(|time| time.is_near(written))
+                            });
                     since.then_some("was written to since it arrived")
                 }
             };
@@ -333,6 +376,26 @@ fn noted(body: &EntryBody) -> u32 {
     } else {
         0o7777
     }
+}
+
+/// Which attribute of an entry differs.
+fn attribute_fault(
+    attributes: &Attributes,
+    path: &Path,
+    there: &std::fs::Metadata,
+) -> Option<String> {
+    if let (Some(time), Ok(now)) = (attributes.modified, there.modified())
+        && !time.is_near(now)
+    {
+        return Some("its modification time".into());
+    }
+    let mut value = vec![0; XATTRS_BYTES_MAX * usize::from(!attributes.xattrs.is_empty())];
+    let differs = |xattr: &&Xattr| {
+        let len = rustix::fs::lgetxattr(path, xattr.name(), &mut value);
+        len.map_or(true, |len| value.get(..len) != Some(xattr.value()))
+    };
+    let wrong = attributes.xattrs.iter().find(differs);
+    wrong.map(|xattr| format!("its attribute {}", xattr.name()))
 }
 
 fn size_fault(path: &Path, file: FileInfo) -> io::Result<Option<String>> {

@@ -23,6 +23,9 @@ pub struct Mount {
     /// Permission bits cannot be changed (SMB, FAT, some FUSE); files keep those that the mount
     /// assigns.
     pub fixed_modes: bool,
+    /// Two names cannot share one file, neither by a hard link nor by a reflink (FAT, some SMB and
+    /// FUSE): each version has its own copy of every file.
+    pub no_sharing: bool,
 }
 
 impl Mount {
@@ -42,6 +45,7 @@ impl Mount {
             },
             no_links: std::os::unix::fs::symlink("Case", folder.join("link")).is_err(),
             fixed_modes: !takes_modes(&folder.join("mode"))?,
+            no_sharing: !can_share(&folder.join("mode"), folder),
         };
         // A rejection only counts if the filesystem still works, so check that it is not full or
         // unavailable.
@@ -62,6 +66,20 @@ fn takes_modes(path: &Path) -> Result<bool, Fault> {
     durable::close(file).at(what())?;
     let set = std::fs::set_permissions(path, PermissionsExt::from_mode(0o604));
     Ok(set.is_ok() && std::fs::metadata(path).at(what())?.permissions().mode() & 0o777 == 0o604)
+}
+
+/// Whether a file can get a second name, or share its blocks with another file. A filesystem may
+/// report success without either, or reject a link with any error.
+fn can_share(file: &Path, folder: &Path) -> bool {
+    let link = folder.join("hard-link");
+    if std::fs::hard_link(file, &link).is_ok() && link.exists() {
+        return true;
+    }
+    let clone = || -> std::io::Result<()> {
+        let into = std::fs::File::create(folder.join("reflink"))?;
+        Ok(rustix::fs::ioctl_ficlone(into, std::fs::File::open(file)?)?)
+    };
+    clone().is_ok()
 }
 
 /// Writes, syncs and closes a file and reads it back, to check that data can be stored.
@@ -98,6 +116,13 @@ mod tests {
             Mount::default()
         );
         trial(&dir.path().join("trial")).unwrap();
+        let file = dir.path().join("file");
+        durable::replace(&file, b"x").unwrap();
+        assert!(can_share(&file, dir.path()));
+        assert!(!can_share(&dir.path().join("missing"), dir.path()));
+        for name in ["file", "hard-link", "reflink"] {
+            let _ = std::fs::remove_file(dir.path().join(name));
+        }
         assert_eq!(
             std::fs::read_dir(dir.path()).unwrap().count(),
             0,

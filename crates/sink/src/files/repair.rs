@@ -9,6 +9,7 @@ use std::io::{ErrorKind, Read};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 
+use super::copy;
 use base::durable;
 use base::fault::{Code, Fault, IoContext, Retry};
 
@@ -58,7 +59,7 @@ fn merge_folder(staged: &Path, folder: &Path) -> Result<(), Fault> {
             Some(existing) if is_same(&from, &to, &existing)? => continue,
             _ => {}
         }
-        durable::rename_over(&from, &to)?;
+        put_over(&from, &to)?;
     }
     let now = fs::metadata(folder)
         .at(folder.display())?
@@ -70,6 +71,19 @@ fn merge_folder(staged: &Path, folder: &Path) -> Result<(), Fault> {
         let _ = fs::set_permissions(folder, PermissionsExt::from_mode(mode));
     }
     durable::sync_dir(folder)
+}
+
+/// Replaces an entry by rename, after a copy if it is on another mount.
+fn put_over(from: &Path, to: &Path) -> Result<(), Fault> {
+    if durable::rename_over(from, to)? {
+        return Ok(());
+    }
+    let near = to.with_file_name(format!(".packhorse-{:016x}.tmp", rand::random::<u64>()));
+    let placed = copy::tree(from, &near).and_then(|()| durable::rename_over(&near, to));
+    if placed.is_err() {
+        let _ = durable::remove_all(&near);
+    }
+    placed.map(drop)
 }
 
 /// Renames an entry that occupies the path of a file or directory of the artifact, because it may

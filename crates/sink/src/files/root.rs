@@ -76,7 +76,6 @@ impl Root {
     }
 
     /// The name of this daemon in the root.
-    #[cfg(test)]
     pub(super) fn owner(&self) -> &str {
         &self.owner
     }

@@ -8,11 +8,12 @@ use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use super::{FilesSink, repair};
+use super::{FilesSink, copy, repair};
 use crate::{Committed, Incoming, Sink, StorageLocation, nothing_staged};
 use base::durable;
 use base::fault::{Fault, IoContext, Reason};
-use base::names::ArtifactRef;
+use base::limits::ADOPT_VERSIONS_MAX;
+use base::names::{ArtifactRef, Kind};
 
 impl FilesSink {
     pub(super) fn series(&self, artifact: &ArtifactRef) -> PathBuf {
@@ -129,7 +130,7 @@ impl FilesSink {
             }
             self.claim(incoming)?;
             durable::create_dir_all(&self.series(artifact))?;
-            if let Err(fault) = durable::rename_noreplace(staged, &self.folder(artifact)) {
+            if let Err(fault) = self.place(incoming, staged) {
                 // A rename that a network filesystem reports as failed may have succeeded, or
                 // another site was faster.
                 exists = self.is_committed(incoming)?;
@@ -153,6 +154,36 @@ impl FilesSink {
             self.set_current(artifact)?;
         }
         Ok(self.landed(artifact))
+    }
+
+    /// Gives the staged version its name: by one rename, after a copy if it is on another mount.
+    fn place(&self, incoming: &Incoming, staged: &Path) -> Result<(), Fault> {
+        let folder = self.folder(&incoming.artifact);
+        if durable::rename_within(staged, &folder)? {
+            return Ok(());
+        }
+        let series = self.series(&incoming.artifact);
+        let own = format!(".packhorse-{}-", self.root.owner());
+        let near = series.join(format!("{own}{}", incoming.transfer));
+        self.copying.lock().insert(near.clone());
+        let placed = || {
+            // What an attempt left that a crash ended, of this and of other versions.
+            for entry in std::fs::read_dir(&series).at(series.display())? {
+                let entry = entry.at(series.display())?;
+                let path = entry.path();
+                let is_left = entry.file_name().to_string_lossy().starts_with(&own)
+                    && (path == near || !self.copying.lock().contains(&path));
+                if is_left {
+                    durable::remove_all(&path)?;
+                }
+            }
+            copy::tree(staged, &near)
+                .and_then(|()| durable::rename_noreplace(&near, &folder))
+                .inspect_err(|_| drop(durable::remove_all(&near)))
+        };
+        let placed = placed();
+        self.copying.lock().remove(&near);
+        placed
     }
 
     /// Of the existing versions of the same series, the one that was requested last.
@@ -180,10 +211,42 @@ impl FilesSink {
         Ok(newest.map(|(_, remaining)| remaining))
     }
 
+    /// The directories below the root that have the names of versions.
+    pub(super) fn list_versions(&self) -> Result<Vec<ArtifactRef>, Fault> {
+        let mut versions = Vec::new();
+        for kind in [Kind::Dataset, Kind::Operator, Kind::Model] {
+            for name in names_in(&self.root.path().join(kind.as_str()))? {
+                let series = self.root.path().join(kind.as_str()).join(&name);
+                for version in names_in(&series)? {
+                    let Ok(artifact) = ArtifactRef::new(kind, &name, &version) else {
+                        continue;
+                    };
+                    let is_dir = std::fs::symlink_metadata(series.join(&version))
+                        .is_ok_and(|meta| meta.is_dir());
+                    if is_dir && versions.len() < ADOPT_VERSIONS_MAX {
+                        versions.push(artifact);
+                    }
+                }
+            }
+        }
+        versions.sort_by_key(ToString::to_string);
+        Ok(versions)
+    }
+
     /// Hides a version by one rename. Returns its new path, to be removed.
     fn hide(&self, artifact: &ArtifactRef) -> Result<PathBuf, Fault> {
-        let hidden = self.root.removed(artifact.version());
-        durable::rename_noreplace(&self.folder(artifact), &hidden)?;
+        let (folder, hidden) = (self.folder(artifact), self.root.removed(artifact.version()));
+        if durable::rename_within(&folder, &hidden)? {
+            return Ok(hidden);
+        }
+        // On another mount: a later copy to this series removes what stays of it.
+        let name = format!(
+            ".packhorse-{}-removed-{:08x}",
+            self.root.owner(),
+            rand::random::<u32>()
+        );
+        let hidden = self.series(artifact).join(name);
+        durable::rename_noreplace(&folder, &hidden)?;
         Ok(hidden)
     }
 
@@ -250,6 +313,23 @@ pub(super) fn is_same_entry(one: &Path, other: &Path) -> Result<bool, Fault> {
     Ok(entry(other)?.is_some_and(|existing| entry(one).is_ok_and(|one| one == Some(existing))))
 }
 
+/// The names in a directory; none if it is no directory.
+fn names_in(folder: &Path) -> Result<Vec<String>, Fault> {
+    let entries = match std::fs::read_dir(folder) {
+        Ok(entries) => entries,
+        Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
+            return Ok(Vec::new());
+        }
+        Err(e) => return Err(Fault::io(format_args!("list {}", folder.display()), &e)),
+    };
+    let mut names = Vec::new();
+    for entry in entries {
+        let name = entry.at(folder.display())?.file_name();
+        names.extend(name.into_string());
+    }
+    Ok(names)
+}
+
 /// The text of a small file; `None` if it does not exist.
 pub(super) fn read_if_exists(path: &Path) -> Result<Option<String>, Fault> {
     match std::fs::read_to_string(path) {
@@ -257,5 +337,124 @@ pub(super) fn read_if_exists(path: &Path) -> Result<Option<String>, Fault> {
         Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => Ok(None),
         Err(e) if e.kind() == ErrorKind::InvalidData => Ok(Some(String::new())),
         Err(e) => Err(Fault::io(format_args!("read {}", path.display()), &e)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+    use crate::settings;
+    use content::chunk::{DEFAULT_CHUNKING, Hash};
+    use content::manifest::{KindInfo, Root, Totals};
+
+    fn incoming(version: &str) -> Incoming {
+        Incoming {
+            artifact: ArtifactRef::new(Kind::Dataset, "d", version).unwrap(),
+            digest: Hash::of(version.as_bytes()),
+            root: Root {
+                format: 1,
+                kind: Kind::Dataset,
+                info: KindInfo::Files,
+                chunking: DEFAULT_CHUNKING,
+                totals: Totals::default(),
+                depth: 0,
+                pages: Vec::new(),
+            },
+            transfer: format!("t-{version}").parse().unwrap(),
+            waits: Default::default(),
+        }
+    }
+
+    fn sink(dir: &Path) -> FilesSink {
+        let [nas, data] = ["nas", "data"].map(|name| dir.join(name));
+        fs::create_dir_all(&nas).unwrap();
+        fs::create_dir_all(&data).unwrap();
+        FilesSink::open(Some(&settings::FilesSink { root: nas }), &data).unwrap()
+    }
+
+    fn stage(sink: &FilesSink, version: &str, text: &str) -> PathBuf {
+        let staged = sink.staging_root().join(format!("t-{version}"));
+        durable::create_dir_all(&staged.join("sub")).unwrap();
+        durable::replace(&staged.join("sub/a"), text.as_bytes()).unwrap();
+        staged
+    }
+
+    #[tokio::test]
+    async fn a_kind_on_another_filesystem_is_committed_repaired_and_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let other = match tempfile::tempdir_in("/dev/shm") {
+            Ok(other) => other,
+            Err(error) => {
+                eprintln!("skipped: no second filesystem: {error}");
+                return;
+            }
+        };
+        let device = |path: &Path| fs::metadata(path).unwrap().dev();
+        if device(dir.path()) == device(other.path()) {
+            eprintln!("skipped: /dev/shm is on the same filesystem");
+            return;
+        }
+        let sink = sink(dir.path());
+        let series = dir.path().join("nas/dataset/d");
+        std::os::unix::fs::symlink(other.path(), dir.path().join("nas/dataset")).unwrap();
+        let one = incoming("v1");
+        sink.check(&one).await.unwrap();
+        let staged = stage(&sink, "v1", "one");
+        // What a crash left of an earlier copy.
+        let left = series.join(format!(".packhorse-{}-t-0", sink.root.owner()));
+        fs::create_dir_all(&left).unwrap();
+        sink.commit(&one, &staged).await.unwrap();
+        assert_eq!(fs::read(series.join("v1/sub/a")).unwrap(), b"one");
+        assert_eq!(device(&series.join("v1")), device(other.path()));
+        assert!(!staged.exists() && !left.exists());
+        assert_eq!(fs::read_to_string(series.join("CURRENT")).unwrap(), "v1\n");
+
+        fs::remove_dir_all(series.join("v1/sub")).unwrap();
+        let staged = stage(&sink, "v1", "one");
+        sink.commit(&one, &staged).await.unwrap();
+        assert_eq!(fs::read(series.join("v1/sub/a")).unwrap(), b"one");
+        durable::replace(&series.join("v1/sub/a"), b"two").unwrap();
+        let staged = stage(&sink, "v1", "one");
+        sink.commit(&one, &staged).await.unwrap();
+        assert_eq!(fs::read(series.join("v1/sub/a")).unwrap(), b"one");
+        assert_eq!(fs::read_dir(series.join("v1/sub")).unwrap().count(), 1);
+
+        sink.remove(&one.artifact).await.unwrap();
+        assert!(!series.join("v1").exists());
+        let names: Vec<_> = fs::read_dir(&series).unwrap().flatten().collect();
+        assert!(names.is_empty(), "{names:?}");
+    }
+
+    #[tokio::test]
+    async fn a_folder_without_a_note_can_be_registered() {
+        let dir = tempfile::tempdir().unwrap();
+        let sink = sink(dir.path());
+        let one = incoming("v1");
+        sink.check(&one).await.unwrap();
+        assert_eq!(sink.unregistered(&one).await.unwrap(), None);
+        let staged = stage(&sink, "v1", "one");
+        sink.commit(&one, &staged).await.unwrap();
+        assert_eq!(sink.unregistered(&one).await.unwrap(), None);
+        durable::remove_all(&sink.note_path(&one.artifact)).unwrap();
+        let folder = dir.path().join("nas/dataset/d/v1");
+        assert_eq!(sink.unregistered(&one).await.unwrap(), Some(folder.clone()));
+        fs::create_dir_all(dir.path().join("nas/model/m/2.0")).unwrap();
+        fs::create_dir_all(dir.path().join("nas/model/m/Not a version")).unwrap();
+        fs::create_dir_all(dir.path().join("nas/users/m/v1")).unwrap();
+        let versions = sink.versions().await.unwrap();
+        let versions: Vec<_> = versions.iter().map(ToString::to_string).collect();
+        assert_eq!(versions, ["dataset/d:v1", "model/m:2.0"]);
+        sink.check(&one).await.unwrap_err();
+        sink.register(&one).await.unwrap();
+        assert_eq!(sink.unregistered(&one).await.unwrap(), None);
+        sink.check(&one).await.unwrap();
+        assert!(sink.commit(&one, &staged).await.is_ok());
+        // What is not a directory is not a version.
+        fs::remove_dir_all(&folder).unwrap();
+        durable::remove_all(&sink.note_path(&one.artifact)).unwrap();
+        durable::replace(&folder, b"a file").unwrap();
+        assert_eq!(sink.unregistered(&one).await.unwrap(), None);
     }
 }

@@ -1,10 +1,11 @@
-//! Counts the properties of files and directories that no artifact contains: everything except
-//! names, content, links and permission bits.
+//! Counts the properties of files and directories that an artifact does not contain: everything
+//! except names, content, links and permission bits, and what `kept` reads.
 //!
 //! [`super::FilesSource`] passes every entry that it reads, with its metadata. Memory is bounded
 //! for a tree of any size. The extended attributes of a file are listed when its content is open,
 //! because listing them by path costs three times as much, which matters for many small files.
-//! Holes of sparse files are not counted: they are content, and are read as zeros.
+//! Holes of sparse files are not counted: they are read as zeros, and long runs of zeros become holes
+//! at a site.
 
 use std::collections::HashSet;
 use std::fs::{File, Metadata};
@@ -13,8 +14,10 @@ use std::path::{Path, PathBuf};
 
 use rustix::io::Errno;
 
+use super::kept::Keeps;
 use base::limits::{HARD_LINKED_FILES_KEPT_MAX, XATTR_NAMES_BYTES_MAX};
 use base::omitted::{Category, Omitted};
+use content::manifest::XATTR_PREFIX;
 
 /// The buffer for the attribute names of a typical file, in bytes.
 const NAMES_BYTES: usize = 1 << 10;
@@ -54,6 +57,8 @@ const SYSTEM_XATTR_PREFIXES: [&str; 12] = [
 #[derive(Debug)]
 pub(super) struct Lost {
     omitted: Omitted,
+    /// What the artifact contains.
+    keeps: Keeps,
     /// Whether a directory is read. A single file has no hard links and one owner.
     in_folder: bool,
     /// The owner and group of the first entry of the directory.
@@ -72,13 +77,16 @@ struct Pending {
     path: String,
     full: PathBuf,
     device: u64,
+    /// Whether attributes of users are part of the artifact; not those of the root directory.
+    is_kept: bool,
 }
 
 impl Lost {
     /// For a single file.
-    pub(super) fn of_file(path: &str, full: &Path, meta: &Metadata) -> Self {
+    pub(super) fn of_file(path: &str, full: &Path, meta: &Metadata, keeps: Keeps) -> Self {
         let mut lost = Self {
             omitted: Omitted::default(),
+            keeps,
             in_folder: false,
             owner: None,
             linked: HashSet::new(),
@@ -92,10 +100,10 @@ impl Lost {
     }
 
     /// For a directory.
-    pub(super) fn of_folder(root: &Path, meta: &Metadata) -> Self {
+    pub(super) fn of_folder(root: &Path, meta: &Metadata, keeps: Keeps) -> Self {
         Self {
             in_folder: true,
-            ..Self::of_file(".", root, meta)
+            ..Self::of_file(".", root, meta, keeps)
         }
     }
 
@@ -112,7 +120,9 @@ impl Lost {
         }
         if meta.is_file() {
             // Every file has a modification time, so an example has no value.
-            self.omitted.add_many(Category::Times, 1, []);
+            if !self.keeps.times {
+                self.omitted.add_many(Category::Times, 1, []);
+            }
             self.note_links(path, meta);
         }
         let bits = meta.permissions().mode() & 0o7777;
@@ -136,6 +146,7 @@ impl Lost {
                 path: path.to_owned(),
                 full: full.to_owned(),
                 device: meta.dev(),
+                is_kept: path != ".",
             });
         }
     }
@@ -164,7 +175,7 @@ impl Lost {
     /// The first name of a file in the tree is not counted: its other names may be outside the
     /// tree.
     fn note_links(&mut self, path: &str, meta: &Metadata) {
-        if meta.nlink() < 2 || !self.in_folder {
+        if meta.nlink() < 2 || !self.in_folder || self.keeps.hard_links {
             return;
         }
         let file = (meta.dev(), meta.ino());
@@ -192,6 +203,7 @@ impl Lost {
                 let names: Vec<_> = list
                     .split(|byte| *byte == 0)
                     .filter(|name| !name.is_empty() && !is_system_xattr(name))
+                    .filter(|name| !(self.keeps.xattrs && of.is_kept && is_of_users(name)))
                     .collect();
                 let count = names.len() as u64;
                 let example = || {
@@ -213,6 +225,10 @@ impl Lost {
     }
 }
 
+fn is_of_users(name: &[u8]) -> bool {
+    name.starts_with(XATTR_PREFIX.as_bytes())
+}
+
 fn is_system_xattr(name: &[u8]) -> bool {
     SYSTEM_XATTRS.iter().any(|known| known.as_bytes() == name)
         || SYSTEM_XATTR_PREFIXES
@@ -225,13 +241,11 @@ mod tests {
     use std::fs;
     use std::os::unix::fs::{chown, symlink};
     use std::path::PathBuf;
-    use std::sync::Arc;
 
     use rustix::fs::XattrFlags;
 
-    use super::super::FilesSource;
+    use super::super::{FilesOptions, FilesSource};
     use super::*;
-    use crate::own::Own;
     use crate::{Content, Source, SourceBody};
 
     fn set(path: &Path, name: &str) {
@@ -248,7 +262,14 @@ mod tests {
     /// The omissions, counted before the content is read, while it is read, and without reading it.
     /// All must be equal.
     fn lost(path: &Path) -> Omitted {
-        let mut first = FilesSource::open_for(path, Arc::new(Own::none()), true).unwrap();
+        let mut first = FilesSource::open_for(
+            path,
+            &FilesOptions {
+                count_first: true,
+                ..FilesOptions::default()
+            },
+        )
+        .unwrap();
         let mut source = FilesSource::open(path).unwrap();
         while let Some(entry) = source.next().unwrap() {
             if let SourceBody::File {

@@ -54,7 +54,7 @@ use base::durable;
 use base::fault::{Fault, IoContext};
 use base::omitted::{Category, Omitted};
 use base::platform::Platform;
-use content::manifest::{ImageInfo, KindInfo};
+use content::manifest::{Attributes, ImageInfo, KindInfo};
 
 const FOLDER_MODE: u32 = 0o755;
 const FILE_MODE: u32 = 0o644;
@@ -460,6 +460,7 @@ fn into_source(image: Image) -> Result<ImageSource, Fault> {
             mode: FOLDER_MODE,
             body: SourceBody::Dir,
             identity: None,
+            attributes: Attributes::default(),
         })
     };
     let file = |path: &str, size: u64, content: Content, identity: Option<FileIdentity>| {
@@ -468,6 +469,7 @@ fn into_source(image: Image) -> Result<ImageSource, Fault> {
             mode: FILE_MODE,
             body: SourceBody::File { size, content },
             identity,
+            attributes: Attributes::default(),
         })
     };
     let mut entries: Vec<Result<SourceEntry, Fault>> =

@@ -123,7 +123,7 @@ use base::fault::{Fault, IoContext};
 use base::names::RelPath;
 use base::omitted::{Category, Omitted};
 use content::label_rows::{ANNOTATIONS, CLASSES, ClassRow, QueryRow, SAMPLES};
-use content::manifest::{DatasetBinding, FileInfo, KindInfo, LabelsInfo};
+use content::manifest::{Attributes, DatasetBinding, FileInfo, KindInfo, LabelsInfo};
 
 pub use bad_out::check as check_bad_out;
 
@@ -385,5 +385,6 @@ fn entry(name: &str, file: PathBuf) -> Result<SourceEntry, Fault> {
             content: Content::File(file),
         },
         identity,
+        attributes: Attributes::default(),
     })
 }

@@ -9,7 +9,7 @@ use bytes::Bytes;
 use content::bundle::{Member, export, import};
 use content::chunk::{DEFAULT_CHUNKING, Hash};
 use content::frame::{Frame, Verified};
-use content::manifest::{Builder, Entry, EntryBody, FileInfo, KindInfo, check};
+use content::manifest::{Attributes, Builder, Entry, EntryBody, FileInfo, KindInfo, check};
 use content::store::Store;
 
 use super::{Parts, joined, scratch, write_file};
@@ -171,7 +171,8 @@ fn made(contents: &[&[u8]]) -> Vec<Bytes> {
                     &Entry {
                         path,
                         mode: 0o644,
-                        body
+                        body,
+                        attributes: Attributes::default(),
                     },
                     &[]
                 )

@@ -8,8 +8,8 @@ use base::names::{ArtifactRef, Kind};
 use bytes::Bytes;
 use content::chunk::{DEFAULT_CHUNKING, Hash};
 use content::manifest::{
-    Builder, ChunkRef, Entry, EntryBody, FileInfo, ImageInfo, KindInfo, LabelsInfo, PageRef, Pages,
-    Root, Step, Totals, Walk, check, children, entry_pages, for_each_page, survey,
+    Attributes, Builder, ChunkRef, Entry, EntryBody, FileInfo, ImageInfo, KindInfo, LabelsInfo,
+    PageRef, Pages, Root, Step, Totals, Walk, check, children, entry_pages, for_each_page, survey,
 };
 
 use super::{Parts, joined};
@@ -104,6 +104,7 @@ fn file(path: &str, size: u64) -> Option<Entry> {
         path: path.parse().ok()?,
         mode: 0o644,
         body,
+        attributes: Attributes::default(),
     })
 }
 
@@ -113,6 +114,7 @@ pub(super) fn entries() -> Vec<Entry> {
             path: path.parse().ok()?,
             mode: 0o755,
             body,
+            attributes: Attributes::default(),
         })
     };
     let link = |target: &str| EntryBody::Symlink(target.into());
@@ -136,6 +138,7 @@ fn entries_of(kind: Kind) -> Vec<Entry> {
             path: path.parse().ok()?,
             mode: 0o755,
             body: EntryBody::Dir,
+            attributes: Attributes::default(),
         })
     };
     let all = match kind {

@@ -7,7 +7,7 @@ use crate::hub::upload::tests::Bench;
 use base::fault::Reason;
 use content::chunk::DEFAULT_CHUNKING;
 use content::frame::Frame;
-use content::manifest::{Builder, Root};
+use content::manifest::{Attributes, Builder, Root};
 use model::protocol::Report;
 use registry::image::OCI_MANIFEST;
 
@@ -106,6 +106,7 @@ fn image(store: &Store, top: &[u8], blobs: &[(Sha256, &[u8])]) -> Root {
         path: path.parse().unwrap(),
         mode: 0o644,
         body,
+        attributes: Attributes::default(),
     };
     for folder in ["blobs", "blobs/sha256"] {
         builder.push(&entry(folder, EntryBody::Dir), &[]).unwrap();

@@ -18,7 +18,7 @@ use base::fault::{Fault, Retry};
 use base::names::RelPath;
 use base::private::umask;
 use content::chunk::Hash;
-use content::manifest::{EntryBody, FileInfo, KindInfo, Step};
+use content::manifest::{Entry, EntryBody, FileInfo, KindInfo, Step};
 use sink::StorageLocation;
 use sink::file_state::FileState;
 use sink::stage::{FILE_MODE, Stage};
@@ -375,6 +375,9 @@ impl Assembly {
     pub(super) fn finish(&self, stage: &Stage, held: &HeldBySink) -> Result<(), Fault> {
         let mut dirs: Vec<(RelPath, u32)> = Vec::new();
         let mut loose: Vec<RelPath> = Vec::new();
+        // Attributes are metadata of many files, which one call makes durable. Where there is no such
+        // call, network filesystems store them at the server at once.
+        let (mut refused, has_times) = (0u64, self.incoming.root.format > 1);
         let mut records = Records::of(self);
         // The umask may have removed permissions that the artifact has.
         let masked = umask() & FILE_MODE != 0;
@@ -385,11 +388,18 @@ impl Assembly {
             match entry.body {
                 EntryBody::Dir => {
                     stage.make_dir(&entry.path)?;
+                    refused += self.set_attributes(stage, &entry)?;
                     dirs.push((entry.path, entry.mode));
                 }
                 EntryBody::Symlink(target) => stage.make_symlink(&entry.path, &target)?,
                 EntryBody::File(_) if held.files.contains(&number) => {}
                 EntryBody::File(file) => {
+                    // Another name of an earlier file, which is complete, with its attributes.
+                    if let Some(first) = &entry.attributes.hard_link
+                        && stage.link_names(first, &entry.path)?
+                    {
+                        continue;
+                    }
                     if file.size == 0 && stage.size(&entry.path)? != Some(0) {
                         stage.write_file(&entry.path, b"")?;
                     }
@@ -410,6 +420,11 @@ impl Assembly {
                             "no action is needed: the content is fetched again automatically",
                         ));
                     };
+                    // Before the mode, which may forbid it.
+                    if !entry.attributes.is_empty() {
+                        refused += self.set_attributes(stage, &entry)?;
+                        state = stage.file_state(&entry.path)?.unwrap_or(state);
+                    }
                     // On a mount with fixed modes nothing changes.
                     let sets_mode = (masked || entry.mode != FILE_MODE) && !stage.has_fixed_modes();
                     if sets_mode {
@@ -427,8 +442,15 @@ impl Assembly {
                 }
             }
         }
+        if refused > 0 {
+            tracing::warn!(
+                entries = refused,
+                "the filesystem does not keep the times or extended attributes of some entries; 'verify' lists them"
+            );
+        }
         records.end();
-        let all = stage.syncs_filesystem() && dirs.len() + loose.len() >= SYNC_ALL_FROM;
+        let all =
+            stage.syncs_filesystem() && (has_times || dirs.len() + loose.len() >= SYNC_ALL_FROM);
         if !all {
             loose.iter().try_for_each(|path| stage.sync_file(path))?;
         }
@@ -445,6 +467,20 @@ impl Assembly {
         } else {
             stage.sync_dir(None)
         }
+    }
+
+    /// Sets the time and the extended attributes of an entry. Returns 1 if the filesystem refuses
+    /// some of them.
+    fn set_attributes(&self, stage: &Stage, entry: &Entry) -> Result<u64, Fault> {
+        let attributes = &entry.attributes;
+        let mut is_set = true;
+        if !attributes.xattrs.is_empty() {
+            is_set &= stage.set_xattrs(&entry.path, &attributes.xattrs)?;
+        }
+        if let Some(time) = attributes.modified {
+            is_set &= stage.set_time(&entry.path, time)?;
+        }
+        Ok(u64::from(!is_set))
     }
 }
 

@@ -31,6 +31,7 @@ impl Assembly {
         let mut seen = Recent::default();
         let places = &self.shared.chunk_index;
         let (mut whole, mut linked, mut entries) = (None, 0, 0);
+        let (sparse, shares) = (self.sparse_files(journal)?, self.sink.shares_files());
         // The index learns late that a folder was removed.
         let mut gone: HashMap<u32, bool> = HashMap::new();
         let mut is_gone = |place: u32| {
@@ -55,7 +56,13 @@ impl Assembly {
             )?;
             for (((chunk, _, number, _), at), local) in pending.drain(..).zip(found).zip(wholes) {
                 let len = u64::from(chunk.len);
-                if local.is_some_and(|local| local.link) && whole != Some(number) {
+                if sparse
+                    .get(&number)
+                    .is_some_and(|file| file.is_hole(&chunk.id))
+                {
+                    continue;
+                }
+                if local.is_some_and(|local| local.link && shares) && whole != Some(number) {
                     whole = Some(number);
                     linked += 1;
                 }

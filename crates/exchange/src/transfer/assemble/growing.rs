@@ -109,10 +109,11 @@ mod tests {
         Arc::new(Dest {
             number,
             path: "blob".parse().unwrap(),
-            mode: 0o644,
+            wanted: Default::default(),
             file,
             handle: Mutex::default(),
             announced: AtomicBool::default(),
+            sparse: None,
         })
     }
 

@@ -8,7 +8,8 @@ use tokio::sync::mpsc;
 use super::begin_finish::HeldBySink;
 use super::recent::Recent;
 use super::{
-    Assembly, Batch, COPY_BYTES, Dest, Failure, Item, Job, LOOK_UP, Local, WHOLES_MAX, Whole,
+    Assembly, Batch, COPY_BYTES, Dest, Failure, Item, Job, LOOK_UP, Local, SparseFiles, WHOLES_MAX,
+    Whole,
 };
 use crate::chunk_index::{At, Journal};
 use crate::fetch::Ranges;
@@ -17,10 +18,13 @@ use base::limits::{FETCH_BATCH_BYTES, FETCH_BATCH_CHUNKS_MAX};
 use content::chunk::Hash;
 use content::manifest::{EntryBody, Step};
 use model::protocol::Wanted;
-use sink::stage::Stage;
+use sink::stage::{self, Stage};
 
 /// The most chunks of a file that is shared whole, about 34 GiB: each takes 150 bytes of memory.
 const SHARED_CHUNKS_MAX: usize = 1 << 20;
+
+/// Chunks of zeros that are handed to a worker together.
+const HOLES_TOGETHER: usize = 1024;
 
 /// A file that may be shared whole: its local copy, and its chunks so far.
 pub(super) struct Sharing {
@@ -34,6 +38,7 @@ pub(super) struct Producer {
     pub(super) journal: Arc<RwLock<Journal>>,
     pub(super) stage: Arc<Stage>,
     pub(super) held: Arc<HeldBySink>,
+    pub(super) sparse: Arc<SparseFiles>,
     pub(super) failure: Arc<Failure>,
     pub(super) jobs: mpsc::Sender<Job>,
     pub(super) batches: mpsc::Sender<Batch>,
@@ -45,6 +50,7 @@ pub(super) struct Producer {
     /// The next group of work.
     pub(super) copies: Vec<(Item, At)>,
     pub(super) copy_bytes: usize,
+    pub(super) holes: Vec<Item>,
     pub(super) wholes: Vec<Whole>,
     pub(super) whole_bytes: u64,
 }
@@ -68,13 +74,18 @@ impl Producer {
                         EntryBody::Dir => self.stage.make_dir(&entry.path)?,
                         EntryBody::File(file) if !self.held.files.contains(&number) => {
                             let (handle, announced) = Default::default();
+                            let sparse = self.sparse.get(&number).cloned();
                             dest = Some(Arc::new(Dest {
                                 number,
                                 path: entry.path,
-                                mode: entry.mode,
+                                wanted: stage::Wanted {
+                                    mode: entry.mode,
+                                    attributes: entry.attributes,
+                                },
                                 file,
                                 handle,
                                 announced,
+                                sparse,
                             }));
                         }
                         EntryBody::File(_) | EntryBody::Symlink(_) => {}
@@ -99,6 +110,7 @@ impl Producer {
         if self.look_up(&mut pending)?.is_ok()
             && self.end_sharing()?.is_ok()
             && self.send_copies().is_ok()
+            && self.send_holes().is_ok()
             && self.send_wholes().is_ok()
         {
             let _ = self.send_batch();
@@ -160,6 +172,14 @@ impl Producer {
     }
 
     fn assign(&mut self, item: Item, at: Option<At>) -> Result<(), Ended> {
+        if item.dest.is_hole(&item.chunk.id) {
+            self.holes.push(item);
+            return if self.holes.len() >= HOLES_TOGETHER {
+                self.send_holes()
+            } else {
+                Ok(())
+            };
+        }
         match at {
             Some(at) => {
                 self.copy_bytes += at.len as usize;
@@ -182,6 +202,17 @@ impl Producer {
         } else {
             self.jobs
                 .blocking_send(Job::Copy(copies))
+                .map_err(|_| Ended)
+        }
+    }
+
+    fn send_holes(&mut self) -> Result<(), Ended> {
+        let holes = std::mem::take(&mut self.holes);
+        if holes.is_empty() {
+            Ok(())
+        } else {
+            self.jobs
+                .blocking_send(Job::Holes(holes))
                 .map_err(|_| Ended)
         }
     }

@@ -60,6 +60,7 @@ impl Worker {
                 }
                 Job::Copy(copies) => self.copy_all(copies, &mut done),
                 Job::Share(wholes) => self.share_all(wholes, &mut done),
+                Job::Holes(holes) => self.leave_holes(holes, &mut done),
             };
             let some_stored = !done.is_empty();
             // Stored chunks count, even if others failed.
@@ -130,6 +131,44 @@ impl Worker {
         }
         let _ = tries.note(self.end_run(run, done));
         tries.end()
+    }
+
+    /// Records chunks of zeros, which need not be written.
+    fn leave_holes(&self, holes: Vec<Item>, done: &mut Vec<Done>) -> Result<(), Fault> {
+        let mut tries = Tries::default();
+        for item in holes {
+            if tries.note(self.leave_hole(item, done)).is_break() {
+                break;
+            }
+        }
+        tries.end()
+    }
+
+    fn leave_hole(&self, item: Item, done: &mut Vec<Done>) -> Result<(), Fault> {
+        let Item { dest, chunk, spot } = item;
+        let mut handle = dest.handle.lock();
+        if handle.is_none() {
+            *handle = Some(dest.open(&self.stage)?);
+        }
+        drop(handle);
+        let bytes = u64::from(chunk.len);
+        self.counters.reused.fetch_add(bytes, Ordering::Relaxed);
+        let row = (chunk.id, spot.ordinal, spot.offset, chunk.len);
+        match done.last_mut() {
+            Some(last) if Arc::ptr_eq(&last.dest, &dest) && last.bytes == 0 => {
+                last.chunks.push(row);
+            }
+            _ => done.push(Done {
+                dest,
+                chunks: vec![row],
+                bytes: 0,
+                written: false,
+                synced: false,
+                uncommitted: None,
+                taken_over: None,
+            }),
+        }
+        Ok(())
     }
 
     /// Shares whole local files.
@@ -219,6 +258,11 @@ impl Worker {
         run: &mut Option<WriteRun>,
         done: &mut Vec<Done>,
     ) -> Result<(), Fault> {
+        if item.dest.is_hole(&chunk.id) {
+            let ended = run.take();
+            self.leave_hole(item, done)?;
+            return self.end_run(ended, done);
+        }
         let ended = if run.as_ref().is_some_and(|run| run.is_continued_by(&item)) {
             None
         } else {
@@ -273,7 +317,7 @@ impl Worker {
             let mut handle = dest.handle.lock();
             let file = match &mut *handle {
                 Some(file) => file,
-                none => none.insert(self.stage.open_file(&dest.path, dest.file.size)?),
+                none => none.insert(dest.open(&self.stage)?),
             };
             let written = write_parts(file, &parts, offset);
             drop(handle);
@@ -331,7 +375,9 @@ impl Worker {
             if known.is_none() {
                 self.check_content(&file, from, dest)?;
             }
-            let how = self.stage.share(from, &file, &dest.path, dest.mode, true)?;
+            let how = self
+                .stage
+                .share(from, &file, &dest.path, &dest.wanted, true)?;
             // A link changes the state.
             let after = state()?;
             let is_same = after.has_content_of(&before);
@@ -351,7 +397,7 @@ impl Worker {
         // Its owner may write to it at any moment: the result is verified.
         let how = self
             .stage
-            .share(from, &file, &dest.path, dest.mode, false)?;
+            .share(from, &file, &dest.path, &dest.wanted, false)?;
         if how != stage::Sharing::Not {
             let staged = dest.path.in_dir(self.stage.path());
             self.check_content(&self.stage.open_to_read(&dest.path)?, &staged, dest)?;
@@ -404,6 +450,11 @@ impl Worker {
                     continue;
                 }
             };
+            if !dest.is_hole(&id) {
+                self.counters
+                    .reused
+                    .fetch_add(u64::from(len), Ordering::Relaxed);
+            }
             let spot = ChunkPosition {
                 page: Hash([0; 32]),
                 index: 0,
@@ -420,9 +471,6 @@ impl Worker {
                 &mut run,
                 done,
             )?;
-            self.counters
-                .reused
-                .fetch_add(u64::from(len), Ordering::Relaxed);
         }
         self.end_run(run, done)
     }

@@ -78,13 +78,17 @@ impl Bench {
         let dest = Dest {
             number: 0,
             path: "file".parse().unwrap(),
-            mode: FILE_MODE,
+            wanted: stage::Wanted {
+                mode: FILE_MODE,
+                ..Default::default()
+            },
             file: FileInfo {
                 size: CONTENT.len() as u64,
                 hash: Hash::of(CONTENT),
             },
             handle: Mutex::default(),
             announced: Default::default(),
+            sparse: None,
         };
         let from = Local {
             path: self.delivered.clone(),
