@@ -83,6 +83,9 @@ pub struct Config {
     /// The quotas of sites and publishers (hub only).
     #[serde(default)]
     pub quota: Quotas,
+    /// The log.
+    #[serde(default)]
+    pub log: Log,
     /// The trainer (sites only); without it this site trains for no other site.
     pub train: Option<Train>,
 }
@@ -162,6 +165,15 @@ fn addresses<'de, D: serde::Deserializer<'de>>(d: D) -> Result<String, D::Error>
         Addresses::One(address) => address,
         Addresses::Several(list) => list.join(","),
     })
+}
+
+/// `[log]`
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Log {
+    /// The filter of the log, with the syntax of `RUST_LOG`. `PACKHORSE_LOG` comes before it. SIGHUP
+    /// reads it again.
+    pub filter: Option<String>,
 }
 
 /// `[sink]`

@@ -134,6 +134,7 @@ pub async fn publish(asked: Asked, progress: Arc<JobProgress>) -> Result<Uploade
         "sending the hub what it lacks of {}",
         asked.artifact
     ));
+    progress.total.store(0, Ordering::Relaxed);
     progress.bytes.store(0, Ordering::Relaxed);
     let omitted = found.omitted.brief();
     let question = AskHub::Upload {

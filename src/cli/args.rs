@@ -249,6 +249,22 @@ pub(super) enum Command {
         #[arg(long, value_name = "FILE")]
         out: PathBuf,
     },
+    /// Write labels to a directory, in a format of annotation tools, at the hub or at a site that
+    /// holds them.
+    #[command(
+        after_help = "Example:\n  packhorse export-labels labels/line3:v1 --format coco --out /data/line3-v1"
+    )]
+    ExportLabels {
+        /// labels/NAME:VERSION.
+        #[arg(value_name = "REF")]
+        artifact: String,
+        /// The format. What it cannot hold is reported.
+        #[arg(long, value_parser = source::labels::export::ExportFormat::WORDS)]
+        format: String,
+        /// The directory to write; it must not exist. The daemon writes it.
+        #[arg(long, value_name = "DIR")]
+        out: PathBuf,
+    },
     /// Read a file that `export` wrote.
     #[command(after_help = "Example:\n  packhorse import /media/disk/line3.bundle")]
     Import {
@@ -307,7 +323,7 @@ pub(super) enum TokenCommand {
     /// Create a join token for one site or one publisher; it works once.
     #[command(after_help = "Examples:
   packhorse token create --site chengdu --label region=west --label line=1
-  packhorse token create --publisher office --ttl 1h")]
+  packhorse token create --publisher office --artifacts dataset/line3-* --deliver-to none --ttl 1h")]
     Create(TokenCreate),
 }
 
@@ -323,6 +339,19 @@ pub(super) struct TokenCreate {
     /// A label of the site; can be repeated.
     #[arg(long = "label", value_name = "KEY=VALUE", value_parser = key_value)]
     pub(super) labels: Vec<(String, String)>,
+    /// What the publisher can publish, separated by commas: KIND/NAME with * for any characters, such
+    /// as dataset/line3-*,model/* [default: anything].
+    #[arg(
+        long,
+        value_name = "PATTERN",
+        value_delimiter = ',',
+        requires = "publisher"
+    )]
+    pub(super) artifacts: Vec<String>,
+    /// Where the publisher can deliver what it publishes: names separated by commas, `all`, a label
+    /// selector, or `none` [default: all].
+    #[arg(long, value_name = "SITES", requires = "publisher")]
+    pub(super) deliver_to: Option<String>,
     /// How long the token is valid.
     #[arg(long, default_value = "24h", value_name = "DURATION", value_parser = config::parse_duration)]
     pub(super) ttl: Duration,

@@ -81,6 +81,8 @@ pub(super) async fn token_create(global: &Global, create: TokenCreate) -> Result
         site: create.site,
         publisher: create.publisher,
         labels: create.labels.into_iter().collect(),
+        artifacts: create.artifacts,
+        deliver_to: create.deliver_to,
         ttl_seconds: create.ttl.as_secs(),
     };
     let reply: TokenReply = Client::new(global)?.post("/v1/tokens", &request).await?;
@@ -503,6 +505,22 @@ pub(super) async fn export(
         },
     )
     .await?;
+    one(global.output, &result, value_text)
+}
+
+/// `export-labels`
+pub(super) async fn export_labels(
+    global: &Global,
+    artifact: String,
+    format: String,
+    out: &Path,
+) -> Result<(), Fault> {
+    let request = ExportLabelsRequest {
+        artifact,
+        format,
+        out: absolute(out)?,
+    };
+    let result = work(global, "/v1/labels/export", &request).await?;
     one(global.output, &result, value_text)
 }
 

@@ -8,11 +8,12 @@ use serde_json::json;
 
 use super::args::Args;
 use super::tracker::{Tracker, notice};
-use super::{CRATES, dispatch, log_filter, render_error, status};
+use super::{dispatch, render_error, status};
 use crate::api::ApiToken;
 use crate::api::fake::{Fake, TOKEN, job, offline, transfer};
 use crate::api::types::*;
 use crate::cli::args::Output;
+use crate::log_filter::{CRATES, expanded};
 use base::fault::{Code, Fault, Reason};
 
 struct Daemon {
@@ -436,14 +437,14 @@ fn the_log_filter_means_all_crates_of_the_program() {
         names,
         CRATES[1..].iter().map(|name| (*name).to_owned()).collect()
     );
-    let all = log_filter("warn,packhorse=info");
+    let all = expanded("warn,packhorse=info");
     assert!(
         all.starts_with("warn,packhorse=info,base=info,")
             && all.ends_with(",transport=info,span=info"),
         "{all}"
     );
     assert_eq!(
-        log_filter("packhorse::hub=debug,packhorses=info,info"),
+        expanded("packhorse::hub=debug,packhorses=info,info"),
         "packhorse::hub=debug,packhorses=info,info,span=info"
     );
 }

@@ -15,6 +15,7 @@ pub mod expiring_cache;
 pub mod fault;
 pub mod job_progress;
 pub mod limits;
+pub mod list;
 pub mod locks;
 pub mod mounts;
 pub mod names;

@@ -276,12 +276,13 @@ impl Call<'_> {
             endpoint,
         } = connecting.map_err(|e| Failure::of(&e, self.address))?;
         let room = self.memory.min(CONNECTION_SEND_BYTES_MAX);
-        quic::adjust_send_buffer(connection.clone(), move || room, ());
+        let send_room = quic::SendRoom::keep(connection.clone(), move || room, ());
         self.reached(
             Wire::Quic {
                 connection,
                 endpoint: Some(endpoint),
                 choice,
+                send_room,
             },
             shown,
             address,

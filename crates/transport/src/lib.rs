@@ -163,6 +163,7 @@ enum Wire {
         connection: quinn::Connection,
         endpoint: Option<quinn::Endpoint>,
         choice: congestion::Choice,
+        send_room: Arc<quic::SendRoom>,
     },
     Tcp {
         mux: mux::Mux,
@@ -225,6 +226,13 @@ impl Inner {
     fn position_of(&self, priority: i32) -> i32 {
         let position = self.ordered.fetch_add(1, Ordering::Relaxed) % PLACES;
         priority.clamp(0, PRIORITY_CONTROL) * PLACES as i32 - position as i32
+    }
+
+    /// Adjusts the send buffer of a QUIC connection to what was measured.
+    fn fit_send_room(&self) {
+        if let Wire::Quic { send_room, .. } = &self.wire {
+            send_room.fit();
+        }
     }
 
     fn translate(&self, error: &quinn::ConnectionError) -> Ended {
@@ -389,6 +397,19 @@ impl Link {
         self.close_with(CLOSE_DONE, reason);
     }
 
+    /// Closes the connection, and tells the peer that it is not allowed, and why.
+    pub fn refuse(&self, reason: &str) {
+        self.close_with(CLOSE_REFUSED, reason);
+    }
+
+    /// The reason with which the peer refused this end after the welcome.
+    pub fn refusal(&self) -> Option<String> {
+        self.inner
+            .ended()
+            .filter(|ended| ended.by_peer && ended.code == Some(CLOSE_REFUSED))
+            .map(|ended| ended.reason)
+    }
+
     fn close_with(&self, code: u32, reason: &str) {
         let reason = clean(reason);
         match &self.inner.wire {
@@ -516,5 +537,7 @@ impl Link {
 
 #[cfg(test)]
 mod routes_tests;
+#[cfg(test)]
+mod stopped_tests;
 #[cfg(test)]
 pub(crate) mod tests;

@@ -556,13 +556,14 @@ impl Admission {
             current_window.fit();
             this.send_room()
         };
-        quic::adjust_send_buffer(connection.clone(), room, seat);
+        let send_room = quic::SendRoom::keep(connection.clone(), room, seat);
         self.enter(
             newcomer,
             Wire::Quic {
                 connection,
                 endpoint: None,
                 choice,
+                send_room,
             },
             remote,
             window,

@@ -2,7 +2,9 @@
 
 use std::net::{SocketAddr, UdpSocket};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
+use parking_lot::Mutex;
 use quinn::crypto::rustls::{HandshakeData, QuicClientConfig, QuicServerConfig};
 use quinn::{
     ConnectionError, Endpoint, EndpointConfig, MtuDiscoveryConfig, Runtime, TransportConfig, VarInt,
@@ -17,8 +19,9 @@ use base::fault::{Fault, IoContext};
 use base::limits::{
     CONNECTION_FIT_EVERY, CONNECTION_HANDSHAKES_MAX, CONNECTION_KEEP_ALIVE,
     CONNECTION_PACKET_BYTES_MAX, CONNECTION_SEND_BYTES_LEAST, CONNECTION_SEND_BYTES_MIN,
-    CONNECTION_SOCKET_BUFFER_BYTES, CONNECTION_STREAM_WINDOW_BYTES, CONNECTION_STREAMS_MAX,
-    CONNECTION_WINDOW_BYTES, CONNECTION_WINDOW_FIRST_BYTES, SILENCE_MAX,
+    CONNECTION_SEND_BYTES_SLOW, CONNECTION_SEND_FIT_EVERY, CONNECTION_SOCKET_BUFFER_BYTES,
+    CONNECTION_STREAM_WINDOW_BYTES, CONNECTION_STREAMS_MAX, CONNECTION_WINDOW_BYTES,
+    CONNECTION_WINDOW_FIRST_BYTES, SILENCE_MAX,
 };
 
 /// The packet size that QUIC requires of every path.
@@ -56,12 +59,8 @@ fn packet_bytes_max(remote: SocketAddr) -> u16 {
         .clamp(PACKET_BYTES_MIN, CONNECTION_PACKET_BYTES_MAX)
 }
 
-fn transport(
-    choice: &Choice,
-    remote: SocketAddr,
-    window: u64,
-) -> Result<Arc<TransportConfig>, Fault> {
-    let largest = packet_bytes_max(remote);
+/// The settings of a connection on whose path packets of `largest` bytes are tried.
+fn transport(choice: &Choice, largest: u16, window: u64) -> Result<Arc<TransportConfig>, Fault> {
     let step = if largest == CONNECTION_PACKET_BYTES_MAX {
         PACKET_BYTES_LARGE_STEP
     } else {
@@ -198,7 +197,7 @@ pub(super) async fn accept(
     let mut config = config.clone();
     config.transport_config(transport(
         choice,
-        incoming.remote_address(),
+        packet_bytes_max(incoming.remote_address()),
         CONNECTION_WINDOW_FIRST_BYTES,
     )?);
     let lost = |e: ConnectionError| Fault::unreachable(e.to_string());
@@ -226,7 +225,12 @@ pub(super) async fn connect(
     let crypto = QuicClientConfig::try_from(tls).map_err(|e| lost(&e))?;
     let mut config = quinn::ClientConfig::new(Arc::new(crypto));
     config.transport_config(
-        transport(choice, remote, CONNECTION_WINDOW_BYTES.into()).map_err(|e| lost(&e))?,
+        transport(
+            choice,
+            packet_bytes_max(remote),
+            CONNECTION_WINDOW_BYTES.into(),
+        )
+        .map_err(|e| lost(&e))?,
     );
     let connecting = endpoint
         .connect_with(config, remote, crate::identity::HUB_DNS_NAME)
@@ -261,43 +265,78 @@ pub(super) fn shown(connection: &quinn::Connection) -> Shown {
     }
 }
 
-/// Adjusts the send buffer to the bandwidth until the connection ends. The buffer must hold the
-/// data in flight and the data that is sent next; a larger one would only use memory. `room`
-/// returns the current limit and is called often. `guard` is dropped when the connection ends.
-pub(super) fn adjust_send_buffer(
+/// The size of the send buffer for this round trip and this congestion window; `room` is its limit.
+///
+/// It holds the data in flight and the data that is sent next, at most one second of it: what is
+/// buffered is sent before anything more urgent that needs the same room.
+pub(super) fn send_buffer(rtt: Duration, window: u64, room: u64) -> u64 {
+    // On a short connection, a larger buffer would not fit the CPU caches.
+    if rtt < congestion::LONG_RTT {
+        return CONNECTION_SEND_BYTES_MIN.min(room.max(CONNECTION_SEND_BYTES_LEAST));
+    }
+    let second = u128::from(window) * 1000 / rtt.as_millis().max(1);
+    // A lost packet of an answer holds back the rest of the answer for two more round trips.
+    (4 * window)
+        .max(CONNECTION_SEND_BYTES_MIN.min(u64::try_from(second).unwrap_or(u64::MAX)))
+        .max(CONNECTION_SEND_BYTES_SLOW)
+        .min(room.max(CONNECTION_SEND_BYTES_LEAST))
+}
+
+/// The send buffer of a connection. It must hold the data in flight and the data that is sent next;
+/// a larger one would use memory, and delay what is more urgent.
+pub(super) struct SendRoom {
     connection: quinn::Connection,
-    room: impl Fn() -> u64 + Send + 'static,
-    guard: impl Send + 'static,
-) {
-    tokio::spawn(async move {
-        let mut window = CONNECTION_SEND_BYTES_MIN;
-        let mut tick = tokio::time::interval(CONNECTION_FIT_EVERY);
-        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        loop {
-            tokio::select! {
-                _ = connection.closed() => break,
-                _ = tick.tick() => {}
+    room: Box<dyn Fn() -> u64 + Send + Sync>,
+    /// The current size, and when it was adjusted.
+    current: Mutex<(u64, Instant)>,
+}
+
+impl SendRoom {
+    /// Adjusts the buffer to the bandwidth until the connection ends, and at each call of
+    /// [`SendRoom::fit`]. `room` returns the current limit and is called often. `guard` is dropped
+    /// when the connection ends.
+    pub(super) fn keep(
+        connection: quinn::Connection,
+        room: impl Fn() -> u64 + Send + Sync + 'static,
+        guard: impl Send + 'static,
+    ) -> Arc<Self> {
+        let this = Arc::new(Self {
+            connection,
+            room: Box::new(room),
+            current: Mutex::new((CONNECTION_SEND_BYTES_MIN, Instant::now())),
+        });
+        let kept = this.clone();
+        tokio::spawn(async move {
+            let mut tick = tokio::time::interval(CONNECTION_FIT_EVERY);
+            tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+            loop {
+                tokio::select! {
+                    _ = kept.connection.closed() => break,
+                    _ = tick.tick() => kept.adjust(),
+                }
             }
-            // A lost packet of an answer holds back the rest of the answer for two more round
-            // trips. On a short connection, 8 MiB suffice for any window, and a larger buffer would
-            // not fit the CPU caches.
-            let is_long = connection.rtt() >= congestion::LONG_RTT;
-            let wanted = if is_long {
-                4 * connection.stats().path.cwnd
-            } else {
-                0
-            };
-            let adjusted = wanted
-                .max(CONNECTION_SEND_BYTES_MIN)
-                .min(room())
-                .max(CONNECTION_SEND_BYTES_LEAST);
-            if adjusted != window {
-                connection.set_send_window(adjusted);
-                window = adjusted;
-            }
+            drop(guard);
+        });
+        this
+    }
+
+    /// Adjusts the buffer if that was not done recently. Called before each write.
+    pub(super) fn fit(&self) {
+        if self.current.lock().1.elapsed() >= CONNECTION_SEND_FIT_EVERY {
+            self.adjust();
         }
-        drop(guard);
-    });
+    }
+
+    fn adjust(&self) {
+        let stats = self.connection.stats().path;
+        let adjusted = send_buffer(stats.rtt, stats.cwnd, (self.room)());
+        let mut current = self.current.lock();
+        current.1 = Instant::now();
+        if adjusted != current.0 {
+            self.connection.set_send_window(adjusted);
+            current.0 = adjusted;
+        }
+    }
 }
 
 /// Converts an error of a connection.

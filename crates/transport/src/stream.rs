@@ -54,7 +54,7 @@ impl SendHalf {
             SendWire::Quic(stream) => self
                 .link
                 .write_order
-                .write(stream, self.position, pieces)
+                .write(stream, self.position, pieces, || self.link.fit_send_room())
                 .await
                 .map_err(|e| write_end(&e)),
             SendWire::Tcp(stream) => stream.write_many(pieces).await,
@@ -63,7 +63,8 @@ impl SendHalf {
         result.map_err(|e| self.link.fault(e))
     }
 
-    /// Ends the stream. Written data is still delivered while the connection is open.
+    /// Ends the stream. Written data is still delivered while the connection is open, on QUIC even
+    /// if the peer stops reading; [`SendHalf::delivered`] prevents that.
     pub fn finish(&mut self) -> Result<(), Fault> {
         self.is_over = true;
         let result = match &mut self.wire {
@@ -71,6 +72,17 @@ impl SendHalf {
             SendWire::Tcp(stream) => stream.finish(),
         };
         result.map_err(|e| self.link.fault(e))
+    }
+
+    /// Keeps a finished stream until the peer has received everything or stops reading. quinn
+    /// sends what it has buffered even if the peer stops reading, unless the stream is reset.
+    pub async fn delivered(mut self) {
+        let SendWire::Quic(stream) = &mut self.wire else {
+            return;
+        };
+        if let Ok(Some(_)) = stream.stopped().await {
+            let _ = stream.reset(CLOSE_DONE.into());
+        }
     }
 
     /// Resets the stream: the next read of the peer fails.

@@ -18,6 +18,10 @@ use base::limits::{CONNECTION_KEEP_ALIVE, MUX_BATCH_BYTES, SILENCE_MAX};
 /// rustls reads 4 KiB at a time; this many bytes are read from the kernel at once.
 const READ_BYTES: usize = 128 << 10;
 
+/// The bytes that the kernel takes in addition to the data in flight, on a connection with a long
+/// round trip.
+const UNSENT_BYTES_MAX: u32 = 128 << 10;
+
 /// The bytes of one TCP connection.
 #[derive(Debug, Default)]
 pub(super) struct Traffic {
@@ -129,8 +133,14 @@ fn prepare(socket: TcpStream) -> (BufReader<Counted>, Arc<Traffic>) {
 }
 
 /// Chooses the congestion control of the kernel after the round trip is known. If the kernel does
-/// not have it, its default is kept.
+/// not have it, its default is kept. On a connection with a long round trip, limits what the kernel
+/// holds in addition to the data in flight: it would delay what is more urgent, and is sent even
+/// after a transfer was stopped.
 fn choose_congestion(io: &BufReader<Counted>, choice: Congestion, rtt: Duration) {
+    if rtt >= LONG_RTT {
+        let socket = socket2::SockRef::from(&io.get_ref().socket);
+        let _ = socket.set_tcp_notsent_lowat(UNSENT_BYTES_MAX);
+    }
     let name = match choice {
         Congestion::Auto if rtt < LONG_RTT => return,
         Congestion::Auto | Congestion::Bbr => "bbr",

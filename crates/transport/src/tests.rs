@@ -715,11 +715,13 @@ async fn tcp_is_used_while_udp_is_blocked_and_quic_later() {
             }
         };
         let endpoint = None;
+        let send_room = quic::SendRoom::keep(connection.clone(), || MEMORY, ());
         let link = Link::new(
             Wire::Quic {
                 connection,
                 endpoint,
                 choice,
+                send_room,
             },
             None,
             loopback(),

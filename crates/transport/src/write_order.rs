@@ -36,15 +36,17 @@ struct Writing<'a> {
 }
 
 impl WriteOrder {
-    /// Writes all pieces, in the write order.
+    /// Writes all pieces, in the write order. Calls `before` before each part.
     pub(super) async fn write(
         &self,
         stream: &mut SendStream,
         position: i32,
         mut pieces: &mut [Bytes],
+        before: impl Fn(),
     ) -> Result<(), WriteError> {
         let turn = self.begin(position);
         while !pieces.is_empty() {
+            before();
             let mut changed = pin!(self.changed.notified());
             changed.as_mut().enable();
             // A write that is cancelled while it waits has written nothing.

@@ -236,6 +236,18 @@ pub struct ExportRequest {
     pub out: String,
 }
 
+/// A request to export labels.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ExportLabelsRequest {
+    /// `labels/name:version`.
+    pub artifact: String,
+    /// `coco`, `yolo`, `voc` or `csv`.
+    pub format: String,
+    /// The absolute path of the directory to write, as the daemon sees it. It must not exist.
+    pub out: String,
+}
+
 /// A request to import.
 #[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]

@@ -31,7 +31,9 @@ use serde::{Deserialize, Serialize};
 pub use crate::chunk::Chunking;
 use crate::chunk::Hash;
 use base::fault::Fault;
+use base::limits::ROOT_VALUES_MAX;
 use base::names::{ArtifactRef, Kind, RelPath};
+use base::text::check_values;
 
 /// The newest format of manifests. A program of an earlier version refuses it and says so.
 const FORMAT_MAX: u32 = 2;
@@ -175,6 +177,11 @@ impl Root {
                 "the content of the root manifest {digest} does not match its hash"
             )));
         }
+        check_values(bytes, ROOT_VALUES_MAX).map_err(|values| {
+            Fault::integrity(format!(
+                "the root manifest {digest} has {values} values; {ROOT_VALUES_MAX} are allowed"
+            ))
+        })?;
         let root: Self = serde_json::from_slice(bytes).map_err(|e| {
             Fault::integrity(format!("the root manifest {digest} is malformed: {e}"))
         })?;

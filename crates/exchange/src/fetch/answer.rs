@@ -40,6 +40,11 @@ pub async fn serve(mut send: SendHalf, mut recv: RecvHalf, peer: &Peer, library:
         }
     }
     let _ = send.finish();
+    // A requester whose transfer was paused or cancelled needs nothing of what is buffered.
+    tokio::select! {
+        () = send.delivered() => {}
+        () = tokio::time::sleep(WRITE_MAX) => {}
+    }
 }
 
 async fn answer(

@@ -417,3 +417,26 @@ fn files_are_staged_in_the_checked_root() {
         Reason::SinkUnavailable
     );
 }
+
+#[test]
+fn a_damaged_name_of_the_daemon_is_replaced() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("sink-files-owner");
+    let owner = || {
+        let root = super::root::Root::new(dir.path().join("nas"), true, dir.path()).unwrap();
+        root.owner().to_owned()
+    };
+    let first = owner();
+    assert_eq!(owner(), first);
+    for damaged in [
+        &b"\xff\xfe\0"[..],
+        b"",
+        b"../../../etc",
+        b"0123456789ABCDEF",
+    ] {
+        std::fs::write(&file, damaged).unwrap();
+        let new = owner();
+        assert!(new.len() == 16 && new != first, "{new}");
+        assert_eq!(owner(), new);
+    }
+}

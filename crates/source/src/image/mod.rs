@@ -213,6 +213,10 @@ impl Source for ImageSource {
         Ok(self.entries.next())
     }
 
+    fn total(&self) -> Option<u64> {
+        Some(self.entries.as_slice().iter().map(SourceEntry::bytes).sum())
+    }
+
     fn info(&self) -> KindInfo {
         KindInfo::Image(self.info.clone())
     }
