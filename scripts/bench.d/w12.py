@@ -38,7 +38,7 @@ def run(results):
 
 def copy_by_psql(postgres, site, peer):
     """Takes the rows and indexes that Packhorse made, and times psql making the same in an empty database."""
-    tables = postgres.psql(site, "SELECT c.oid::regclass FROM pg_class c WHERE c.relispartition AND c.relkind = 'r' ORDER BY 1").split()
+    tables = ["packhorse.annotation", "packhorse.version_sample"]
     postgres.psql("postgres", f"CREATE DATABASE {peer}")
     postgres.psql(peer, "CREATE SCHEMA packhorse")
     load = []

@@ -69,8 +69,9 @@ fn annotations(read: &Read) -> Vec<String> {
         .map(|row| {
             let class = classes.iter().find(|class| Some(class.id) == row.class);
             let sides = [row.x, row.y, row.w, row.h];
-            let json = |json: Option<Box<RawValue>>| json.map(|json| json.get().to_owned());
-            let (geom, attrs) = (json(row.geom), json(row.attrs));
+            // Formats spell the numbers of a shape in different ways.
+            let geom = rings(row.geom.as_deref());
+            let attrs = row.attrs.map(|json| json.get().to_owned());
             let name = class.map(|class| &class.name);
             format!(
                 "{} {name:?} {} {sides:?} {geom:?} {attrs:?}",
