@@ -19,6 +19,7 @@ use base::durable;
 use base::fault::Fault;
 use base::limits::{
     CONFIG_BYTES_MAX, MEMORY_BUDGET_BYTES, MEMORY_BUDGET_BYTES_MIN, MEMORY_BUDGET_CGROUP_PART,
+    UNPACKED_BYTES_MAX,
 };
 use base::names::SiteName;
 pub use base::secrets::read_secret;
@@ -82,6 +83,9 @@ pub struct Config {
     /// The quotas of sites and publishers (hub only).
     #[serde(default)]
     pub quota: Quotas,
+    /// The log.
+    #[serde(default)]
+    pub log: Log,
     /// The trainer (sites only); without it this site trains for no other site.
     pub train: Option<Train>,
 }
@@ -163,6 +167,15 @@ fn addresses<'de, D: serde::Deserializer<'de>>(d: D) -> Result<String, D::Error>
     })
 }
 
+/// `[log]`
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Log {
+    /// The filter of the log, with the syntax of `RUST_LOG`. `PACKHORSE_LOG` comes before it. SIGHUP
+    /// reads it again.
+    pub filter: Option<String>,
+}
+
 /// `[sink]`
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -188,6 +201,8 @@ pub struct Registry {
     /// Additional hosts that may receive the password, if the registry names them as its token
     /// service.
     pub realm_hosts: Vec<String>,
+    /// Accepts any certificate, and a registry without TLS.
+    pub insecure: bool,
 }
 
 /// `[share]`
@@ -262,11 +277,16 @@ pub struct Limits {
     /// The memory for bytes in flight of all transfers (`256MiB`).
     #[serde(deserialize_with = "size")]
     pub memory: u64,
+    /// The bytes that a layer or an archive of an image may have after decompression, whatever the
+    /// ratio (`64GiB`).
+    #[serde(deserialize_with = "size")]
+    pub image_unpacked: u64,
 }
 
 impl Default for Limits {
     fn default() -> Self {
         Self {
+            image_unpacked: UNPACKED_BYTES_MAX,
             memory: default_memory(cgroup::memory_limit_bytes()),
         }
     }
@@ -429,6 +449,7 @@ impl Config {
             password_file: None,
             ca_file: None,
             realm_hosts: Vec::new(),
+            insecure: false,
             create_project: false,
         };
         self.sink.images.clone().unwrap_or_else(default)

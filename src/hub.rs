@@ -25,8 +25,10 @@ mod upload;
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Instant;
 
 use async_trait::async_trait;
+use parking_lot::Mutex;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::Instrument as _;
@@ -35,7 +37,9 @@ use crate::config::Config;
 use base::blocking::blocking;
 use base::durable;
 use base::fault::Fault;
-use base::limits::{CHANGE_WAIT_MAX, EVENT_TRIM_EVERY, REST_EVERY};
+use base::limits::{
+    CHANGE_WAIT_MAX, EVENT_TRIM_EVERY, HEARD_LOOK_EVERY, HEARD_STORE_EVERY, REST_EVERY,
+};
 use base::names::SiteSelector;
 use base::peer::Peer;
 use base::tally::Tally;
@@ -74,6 +78,8 @@ struct Inner {
     identity: Arc<HubIdentity>,
     listener: Listener,
     links: Links,
+    /// When it was last stored when something was received from each site.
+    heard_stored: Mutex<Instant>,
     deliveries: Deliveries,
     runs: RunKeeper,
     relay: RelayKeeper,
@@ -201,6 +207,10 @@ impl Hub {
             quotas: quotas.clone(),
             manifests: manifests.clone(),
             traffic: Default::default(),
+            refused_reports: Tally::new("refused a report of a site"),
+            unknown: Tally::new(
+                "a site connected that is not registered at this hub; it must join again",
+            ),
             tasks: tasks.clone(),
             stop: stop.clone(),
         });
@@ -225,6 +235,7 @@ impl Hub {
                 identity,
                 listener,
                 links,
+                heard_stored: Mutex::new(Instant::now()),
                 deliveries,
                 runs,
                 relay,
@@ -262,6 +273,15 @@ impl Hub {
         workers.repeat("event-trim", EVENT_TRIM_EVERY, self, |this| async move {
             let trimmed = this.inner.catalogue.trim_events().await;
             trimmed.map_err(|fault| fault.context("remove old events"))
+        });
+        workers.repeat("last-seen", HEARD_LOOK_EVERY, self, |this| async move {
+            let heard = this.inner.links.look();
+            let due = this.inner.heard_stored.lock().elapsed() >= HEARD_STORE_EVERY;
+            if due && !heard.is_empty() {
+                this.inner.catalogue.sites_heard(&heard).await?;
+                *this.inner.heard_stored.lock() = Instant::now();
+            }
+            Ok(())
         });
         workers.repeat("idle-release", REST_EVERY, self, |this| async move {
             this.inner.store.rest();

@@ -99,8 +99,33 @@ fn bounded(mut result: serde_json::Value) -> serde_json::Value {
 
 struct Entry {
     id: String,
+    /// The request, if an equal one joins this job while it runs.
+    request: Option<String>,
     progress: Arc<JobProgress>,
     end: Option<Result<serde_json::Value, Fault>>,
+}
+
+impl Entry {
+    fn view(&self) -> Job {
+        let (state, result, error) = match &self.end {
+            None => ("running", None, None),
+            Some(Ok(value)) => ("done", Some(value.clone()), None),
+            Some(Err(fault)) if fault.reason == Reason::CancelledByUser => {
+                ("cancelled", None, Some(fault.clone()))
+            }
+            Some(Err(fault)) => ("failed", None, Some(fault.clone())),
+        };
+        Job {
+            id: self.id.clone(),
+            state: state.into(),
+            bytes: self.progress.bytes.load(Ordering::Relaxed),
+            total: Some(self.progress.total.load(Ordering::Relaxed)).filter(|total| *total > 0),
+            doing: self.progress.what(),
+            notes: self.progress.notes(),
+            result,
+            error,
+        }
+    }
 }
 
 /// All jobs of a daemon.
@@ -125,7 +150,24 @@ impl Jobs {
         T: Serialize + Send + 'static,
         F: Future<Output = Result<T, Fault>> + Send + 'static,
     {
-        self.start_beside(JOBS_RUNNING_MAX - 1, work)
+        self.start_beside(JOBS_RUNNING_MAX - 1, None, work)
+    }
+
+    /// Starts a job, or returns the one that runs for an equal request: a client that has lost the
+    /// answer sends its request again. A job that is being cancelled is not joined.
+    pub fn start_once<T, F>(
+        &self,
+        what: &str,
+        request: &impl Serialize,
+        work: impl FnOnce(Arc<JobProgress>) -> F,
+    ) -> Result<Job, Fault>
+    where
+        T: Serialize + Send + 'static,
+        F: Future<Output = Result<T, Fault>> + Send + 'static,
+    {
+        let request = serde_json::to_string(&(what, request))
+            .map_err(|e| Fault::internal(format!("a job's request: {e}")))?;
+        self.start_beside(JOBS_RUNNING_MAX - 1, Some(request), work)
     }
 
     /// Starts a job that makes room: it runs even if all other jobs wait for room.
@@ -137,13 +179,14 @@ impl Jobs {
         T: Serialize + Send + 'static,
         F: Future<Output = Result<T, Fault>> + Send + 'static,
     {
-        self.start_beside(JOBS_RUNNING_MAX, work)
+        self.start_beside(JOBS_RUNNING_MAX, None, work)
     }
 
-    /// Starts a job if at most so many others run.
+    /// Starts a job if at most so many others run, and none for an equal request.
     fn start_beside<T, F>(
         &self,
         others_max: usize,
+        request: Option<String>,
         work: impl FnOnce(Arc<JobProgress>) -> F,
     ) -> Result<Job, Fault>
     where
@@ -154,6 +197,14 @@ impl Jobs {
         let id = new_id("j");
         {
             let mut entries = self.entries.lock();
+            let equal =
+                |e: &&Entry| e.end.is_none() && !e.progress.is_cancelled() && e.request == request;
+            if request.is_some()
+                && let Some(same) = entries.iter().find(equal)
+            {
+                tracing::info!(job = %same.id, "an equal request joins the job that runs");
+                return Ok(same.view());
+            }
             let running = entries.iter().filter(|e| e.end.is_none()).count();
             if running > others_max {
                 return Err(Fault::conflict(format!("{running} jobs run already"))
@@ -166,6 +217,7 @@ impl Jobs {
             }
             entries.push_back(Entry {
                 id: id.clone(),
+                request,
                 progress: progress.clone(),
                 end: None,
             });
@@ -215,24 +267,7 @@ impl Jobs {
             return Err(Fault::not_found(format!("there is no job {id}"))
                 .with_next("the daemon may have been restarted: run the command again"));
         };
-        let (state, result, error) = match &entry.end {
-            None => ("running", None, None),
-            Some(Ok(value)) => ("done", Some(value.clone()), None),
-            Some(Err(fault)) if fault.reason == Reason::CancelledByUser => {
-                ("cancelled", None, Some(fault.clone()))
-            }
-            Some(Err(fault)) => ("failed", None, Some(fault.clone())),
-        };
-        Ok(Job {
-            id: id.into(),
-            state: state.into(),
-            bytes: entry.progress.bytes.load(Ordering::Relaxed),
-            total: None,
-            doing: entry.progress.what(),
-            notes: entry.progress.notes(),
-            result,
-            error,
-        })
+        Ok(entry.view())
     }
 
     /// Cancels a job: its work stops, and its unpublished data is removed. A job whose result is
@@ -316,6 +351,44 @@ mod tests {
         collection().unwrap();
         assert_eq!(collection().unwrap_err().code, Code::Conflict);
         assert_eq!(jobs.running(), JOBS_RUNNING_MAX + 1);
+    }
+
+    #[tokio::test]
+    async fn an_equal_request_joins_the_job_that_runs_and_no_other() {
+        let dir = tempfile::tempdir().unwrap();
+        let jobs = Jobs::new(Catalogue::open(dir.path()).await.unwrap());
+        let (go, waits) = tokio::sync::watch::channel(false);
+        let begun = Arc::new(std::sync::atomic::AtomicU32::new(0));
+        let ask = |what: &str, request: &str| {
+            let (mut waits, begun) = (waits.clone(), begun.clone());
+            let work = move |progress: Arc<JobProgress>| async move {
+                begun.fetch_add(1, Ordering::SeqCst);
+                progress
+                    .or_cancelled(async {
+                        waits
+                            .wait_for(|go| *go)
+                            .await
+                            .map(drop)
+                            .map_err(|_| cancelled())
+                    })
+                    .await
+            };
+            jobs.start_once(what, &request, work).unwrap().id
+        };
+        let first = ask("publish", "a");
+        assert_eq!(ask("publish", "a"), first);
+        assert_ne!(ask("publish", "b"), first);
+        assert_ne!(ask("verify", "a"), first);
+        // One that is being cancelled will not do the work.
+        jobs.cancel(&first).unwrap();
+        let second = ask("publish", "a");
+        assert_ne!(second, first);
+        go.send(true).unwrap();
+        ended(&jobs, &second).await;
+        let third = ask("publish", "a");
+        assert_ne!(third, second, "a job that has ended is not joined");
+        ended(&jobs, &third).await;
+        assert_eq!(begun.load(Ordering::SeqCst), 5);
     }
 
     #[tokio::test]

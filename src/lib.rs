@@ -6,6 +6,8 @@ pub mod config;
 pub mod delivery;
 pub mod hub;
 pub mod jobs;
+pub mod label_export;
+pub mod log_filter;
 pub mod metrics;
 #[cfg(test)]
 mod mutations;

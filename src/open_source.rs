@@ -20,12 +20,13 @@ use content::ingest::Ingested;
 use content::manifest::{DatasetBinding, EntryBody, FileInfo, Root, Step, Walk, same_but_times};
 use content::store::Store;
 use exchange::in_place::InPlace;
-use registry::{self, Credentials, Origin, Reference};
+use registry::reference::{check_repository, check_tag};
+use registry::{self, Credentials, Origin, Reference, Settings};
 use sink::StorageLocation;
 use sink::labels::LabelsSink;
 use source::Source;
 use source::files::{FilesOptions, FilesSource};
-use source::image::{ImageSource, split_tag};
+use source::image::{ImageOptions, ImageSource, split_tag};
 use source::labels::{BoundDataset, LabelOptions, LabelsSource};
 use source::own::Own;
 use state::{Catalogue, new_id};
@@ -63,8 +64,12 @@ impl AtSite {
 
 /// Whether a source is a registry reference.
 fn is_reference(source: &str) -> bool {
-    source.starts_with("registry") && source.contains("://")
+    registry::reference::has_scheme(source)
 }
+
+/// Advice for a path that does not exist.
+const NOT_A_PATH: &str =
+    "check the path; an image in a registry is named by registry://HOST/REPOSITORY:TAG";
 
 /// The location of a source's bytes, each at its path in the artifact: a folder, or a repository of
 /// the site's own registry. `None`: elsewhere, or in another form.
@@ -86,7 +91,9 @@ pub fn base_of(
         _ if kind.is_files() => (on_disk(source, options)?, false),
         _ => return Ok(None),
     };
-    let path = std::fs::canonicalize(&path).at(format_args!("open {source}"))?;
+    let path = std::fs::canonicalize(&path)
+        .at(format_args!("open {source}"))
+        .map_err(|fault| missing_image(fault, is_image))?;
     let folder = if path.is_dir() {
         Some(path.as_path())
     } else {
@@ -95,6 +102,15 @@ pub fn base_of(
     Ok(folder.map(|folder| StorageLocation::Folder {
         path: folder.to_owned(),
     }))
+}
+
+/// The fault of an image's path; people also write references without a scheme.
+fn missing_image(fault: Fault, is_image: bool) -> Fault {
+    if is_image && fault.code == Code::NotFound {
+        fault.with_next(NOT_A_PATH)
+    } else {
+        fault
+    }
 }
 
 /// A folder for temporary data of a source, and its job, which reports missing room there.
@@ -172,6 +188,8 @@ pub struct Access {
     pub site: Option<AtSite>,
     /// The paths that are never a source.
     own: Arc<Own>,
+    /// The bytes that a layer of an image may have after decompression; `None`: the default.
+    image_unpacked: Option<u64>,
     /// How a daemon reads registries; `None`: a process of the requesting user, which reads that
     /// user's files.
     registries: Option<BTreeMap<String, config::Registry>>,
@@ -183,6 +201,7 @@ impl Access {
         Self {
             site,
             own: Arc::new(config.own()),
+            image_unpacked: Some(config.limits.image_unpacked),
             registries: Some(config.registry.clone()),
         }
     }
@@ -192,6 +211,7 @@ impl Access {
         Self {
             site: None,
             own: Arc::new(Own::of_state(state)),
+            image_unpacked: None,
             registries: None,
         }
     }
@@ -205,68 +225,95 @@ impl Access {
         }
     }
 
-    /// The user, the password and the certificates for a registry.
+    /// How a registry is accessed. Reads files.
     fn to_registry(
         &self,
         reference: &Reference,
         options: &SourceOptions,
-    ) -> Result<(Option<Credentials>, Option<PathBuf>), Fault> {
-        if let (Some(user), Some(file), None) =
-            (&options.username, &options.password_file, &self.registries)
-        {
-            return Ok((
-                Some(Credentials::from_file(user, PathBuf::from(file))?),
-                None,
-            ));
-        }
-        if options.username.is_some() || options.password_file.is_some() {
-            let host = &reference.origin;
-            return Err(match self.registries {
-                None => Fault::usage("--username and --password-file go together"),
-                // Otherwise a client of the daemon could make it send any file that it can read.
-                Some(_) => Fault::usage("a daemon takes a registry's password file from its configuration only").with_next(format!(
-                    "write [registry.\"{host}\"] with username and password_file into the daemon's configuration, restart it, and leave --username and --password-file out"
-                )),
-            });
-        }
-        let of = |user: Option<&str>, file: Option<&PathBuf>, hosts: &[String]| {
-            Ok::<_, Fault>(
-                Credentials::from_config(user, file)?
-                    .map(|credentials| credentials.with_realm_hosts(hosts)),
-            )
-        };
+    ) -> Result<registry::Access, Fault> {
         let authority = &reference.origin.authority;
-        let listed = self
-            .registries
-            .iter()
-            .flatten()
-            .find(|(host, _)| host.eq_ignore_ascii_case(authority));
-        if let Some((_, registry)) = listed {
-            let credentials = of(
-                registry.username.as_deref(),
-                registry.password_file.as_ref(),
-                &registry.realm_hosts,
-            )?;
-            return Ok((credentials, registry.ca_file.clone()));
+        if self.registries.is_some() {
+            refuse_access_options(options, authority)?;
+        } else {
+            return of_options(reference, options);
         }
-        match self
+        let own = self
             .site
             .as_ref()
             .map(|site| site.own(reference))
             .transpose()?
+            .flatten();
+        let listed = self
+            .registries
+            .iter()
             .flatten()
-        {
-            Some(own) => Ok((
-                of(
-                    own.username.as_deref(),
-                    own.password_file.as_ref(),
-                    &own.realm_hosts,
-                )?,
-                own.ca_file.clone(),
-            )),
-            None => Ok((None, None)),
-        }
+            .find(|(host, _)| host.eq_ignore_ascii_case(authority))
+            .map(|(_, registry)| registry.clone());
+        let (set, of_login) = match (listed, own) {
+            (Some(listed), _) => (listed, true),
+            (None, Some(own)) => (
+                config::Registry {
+                    username: own.username.clone(),
+                    password_file: own.password_file.clone(),
+                    ca_file: own.ca_file.clone(),
+                    realm_hosts: own.realm_hosts.clone(),
+                    insecure: own.insecure,
+                },
+                false,
+            ),
+            (None, None) => (config::Registry::default(), true),
+        };
+        let set_credentials =
+            Credentials::from_config(set.username.as_deref(), set.password_file.as_ref())?;
+        let credentials = match set_credentials {
+            None if of_login => logged_in(reference)?,
+            set => set,
+        };
+        Ok(registry::Access {
+            credentials: credentials.map(|found| found.with_realm_hosts(&set.realm_hosts)),
+            ca_file: set.ca_file,
+            insecure: set.insecure,
+            settings: Settings::Daemon,
+        })
     }
+}
+
+/// Refuses the options that only a command uses, which reads the image itself. Otherwise a client of
+/// the daemon could make it send any file that it can read.
+fn refuse_access_options(options: &SourceOptions, host: &str) -> Result<(), Fault> {
+    let given = options.username.is_some()
+        || options.password_file.is_some()
+        || options.ca_file.is_some()
+        || options.insecure
+        || !options.realm_hosts.is_empty();
+    if !given {
+        return Ok(());
+    }
+    Err(Fault::usage("a daemon takes the access to a registry from its configuration only").with_next(format!(
+        "write [registry.\"{host}\"] with username, password_file, ca_file, realm_hosts or insecure into the daemon's configuration, restart it, and leave the options out"
+    )))
+}
+
+/// The access of a command, from its options and the credentials of its user.
+fn of_options(reference: &Reference, options: &SourceOptions) -> Result<registry::Access, Fault> {
+    let credentials = match (&options.username, &options.password_file) {
+        (Some(user), Some(file)) => Some(Credentials::from_file(user, PathBuf::from(file))?),
+        (None, None) => logged_in(reference)?,
+        _ => {
+            return Err(Fault::usage("--username and --password-file go together"));
+        }
+    };
+    Ok(registry::Access {
+        credentials: credentials.map(|found| found.with_realm_hosts(&options.realm_hosts)),
+        ca_file: options.ca_file.as_ref().map(PathBuf::from),
+        insecure: options.insecure,
+        settings: Settings::Command,
+    })
+}
+
+/// The credentials that `docker login` stored.
+fn logged_in(reference: &Reference) -> Result<Option<Credentials>, Fault> {
+    registry::docker_config_credentials(&registry::docker_config_files(), reference)
 }
 
 /// Opens a source. Blocks; `scratch` is the folder of [`with_scratch`].
@@ -280,6 +327,15 @@ pub fn open(
     runtime: &Handle,
 ) -> Result<Box<dyn Source>, Fault> {
     check_files_options(kind, options)?;
+    let for_images = !options.platforms.is_empty()
+        || options.compress
+        || options.repository.is_some()
+        || options.tag.is_some();
+    if for_images && kind != Kind::Image {
+        return Err(Fault::usage(
+            "--repository, --tag, --platform and --compress are for images only",
+        ));
+    }
     if let Some(asked) = source.strip_prefix(database::SCHEME) {
         return database::open(
             kind,
@@ -298,15 +354,22 @@ pub fn open(
             )));
         }
         let reference: Reference = source.parse()?;
-        let (credentials, ca) = access.to_registry(&reference, options)?;
+        let image = image_options(options, access)?;
+        if image.compress {
+            return Err(Fault::usage(format!(
+                "{source}: --compress is for archives of docker save"
+            ))
+            .with_next("leave --compress out: the layers of a registry keep their digests"));
+        }
+        let access = access.to_registry(&reference, options)?;
         let (layout, wanted) = (scratch.folder.join("pulled"), &scratch.progress.wanted);
         let kept = kept::open(&scratch.folder, &reference)?;
         let referrers = match &kept {
             Some(kept) => {
                 let pull = registry::pull_keeping(
                     &reference,
-                    credentials,
-                    ca.as_deref(),
+                    access,
+                    &image.platforms,
                     &layout,
                     &kept.path,
                     wanted,
@@ -314,13 +377,8 @@ pub fn open(
                 runtime.block_on(scratch.progress.or_cancelled(pull))?
             }
             None => {
-                let pull = registry::pull_to_layout(
-                    &reference,
-                    credentials,
-                    ca.as_deref(),
-                    &layout,
-                    wanted,
-                );
+                let pull =
+                    registry::pull_to_layout(&reference, access, &image.platforms, &layout, wanted);
                 runtime.block_on(scratch.progress.or_cancelled(pull))?
             }
         };
@@ -330,7 +388,9 @@ pub fn open(
             kept.empty()?;
         }
         return Ok(Box::new(
-            ImageSource::open_scratch(&layout)?.with_omitted(referrers),
+            ImageSource::open_scratch(&layout, &image)?
+                .with_omitted(referrers)
+                .named(options.repository.clone(), options.tag.clone()),
         ));
     }
     let absolute = |path: &Path| {
@@ -363,12 +423,12 @@ pub fn open(
         Kind::Image => {
             let (path, tag) = split_tag(source);
             absolute(&path)?;
-            Ok(Box::new(ImageSource::open_for(
-                &path,
-                &scratch.folder,
-                tag,
-                &access.own,
-            )?))
+            let image = image_options(options, access)?;
+            let opened = ImageSource::open_for(&path, &scratch.folder, tag, &image, &access.own)
+                .map_err(|fault| missing_image(fault, true))?;
+            Ok(Box::new(
+                opened.named(options.repository.clone(), options.tag.clone()),
+            ))
         }
         Kind::Labels => {
             let path = PathBuf::from(source);
@@ -411,6 +471,18 @@ fn on_disk(source: &str, options: &SourceOptions) -> Result<PathBuf, Fault> {
     }
 }
 
+/// How an image is read.
+fn image_options(options: &SourceOptions, access: &Access) -> Result<ImageOptions, Fault> {
+    let platforms = options.platforms.iter().map(|text| text.parse());
+    Ok(ImageOptions {
+        platforms: platforms
+            .collect::<Result<_, String>>()
+            .map_err(|why| Fault::usage(format!("--platform: {why}")))?,
+        compress: options.compress,
+        unpacked_bytes_max: access.image_unpacked,
+    })
+}
+
 /// How labels are read.
 fn label_options(options: &SourceOptions) -> LabelOptions {
     LabelOptions {
@@ -422,6 +494,27 @@ fn label_options(options: &SourceOptions) -> LabelOptions {
         bad_out: options.bad_out.as_ref().map(PathBuf::from),
         encoding: options.encoding.clone(),
         klarf_scale: options.klarf_scale.clone(),
+    }
+}
+
+/// Refuses, before anything is read, the name of an image that no registry accepts.
+pub fn check_image_name(artifact: &ArtifactRef, options: &SourceOptions) -> Result<(), Fault> {
+    if artifact.kind != Kind::Image {
+        return Ok(());
+    }
+    let repository = options.repository.as_deref().unwrap_or(artifact.name());
+    check_repository(repository).map_err(|why| {
+        Fault::usage(format!(
+            "registries do not accept the repository name {repository:?}: {why}"
+        ))
+        .with_next("give --repository, the name of the image at the sites, or publish it under another name")
+    })?;
+    match options.tag.as_deref() {
+        Some(tag) if !check_tag(tag) => Err(Fault::usage(format!(
+            "registries do not accept the tag {tag:?}"
+        ))
+        .with_next("a tag has at most 128 characters of A-Z, a-z, 0-9, '_', '.' and '-', and does not begin with '.' or '-'")),
+        _ => Ok(()),
     }
 }
 

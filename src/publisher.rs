@@ -91,6 +91,7 @@ pub async fn publish(asked: Asked, progress: Arc<JobProgress>) -> Result<Uploade
         return Err(Fault::usage("--for needs the list of the dataset's files, and a publisher cannot read what the hub has")
             .with_next("publish the labels without it, or at the hub or a site"));
     }
+    open_source::check_image_name(&asked.artifact, &asked.options)?;
     let to: Option<SiteSelector> = asked.to.as_deref().map(str::parse).transpose()?;
     let token: Option<JoinToken> = asked.token.as_deref().map(str::parse).transpose()?;
     let dir = std::path::absolute(&asked.state)
@@ -133,6 +134,7 @@ pub async fn publish(asked: Asked, progress: Arc<JobProgress>) -> Result<Uploade
         "sending the hub what it lacks of {}",
         asked.artifact
     ));
+    progress.total.store(0, Ordering::Relaxed);
     progress.bytes.store(0, Ordering::Relaxed);
     let omitted = found.omitted.brief();
     let question = AskHub::Upload {

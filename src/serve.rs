@@ -14,6 +14,7 @@ use tokio_util::sync::CancellationToken;
 use crate::api::{self, ApiToken, Backend, LocalSocket};
 use crate::config::{Config, Role};
 use crate::hub::Hub;
+use crate::log_filter;
 use crate::site::Site;
 use base::blocking::blocking;
 use base::fault::{Code, Fault, IoContext};
@@ -24,7 +25,7 @@ use content::store::{Rebuilt, rebuild_index as rebuild_index_of};
 use transport::identity::{CertificateRequest, Claim, JoinToken, SiteIdentity};
 
 /// Runs a daemon until SIGTERM or SIGINT, or, if requested, until standard input ends. SIGHUP makes
-/// it read its API token again.
+/// it read again what can change while it runs.
 pub async fn run(config: Config, until_stdin_ends: bool) -> Result<(), Fault> {
     let stop = CancellationToken::new();
     let token = stop.clone();
@@ -49,14 +50,48 @@ pub async fn run(config: Config, until_stdin_ends: bool) -> Result<(), Fault> {
     run_until(config, stop, hangups).await
 }
 
-/// Reads the API token again at each SIGHUP. Passwords are read when they are used.
-async fn reload_at(mut hangups: Signal, token: ApiToken, data_dir: PathBuf) {
+/// At each SIGHUP: reads the API token and the filter of the log again, and counts in `reloads`, by
+/// which a site reads its certificate again. Passwords, and the certificates of `[registry]`, are
+/// read when they are used. What cannot be read stays as it was.
+async fn reload_at(
+    mut hangups: Signal,
+    token: ApiToken,
+    config: Config,
+    reloads: watch::Sender<u64>,
+) {
     while hangups.recv().await.is_some() {
-        let (token, data_dir) = (token.clone(), data_dir.clone());
+        let (token, data_dir) = (token.clone(), config.data_dir.clone());
         match blocking(move || token.reload(&data_dir)).await {
             Ok(changed) => tracing::info!(changed, "SIGHUP: the API token was read again"),
             Err(fault) => {
                 tracing::error!(error = %fault, "SIGHUP: the API token cannot be read; the old one is kept");
+            }
+        }
+        let file = config.file.clone();
+        let filter = blocking(move || match file {
+            Some(file) => {
+                let filter = crate::config::read(&file)?.log.filter;
+                log_filter::set_configured(filter.as_deref())
+            }
+            None => Ok(false),
+        });
+        match filter.await {
+            Ok(used) => tracing::info!(used, "SIGHUP: the log filter was read again"),
+            Err(fault) => {
+                tracing::error!(error = %fault, "SIGHUP: the configuration cannot be read; the log filter stays as it was");
+            }
+        }
+        reloads.send_modify(|count| *count += 1);
+    }
+}
+
+/// Reads the certificate of a site again at each SIGHUP.
+async fn reload_certificate(site: Site, mut reloads: watch::Receiver<u64>) {
+    while reloads.changed().await.is_ok() {
+        match site.reload_certificate().await {
+            Ok(changed) => tracing::info!(changed, "SIGHUP: the certificate was read again"),
+            Err(fault) => {
+                tracing::error!(error = %fault, "SIGHUP: the certificate cannot be read; the old one is kept");
             }
         }
     }
@@ -70,7 +105,9 @@ async fn run_until(config: Config, stop: CancellationToken, hangups: Signal) -> 
     private::tighten(&data_dir);
     let _lock = Lock::take(&config.data_dir)?;
     let token = ApiToken::open_or_create(&config.data_dir)?;
-    let reload = reload_at(hangups, token.clone(), config.data_dir.clone());
+    log_filter::set_configured(config.log.filter.as_deref())?;
+    let (reloads, reloaded) = watch::channel(0);
+    let reload = reload_at(hangups, token.clone(), config.clone(), reloads);
     let _reload = tokio_util::task::AbortOnDropHandle::new(tokio::spawn(reload));
     let listener = TcpListener::bind(config.listen.api).await.map_err(|e| {
         Fault::config(format!(
@@ -120,6 +157,8 @@ async fn run_until(config: Config, stop: CancellationToken, hangups: Signal) -> 
                 return Ok(());
             };
             private::tighten(&data_dir);
+            let reload = reload_certificate(site.clone(), reloaded);
+            let _reload = tokio_util::task::AbortOnDropHandle::new(tokio::spawn(reload));
             let work = site.clone();
             let work = Box::pin(async move { work.run().await });
             drive(

@@ -261,6 +261,12 @@ impl Site {
         Ok(())
     }
 
+    /// Reads the certificate of this site again, which the next connection uses. Returns whether it
+    /// changed.
+    pub async fn reload_certificate(&self) -> Result<bool, Fault> {
+        self.inner.hub.reload_certificate().await
+    }
+
     /// The site's background work.
     pub fn workers(&self) -> &Workers {
         &self.inner.workers

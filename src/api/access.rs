@@ -29,7 +29,7 @@ fn verb_of(method: &Method, path: &str) -> Option<Verb> {
         ("POST", "/v1/tokens") => Verb::CreateToken,
         ("POST", "/v1/verify") => Verb::Verify,
         ("POST", "/v1/pin") => Verb::Pin,
-        ("POST", "/v1/export") => Verb::Export,
+        ("POST", "/v1/export" | "/v1/labels/export") => Verb::Export,
         ("POST", "/v1/import") => Verb::Import,
         // It adds to what the daemon holds, as an import does.
         ("POST", "/v1/adopt") => Verb::Import,
@@ -96,7 +96,7 @@ fn decide(actor: &Actor, verb: Verb, object: &Object<'_>) -> Result<(), ApiError
 /// The request's body as JSON, and the request as it was.
 async fn body<T: DeserializeOwned>(request: Request) -> Result<(Request, T), ApiError> {
     let (parts, body) = request.into_parts();
-    let bytes = super::body::read(body).await?;
+    let bytes = super::body::read(body, parts.extensions.get()).await?;
     let asked = serde_json::from_slice(&bytes)
         .map_err(|e| Fault::usage(format!("the request's body is malformed: {e}")))?;
     Ok((Request::from_parts(parts, Body::from(bytes)), asked))

@@ -482,6 +482,9 @@ impl Backend for Fake {
             ..self.artifact(artifact)?
         })
     }
+    async fn export_labels(&self, _request: ExportLabelsRequest) -> Result<Job, Fault> {
+        self.job("export-labels").await
+    }
     async fn export(&self, _artifacts: Vec<String>, _out: String) -> Result<Job, Fault> {
         self.job("export").await
     }

@@ -126,6 +126,10 @@ pub trait Backend: Send + Sync {
     async fn verify(&self, request: VerifyRequest) -> Result<Job, Fault>;
     /// Keeps an artifact's relayed bytes at any age, or ends that (hub only).
     async fn pin(&self, artifact: &str, pinned: bool) -> Result<Artifact, Fault>;
+    /// Starts an export of labels, in a format of annotation tools, to a directory that the daemon
+    /// writes.
+    async fn export_labels(&self, request: ExportLabelsRequest) -> Result<Job, Fault>;
+
     /// Starts an export of these artifacts to a file that the daemon writes.
     async fn export(&self, artifacts: Vec<String>, out: String) -> Result<Job, Fault>;
     /// Starts an import of such a file.

@@ -18,6 +18,7 @@ use super::{error::ErrorBody, events, lists, routes, types::*};
     paths(
         routes::healthz, routes::readyz, routes::proof, routes::metrics, lists::artifacts, lists::show, routes::publish, lists::transfers,
         routes::deliver, lists::act, routes::plan, lists::sites, routes::token, routes::verify, routes::pin, routes::export, routes::import,
+        routes::export_labels,
         routes::adopt, routes::gc, routes::doctor, routes::job, lists::jobs, routes::cancel_job, events::events, lists::deliveries, lists::delivery, lists::runs,
         routes::run, routes::train, routes::act_on_run, lists::workers,
     ),

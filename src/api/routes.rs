@@ -92,6 +92,7 @@ pub(super) fn router(app: App) -> Router {
         .route("/v1/tokens", post(token))
         .route("/v1/verify", post(verify))
         .route("/v1/pin", post(pin))
+        .route("/v1/labels/export", post(export_labels))
         .route("/v1/export", post(export))
         .route("/v1/import", post(import))
         .route("/v1/adopt", post(adopt))
@@ -145,7 +146,7 @@ async fn authenticate(
     State(app): State<App>,
     Extension(connection): Extension<Connection>,
     headers: HeaderMap,
-    request: Request,
+    mut request: Request,
     next: Next,
 ) -> Result<Response, ApiError> {
     let (actor, why) = match presented(&headers) {
@@ -164,9 +165,13 @@ async fn authenticate(
         return Err(ApiError::with_status(fault, StatusCode::UNAUTHORIZED));
     };
     connection.finish();
+    // Held until the response was made: what the body became takes as much memory.
+    let memory = body::Memory::default();
+    request.extensions_mut().insert(memory.clone());
     let request = access::check(&app, &actor, request).await?;
     let is_publish = request.uri().path() == "/v1/artifacts";
     let response = log_change(&actor, &connection, request, next).await;
+    drop(memory);
     match &actor {
         Actor::Trainer(run) if is_publish => Ok(run_token::note_job(&app, run, response).await),
         _ => Ok(response),
@@ -267,7 +272,7 @@ impl<T: DeserializeOwned + Serialize, S: Send + Sync> FromRequest<S> for B<T> {
     async fn from_request(request: Request, state: &S) -> Result<Self, ApiError> {
         let (parts, body) = request.into_parts();
         let asked = parts.extensions.get::<Asked>().cloned();
-        let body = Body::from(body::read(body).await?);
+        let body = Body::from(body::read(body, parts.extensions.get()).await?);
         let Json(body) = Json::from_request(Request::from_parts(parts, body), state).await?;
         if let Some(asked) = asked {
             // No body holds a secret: passwords are in files. A request that cannot be recorded is
@@ -510,6 +515,19 @@ pub(super) async fn pin(
     Ok(Json(
         app.backend.pin(&request.artifact, request.pinned).await?,
     ))
+}
+
+/// Writes labels to a new directory, in a format of annotation tools. The `notes` of the job report
+/// what the format cannot hold.
+#[utoipa::path(post, path = "/v1/labels/export", tag = "artifacts", request_body = ExportLabelsRequest, responses(
+    (status = 202, description = "begun", body = Job),
+    (status = "default", description = "an error", body = ErrorBody),
+))]
+pub(super) async fn export_labels(
+    State(app): State<App>,
+    B(request): B<ExportLabelsRequest>,
+) -> Result<Response, ApiError> {
+    Ok(accepted(app.backend.export_labels(request).await?))
 }
 
 /// Writes artifacts to one file, for transport by hand.

@@ -249,6 +249,22 @@ pub(super) enum Command {
         #[arg(long, value_name = "FILE")]
         out: PathBuf,
     },
+    /// Write labels to a directory, in a format of annotation tools, at the hub or at a site that
+    /// holds them.
+    #[command(
+        after_help = "Example:\n  packhorse export-labels labels/line3:v1 --format coco --out /data/line3-v1"
+    )]
+    ExportLabels {
+        /// labels/NAME:VERSION.
+        #[arg(value_name = "REF")]
+        artifact: String,
+        /// The format. What it cannot hold is reported.
+        #[arg(long, value_parser = source::labels::export::ExportFormat::WORDS)]
+        format: String,
+        /// The directory to write; it must not exist. The daemon writes it.
+        #[arg(long, value_name = "DIR")]
+        out: PathBuf,
+    },
     /// Read a file that `export` wrote.
     #[command(after_help = "Example:\n  packhorse import /media/disk/line3.bundle")]
     Import {
@@ -307,7 +323,7 @@ pub(super) enum TokenCommand {
     /// Create a join token for one site or one publisher; it works once.
     #[command(after_help = "Examples:
   packhorse token create --site chengdu --label region=west --label line=1
-  packhorse token create --publisher office --ttl 1h")]
+  packhorse token create --publisher office --artifacts dataset/line3-* --deliver-to none --ttl 1h")]
     Create(TokenCreate),
 }
 
@@ -323,6 +339,19 @@ pub(super) struct TokenCreate {
     /// A label of the site; can be repeated.
     #[arg(long = "label", value_name = "KEY=VALUE", value_parser = key_value)]
     pub(super) labels: Vec<(String, String)>,
+    /// What the publisher can publish, separated by commas: KIND/NAME with * for any characters, such
+    /// as dataset/line3-*,model/* [default: anything].
+    #[arg(
+        long,
+        value_name = "PATTERN",
+        value_delimiter = ',',
+        requires = "publisher"
+    )]
+    pub(super) artifacts: Vec<String>,
+    /// Where the publisher can deliver what it publishes: names separated by commas, `all`, a label
+    /// selector, or `none` [default: all].
+    #[arg(long, value_name = "SITES", requires = "publisher")]
+    pub(super) deliver_to: Option<String>,
     /// How long the token is valid.
     #[arg(long, default_value = "24h", value_name = "DURATION", value_parser = config::parse_duration)]
     pub(super) ttl: Duration,
@@ -346,12 +375,31 @@ pub(super) enum ConfigCommand {
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Publish {
-    /// A path, registry://HOST/REPOSITORY:TAG, or at a site its label database:
+    /// A path, registry://HOST/REPOSITORY:TAG (also docker://, https://, http://), or at a site its label database:
     /// db:LABEL_SET:VERSION, db:'SELECT ...'.
+    #[arg(
+        required_unless_present = "list",
+        default_value = "",
+        hide_default_value = true
+    )]
     pub(super) source: OsString,
     /// The reference to publish it as; kinds are dataset, labels, operator, image, model.
-    #[arg(long = "as", value_name = "KIND/NAME:VERSION")]
+    #[arg(
+        long = "as",
+        value_name = "KIND/NAME:VERSION",
+        required_unless_present = "list",
+        default_value = "",
+        hide_default_value = true
+    )]
     pub(super) as_ref: String,
+    /// Publish all images of this list, each under the name and the tag of its repository: references
+    /// line by line, the YAML of skopeo sync, or Images documents of Hauler.
+    #[arg(
+        long,
+        value_name = "FILE",
+        conflicts_with_all = ["source", "as_ref", "hub", "repository", "tag", "compress", "for_dataset", "run"]
+    )]
+    pub(super) list: Option<PathBuf>,
     /// Deliver at once to these sites: names separated by commas, `all`, or a label selector
     /// (`region=west,line!=3`).
     #[arg(long, value_name = "SITES")]
@@ -417,6 +465,19 @@ pub(super) struct Publish {
     /// Files: publish several names of one file as one file, not as copies.
     #[arg(long)]
     pub(super) hard_links: bool,
+    /// Images: the repository at the sites, such as ops/team/trainer [default: the artifact's name].
+    #[arg(long)]
+    pub(super) repository: Option<String>,
+    /// Images: the tag at the sites, such as V1.2_A [default: the artifact's version].
+    #[arg(long)]
+    pub(super) tag: Option<String>,
+    /// Images: keep only these platforms, such as linux/amd64; separated by commas. All if absent.
+    #[arg(long = "platform", value_name = "PLATFORM", value_delimiter = ',')]
+    pub(super) platforms: Vec<String>,
+    /// Images from docker save: compress the layers with gzip. Their digests become others than in
+    /// the registry that the image came from.
+    #[arg(long)]
+    pub(super) compress: bool,
     /// Refuse an input from which something would be left out (exit code 8). Without it, `publish`
     /// reports what it leaves out.
     #[arg(long)]
@@ -429,13 +490,24 @@ pub(super) struct Publish {
     /// run.
     #[arg(long, value_name = "RUN", conflicts_with = "hub")]
     pub(super) run: Option<String>,
-    /// With --hub and a registry: the user. A daemon takes user and password from its
-    /// configuration: [registry."HOST"].
+    /// With --hub and a registry: the user; without it, that of 'docker login'. A daemon takes user
+    /// and password from its configuration: [registry."HOST"].
     #[arg(long, requires = "password_file")]
     pub(super) username: Option<String>,
     /// With --hub and a registry: a file with the password.
     #[arg(long, value_name = "FILE", requires = "username")]
     pub(super) password_file: Option<PathBuf>,
+    /// With --hub and a registry: a file with PEM certificates to trust, of authorities or the
+    /// registry's own.
+    #[arg(long, value_name = "FILE", requires = "hub")]
+    pub(super) ca_file: Option<PathBuf>,
+    /// With --hub and a registry: another host that may receive the password, the registry's token
+    /// service; can be repeated.
+    #[arg(long = "realm-host", value_name = "HOST", requires = "hub")]
+    pub(super) realm_hosts: Vec<String>,
+    /// With --hub and a registry: accept any certificate, and a registry without TLS.
+    #[arg(long, requires = "hub")]
+    pub(super) insecure: bool,
     /// Publish from this machine, without a daemon, at the hub with this address; only chunks that
     /// the hub lacks are sent.
     #[arg(long, value_name = "HOST:PORT", value_parser = config::parse_host_port)]

@@ -10,7 +10,7 @@ use super::args::{Deliver, Global, Output, Publish, Status, TokenCreate, Wait};
 use super::client::Client;
 use super::follow::{self, Deadline, Progress};
 use super::output::{self, emit, fields, one, rows};
-use super::{human, remote, status as show_status, watch};
+use super::{human, list, remote, status as show_status, watch};
 use crate::api::types::*;
 use crate::serve;
 use crate::trainer;
@@ -81,6 +81,8 @@ pub(super) async fn token_create(global: &Global, create: TokenCreate) -> Result
         site: create.site,
         publisher: create.publisher,
         labels: create.labels.into_iter().collect(),
+        artifacts: create.artifacts,
+        deliver_to: create.deliver_to,
         ttl_seconds: create.ttl.as_secs(),
     };
     let reply: TokenReply = Client::new(global)?.post("/v1/tokens", &request).await?;
@@ -90,31 +92,11 @@ pub(super) async fn token_create(global: &Global, create: TokenCreate) -> Result
 
 /// `publish`
 pub(super) async fn publish(global: &Global, publish: Publish) -> Result<(), Fault> {
+    if let Some(file) = publish.list.clone() {
+        return Box::pin(list::publish(global, publish, &file)).await;
+    }
     let from = source(&publish)?;
-    let options = SourceOptions {
-        format: publish.format.clone(),
-        for_dataset: publish.for_dataset.clone(),
-        allow_missing: publish.allow_missing,
-        voc_base: publish.voc_base.clone(),
-        on_bad: publish.on_bad.clone(),
-        bad_out: publish.bad_out.as_deref().map(absolute).transpose()?,
-        encoding: publish.encoding.clone(),
-        klarf_scale: publish.klarf_scale.clone(),
-        columns: publish.columns.iter().cloned().collect(),
-        exclude: publish.exclude.clone(),
-        copy_links: publish.copy_links,
-        settle_seconds: publish
-            .settle
-            .map(|time| time.as_millis().div_ceil(1000) as u64),
-        name_encoding: publish.name_encoding.clone(),
-        no_times: publish.no_times,
-        xattrs: publish.xattrs,
-        hard_links: publish.hard_links,
-        strict: publish.strict,
-        accept_omitted: publish.accept_omitted.iter().copied().collect(),
-        username: publish.username.clone(),
-        password_file: publish.password_file.as_deref().map(absolute).transpose()?,
-    };
+    let options = source_options(&publish)?;
     if let Some(hub) = publish.hub.clone() {
         return Box::pin(remote::publish(global, publish, from, hub, options)).await;
     }
@@ -134,11 +116,7 @@ pub(super) async fn publish(global: &Global, publish: Publish) -> Result<(), Fau
         run: publish.run,
         options,
     };
-    let mut progress = Progress::new();
-    let job: Job = client.post("/v1/artifacts", &request).await?;
-    let job = follow::job(&client, job, deadline, &mut progress).await?;
-    let published: Published = answer(job.result.unwrap_or_default())?;
-    drop(progress);
+    let published = publish_one(&client, &request, deadline).await?;
     one(global.output, &published, published_text)?;
     note_omitted(&published);
     wait_for(
@@ -149,6 +127,53 @@ pub(super) async fn publish(global: &Global, publish: Publish) -> Result<(), Fau
         deadline,
     )
     .await
+}
+
+/// Publishes at the daemon, and waits for the end of the publish.
+pub(super) async fn publish_one(
+    client: &Client,
+    request: &PublishRequest,
+    deadline: Deadline,
+) -> Result<Published, Fault> {
+    let mut progress = Progress::new();
+    let job: Job = client.post("/v1/artifacts", request).await?;
+    let job = follow::job(client, job, deadline, &mut progress).await?;
+    answer(job.result.unwrap_or_default())
+}
+
+/// How a publish reads its source.
+pub(super) fn source_options(publish: &Publish) -> Result<SourceOptions, Fault> {
+    Ok(SourceOptions {
+        format: publish.format.clone(),
+        for_dataset: publish.for_dataset.clone(),
+        allow_missing: publish.allow_missing,
+        voc_base: publish.voc_base.clone(),
+        on_bad: publish.on_bad.clone(),
+        bad_out: publish.bad_out.as_deref().map(absolute).transpose()?,
+        encoding: publish.encoding.clone(),
+        klarf_scale: publish.klarf_scale.clone(),
+        columns: publish.columns.iter().cloned().collect(),
+        repository: publish.repository.clone(),
+        tag: publish.tag.clone(),
+        platforms: publish.platforms.clone(),
+        compress: publish.compress,
+        exclude: publish.exclude.clone(),
+        copy_links: publish.copy_links,
+        settle_seconds: publish
+            .settle
+            .map(|time| time.as_millis().div_ceil(1000) as u64),
+        name_encoding: publish.name_encoding.clone(),
+        no_times: publish.no_times,
+        xattrs: publish.xattrs,
+        hard_links: publish.hard_links,
+        strict: publish.strict,
+        accept_omitted: publish.accept_omitted.iter().copied().collect(),
+        username: publish.username.clone(),
+        password_file: publish.password_file.as_deref().map(absolute).transpose()?,
+        ca_file: publish.ca_file.as_deref().map(absolute).transpose()?,
+        realm_hosts: publish.realm_hosts.clone(),
+        insecure: publish.insecure,
+    })
 }
 
 pub(super) fn published_text(p: &Published) -> String {
@@ -240,7 +265,7 @@ pub(super) async fn deliver(global: &Global, deliver: Deliver) -> Result<(), Fau
 }
 
 /// With `--wait`, waits for the transfers and returns their result.
-async fn wait_for(
+pub(super) async fn wait_for(
     client: &Client,
     format: Output,
     ids: &[String],
@@ -480,6 +505,22 @@ pub(super) async fn export(
         },
     )
     .await?;
+    one(global.output, &result, value_text)
+}
+
+/// `export-labels`
+pub(super) async fn export_labels(
+    global: &Global,
+    artifact: String,
+    format: String,
+    out: &Path,
+) -> Result<(), Fault> {
+    let request = ExportLabelsRequest {
+        artifact,
+        format,
+        out: absolute(out)?,
+    };
+    let result = work(global, "/v1/labels/export", &request).await?;
     one(global.output, &result, value_text)
 }
 

@@ -10,6 +10,7 @@ pub(crate) mod client;
 mod commands;
 mod follow;
 pub(crate) mod human;
+mod list;
 mod manual;
 pub(crate) mod output;
 mod remote;
@@ -31,44 +32,25 @@ use tracing_subscriber::field::MakeExt as _;
 use tracing_subscriber::fmt::format;
 
 use crate::api::ErrorBody;
+use crate::log_filter;
 use base::fault::Fault;
 use base::limits::LOG_FIELD_BYTES_MAX;
-use base::spans;
 use base::text;
-
-/// The crates of the program, which are the targets of its log.
-const CRATES: [&str; 10] = [
-    "packhorse",
-    "base",
-    "content",
-    "exchange",
-    "model",
-    "registry",
-    "sink",
-    "source",
-    "state",
-    "transport",
-];
 
 /// Sends the log to stderr. `PACKHORSE_LOG` filters it with the syntax of `RUST_LOG`. By default a
 /// daemon logs its work, and a command only warnings and errors.
 pub fn init_log(args: &Args) {
     let default = if args.command.is_daemon() {
-        "warn,packhorse=info"
+        log_filter::OF_DAEMON
     } else {
         "warn"
     };
-    let wanted = std::env::var("PACKHORSE_LOG").unwrap_or_default();
-    let filter = tracing_subscriber::EnvFilter::try_new(log_filter(if wanted.is_empty() {
-        default
-    } else {
-        &wanted
-    }));
-    let filter = filter.unwrap_or_else(|error| {
+    let wanted = log_filter::of_environment();
+    let filter = log_filter::parse(wanted.as_deref().unwrap_or(default)).unwrap_or_else(|error| {
         output::note(&format!(
             "warning: PACKHORSE_LOG is not a valid filter ({error}); it is ignored"
         ));
-        tracing_subscriber::EnvFilter::new(log_filter(default))
+        tracing_subscriber::EnvFilter::new(log_filter::expanded(default))
     });
     let colour = std::io::stderr().is_terminal() && human::colour_wanted();
     // One event is one line, even if the text of a peer, a file name or a server contains line
@@ -84,21 +66,16 @@ pub fn init_log(args: &Args) {
         .with_env_filter(filter)
         .with_ansi(colour)
         .with_writer(std::io::stderr);
+    let log = log
+        .fmt_fields(fields.delimited(" "))
+        .with_filter_reloading();
+    let handle = log.reload_handle();
     // The log is set once per process; a second call (in tests) has no effect.
-    let _ = log.fmt_fields(fields.delimited(" ")).try_init();
-}
-
-/// A log filter in which `packhorse` is replaced by all crates of the program. It keeps all spans,
-/// so that each line has its fields.
-fn log_filter(filter: &str) -> String {
-    let each = |directive: &str| match directive.trim().strip_prefix("packhorse") {
-        Some(level) if level.is_empty() || level.starts_with('=') => {
-            CRATES.map(|name| format!("{name}{level}")).join(",")
-        }
-        _ => directive.to_owned(),
-    };
-    let all = filter.split(',').map(each).collect::<Vec<_>>().join(",");
-    format!("{all},{}=info", spans::TARGET)
+    if log.try_init().is_ok() {
+        log_filter::keep(Box::new(move |filter| {
+            handle.reload(filter).map_err(|error| error.to_string())
+        }));
+    }
 }
 
 /// The form of a value in the log.
@@ -161,6 +138,11 @@ async fn dispatch(args: Args) -> Result<(), Fault> {
         } => commands::verify(global, artifact, repair, quick).await,
         Command::Pin { artifact } => commands::pin(global, artifact, true).await,
         Command::Unpin { artifact } => commands::pin(global, artifact, false).await,
+        Command::ExportLabels {
+            artifact,
+            format,
+            out,
+        } => commands::export_labels(global, artifact, format, &out).await,
         Command::Export { artifacts, out } => commands::export(global, artifacts, &out).await,
         Command::Import { file } => commands::import(global, &file).await,
         Command::Adopt => commands::adopt(global).await,

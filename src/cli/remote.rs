@@ -58,7 +58,8 @@ pub(super) async fn publish(
             );
         }
         let (bytes, doing) = (watched.bytes.load(Ordering::Relaxed), watched.what());
-        progress.update(bytes, 0, || {
+        let total = watched.total.load(Ordering::Relaxed);
+        progress.update(bytes, total, || {
             format!("{}: {}", human::clean(&doing), human::bytes(bytes))
         });
     };

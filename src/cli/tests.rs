@@ -8,11 +8,12 @@ use serde_json::json;
 
 use super::args::Args;
 use super::tracker::{Tracker, notice};
-use super::{CRATES, dispatch, log_filter, render_error, status};
+use super::{dispatch, render_error, status};
 use crate::api::ApiToken;
 use crate::api::fake::{Fake, TOKEN, job, offline, transfer};
 use crate::api::types::*;
 use crate::cli::args::Output;
+use crate::log_filter::{CRATES, expanded};
 use base::fault::{Code, Fault, Reason};
 
 struct Daemon {
@@ -76,6 +77,9 @@ fn every_command_of_the_manual_parses() {
         "publish l.csv --as labels/x:1 --for dataset/x:1 --allow-missing --strict --format csv --column sample_path=image class=defect",
         "publish /data --as dataset/x:1 --strict --accept-omitted times,hard_links --accept-omitted xattrs",
         "publish registry://h/r:t --as image/x:1 --username u --password-file p",
+        "publish registry://h/r:t --as image/x:1 --hub h:1 --ca-file c --realm-host t:1 --insecure",
+        "publish /i.tar --as image/x:1 --repository ops/team/x --tag V1 --platform linux/amd64,linux/arm64 --compress",
+        "publish --list images.txt --to all --wait --platform linux/amd64",
         "deliver dataset/x:1 model/y:2 --to region=west,line!=3 --wait",
         "status",
         "status t1 --watch --since 5 -o ndjson",
@@ -433,14 +437,14 @@ fn the_log_filter_means_all_crates_of_the_program() {
         names,
         CRATES[1..].iter().map(|name| (*name).to_owned()).collect()
     );
-    let all = log_filter("warn,packhorse=info");
+    let all = expanded("warn,packhorse=info");
     assert!(
         all.starts_with("warn,packhorse=info,base=info,")
             && all.ends_with(",transport=info,span=info"),
         "{all}"
     );
     assert_eq!(
-        log_filter("packhorse::hub=debug,packhorses=info,info"),
+        expanded("packhorse::hub=debug,packhorses=info,info"),
         "packhorse::hub=debug,packhorses=info,info,span=info"
     );
 }

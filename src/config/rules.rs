@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use super::{Config, MEMORY_BUDGET_BYTES_MIN, Role};
+use crate::log_filter;
 use base::limits::CHECK_EVERY_MIN;
 use base::names::SiteSelector;
 use transport::Proxy;
@@ -32,6 +33,9 @@ pub(super) fn check(config: &Config, text: &str) -> Result<(), Broken> {
         return rules.broken("listen.api", format!("{}: {why}", config.listen.api));
     }
     rules.absolute("data_dir", &config.data_dir)?;
+    if let Some(Err(why)) = config.log.filter.as_deref().map(log_filter::parse) {
+        return rules.broken("log.filter", format!("it is not a valid filter: {why}"));
+    }
     if config.limits.memory < MEMORY_BUDGET_BYTES_MIN {
         return rules.broken(
             "limits.memory",
@@ -239,6 +243,7 @@ impl Rules<'_> {
                 "password_file",
                 "ca_file",
                 "realm_hosts",
+                "insecure",
                 "create_project",
             ] {
                 self.absent(

@@ -54,7 +54,7 @@ fn samples_parse_and_say_the_true_defaults() {
 fn unknown_keys_and_wrong_values_name_their_line() {
     check(
         "role = \"site\"\nname = \"a\"\ndata_dir = \"/d\"\ncolour = 1\n",
-        "x.toml:4:1: unknown key `colour`, expected one of `role`, `name`, `data_dir`, `listen`, `hub`, `sink`, `share`, `scrub`, `relay`, `registry`, `line`, `limits`, `quota`, `train`",
+        "x.toml:4:1: unknown key `colour`, expected one of `role`, `name`, `data_dir`, `listen`, `hub`, `sink`, `share`, `scrub`, `relay`, `registry`, `line`, `limits`, `quota`, `log`, `train`",
     );
     check(
         "role = \"site\"\nname = \"a\"\n",
@@ -322,7 +322,7 @@ fn registries_to_publish_from_are_named_by_host() {
         let good = parse(
             &registry(
                 "h:5000",
-                "username = \"u\"\npassword_file = \"/s\"\nrealm_hosts = [\"t:1\"]",
+                "username = \"u\"\npassword_file = \"/s\"\nrealm_hosts = [\"t:1\"]\ninsecure = true",
             ),
             "x",
         )

@@ -8,8 +8,10 @@ use super::deliveries::no_artifact_named;
 use super::{Hub, sharing};
 use crate::api::types::*;
 use crate::api::{Backend, View, worker_page};
+use crate::label_export::LabelExport;
 use crate::serve::wrong_role;
 use base::blocking::blocking;
+use base::clock::rfc3339_ms;
 use base::fault::{Code, Fault, Reason};
 use base::limits::API_PAGE_BYTES;
 use base::names::{ArtifactRef, check_label};
@@ -18,7 +20,8 @@ use base::text;
 use content::bundle::Member;
 use model::actor::Actor;
 use model::paging::{Budget, Page, Pager, Room};
-use state::{Changed, SiteRow, what_changed};
+use model::publisher_scope::{PATTERNS_MAX, PublisherScope};
+use state::{Changed, EventRow, SiteRow, what_changed};
 use transport::identity::JoinToken;
 
 fn parse_refs(artifacts: &[String]) -> Result<Vec<ArtifactRef>, Fault> {
@@ -34,10 +37,56 @@ impl Hub {
         let mut site = row.view();
         if let Some(link) = self.inner.links.of(&site.name) {
             site.online = true;
+            let heard_ms = self.inner.links.heard_ms(&site.name).max(row.seen_ms);
+            site.last_seen = heard_ms.map(rfc3339_ms);
             site.line = Some(link.transport().into());
             site.rtt_ms = Some(link.rtt().as_secs_f64() * 1000.0);
         }
         site
+    }
+
+    /// The subject of an event as it was then; `None`: it cannot be read any more.
+    async fn event_body(&self, row: &EventRow) -> Option<serde_json::Value> {
+        let catalogue = &self.inner.catalogue;
+        match row.what.as_str() {
+            "transfer" => {
+                let now = catalogue.transfer(&row.name).await.ok()?;
+                // Whether its site is connected belongs to the present.
+                let view = if row.is_newest_of(&now) {
+                    self.inner.deliveries.view(&now)
+                } else {
+                    row.transfer(now).view()
+                };
+                serde_json::to_value(view).ok()
+            }
+            "artifact" => {
+                let now = catalogue.artifact(&row.name.parse().ok()?).await.ok()?;
+                serde_json::to_value(row.artifact(now).view()).ok()
+            }
+            "run" => {
+                let view = match row.run() {
+                    Some(run) => super::runs::run_view(&run),
+                    None => {
+                        let runs = &self.inner.runs;
+                        runs.show(&Actor::Admin, &row.name).await.ok()?
+                    }
+                };
+                serde_json::to_value(view).ok()
+            }
+            _ => {
+                let now = catalogue.site(&row.name).await.ok().flatten()?;
+                let mut view = self.site_view(&now);
+                if let Some(then) = row.site() {
+                    view.online = then.online;
+                    view.last_seen = then.seen_ms.map(rfc3339_ms);
+                    view.version = then.version;
+                    if !then.online {
+                        (view.line, view.rtt_ms) = (None, None);
+                    }
+                }
+                serde_json::to_value(view).ok()
+            }
+        }
     }
 
     /// The lines of `doctor` about published content that changed at its site. Only that site knows
@@ -225,6 +274,29 @@ impl Backend for Hub {
             }
             _ => return Err(Fault::usage("a token is for a site or for a publisher")),
         };
+        let scope = PublisherScope {
+            artifacts: match &request.artifacts[..] {
+                [] => None,
+                patterns => Some(
+                    patterns
+                        .iter()
+                        .map(|pattern| pattern.parse())
+                        .collect::<Result<_, _>>()?,
+                ),
+            },
+            deliver_to: request.deliver_to.as_deref().map(str::parse).transpose()?,
+        };
+        let is_limited = scope != PublisherScope::default();
+        if is_limited && request.publisher.is_none() {
+            return Err(Fault::usage(
+                "artifacts and deliver_to limit a publisher, and the token is for a site",
+            ));
+        }
+        if request.artifacts.len() > PATTERNS_MAX {
+            return Err(Fault::usage(format!(
+                "a token has at most {PATTERNS_MAX} patterns of artifacts"
+            )));
+        }
         if request.ttl_seconds == 0 {
             return Err(Fault::usage(
                 "the validity of a token must be longer than 0",
@@ -245,6 +317,10 @@ impl Backend for Hub {
                 request.ttl_seconds,
             )
             .await?;
+        // The token works before this, but nobody has it.
+        if is_limited {
+            self.inner.catalogue.limit_token(token.id(), &scope).await?;
+        }
         Ok(token.to_string())
     }
 
@@ -269,6 +345,19 @@ impl Backend for Hub {
         }
         self.inner.catalogue.set_pinned(&artifact, pinned).await?;
         Ok(self.inner.catalogue.artifact(&artifact).await?.view())
+    }
+
+    async fn export_labels(&self, request: ExportLabelsRequest) -> Result<Job, Fault> {
+        let export = LabelExport::parse(&request)?;
+        let row = self.inner.catalogue.artifact(&export.artifact).await?;
+        if let Some(site) = &row.origin {
+            return Err(Fault::usage(format!(
+                "{} was published at site {site}, and this hub may have only a part of its content",
+                export.artifact
+            ))
+            .with_next("run the command at a site that holds it"));
+        }
+        self.inner.jobs.export_labels(row, export)
     }
 
     async fn export(&self, artifacts: Vec<String>, out: String) -> Result<Job, Fault> {
@@ -372,38 +461,8 @@ impl Backend for Hub {
         self.inner.catalogue.check_event_cursor(since).await?;
         let (mut out, mut room) = (Vec::new(), Budget::new(API_PAGE_BYTES));
         for row in self.inner.catalogue.events(since, limit).await? {
-            let (mut event, name) = (row.view(), row.name);
-            event.body = match event.what.as_str() {
-                "transfer" => self
-                    .inner
-                    .catalogue
-                    .transfer(&name)
-                    .await
-                    .ok()
-                    .and_then(|row| serde_json::to_value(self.inner.deliveries.view(&row)).ok()),
-                "artifact" => match name.parse() {
-                    Ok(artifact) => self
-                        .inner
-                        .catalogue
-                        .artifact(&artifact)
-                        .await
-                        .ok()
-                        .and_then(|row| serde_json::to_value(row.view()).ok()),
-                    Err(_) => None,
-                },
-                "run" => self
-                    .inner
-                    .runs
-                    .show(&Actor::Admin, &name)
-                    .await
-                    .ok()
-                    .and_then(|run| serde_json::to_value(run).ok()),
-                _ => {
-                    let site = self.inner.catalogue.site(&name).await.ok().flatten();
-                    site.and_then(|row| serde_json::to_value(self.site_view(&row)).ok())
-                }
-            }
-            .unwrap_or_default();
+            let mut event = row.view();
+            event.body = self.event_body(&row).await.unwrap_or_default();
             if !room.takes(&event) {
                 break;
             }

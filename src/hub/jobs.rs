@@ -20,6 +20,7 @@ use super::short;
 use crate::api::types::{Job, PublishRequest, Published};
 use crate::config::Config;
 use crate::jobs::{Jobs, until_room};
+use crate::label_export::{LabelExport, unpack};
 use crate::open_source::{self, Access, TIMES_DIFFER};
 use base::blocking::{blocking, blocking_at};
 use base::fault::Fault;
@@ -32,7 +33,7 @@ use content::manifest::{DatasetBinding, Root};
 use content::store::Store;
 use model::actor::Actor;
 use model::run;
-use state::{Catalogue, Part, new_delivery_id};
+use state::{ArtifactRow, Catalogue, Part, new_delivery_id};
 
 /// The jobs of the hub. Cheap to clone.
 #[derive(Clone)]
@@ -74,41 +75,71 @@ impl HubJobs {
 
     /// Begins a publish.
     pub(super) fn publish(&self, request: PublishRequest) -> Result<Job, Fault> {
-        let this = self.clone();
-        let jobs = &self.jobs;
-        jobs.start(move |progress| async move { this.publish_now(request, progress).await })
+        let (this, asked) = (self.clone(), request.clone());
+        self.jobs
+            .start_once("publish", &asked, move |progress| async move {
+                this.publish_now(request, progress).await
+            })
     }
 
     /// Begins a verify.
     pub(super) fn verify(&self, artifact: ArtifactRef, quick: bool) -> Result<Job, Fault> {
-        let this = self.clone();
-        let jobs = &self.jobs;
-        jobs.start(move |progress| async move { this.verify_now(artifact, quick, progress).await })
+        let (this, asked) = (self.clone(), (artifact.to_string(), quick));
+        self.jobs
+            .start_once("verify", &asked, move |progress| async move {
+                this.verify_now(artifact, quick, progress).await
+            })
     }
 
     /// Begins an export of artifacts whose content the hub holds.
     pub(super) fn export(&self, members: Vec<Member>, out: String) -> Result<Job, Fault> {
         let (store, config) = (self.parts.store.clone(), self.parts.config.clone());
-        self.jobs.start(move |progress| async move {
-            progress.doing(format!("writing {out}"));
-            let out = PathBuf::from(out);
-            let path = out.clone();
-            blocking_at(&path, move || {
-                // It writes a new file only; but not among the daemon's own.
-                config.own().check_path(out.parent().unwrap_or(&out))?;
-                let written = bundle::export(&members, &store, &out, &progress)?;
-                bundle::sync_parent(&out)?;
-                Ok(BTreeMap::from([("bytes", written)]))
+        let names: Vec<String> = members.iter().map(|m| m.artifact.to_string()).collect();
+        let asked = (names, out.clone());
+        self.jobs
+            .start_once("export", &asked, move |progress| async move {
+                progress.doing(format!("writing {out}"));
+                let out = PathBuf::from(out);
+                let path = out.clone();
+                blocking_at(&path, move || {
+                    // It writes a new file only; but not among the daemon's own.
+                    config.own().check_path(out.parent().unwrap_or(&out))?;
+                    let written = bundle::export(&members, &store, &out, &progress)?;
+                    bundle::sync_parent(&out)?;
+                    Ok(BTreeMap::from([("bytes", written)]))
+                })
+                .await
             })
-            .await
-        })
+    }
+
+    /// Begins an export of labels whose content the hub holds.
+    pub(super) fn export_labels(
+        &self,
+        row: ArtifactRow,
+        export: LabelExport,
+    ) -> Result<Job, Fault> {
+        let (store, config) = (self.parts.store.clone(), self.parts.config.clone());
+        let asked = format!("{export:?}");
+        self.jobs
+            .start_once("export labels", &asked, move |progress| async move {
+                let (watched, out) = (progress.clone(), export.out.display().to_string());
+                let data_dir = config.data_dir.clone();
+                open_source::with_scratch(&data_dir, &out, &progress, move |scratch, _| {
+                    watched.doing("reading the rows");
+                    unpack(&row.root, &store, &scratch.folder, &watched)?;
+                    export.write(&config, &scratch.folder, &watched)
+                })
+                .await
+            })
     }
 
     /// Begins an import.
     pub(super) fn import(&self, file: String) -> Result<Job, Fault> {
-        let this = self.clone();
-        let jobs = &self.jobs;
-        jobs.start(move |progress| async move { this.import_now(file, progress).await })
+        let (this, asked) = (self.clone(), file.clone());
+        self.jobs
+            .start_once("import", &asked, move |progress| async move {
+                this.import_now(file, progress).await
+            })
     }
 
     /// Begins a collection.
@@ -137,6 +168,7 @@ impl HubJobs {
                 .check_model(&Actor::Admin, run, &artifact)
                 .await?;
         }
+        open_source::check_image_name(&artifact, &request.options)?;
         let options = request.options.clone();
         blocking(move || open_source::check_bad_out(&options)).await?;
         let dataset = open_source::dataset_of(

@@ -6,9 +6,10 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use parking_lot::RwLock;
+use parking_lot::{Mutex, RwLock};
 use serde::de::DeserializeOwned;
 
+use base::clock;
 use base::fault::Fault;
 use base::names::SiteName;
 use exchange::wire;
@@ -18,14 +19,55 @@ use transport::Link;
 /// The connections of the sites. Cheap to clone.
 #[derive(Clone, Default)]
 pub(super) struct Links {
-    connected: Arc<RwLock<HashMap<SiteName, Link>>>,
+    connected: Arc<RwLock<HashMap<SiteName, Connected>>>,
+}
+
+/// A connection, and when something was received over it.
+struct Connected {
+    link: Link,
+    heard: Mutex<Heard>,
+}
+
+struct Heard {
+    /// The bytes that had been received at the last look.
+    bytes: u64,
+    at_ms: i64,
+}
+
+impl Connected {
+    fn new(link: Link) -> Self {
+        let heard = Heard {
+            bytes: link.bytes().1,
+            at_ms: clock::now_ms(),
+        };
+        Self {
+            link,
+            heard: Mutex::new(heard),
+        }
+    }
+
+    /// When something was last received, as far as was looked.
+    fn heard_ms(&self) -> i64 {
+        let bytes = self.link.bytes().1;
+        let mut heard = self.heard.lock();
+        if bytes != heard.bytes {
+            *heard = Heard {
+                bytes,
+                at_ms: clock::now_ms(),
+            };
+        }
+        heard.at_ms
+    }
 }
 
 impl Links {
     /// The site uses this connection from now on. An older one of the same site is closed.
     pub(super) fn enter(&self, site: &SiteName, link: &Link) {
-        let old = self.connected.write().insert(site.clone(), link.clone());
-        let Some(old) = old else { return };
+        let new = Connected::new(link.clone());
+        let old = self.connected.write().insert(site.clone(), new);
+        let Some(Connected { link: old, .. }) = old else {
+            return;
+        };
         if !old.is_closed() && old.remote_address().ip() != link.remote_address().ip() {
             let (old, new) = (old.remote_address(), link.remote_address());
             tracing::warn!(%old, %new, "a site connected from another address while its connection was open: do two machines use its name?");
@@ -36,14 +78,30 @@ impl Links {
     /// The site does not use this connection any more. A newer one of the same site stays.
     pub(super) fn leave(&self, site: &SiteName, link: &Link) {
         let mut connected = self.connected.write();
-        if connected.get(site) == Some(link) {
+        if connected.get(site).map(|connected| &connected.link) == Some(link) {
             connected.remove(site);
         }
     }
 
     /// The connection of a site; `None`: it is not connected.
     pub(super) fn of(&self, site: &SiteName) -> Option<Link> {
-        self.connected.read().get(site).cloned()
+        let connected = self.connected.read();
+        connected.get(site).map(|connected| connected.link.clone())
+    }
+
+    /// When something was last received from a connected site. Keep-alive packets count. It is exact
+    /// to the interval of [`Links::look`].
+    pub(super) fn heard_ms(&self, site: &SiteName) -> Option<i64> {
+        self.connected.read().get(site).map(Connected::heard_ms)
+    }
+
+    /// Notes from which sites something was received since the last look. Returns when that was, for
+    /// each connected site.
+    pub(super) fn look(&self) -> Vec<(SiteName, i64)> {
+        let connected = self.connected.read();
+        let each = connected.iter();
+        each.map(|(site, connected)| (site.clone(), connected.heard_ms()))
+            .collect()
     }
 
     /// Whether a site is connected.
@@ -58,7 +116,9 @@ impl Links {
 
     /// Closes all connections.
     pub(super) fn close_all(&self, why: &str) {
-        let all: Vec<Link> = self.connected.read().values().cloned().collect();
+        let connected = self.connected.read();
+        let all: Vec<Link> = connected.values().map(|c| c.link.clone()).collect();
+        drop(connected);
         all.iter().for_each(|link| link.close(why));
     }
 

@@ -9,8 +9,8 @@ use super::rate_limiter::RateLimiter;
 use base::budget::{Budget, Seat, Share, WorkPlaces};
 use base::fault::Fault;
 use base::limits::{
-    CHANGES_AT_ONCE_MAX, CHANGES_PER_SECOND_MAX, CONTROL_FRAME_BYTES_MAX, PEER_WORK_MAX,
-    QUESTIONS_BYTES_MAX, REPORTS_AT_ONCE_MAX, REPORTS_PER_SECOND_MAX,
+    CHANGES_AT_ONCE_MAX, CHANGES_PER_SECOND_MAX, CONTROL_FRAME_BYTES_MAX, OFFERS_AT_ONCE_MAX,
+    PEER_WORK_MAX, QUESTIONS_BYTES_MAX, REPORTS_AT_ONCE_MAX, REPORTS_PER_SECOND_MAX,
 };
 use base::peer::Peer;
 
@@ -30,6 +30,8 @@ pub(super) struct PeerBudgets {
     /// Bytes of control messages.
     messages: Budget,
     work: WorkPlaces,
+    /// Manifests that are accepted.
+    offers: WorkPlaces,
     reports: RateLimiter,
     changes: RateLimiter,
 }
@@ -43,6 +45,7 @@ impl PeerBudgets {
             questions: Budget::new(memory / 16, QUESTIONS_BYTES_MAX),
             messages: Budget::new(memory / 16, CONTROL_FRAME_BYTES_MAX as u64),
             work: WorkPlaces::new(PEER_WORK_MAX),
+            offers: WorkPlaces::new(OFFERS_AT_ONCE_MAX),
             reports: RateLimiter::new(REPORTS_PER_SECOND_MAX, REPORTS_AT_ONCE_MAX),
             changes: RateLimiter::new(CHANGES_PER_SECOND_MAX, CHANGES_AT_ONCE_MAX),
         }
@@ -87,6 +90,11 @@ impl PeerBudgets {
     /// Waits for a place for blocking work.
     pub(super) async fn work_place(&self, peer: &Peer) -> Option<OwnedSemaphorePermit> {
         self.work.take(peer).await
+    }
+
+    /// Waits until the manifest of one more artifact of this peer may be held.
+    pub(super) async fn offer(&self, peer: &Peer) -> Option<OwnedSemaphorePermit> {
+        self.offers.take(peer).await
     }
 
     /// Waits until the peer may report so much.

@@ -8,6 +8,7 @@
 mod requests;
 
 pub(crate) use requests::lineage_view;
+pub(in crate::hub) use requests::view as run_view;
 
 use std::sync::Arc;
 use std::time::Duration;

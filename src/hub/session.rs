@@ -30,10 +30,12 @@ use super::peer_budgets::PeerBudgets;
 use super::quota::QuotaLedger;
 use super::relay::RelayKeeper;
 use super::runs::RunKeeper;
+use base::clock;
 use base::fault::Fault;
 use base::limits::{FETCH_STREAMS_MAX, QUESTIONS_AT_ONCE_MAX, SILENCE_MAX};
 use base::names::SiteName;
 use base::peer::Peer;
+use base::tally::Tally;
 use content::store::Store;
 use exchange::fetch;
 use model::actor::Actor;
@@ -73,6 +75,10 @@ pub(super) struct SessionParts {
     pub(super) quotas: QuotaLedger,
     pub(super) manifests: Manifests,
     pub(super) traffic: ControlTraffic,
+    /// Reports of sites that were refused: a site may send any number of them.
+    pub(super) refused_reports: Tally,
+    /// Sites with a certificate of this hub that are not in its catalogue.
+    pub(super) unknown: Tally,
     pub(super) tasks: TaskTracker,
     pub(super) stop: CancellationToken,
 }
@@ -130,12 +136,15 @@ impl Sessions {
             .is_ok_and(|site| site.is_some());
         let actor = Actor::Site(name.clone());
         if policy::may(&actor, Verb::Connect, &Object::Membership { known }).is_err() {
-            link.close("the site is not registered at the hub: join again");
+            self.inner
+                .unknown
+                .note(format_args!("{name} at {}", link.remote_address()));
+            link.refuse("the hub does not know this site");
             return;
         }
         self.inner.links.enter(&name, &link);
         tracing::info!("a site is online");
-        self.note_seen(&name, None).await;
+        self.note_seen(&name, true, clock::now_ms(), None).await;
         let _seats = self.inner.budgets.seats();
         let streams = Arc::new(Streams {
             fetches: Semaphore::new(FETCH_STREAMS_MAX),
@@ -156,13 +165,18 @@ impl Sessions {
             );
         }
         link.close("the hub stops");
+        let heard_ms = self.inner.links.heard_ms(&name);
         self.inner.links.leave(&name, &link);
         tracing::info!("a site is offline");
-        self.note_seen(&name, None).await;
+        // A newer connection may have replaced this one.
+        let online = self.inner.links.is_online(&name);
+        let heard_ms = heard_ms.unwrap_or_else(clock::now_ms);
+        self.note_seen(&name, online, heard_ms, None).await;
     }
 
-    async fn note_seen(&self, name: &SiteName, version: Option<&str>) {
-        if let Err(fault) = self.inner.catalogue.site_seen(name, version).await {
+    async fn note_seen(&self, name: &SiteName, online: bool, at_ms: i64, version: Option<&str>) {
+        let catalogue = &self.inner.catalogue;
+        if let Err(fault) = catalogue.site_seen(name, online, at_ms, version).await {
             tracing::error!(error = %fault, "the catalogue cannot be written");
         }
     }

@@ -8,7 +8,8 @@
 //! content again. The artifact enters the catalogue only when all its content is durable.
 //!
 //! A publisher may do nothing else: it cannot read artifacts, cannot deliver artifacts of others,
-//! and is not a site.
+//! and is not a site. Its join token may limit the names that it publishes under and the sites that it
+//! delivers to ([`model::publisher_scope`]).
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
@@ -235,11 +236,28 @@ impl Uploads {
         let peer = Peer::Publisher(publisher.clone());
         let actor = Actor::from(&peer);
         // All checks that can refuse the upload come before the first byte is fetched.
+        let scope = inner.catalogue.publisher_scope(publisher).await?;
+        let scope = &scope.unwrap_or_default();
+        let artifact_of_scope = Object::Upload {
+            artifact: &artifact,
+            scope,
+        };
+        policy::may(&actor, Verb::Upload, &artifact_of_scope)?;
         if let Some(to) = to {
-            inner.catalogue.select_sites(to).await?;
+            for site in inner.catalogue.select_sites(to).await? {
+                let row = inner.catalogue.site(site.as_str()).await?;
+                let labels = &row.map(|row| row.labels).unwrap_or_default();
+                let target = Object::UploadTo {
+                    site: &site,
+                    labels,
+                    scope,
+                };
+                policy::may(&actor, Verb::Deliver, &target)?;
+            }
         }
         let fetcher = Fetcher::new(link.clone(), digest, Arc::default());
         let manifest = fetcher.clone().with_idle_max(MANIFEST_IDLE_MAX);
+        let _offer = inner.budgets.offer(&peer).await;
         let root = manifest.root().await?;
         if root.kind != artifact.kind {
             return Err(Fault::integrity(format!(

@@ -531,6 +531,8 @@ async fn enrol(
         site: Some(site.name.into()),
         publisher: None,
         labels,
+        artifacts: Vec::new(),
+        deliver_to: None,
         ttl_seconds: 600,
     };
     let reply: TokenReply = client.post("/v1/tokens", &request).await?;

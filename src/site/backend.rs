@@ -13,7 +13,9 @@ use super::adopt::adopt;
 use crate::api::types::{Site as SiteView, *};
 use crate::api::{Backend, RunToken, View, worker_page};
 use crate::delivery::Whole;
+use crate::label_export::LabelExport;
 use crate::serve::wrong_role;
+use base::blocking::blocking_at;
 use base::fault::{Code, Fault};
 use base::limits::{API_PAGE_BYTES, ROOM_AWAITED_MAX};
 use base::names::{ArtifactRef, DeliveryId, RunName, WorkId};
@@ -86,7 +88,8 @@ impl Backend for Site {
         let artifact: ArtifactRef = request.as_ref.parse()?;
         let this = self.clone();
         tracing::info!(%artifact, source = %request.source, "publishing in place");
-        self.inner.jobs.start(move |progress| async move {
+        let (jobs, asked) = (&self.inner.jobs, request.clone());
+        jobs.start_once("publish", &asked, move |progress| async move {
             this.inner
                 .publications
                 .publish(request, progress, ROOM_AWAITED_MAX)
@@ -366,7 +369,8 @@ impl Backend for Site {
             .with_next("restore the original files, or publish a new version"));
         }
         let this = self.clone();
-        self.inner.jobs.start(move |progress| async move {
+        let (jobs, asked) = (&self.inner.jobs, (artifact.to_string(), repair, quick));
+        jobs.start_once("verify", &asked, move |progress| async move {
             let mut faults = this.verify_now(row, quick, progress).await?;
             if let Some(first) = faults.first().filter(|_| repair) {
                 let found = faults.len();
@@ -385,6 +389,26 @@ impl Backend for Site {
 
     async fn pin(&self, _artifact: &str, _pinned: bool) -> Result<Artifact, Fault> {
         Err(wrong_role("pin", "hub"))
+    }
+
+    async fn export_labels(&self, request: ExportLabelsRequest) -> Result<Job, Fault> {
+        let export = LabelExport::parse(&request)?;
+        let artifact = &export.artifact;
+        let row = self.inner.opened.catalogue.artifact(artifact).await?;
+        let Some(place) = row.place else {
+            return Err(
+                Fault::not_found(format!("this site has no copy of {artifact}"))
+                    .with_next("deliver it to this site, or run the command at the hub"),
+            );
+        };
+        let (jobs, config) = (&self.inner.jobs, self.inner.opened.config.clone());
+        jobs.start_once("export labels", &request, move |progress| async move {
+            let out = export.out.clone();
+            blocking_at(&out, move || {
+                export.write(&config, place.filesystem(), &progress)
+            })
+            .await
+        })
     }
 
     async fn export(&self, _artifacts: Vec<String>, _out: String) -> Result<Job, Fault> {
@@ -434,25 +458,18 @@ impl Backend for Site {
             .await?;
         let (mut out, mut room) = (Vec::new(), Budget::new(API_PAGE_BYTES));
         for row in self.inner.opened.catalogue.events(since, limit).await? {
-            let (mut event, name) = (row.view(), row.name);
+            let mut event = row.view();
+            let catalogue = &self.inner.opened.catalogue;
             let body = match event.what.as_str() {
-                "transfer" => self
-                    .inner
-                    .opened
-                    .catalogue
-                    .transfer(&name)
-                    .await
-                    .ok()
-                    .and_then(|row| serde_json::to_value(row.view()).ok()),
-                _ => match name.parse() {
-                    Ok(artifact) => self
-                        .inner
-                        .opened
-                        .catalogue
-                        .artifact(&artifact)
-                        .await
-                        .ok()
-                        .and_then(|row| serde_json::to_value(row.view()).ok()),
+                "transfer" => {
+                    let now = catalogue.transfer(&row.name).await.ok();
+                    now.and_then(|now| serde_json::to_value(row.transfer(now).view()).ok())
+                }
+                _ => match row.name.parse() {
+                    Ok(artifact) => {
+                        let now = catalogue.artifact(&artifact).await.ok();
+                        now.and_then(|now| serde_json::to_value(row.artifact(now).view()).ok())
+                    }
                     Err(_) => None,
                 },
             };

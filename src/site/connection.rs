@@ -135,8 +135,22 @@ impl Connection {
                 return;
             }
             self.hub.disconnected();
+            let refused = link.refusal();
             link.close("the site closes the connection");
-            span.in_scope(|| tracing::info!("the connection to the hub ended"));
+            match refused {
+                Some(why) => {
+                    let fault = refused_by_hub(&why);
+                    if self.hub.failed(&fault) {
+                        span.in_scope(|| {
+                            tracing::warn!(error = %fault, next = %fault.next, "no connection to the hub");
+                        });
+                    }
+                }
+                None => {
+                    self.hub.ended_well();
+                    span.in_scope(|| tracing::info!("the connection to the hub ended"));
+                }
+            }
             opened.catalogue.notify();
             return;
         }
@@ -298,6 +312,14 @@ impl Connection {
             rate: opened.runner.last_rate(),
         })
     }
+}
+
+/// The fault of a hub that refuses this site after the welcome: its catalogue is from before the
+/// site joined, or the site was removed there.
+fn refused_by_hub(why: &str) -> Fault {
+    Fault::not_allowed(format!("the hub refused this site: {why}")).with_next(
+        "at the hub: packhorse token create --site NAME; then here, with the daemon stopped: packhorse join",
+    )
 }
 
 #[cfg(test)]

@@ -62,10 +62,15 @@ impl HubLink {
         self.fault.lock().clone()
     }
 
-    /// Sets the connection; it replaces an earlier one.
+    /// Sets the connection; it replaces an earlier one. The fault of the last attempt stays: a hub
+    /// may refuse a site after its welcome, each time.
     pub(super) fn connected(&self, link: Link) {
-        *self.fault.lock() = None;
         self.link.send_replace(Some(link));
+    }
+
+    /// The last connection was not refused.
+    pub(super) fn ended_well(&self) {
+        *self.fault.lock() = None;
     }
 
     /// Removes the connection. Returns the last one, which the caller closes.
@@ -98,6 +103,26 @@ impl HubLink {
                 })
             }
         }
+    }
+
+    /// Reads the certificate of this site again. Returns whether it changed.
+    pub(super) async fn reload_certificate(&self) -> Result<bool, Fault> {
+        let data_dir = self.data_dir.clone();
+        let read = blocking(move || SiteIdentity::load(&data_dir)).await?;
+        let read = read.ok_or_else(|| Fault::not_found("there is no certificate in data_dir"))?;
+        let before = self.identity();
+        if read.cert_der() == before.cert_der() {
+            return Ok(false);
+        }
+        if read.holder() != before.holder() {
+            return Err(Fault::not_allowed(format!(
+                "the certificate is for {}, not for {}",
+                read.holder(),
+                before.holder()
+            )));
+        }
+        self.identity.send_replace(Arc::new(read));
+        Ok(true)
     }
 
     /// Requests a new certificate over `link` when the current one is old.

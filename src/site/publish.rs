@@ -72,6 +72,7 @@ impl Publications {
         let since_ms = clock::now_ms();
         let artifact: ArtifactRef = request.as_ref.parse()?;
         let to = request.to.as_deref().map(str::parse).transpose()?;
+        open_source::check_image_name(&artifact, &request.options)?;
         let options = request.options.clone();
         blocking(move || open_source::check_bad_out(&options)).await?;
         let run = request.run.as_deref().map(run::known).transpose()?;

@@ -206,6 +206,44 @@ fn an_image_is_published_from_a_registry() {
     world.hub.cli(&["show", "image/none:v1"]).expect(5);
 }
 
+/// The credentials are those of `docker login`, and the platform is selected.
+#[test]
+fn an_image_is_published_with_the_credentials_of_docker_login() {
+    let _limit = limit(secs(180));
+    let world = World::start();
+    let source = Registry::basic(&world.scratch, "source");
+    source.push(&format!("oci:{}:v1", fixture("two")), "team/app:v1");
+    let url = format!("docker://{}/team/app:v1", source.host());
+    let args = ["publish", url.as_str(), "--as", "image/none:v1"];
+    let hint = format!("docker login {}", source.host());
+    world.hub.cli(&args).expect(4).says(&[&hint]);
+    let login = world.hub.docker_config();
+    std::fs::create_dir_all(&login).unwrap();
+    let entry = serde_json::json!({ "username": USER, "password": PASSWORD });
+    let text = serde_json::json!({ "auths": { source.host(): entry } });
+    std::fs::write(login.join("config.json"), text.to_string()).unwrap();
+    let all = world.carry(&url, "all", &[]);
+    assert_eq!(
+        all["digest"],
+        images::top(&images::small().join("two"))["digest"]
+    );
+    let one = world.carry(&url, "one", &["--platform", "linux/arm64"]);
+    assert_eq!(one["platforms"], serde_json::json!(["linux/arm64"]));
+    assert_eq!(
+        one["media_type"],
+        "application/vnd.oci.image.manifest.v1+json"
+    );
+    let none = [
+        "publish",
+        &url,
+        "--as",
+        "image/none:v1",
+        "--platform",
+        "linux/s390x",
+    ];
+    world.hub.cli(&none).expect(5).says(&["linux/arm64"]);
+}
+
 #[test]
 fn a_rebuilt_layer_reuses_the_unchanged_content_in_the_registry() {
     let _limit = limit(secs(120));

@@ -42,6 +42,7 @@ mod nas;
 mod offline;
 mod omitted;
 mod open_files;
+mod operation;
 mod program;
 mod proxies;
 mod quickstart;

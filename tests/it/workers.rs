@@ -57,6 +57,7 @@ fn a_hub_and_a_site_list_their_background_workers() {
             "connections",
             "event-trim",
             "idle-release",
+            "last-seen",
             "prefetch",
             "relay-cache",
             "relay-evict",

@@ -19,6 +19,8 @@ use crate::text;
 pub struct JobProgress {
     /// Bytes processed.
     pub bytes: AtomicU64,
+    /// The bytes that the job will process; 0 if that is not known.
+    pub total: AtomicU64,
     /// Compressed bytes that were new to the store, over all attempts.
     pub stored: AtomicU64,
     /// Bytes for which the store had no space. 0 means the space for one pack.

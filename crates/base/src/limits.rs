@@ -36,6 +36,11 @@ pub const ANSWER_MAX: Duration = Duration::from_secs(120);
 pub const ANSWER_IDLE_MAX: Duration = Duration::from_secs(600);
 /// The slowest rate at which a message may arrive, in bytes per second.
 pub const MESSAGE_BYTES_PER_SECOND_MIN: u64 = 8 << 10;
+/// The values in a message of a site or a publisher. A value of one byte costs some hundred bytes
+/// once it is parsed, so that the length of a message alone does not limit its memory.
+pub const MESSAGE_VALUES_MAX: usize = 80 << 10;
+/// The values in a message of the hub, whose lists are longer.
+pub const HUB_MESSAGE_VALUES_MAX: usize = 256 << 10;
 /// A message larger than this is parsed on a blocking thread.
 pub const MESSAGE_BYTES_SMALL: usize = 64 << 10;
 /// How long a fetch waits for its own data while the connection carries other data: the time that
@@ -60,6 +65,11 @@ pub const CHANGES_PER_SECOND_MAX: u32 = 50;
 pub const CHANGES_AT_ONCE_MAX: u32 = 1_000;
 /// The largest root manifest.
 pub const ROOT_BYTES_MAX: usize = 1 << 20;
+/// The values in the text of a root manifest.
+pub const ROOT_VALUES_MAX: usize = 16 << 10;
+/// The manifests of one site or publisher that the hub accepts at once; others wait. Each is in
+/// memory until its pages have arrived.
+pub const OFFERS_AT_ONCE_MAX: usize = 8;
 /// The approximate number of raw bytes that one fetch request asks for; it fits in the window of a
 /// stream.
 pub const FETCH_BATCH_BYTES: u64 = 1 << 20;
@@ -170,9 +180,12 @@ pub const ARCHIVE_MEMBERS_MAX: usize = 65_536;
 pub const ARCHIVE_NAMES_BYTES_MAX: usize = 16 << 20;
 /// The largest extended header (a long name) in an archive, in bytes.
 pub const ARCHIVE_HEADER_BYTES_MAX: u64 = 64 << 10;
-/// Decompression stops as a decompression bomb after this many output bytes, if the ratio is also
-/// exceeded.
-pub const BOMB_BYTES: u64 = 1 << 30;
+/// The most images in a list of images to publish.
+pub const IMAGE_LIST_MAX: usize = 10_000;
+/// Decompression of a layer or an archive stops as a decompression bomb after this many output
+/// bytes, if the ratio is also exceeded. The default of `[limits] image_unpacked`: hashing them takes
+/// minutes.
+pub const UNPACKED_BYTES_MAX: u64 = 64 << 30;
 /// The ratio of output to input for the bomb check. Real layers reach 20; gzip cannot exceed 1,032;
 /// zstd has no limit.
 pub const BOMB_RATIO: u64 = 256;
@@ -206,6 +219,10 @@ pub const SINK_REPORT_AFTER: Duration = Duration::from_secs(3);
 pub const LABEL_CONNECT_MAX: Duration = Duration::from_secs(10);
 /// How long a label database may take to accept one batch of rows, or to return the next row.
 pub const LABEL_SILENCE_MAX: Duration = Duration::from_secs(120);
+/// How often a hub looks whether it received something from each site. `last_seen` is exact to this.
+pub const HEARD_LOOK_EVERY: Duration = Duration::from_secs(5);
+/// How often a hub stores when it last received something from the connected sites.
+pub const HEARD_STORE_EVERY: Duration = Duration::from_secs(60);
 /// How long one statement without rows (an index, a switch) may take in a label database.
 pub const LABEL_STATEMENT_MAX: Duration = Duration::from_secs(3600);
 /// How long a commit waits for the writer lock of SQLite before the delivery pauses and retries.
@@ -223,6 +240,12 @@ pub const LABEL_DDL_TRIES_MAX: u32 = 6;
 pub const LONG_POLL_MAX: Duration = Duration::from_secs(50);
 /// The largest body of an API request.
 pub const API_BODY_BYTES_MAX: usize = 1 << 20;
+/// The bytes of such bodies that take no memory of [`API_BODIES_BYTES_MAX`].
+pub const API_BODY_BYTES_SMALL: usize = 64 << 10;
+/// The memory for the larger bodies of all API requests that are handled at once.
+pub const API_BODIES_BYTES_MAX: usize = 16 << 20;
+/// The values in the body of an API request.
+pub const API_BODY_VALUES_MAX: usize = 16 << 10;
 /// The longest silence within the body of an API request, and its total time limit unless it keeps
 /// the minimum rate.
 pub const API_BODY_SILENCE_MAX: Duration = Duration::from_secs(30);

@@ -14,6 +14,7 @@ use parking_lot::Mutex;
 
 use crate::blocking;
 use crate::fault::{Fault, IoContext};
+use crate::text;
 
 /// The largest size of one reservation.
 const BYTES_MAX: u64 = 1 << 60;
@@ -73,7 +74,7 @@ impl Space {
     /// The free space for people: `12 MiB and 300 inodes`.
     pub fn text(&self) -> String {
         let bytes = match self.bytes {
-            Some(bytes) if bytes >> 20 > 0 => format!("{} MiB", bytes >> 20),
+            Some(bytes) if bytes > 0 => text::size(bytes),
             Some(bytes) => format!("{bytes} bytes"),
             None => "an unknown number of bytes".into(),
         };

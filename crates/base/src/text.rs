@@ -252,6 +252,15 @@ pub fn parse_json<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, String> {
     serde_json::from_slice(bytes).map_err(|e| line(&e.to_string(), 300))
 }
 
+/// Refuses JSON with more values than `max` before they take memory: a value of one byte costs some
+/// hundred bytes once it is parsed. Returns the number of values. Each value but the first follows
+/// one of three characters; the same characters inside strings count too.
+pub fn check_values(json: &[u8], max: usize) -> Result<(), usize> {
+    let begins = |byte: &&u8| matches!(byte, b',' | b'[' | b'{');
+    let values = json.iter().filter(begins).count();
+    if values <= max { Ok(()) } else { Err(values) }
+}
+
 /// `512 B`, `1.5 GiB`, `40 MiB`: rounded down, so that no value looks larger than it is.
 pub fn size(count: u64) -> String {
     const UNITS: [&str; 5] = ["KiB", "MiB", "GiB", "TiB", "PiB"];
@@ -273,6 +282,13 @@ mod tests {
     use super::*;
 
     type Short = Text<8>;
+
+    #[test]
+    fn json_of_too_many_values_is_refused() {
+        let json = br#"{"a":[1,"x",{}]}"#;
+        assert_eq!(check_values(json, 5), Ok(()));
+        assert_eq!(check_values(json, 4), Err(5));
+    }
 
     #[test]
     fn a_text_is_cut_and_cleaned_when_it_is_parsed() {

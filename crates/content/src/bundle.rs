@@ -138,7 +138,10 @@ pub fn import(from: &Path, store: &Store, progress: &JobProgress) -> Result<Vec<
         Fault::integrity(format!("{} {why}", from.display()))
             .with_next("copy the file again, or export it again")
     };
-    let mut file = BufReader::with_capacity(1 << 20, durable::open_regular(from).at(&what)?);
+    let file = durable::open_regular(from).at(&what)?;
+    let length = file.metadata().at(&what)?.len();
+    progress.total.store(length, Ordering::Relaxed);
+    let mut file = BufReader::with_capacity(1 << 20, file);
     let mut head = [0; 12];
     file.read_exact(&mut head)
         .map_err(|_| wrong("is not a bundle"))?;
@@ -154,6 +157,9 @@ pub fn import(from: &Path, store: &Store, progress: &JobProgress) -> Result<Vec<
     }
     let members: Vec<Member> =
         serde_json::from_slice(&list).map_err(|_| wrong("has a damaged list"))?;
+    progress
+        .bytes
+        .store((head.len() + len) as u64, Ordering::Relaxed);
     let losses = store.losses();
     let mut header = [0; HEADER_BYTES];
     while read_or_end(&mut file, &mut header).map_err(|_| wrong("is truncated"))? {

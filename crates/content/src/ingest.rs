@@ -85,6 +85,8 @@ pub fn reported<T>(job: &Arc<JobProgress>, work: impl FnOnce(&Progress) -> T) ->
         });
         let result = work(progress);
         drop(done);
+        job.bytes
+            .store(progress.read.load(Ordering::Relaxed), Ordering::Relaxed);
         job.stored
             .fetch_add(progress.stored.load(Ordering::Relaxed), Ordering::Relaxed);
         job.wanted
@@ -197,6 +199,9 @@ fn ingest_as(
     keeper: &dyn Keeper,
     progress: &Progress,
 ) -> Result<Ingested, Fault> {
+    if let (Some(job), Some(total)) = (&progress.job, source.total()) {
+        job.total.store(total, Ordering::Relaxed);
+    }
     let losses = pages.losses();
     let workers = std::thread::available_parallelism()
         .map_or(2, usize::from)

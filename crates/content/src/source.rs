@@ -45,6 +45,16 @@ pub enum SourceBody {
     },
 }
 
+impl SourceEntry {
+    /// The bytes of its content.
+    pub fn bytes(&self) -> u64 {
+        match &self.body {
+            SourceBody::File { size, .. } => *size,
+            SourceBody::Dir | SourceBody::Symlink(_) => 0,
+        }
+    }
+}
+
 /// The location of the content of a file.
 #[derive(Debug, Clone)]
 pub enum Content {
@@ -73,6 +83,11 @@ pub trait Source: Send {
     /// Called when the file of the last entry ([`Content::File`]) is open. The source may inspect
     /// the file but must not read it.
     fn opened(&mut self, _file: &File) {}
+
+    /// The bytes of all its files, if that is known before the first entry.
+    fn total(&self) -> Option<u64> {
+        None
+    }
 
     /// The metadata of the artifact's kind. Called after the last entry.
     fn info(&self) -> KindInfo;

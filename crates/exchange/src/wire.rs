@@ -13,10 +13,12 @@ use base::blocking::blocking;
 use base::budget::{Budget, Share};
 use base::fault::Fault;
 use base::limits::{
-    ANSWER_IDLE_MAX, ANSWER_MAX, CONTROL_FRAME_BYTES_MAX, MESSAGE_BYTES_PER_SECOND_MIN,
-    MESSAGE_BYTES_SMALL, QUESTION_BYTES_FACTOR, QUESTION_BYTES_MAX, SILENCE_MAX,
+    ANSWER_IDLE_MAX, ANSWER_MAX, CONTROL_FRAME_BYTES_MAX, HUB_MESSAGE_VALUES_MAX,
+    MESSAGE_BYTES_PER_SECOND_MIN, MESSAGE_BYTES_SMALL, MESSAGE_VALUES_MAX, QUESTION_BYTES_FACTOR,
+    QUESTION_BYTES_MAX, SILENCE_MAX,
 };
 use base::peer::Peer;
+use base::text::check_values;
 use model::protocol::{QUESTION, from_json, to_json};
 use transport::{Link, RecvHalf, SendHalf};
 
@@ -137,17 +139,17 @@ pub async fn send_bytes(to: &mut SendHalf, bytes: &[u8]) -> Result<(), Fault> {
     to.write_all(&out).await
 }
 
-/// Receives one message of at most [`CONTROL_FRAME_BYTES_MAX`]. It may begin at any time; once
-/// begun it must arrive.
+/// Receives one message of the hub, of at most [`CONTROL_FRAME_BYTES_MAX`]. It may begin at any
+/// time; once begun it must arrive.
 pub async fn receive<T: DeserializeOwned + Send + 'static>(
     from: &mut RecvHalf,
 ) -> Result<T, Fault> {
     let len = receive_len(from, CONTROL_FRAME_BYTES_MAX).await?;
-    parse(receive_body(from, len).await?).await
+    parse(receive_body(from, len).await?, HUB_MESSAGE_VALUES_MAX).await
 }
 
-/// [`receive`], for a message whose memory comes out of the peer's share of `budget` before it is
-/// read. The share is to be kept as long as the message.
+/// [`receive`], for a message of a peer of the hub, whose memory comes out of the peer's share of
+/// `budget` before it is read. The share is to be kept as long as the message.
 pub async fn receive_within<T: DeserializeOwned + Send + 'static>(
     from: &mut RecvHalf,
     budget: &Budget,
@@ -155,7 +157,8 @@ pub async fn receive_within<T: DeserializeOwned + Send + 'static>(
 ) -> Result<(T, Share), Fault> {
     let len = receive_len(from, CONTROL_FRAME_BYTES_MAX).await?;
     let share = budget.take(peer, len as u64, PRIORITY_CONTROL).await?;
-    Ok((parse(receive_body(from, len).await?).await?, share))
+    let body = receive_body(from, len).await?;
+    Ok((parse(body, MESSAGE_VALUES_MAX).await?, share))
 }
 
 /// Receives a question, which has to begin at once; as [`receive_within`].
@@ -169,7 +172,8 @@ pub async fn receive_question<T: DeserializeOwned + Send + 'static>(
     let share = budget
         .take(peer, len as u64 * QUESTION_BYTES_FACTOR, PRIORITY_QUESTION)
         .await?;
-    Ok((parse(receive_body(from, len).await?).await?, share))
+    let body = receive_body(from, len).await?;
+    Ok((parse(body, MESSAGE_VALUES_MAX).await?, share))
 }
 
 /// Receives bytes behind their length. They may begin at any time; once begun they must arrive.
@@ -203,9 +207,19 @@ async fn receive_body(from: &mut RecvHalf, len: usize) -> Result<Vec<u8>, Fault>
     Ok(out)
 }
 
-async fn parse<T: DeserializeOwned + Send + 'static>(text: Vec<u8>) -> Result<T, Fault> {
+async fn parse<T: DeserializeOwned + Send + 'static>(
+    text: Vec<u8>,
+    values_max: usize,
+) -> Result<T, Fault> {
     let is_small = text.len() <= MESSAGE_BYTES_SMALL;
-    let work = move || from_json(&text);
+    let work = move || {
+        check_values(&text, values_max).map_err(|values| {
+            Fault::integrity(format!(
+                "the peer sent a message of {values} values; {values_max} are allowed"
+            ))
+        })?;
+        from_json(&text)
+    };
     if is_small {
         work()
     } else {

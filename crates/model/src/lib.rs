@@ -9,6 +9,7 @@ pub mod desired;
 pub mod paging;
 pub mod policy;
 pub mod protocol;
+pub mod publisher_scope;
 pub mod receipt;
 pub mod run;
 pub mod transfer;

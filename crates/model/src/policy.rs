@@ -11,6 +11,7 @@ use base::fault::Fault;
 use base::names::{ArtifactRef, Kind, PublisherName, RunName, SiteName, SiteSelector};
 
 use crate::actor::Actor;
+use crate::publisher_scope::PublisherScope;
 
 /// What an actor wants to do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -111,6 +112,22 @@ pub enum Object<'a> {
         publisher: Option<&'a PublisherName>,
         /// Whether the actor has a transfer of its content that was neither cancelled nor removed.
         delivered: bool,
+    },
+    /// An artifact that a publisher uploads.
+    Upload {
+        /// The artifact.
+        artifact: &'a ArtifactRef,
+        /// What the publisher may publish.
+        scope: &'a PublisherScope,
+    },
+    /// A site that a publisher delivers its upload to.
+    UploadTo {
+        /// The site.
+        site: &'a SiteName,
+        /// Its labels.
+        labels: &'a BTreeMap<String, String>,
+        /// Where the publisher may deliver.
+        scope: &'a PublisherScope,
     },
     /// A request to publish over the API.
     Publication {
@@ -477,6 +494,33 @@ fn publisher(name: &PublisherName, verb: Verb, object: &Object<'_>) -> Result<()
             }
         }
         (Verb::Upload | Verb::Renew, Object::Daemon) => Ok(()),
+        (Verb::Upload, Object::Upload { artifact, scope }) => match &scope.artifacts {
+            Some(patterns) if !patterns.iter().any(|pattern| pattern.includes(artifact)) => {
+                let patterns: Vec<String> = patterns.iter().map(ToString::to_string).collect();
+                refuse(
+                    format!(
+                        "the publisher {name} may publish {} only, not {artifact}",
+                        patterns.join(", ")
+                    ),
+                    "publish under another name, or ask the administrator of the hub for a token with other --artifacts",
+                )
+            }
+            _ => Ok(()),
+        },
+        (
+            Verb::Deliver,
+            Object::UploadTo {
+                site,
+                labels,
+                scope,
+            },
+        ) => match &scope.deliver_to {
+            Some(to) if !to.sites().is_some_and(|sites| sites.includes(site, labels)) => refuse(
+                format!("the publisher {name} may deliver to {to} only, not to {site}"),
+                "publish without --to, or ask the administrator of the hub to deliver",
+            ),
+            _ => Ok(()),
+        },
         (Verb::Deliver, Object::Artifact { supplied: true, .. }) => Ok(()),
         (Verb::ReadDigest, Object::Taken { publisher, .. }) => visible(publisher == Some(name)),
         (Verb::ReadManifest | Verb::ReadContent | Verb::ReadExclusions, _) => Err(Refusal::Hidden),

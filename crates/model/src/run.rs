@@ -19,7 +19,8 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use base::fault::Fault;
-use base::limits::TRAINER_TAIL_BYTES;
+use base::limits::{DELIVERY_ARTIFACTS_MAX, TRAINER_TAIL_BYTES};
+use base::list;
 use base::names::{
     ArtifactRef, DeliveryId, Kind, NAME_BYTES_MAX, RunId, RunName, SiteName, TransferId,
 };
@@ -353,9 +354,13 @@ pub struct RunReport {
     /// What it waits for, or the reason of its failure.
     pub message: Option<Message>,
     /// Transfers whose artifacts were removed.
+    #[serde(deserialize_with = "list::at_most::<_, _, DELIVERY_ARTIFACTS_MAX>")]
     pub removed: Vec<TransferId>,
     /// Borrowed artifacts that could not be removed, with reasons.
-    #[serde(default)]
+    #[serde(
+        default,
+        deserialize_with = "list::at_most::<_, _, DELIVERY_ARTIFACTS_MAX>"
+    )]
     pub left: Vec<Message>,
     /// Whether the cleanup is complete.
     pub released: bool,

@@ -16,6 +16,8 @@ use base::fault::{Code, Fault, Reason, Retry};
 use base::limits;
 use base::text::is_unsafe;
 
+use crate::Settings;
+
 /// A failed request.
 #[derive(Debug)]
 pub enum Error {
@@ -125,16 +127,11 @@ impl Answer {
 
     /// Creates an answer from its parts.
     pub fn from_parts(status: u16, headers: &HeaderMap, body: &[u8]) -> Self {
-        let content_type = headers
-            .get(CONTENT_TYPE)
-            .and_then(|v| v.to_str().ok())
-            .unwrap_or_default();
         let start = String::from_utf8_lossy(&body[..body.len().min(256)])
             .trim_start()
             .to_ascii_lowercase();
-        let html = content_type.starts_with("text/html")
-            || start.starts_with("<!doctype html")
-            || start.starts_with("<html");
+        let html =
+            is_html(headers) || start.starts_with("<!doctype html") || start.starts_with("<html");
         let mut answer = Self {
             status,
             html,
@@ -162,6 +159,26 @@ impl Answer {
     /// Whether a proxy rejected the request as too large. The registry itself would answer in JSON.
     pub fn is_proxy_limit(&self) -> bool {
         self.status == 413 && self.code.is_empty()
+    }
+
+    /// Whether a blob sent with one request was refused in a way that a registry refuses which
+    /// accepts only chunks.
+    pub fn refuses_whole_blobs(&self) -> bool {
+        let of_other_cause = matches!(
+            self.code.as_str(),
+            "DIGEST_INVALID"
+                | "SIZE_INVALID"
+                | "NAME_INVALID"
+                | "NAME_UNKNOWN"
+                | "DENIED"
+                | "UNAUTHORIZED"
+                | "BLOB_UPLOAD_UNKNOWN"
+                | "BLOB_UPLOAD_INVALID"
+        );
+        matches!(self.status, 400 | 405 | 411 | 415 | 416 | 501)
+            && !of_other_cause
+            && !self.is_full()
+            && !self.is_read_only()
     }
 
     /// Whether the upload session is gone, so that a new one must start from the first byte.
@@ -194,9 +211,29 @@ impl Answer {
             || self.storage_full
             || message.contains("no space left")
             || message.contains("disk quota exceeded")
+            || message.contains("insufficient storage")
+            || message.contains("xminiostoragefull") // MinIO below docker-registry
             || self.status != 500
                 && message.contains("exceed")
                 && (message.contains("upper limit") || message.contains("quota"))
+    }
+
+    fn is_read_only(&self) -> bool {
+        let message = self.message.to_ascii_lowercase();
+        ["read only", "read-only", "readonly"]
+            .iter()
+            .any(|text| message.contains(text))
+    }
+
+    /// The fault of a refused blob: a limit on the size of requests is not one of manifests.
+    pub fn fault_of_blob(&self, doing: impl fmt::Display) -> Fault {
+        let fault = self.fault(doing);
+        if self.status == 413 && !self.is_full() {
+            return fault.with_next(
+                "raise the limit on the size of requests at the registry and at the proxies in front of it (nginx: client_max_body_size), then run 'packhorse retry'",
+            );
+        }
+        fault
     }
 
     fn summary(&self) -> String {
@@ -206,7 +243,7 @@ impl Answer {
             .unwrap_or("unknown status");
         let mut out = format!(
             "{} answered {} {name}",
-            if self.html {
+            if self.html && self.status >= 400 {
                 "a proxy in front of the registry"
             } else {
                 "the registry"
@@ -234,8 +271,10 @@ impl Answer {
             return backoff(Fault::no_space(text.clone()))
                 .with_next("raise the project's quota or free space at the registry; the transfer resumes automatically");
         }
-        if lower.contains("read only") || lower.contains("read-only") || lower.contains("readonly")
-        {
+        if self.html && self.status < 400 {
+            return web_page(doing);
+        }
+        if self.is_read_only() {
             return Fault::unreachable(text)
                 .with_retry_after(self.retry_after.unwrap_or(limits::REGISTRY_READ_ONLY_PAUSE))
                 .with_next("end the registry's read-only mode; this is retried automatically");
@@ -283,6 +322,30 @@ impl Answer {
             _ => rejected("check the registry's log, then run 'packhorse retry'"),
         }
     }
+}
+
+/// The fault of a web page in place of an answer of the registry: its address is wrong, or a login
+/// page answers.
+pub(super) fn web_page(doing: impl fmt::Display) -> Fault {
+    Fault::unreachable(format!(
+        "{doing}: a web page answered, not a registry"
+    ))
+    .with_next(
+        "check the registry's address; a proxy or a login page in front of it must let requests to /v2/ through",
+    )
+}
+
+/// Whether the body is a web page according to its type.
+pub(super) fn is_html(headers: &HeaderMap) -> bool {
+    headers
+        .get(CONTENT_TYPE)
+        .and_then(|value| value.to_str().ok())
+        .is_some_and(|value| {
+            value
+                .trim_start()
+                .to_ascii_lowercase()
+                .starts_with("text/html")
+        })
 }
 
 /// Whether the error of a storage driver contains the number of ENOSPC or EDQUOT: docker-registry
@@ -340,18 +403,53 @@ fn one_line(text: &str, chars_max: usize) -> String {
         .collect()
 }
 
-/// The fault of a request without an answer.
-pub fn no_answer(error: &reqwest::Error) -> Fault {
+/// Why a request has no answer.
+pub(crate) struct NoAnswer {
+    why: String,
+    advice: Option<Advice>,
+}
+
+/// What the user can do. Some of it depends on where the access is configured.
+enum Advice {
+    Text(&'static str),
+    /// The certificate is not trusted.
+    Untrusted,
+    /// The server does not use TLS.
+    WithoutTls,
+}
+
+impl NoAnswer {
+    fn new(why: impl Into<String>, advice: impl Into<Option<Advice>>) -> Self {
+        Self {
+            why: why.into(),
+            advice: advice.into(),
+        }
+    }
+
+    /// The fault for a user who accesses the registry `host` with these settings.
+    pub(crate) fn fault(self, settings: &Settings, host: &str) -> Fault {
+        let fault = Fault::unreachable(self.why);
+        match self.advice {
+            None => fault,
+            Some(Advice::Text(next)) => fault.with_next(next),
+            Some(Advice::Untrusted) => fault.with_next(settings.untrusted(host)),
+            Some(Advice::WithoutTls) => fault.with_next(settings.without_tls()),
+        }
+    }
+}
+
+/// Why a request has no answer.
+pub(crate) fn no_answer(error: &reqwest::Error) -> NoAnswer {
     if error.is_timeout() {
-        return Fault::unreachable("no answer in time");
+        return NoAnswer::new("no answer in time", None);
     }
     let mut cause: Option<&(dyn std::error::Error + 'static)> = error.source();
     let mut last = "the request failed".to_owned();
     while let Some(this) = cause {
         last = one_line(&this.to_string(), 300);
         if last.starts_with("dns error") || last.contains("failed to lookup address") {
-            return Fault::unreachable("its host name cannot be resolved")
-                .with_next("check the registry's host name and this machine's DNS");
+            let next = "check the registry's host name and this machine's DNS";
+            return NoAnswer::new("its host name cannot be resolved", Advice::Text(next));
         }
         if let Some(tls) = this.downcast_ref::<rustls::Error>() {
             return tls_fault(tls);
@@ -361,13 +459,13 @@ pub fn no_answer(error: &reqwest::Error) -> Fault {
                 return tls_fault(tls);
             }
             if io.kind() == std::io::ErrorKind::ConnectionRefused {
-                return Fault::unreachable("connection refused")
-                    .with_next("check that the registry is running and that the port is correct");
+                let next = "check that the registry is running and that the port is correct";
+                return NoAnswer::new("connection refused", Advice::Text(next));
             }
         }
         cause = this.source();
     }
-    Fault::unreachable(last)
+    NoAnswer::new(last, None)
 }
 
 /// The TLS error inside an I/O error. It may be wrapped several times and is not a `source`.
@@ -379,33 +477,40 @@ fn inner_tls_error(error: &std::io::Error) -> Option<&rustls::Error> {
     }
 }
 
-fn tls_fault(error: &rustls::Error) -> Fault {
+fn tls_fault(error: &rustls::Error) -> NoAnswer {
     use rustls::CertificateError as C;
-    let (why, next) = match error {
+    let (why, advice) = match error {
         rustls::Error::InvalidCertificate(C::UnknownIssuer) => (
             "its certificate is not signed by a trusted authority".into(),
-            "set ca_file to the certificate of the authority that signed it",
+            Advice::Untrusted,
         ),
+        // webpki: a certificate of an authority, used as that of a server.
+        rustls::Error::InvalidCertificate(other)
+            if format!("{other:?}").contains("CaUsedAsEndEntity") =>
+        {
+            (
+                "its certificate is one of an authority and is not trusted as the registry's own"
+                    .into(),
+                Advice::Untrusted,
+            )
+        }
         rustls::Error::InvalidCertificate(C::Expired | C::ExpiredContext { .. }) => (
             "its certificate has expired".into(),
-            "renew the registry's certificate",
+            Advice::Text("renew the registry's certificate"),
         ),
         rustls::Error::InvalidCertificate(
             C::NotValidForName | C::NotValidForNameContext { .. },
         ) => (
             "its certificate is for a different name".into(),
-            "use the name in the registry's certificate",
+            Advice::Text("use the name in the registry's certificate"),
         ),
-        rustls::Error::InvalidMessage(_) => (
-            "it does not use TLS".into(),
-            "if the registry has no TLS, use http:// in its url",
-        ),
+        rustls::Error::InvalidMessage(_) => ("it does not use TLS".into(), Advice::WithoutTls),
         other => (
             one_line(&other.to_string(), 200),
-            "check the registry's certificate and TLS settings",
+            Advice::Text("check the registry's certificate and TLS settings"),
         ),
     };
-    Fault::unreachable(format!("TLS: {why}")).with_next(next)
+    NoAnswer::new(format!("TLS: {why}"), advice)
 }
 
 #[cfg(test)]

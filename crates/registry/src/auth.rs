@@ -15,6 +15,7 @@ use parking_lot::Mutex;
 use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderValue, WWW_AUTHENTICATE};
 use serde::Deserialize;
 
+use crate::Settings;
 use crate::answer::{Answer, Error, no_answer};
 use crate::reference::Origin;
 use base::blocking::blocking;
@@ -99,7 +100,12 @@ impl Credentials {
 
     /// Allows the password to be sent only to the registry itself or to a listed host, and never
     /// without TLS if the registry uses TLS.
-    fn may_go_to(&self, url: &reqwest::Url, origin: &Origin) -> Result<(), Fault> {
+    fn may_go_to(
+        &self,
+        url: &reqwest::Url,
+        origin: &Origin,
+        settings: Settings,
+    ) -> Result<(), Fault> {
         if origin.https && url.scheme() != "https" {
             return Err(Fault::not_allowed("the registry asks for the password over plain http at its token service")
                 .with_next("correct the registry's external address (Harbor: external_url), so that its token service uses https"));
@@ -125,8 +131,18 @@ impl Credentials {
             return Ok(());
         }
         Err(Fault::not_allowed(format!("the registry {origin} asks for its password to be sent to a different host, {with_port}")).with_next(format!(
-            "if that is the registry's token service, add \"{with_port}\" to realm_hosts where its password_file is configured: [sink.images] or [registry.\"{origin}\"]"
+            "if that is the registry's token service, {}",
+            settings.realm_host(&origin.authority, &with_port)
         )))
+    }
+
+    /// The user and the password.
+    #[cfg(test)]
+    pub(crate) fn pair_for_tests(&self) -> (String, String) {
+        match &self.secret {
+            Secret::Text(text) => (self.username.clone(), text.clone()),
+            Secret::File(path) => (self.username.clone(), path.display().to_string()),
+        }
     }
 
     async fn basic(&self) -> Result<HeaderValue, Fault> {
@@ -344,6 +360,7 @@ fn grants(token: &str, scope: &Scope) -> bool {
 /// The authentication state of one client.
 pub(super) struct Auth {
     pub(super) credentials: Option<Credentials>,
+    settings: Settings,
     state: Mutex<State>,
     /// Held while a token is fetched, so that parallel uploads fetch it once.
     fetching: tokio::sync::Mutex<()>,
@@ -358,9 +375,10 @@ struct State {
 }
 
 impl Auth {
-    pub(super) fn new(credentials: Option<Credentials>) -> Self {
+    pub(super) fn new(credentials: Option<Credentials>, settings: Settings) -> Self {
         Self {
             credentials,
+            settings,
             state: Mutex::default(),
             fetching: tokio::sync::Mutex::default(),
         }
@@ -456,7 +474,7 @@ impl Auth {
             Fault::config("the registry names a token service with an invalid address")
         })?;
         if let Some(credentials) = &self.credentials {
-            credentials.may_go_to(&url, origin)?;
+            credentials.may_go_to(&url, origin, self.settings)?;
         }
         let mut query: Vec<(&str, String)> = scope
             .scopes()
@@ -474,7 +492,11 @@ impl Auth {
         let response = tokio::time::timeout(limits::REGISTRY_SILENCE_MAX, request.send())
             .await
             .map_err(|_| Fault::unreachable("the registry's token service: no answer in time"))?
-            .map_err(|e| no_answer(&e).context("the registry's token service"))?;
+            .map_err(|e| {
+                no_answer(&e)
+                    .fault(&self.settings, &origin.authority)
+                    .context("the registry's token service")
+            })?;
         if !response.status().is_success() {
             let answer = Answer::read(response).await;
             // Token services reject a client with one of three statuses, which mean the same.
@@ -597,7 +619,7 @@ mod tests {
         let may = |registry: &str, realm: &str| {
             let (origin, _) = Origin::split(registry).unwrap();
             credentials
-                .may_go_to(&realm.parse().unwrap(), &origin)
+                .may_go_to(&realm.parse().unwrap(), &origin, Settings::Daemon)
                 .map_err(|fault| fault.code)
         };
         for (registry, realm) in [

@@ -1,8 +1,8 @@
 //! Blobs: look up, read, mount, and upload from a file.
 //!
 //! An upload uses a few buffers for a blob of any size, and may run while its file is still being
-//! written. A blob is sent with one request. If a proxy rejects its size, it is sent in chunks,
-//! which are halved until they pass. An interrupted session continues only if the registry reports
+//! written. A blob is sent with one request. If the registry or a proxy rejects that, it is sent in
+//! chunks, which are halved until they pass. An interrupted session continues only if the registry reports
 //! a position exactly at the end of a chunk. Otherwise the upload first checks whether the blob
 //! exists, and then starts again.
 
@@ -37,7 +37,11 @@ pub struct LocalBlob {
 }
 
 /// An open upload session.
-struct Session(Url);
+struct Session {
+    url: Url,
+    /// The smallest chunk that the registry accepts, except the last one.
+    chunk_bytes_min: u64,
+}
 
 enum Opened {
     /// The blob exists now, without an upload.
@@ -237,16 +241,16 @@ impl Registry {
                 self.put_chunks(repository, blob, chunk).await
             };
             let Err(error) = sent else { return Ok(true) };
+            if self.adapt(&error, chunk, blob.size) {
+                continue; // not a failure: the search for an accepted form continues
+            }
             let answer = if let Error::Answer(answer) = &error {
                 Some(answer)
             } else {
                 None
             };
-            if answer.is_some_and(|a| a.is_proxy_limit()) {
-                if self.shrink_chunks(chunk, blob.size) {
-                    continue; // not a failure: the search for an accepted size continues
-                }
-                return Err(error.fault(doing()));
+            if let Some(answer) = answer.filter(|a| a.status == 413) {
+                return Err(answer.fault_of_blob(doing()));
             }
             let is_session_gone = answer.is_some_and(|a| a.is_session_gone());
             if !is_session_gone && !error.is_transient() {
@@ -288,6 +292,7 @@ impl Registry {
             match self.put_whole(repository, blob, Some(&grown)).await {
                 Ok(()) => return Ok(true),
                 Err(error) => {
+                    self.adapt(&error, 0, blob.size);
                     tracing::debug!(error = %error.fault(doing()), "a blob could not be sent while it arrived");
                 }
             }
@@ -342,6 +347,38 @@ impl Registry {
         }
     }
 
+    /// Changes how blobs are sent after a refusal, if there is another way: in (smaller) chunks, or
+    /// to the address that the registry gave. `used` is the chunk size of the refused attempt.
+    fn adapt(&self, error: &Error, used: u64, blob_bytes: u64) -> bool {
+        let Error::Answer(answer) = error else {
+            return false;
+        };
+        // The registry does not know its uploads under its own name.
+        let unknown_here = answer.is_session_gone() || matches!(answer.status, 404 | 405);
+        if unknown_here
+            && self.uploads_renamed.load(Ordering::Relaxed)
+            && !self.uploads_elsewhere.swap(true, Ordering::Relaxed)
+        {
+            tracing::info!(registry = %self.origin, "uploads go to the host that the registry names");
+            return true;
+        }
+        if answer.status == 413 {
+            return self.shrink_chunks(used, blob_bytes);
+        }
+        if used != 0 || blob_bytes == 0 || !answer.refuses_whole_blobs() {
+            return false;
+        }
+        // Another blob may have found this meanwhile.
+        let _ = self.chunk_bytes.compare_exchange(
+            0,
+            limits::REGISTRY_CHUNK_BYTES,
+            Ordering::Relaxed,
+            Ordering::Relaxed,
+        );
+        tracing::info!(registry = %self.origin, status = answer.status, "the registry refuses complete blobs, uploading in chunks");
+        true
+    }
+
     /// Halves the chunk size after `used` was too large. Returns false at the minimum.
     fn shrink_chunks(&self, used: u64, blob_bytes: u64) -> bool {
         let tried = if used == 0 {
@@ -394,7 +431,9 @@ impl Registry {
             .await?;
         match response.status() {
             StatusCode::CREATED if mount.is_some() => Ok(Opened::Mounted),
-            StatusCode::ACCEPTED => Ok(Opened::Session(self.session(response.headers())?)),
+            StatusCode::ACCEPTED => Ok(Opened::Session(
+                self.session(repository, response.headers())?,
+            )),
             _ => Err(Answer::read(response).await.into()),
         }
     }
@@ -408,11 +447,66 @@ impl Registry {
         }
     }
 
-    fn session(&self, headers: &HeaderMap) -> Result<Session, Fault> {
+    /// The session that an answer describes. If the registry gives it an address under another name,
+    /// the name that was configured is used instead: the credentials are for that name only.
+    fn session(&self, repository: &str, headers: &HeaderMap) -> Result<Session, Fault> {
         let location = header(headers, LOCATION.as_str()).ok_or_else(|| {
             Fault::unreachable("the registry opened an upload without a Location")
         })?;
-        self.follow(location).map(Session)
+        let chunk_bytes_min = header(headers, "oci-chunk-min-length")
+            .and_then(|text| text.parse().ok())
+            .unwrap_or(0);
+        let own = self.url("")?;
+        let uploads = format!("/v2/{repository}/blobs/uploads/");
+        if let Ok(named) = own.join(location)
+            && named.authority() != own.authority()
+            && named.path().starts_with(&uploads)
+            && !self.uploads_elsewhere.load(Ordering::Relaxed)
+        {
+            let mut url = own;
+            url.set_path(named.path());
+            url.set_query(named.query());
+            self.uploads_renamed.store(true, Ordering::Relaxed);
+            return Ok(Session {
+                url,
+                chunk_bytes_min,
+            });
+        }
+        Ok(Session {
+            url: self.follow(location)?,
+            chunk_bytes_min,
+        })
+    }
+
+    /// Sends a part of a blob, and sends it again where the registry redirects to. The HTTP client
+    /// cannot do this, because the body is a stream.
+    async fn send_part(
+        &self,
+        scope: &Scope,
+        method: Method,
+        mut url: Url,
+        fill: &(dyn Fn(reqwest::RequestBuilder) -> reqwest::RequestBuilder + Sync),
+        wait: &Wait,
+    ) -> Result<Response, Error> {
+        for _ in 0..limits::REGISTRY_REDIRECTS_MAX {
+            let response = self
+                .send(scope, method.clone(), url.clone(), fill, wait)
+                .await?;
+            if !matches!(
+                response.status(),
+                StatusCode::TEMPORARY_REDIRECT | StatusCode::PERMANENT_REDIRECT
+            ) {
+                return Ok(response);
+            }
+            let Some(location) = header(response.headers(), LOCATION.as_str()) else {
+                return Ok(response);
+            };
+            let target = url.join(location).map_err(|_| {
+                Fault::unreachable("the registry redirects an upload to an invalid address")
+            })?;
+            url = self.follow(target.as_str())?;
+        }
+        Err(Fault::unreachable("the registry redirects an upload too often").into())
     }
 
     async fn put_whole(
@@ -421,7 +515,7 @@ impl Registry {
         blob: &LocalBlob,
         grown: Option<&watch::Receiver<u64>>,
     ) -> Result<(), Error> {
-        let Session(mut url) = self.session_for(repository).await?;
+        let Session { mut url, .. } = self.session_for(repository).await?;
         url.query_pairs_mut()
             .append_pair("digest", &blob.digest.to_string());
         let progress = Arc::new(Progress {
@@ -441,7 +535,7 @@ impl Registry {
                 ))
         };
         let response = self
-            .send(
+            .send_part(
                 &Self::scope(repository, "pull,push"),
                 Method::PUT,
                 url,
@@ -460,6 +554,7 @@ impl Registry {
     ) -> Result<(), Error> {
         let scope = Self::scope(repository, "pull,push");
         let mut session = self.session_for(repository).await?;
+        let chunk = chunk.max(session.chunk_bytes_min);
         let mut offset = 0;
         let mut resumed = false;
         while offset < blob.size {
@@ -476,10 +571,10 @@ impl Registry {
                     .body(file_body(&blob.file, offset, len, None, &progress))
             };
             let sent = self
-                .send(
+                .send_part(
                     &scope,
                     Method::PATCH,
-                    session.0.clone(),
+                    session.url.clone(),
                     &fill,
                     &Wait::Upload(progress.clone()),
                 )
@@ -500,18 +595,21 @@ impl Registry {
                         )
                         .into());
                     }
-                    session = self.session(response.headers())?;
+                    session = self.session(repository, response.headers())?;
                     resumed = false;
                 }
                 Err(error) if error.is_transient() && !resumed && offset > 0 => {
                     // The session continues only if not a single byte of the chunk was accepted.
-                    session = self.resume_at(&scope, session, offset).await.ok_or(error)?;
+                    session = self
+                        .resume_at(repository, &scope, session, offset)
+                        .await
+                        .ok_or(error)?;
                     resumed = true;
                 }
                 Err(error) => return Err(error),
             }
         }
-        let mut url = session.0;
+        let mut url = session.url;
         url.query_pairs_mut()
             .append_pair("digest", &blob.digest.to_string());
         // Empty body: Harbor uses its length as the size of the blob for the quota.
@@ -529,9 +627,21 @@ impl Registry {
 
     /// Asks for the position of a session. Returns the session to continue with if the position is
     /// exactly `offset`.
-    async fn resume_at(&self, scope: &Scope, session: Session, offset: u64) -> Option<Session> {
+    async fn resume_at(
+        &self,
+        repository: &str,
+        scope: &Scope,
+        session: Session,
+        offset: u64,
+    ) -> Option<Session> {
         let response = self
-            .send(scope, Method::GET, session.0.clone(), &|r| r, &Wait::Quick)
+            .send(
+                scope,
+                Method::GET,
+                session.url.clone(),
+                &|r| r,
+                &Wait::Quick,
+            )
             .await
             .ok()?;
         if response.status() != StatusCode::NO_CONTENT
@@ -539,7 +649,10 @@ impl Registry {
         {
             return None;
         }
-        Some(self.session(response.headers()).unwrap_or(session))
+        Some(
+            self.session(repository, response.headers())
+                .unwrap_or(session),
+        )
     }
 
     async fn cancel(&self, repository: &str, session: Session) {
@@ -548,7 +661,7 @@ impl Registry {
             .send(
                 &Self::scope(repository, "pull,push"),
                 Method::DELETE,
-                session.0,
+                session.url,
                 &|r| r,
                 &Wait::Quick,
             )

@@ -12,6 +12,7 @@ use serde::Deserialize;
 
 use base::fault::Fault;
 use base::limits;
+use base::platform::Platform;
 pub use base::sha256::Sha256;
 
 /// The media type of an OCI index.
@@ -38,12 +39,37 @@ pub struct Descriptor {
     /// Other locations of the content; such layers are often not in any registry.
     #[serde(default)]
     pub urls: Option<Vec<String>>,
+    /// The platform of a manifest, as its index states it.
+    #[serde(default)]
+    pub platform: Option<StatedPlatform>,
+}
+
+/// A platform in an index.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(default)]
+pub struct StatedPlatform {
+    pub os: Option<String>,
+    pub architecture: Option<String>,
+    pub variant: Option<String>,
 }
 
 impl Descriptor {
     /// Whether it refers to a manifest or index, which is pushed as such.
     pub fn is_manifest(&self) -> bool {
         [OCI_INDEX, OCI_MANIFEST, DOCKER_INDEX, DOCKER_MANIFEST].contains(&self.media_type.as_str())
+    }
+
+    /// Whether it is a manifest for none of these platforms; of an attestation, `unknown` is stated.
+    pub fn is_deselected(&self, platforms: &[Platform]) -> bool {
+        let Some(stated) = self.platform.as_ref().filter(|_| !platforms.is_empty()) else {
+            return false;
+        };
+        let [os, architecture, variant] = [&stated.os, &stated.architecture, &stated.variant]
+            .map(|text| text.as_deref().unwrap_or_default());
+        os != "unknown"
+            && !platforms
+                .iter()
+                .any(|wanted| wanted.selects(os, architecture, variant))
     }
 
     /// Whether registries may lack it by design.

@@ -6,9 +6,11 @@
 //! nothing on disk: after a crash the caller repeats the request, and blobs that the registry has
 //! are not sent again.
 
+mod access;
 pub mod answer;
 mod auth;
 mod blobs;
+mod docker_config;
 mod harbor;
 pub mod image;
 mod manifests;
@@ -21,26 +23,28 @@ mod stream;
 pub mod testing;
 #[cfg(test)]
 mod tests;
+mod tls;
 
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
 use reqwest::header::AUTHORIZATION;
 use reqwest::{Method, RequestBuilder, Response, StatusCode, Url};
 
+pub use access::{Access, Settings};
 pub use answer::{Answer, Error};
 pub use auth::Credentials;
 pub use blobs::{BlobStream, LocalBlob};
+pub use docker_config::{files as docker_config_files, find as docker_config_credentials};
 pub use manifests::{Deleted, Manifest};
 pub use pull::{pull_keeping, pull_to_layout};
 pub use reference::{Origin, Reference};
 
 use auth::{Auth, Challenge, Scope};
-use base::durable;
-use base::fault::Fault;
+use base::fault::{Fault, Reason};
 use base::limits;
 use silence::{Pending, Silence};
 
@@ -49,8 +53,16 @@ pub struct Registry {
     http: reqwest::Client,
     origin: Origin,
     auth: Auth,
-    /// The chunk size of an upload; 0 sends complete blobs, until a proxy rejects that.
+    settings: Settings,
+    /// The chunk size of an upload; 0 sends complete blobs, until the registry or a proxy rejects
+    /// that.
     chunk_bytes: AtomicU64,
+    /// Whether uploads go to another host than the registry, because the registry does not know
+    /// them under its own name.
+    uploads_elsewhere: AtomicBool,
+    /// Whether the registry gave uploads an address under another name, which was replaced with its
+    /// own.
+    uploads_renamed: AtomicBool,
     /// The longest total wait of one request if the registry asks for pauses.
     pause_max: Duration,
     silence: Silence,
@@ -76,26 +88,24 @@ enum Wait {
 
 impl Registry {
     /// Creates a client for a registry. `ca` is a file with PEM certificates that are trusted in
-    /// addition to those of the system.
+    /// addition to those of the system: of authorities, or the registry's own.
     pub fn new(
         origin: Origin,
         credentials: Option<Credentials>,
         ca: Option<&Path>,
     ) -> Result<Self, Fault> {
+        let access = Access {
+            credentials,
+            ca_file: ca.map(Path::to_owned),
+            ..Access::default()
+        };
+        Self::open(origin, access)
+    }
+
+    /// Creates a client for a registry.
+    pub fn open(origin: Origin, access: Access) -> Result<Self, Fault> {
         // Other parts of the program may have installed the same provider already.
         let _ = rustls::crypto::ring::default_provider().install_default();
-        let mut certificates = Vec::new();
-        if let Some(path) = ca {
-            let pem = durable::read_regular(path, limits::SECRET_BYTES_MAX)
-                .map_err(|e| Fault::config(format!("read ca_file {}: {e}", path.display())))?;
-            certificates = reqwest::Certificate::from_pem_bundle(&pem).unwrap_or_default();
-            if certificates.is_empty() {
-                return Err(Fault::config(format!(
-                    "ca_file {} contains no PEM certificate",
-                    path.display()
-                )));
-            }
-        }
         let builder = || {
             let builder = reqwest::Client::builder()
                 .user_agent(concat!("packhorse/", env!("CARGO_PKG_VERSION")))
@@ -110,7 +120,12 @@ impl Registry {
                 builder
             }
         };
-        let built = match builder().tls_certs_merge(certificates).build() {
+        let configured = match &access.ca_file {
+            _ if access.insecure => builder().tls_danger_accept_invalid_certs(true),
+            Some(file) => builder().tls_backend_preconfigured(tls::config(file)?),
+            None => builder(),
+        };
+        let built = match configured.build() {
             // A minimal machine may have no certificates, which only matters for TLS.
             Err(_) if !origin.https => builder().tls_certs_only([]).build(),
             other => other,
@@ -122,8 +137,11 @@ impl Registry {
         Ok(Self {
             http,
             origin,
-            auth: Auth::new(credentials),
+            auth: Auth::new(access.credentials, access.settings),
+            settings: access.settings,
             chunk_bytes: AtomicU64::new(0),
+            uploads_elsewhere: AtomicBool::new(false),
+            uploads_renamed: AtomicBool::new(false),
             pause_max: limits::REGISTRY_PAUSE_IN_PLACE_MAX,
             silence: Silence::default(),
         })
@@ -165,7 +183,7 @@ impl Registry {
         let response = self
             .send(&scope, Method::GET, self.url("")?, &|r| r, &Wait::Quick)
             .await?;
-        if response.status() == StatusCode::OK {
+        if response.status() == StatusCode::OK && !answer::is_html(response.headers()) {
             Ok(())
         } else {
             Err(Answer::read(response).await.into())
@@ -262,8 +280,11 @@ impl Registry {
             {
                 request = request.header(AUTHORIZATION, header);
             }
-            let response = wait.answer(request, &self.silence).await?;
-            if response.status() != StatusCode::UNAUTHORIZED || is_retry || !is_registry {
+            let response = wait.answer(request, self).await?;
+            if response.status() == StatusCode::UNAUTHORIZED && !is_registry {
+                return Err(self.asked_by_other_host(url).into());
+            }
+            if response.status() != StatusCode::UNAUTHORIZED || is_retry {
                 return Ok(response);
             }
             self.auth.on_rejected(scope, response.headers());
@@ -273,7 +294,7 @@ impl Registry {
 
     async fn ask_challenge(&self) -> Result<(), Error> {
         let response = Wait::Quick
-            .answer(self.http.get(self.url("")?), &self.silence)
+            .answer(self.http.get(self.url("")?), self)
             .await?;
         match response.status() {
             StatusCode::TOO_MANY_REQUESTS => Err(Answer::read(response).await.into()),
@@ -286,13 +307,35 @@ impl Registry {
         }
     }
 
+    /// The fault of a request without an answer, with advice that the user can follow.
+    fn no_answer(&self, error: &reqwest::Error) -> Fault {
+        answer::no_answer(error).fault(&self.settings, &self.origin.authority)
+    }
+
     /// Sends a request to Harbor's API, which accepts only passwords.
     async fn send_basic(&self, request: RequestBuilder) -> Result<Response, Error> {
         let request = match self.auth.basic().await? {
             Some(header) => request.header(AUTHORIZATION, header),
             None => request,
         };
-        Wait::Quick.answer(request, &self.silence).await
+        Wait::Quick.answer(request, self).await
+    }
+
+    /// The fault of an upload that another host wants credentials for, which it must not get.
+    fn asked_by_other_host(&self, url: &Url) -> Fault {
+        let host = match url.port() {
+            Some(port) => format!("{}:{port}", url.host_str().unwrap_or_default()),
+            None => url.host_str().unwrap_or_default().to_owned(),
+        };
+        let origin = &self.origin;
+        Fault::config(format!(
+            "the registry {origin} sends uploads to {host}, which asks for credentials; they are not sent to another host than {origin}"
+        ))
+        .with_reason(Reason::SinkDenied)
+        .with_next(format!(
+            "set the registry's external address to the name by which it is used here (Harbor: external_url; distribution: http.host; a proxy in front of it: X-Forwarded-Host and X-Forwarded-Proto), or write {host} instead of {origin} {}; then run 'packhorse retry'",
+            self.settings.where_the_address_is()
+        ))
     }
 }
 
@@ -312,8 +355,12 @@ fn redirects() -> reqwest::redirect::Policy {
 }
 
 impl Wait {
-    async fn answer(&self, request: RequestBuilder, registry: &Silence) -> Result<Response, Error> {
-        let pending = registry.begin();
+    async fn answer(
+        &self,
+        request: RequestBuilder,
+        registry: &Registry,
+    ) -> Result<Response, Error> {
+        let pending = registry.silence.begin();
         let silence = || Error::Fault(Fault::unreachable("no answer in time"));
         let answer = match self {
             Wait::Quick => tokio::time::timeout(limits::REGISTRY_SILENCE_MAX, request.send())
@@ -327,11 +374,9 @@ impl Wait {
                 () = progress.stalled(&pending) => return Err(silence()),
             },
         };
-        answer.map_err(|e| no_answer(&e).into())
+        answer.map_err(|e| registry.no_answer(&e).into())
     }
 }
-
-use answer::no_answer;
 
 impl Progress {
     /// Returns when there was no progress for too long.
@@ -361,7 +406,7 @@ async fn next_piece(response: &mut Response) -> Result<Option<Bytes>, Fault> {
     tokio::time::timeout(limits::REGISTRY_SILENCE_MAX, response.chunk())
         .await
         .map_err(|_| Fault::unreachable("the answer was interrupted"))?
-        .map_err(|e| no_answer(&e))
+        .map_err(|e| answer::no_answer(&e).fault(&Settings::default(), ""))
 }
 
 /// Reads a complete body of at most this size.

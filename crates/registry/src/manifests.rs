@@ -6,7 +6,7 @@ use reqwest::{Method, Response, StatusCode};
 use serde::Deserialize;
 
 use crate::image::{DOCKER_INDEX, DOCKER_MANIFEST, Descriptor, OCI_INDEX, OCI_MANIFEST, Sha256};
-use crate::{Answer, Error, Registry, Wait, read_capped};
+use crate::{Answer, Error, Registry, Wait, answer, read_capped};
 use base::fault::Fault;
 use base::limits;
 
@@ -86,7 +86,12 @@ impl Registry {
             .unwrap_or_default()
             .trim()
             .to_owned();
+        let html = answer::is_html(response.headers());
         let bytes = read_capped(response, limits::IMAGE_MANIFEST_BYTES_MAX).await?;
+        if html || !is_manifest(&bytes) {
+            let what = format!("read manifest {reference} of {}/{repository}", self.origin);
+            return Err(not_a_manifest(what, html, &media_type, &bytes).into());
+        }
         let digest = Sha256::of(&bytes);
         let wanted = reference
             .parse::<Sha256>()
@@ -105,6 +110,7 @@ impl Registry {
                 digest,
                 size: bytes.len() as u64,
                 urls: None,
+                platform: None,
             },
             bytes,
         }))
@@ -233,6 +239,34 @@ impl Registry {
         }
         Err(Fault::conflict(format!("{repository} has more tags than can be listed")).into())
     }
+}
+
+/// Whether these bytes can be a manifest or an index: a JSON object with a schema version.
+fn is_manifest(bytes: &[u8]) -> bool {
+    #[derive(Deserialize)]
+    struct Shape {
+        #[serde(rename = "schemaVersion")]
+        _schema: serde::de::IgnoredAny,
+    }
+    serde_json::from_slice::<Shape>(bytes).is_ok()
+}
+
+/// The fault of an answer that is not a manifest although its status is 200.
+fn not_a_manifest(what: String, html: bool, media_type: &str, bytes: &[u8]) -> Fault {
+    let start = String::from_utf8_lossy(&bytes[..bytes.len().min(256)]).to_ascii_lowercase();
+    if html || start.trim_start().starts_with('<') {
+        return answer::web_page(what);
+    }
+    let media_type: String = media_type
+        .chars()
+        .map(|c| if base::text::is_unsafe(c) { ' ' } else { c })
+        .take(100)
+        .collect();
+    Fault::unreachable(format!(
+        "{what}: the answer ({media_type:?}, {} bytes) is not a manifest",
+        bytes.len()
+    ))
+    .with_next("check the registry's address: another server or a proxy may answer there")
 }
 
 /// The tags on a page of a list of tags.

@@ -17,43 +17,46 @@ use sha2::Digest as _;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::image::{Descriptor, REF_NAME, Sha256, Tree, walk};
-use crate::{Credentials, Reference, Registry};
+use crate::{Access, Reference, Registry};
 use base::blocking::blocking;
 use base::durable;
 use base::fault::{Fault, IoContext, Reason, Retry};
 use base::limits;
 use base::omitted::Omitted;
+use base::platform::Platform;
 use base::space::Reservation;
 
 /// Pulls an image (a manifest, or an index with all its platforms) to an OCI layout in `dir`, which
 /// is created if it does not exist. The `index.json` of the layout has one entry, the manifest of
-/// `reference`. Platforms that the index lists but the registry does not have are left out; the
+/// `reference`. If `platforms` are stated, the manifests of others are not fetched. Platforms that the index lists but the registry does not have are left out; the
 /// index is not changed. The manifests state the size of the image, and its space is reserved
 /// before the first byte is written. If there is not enough space, `wanted` is set to the required
 /// bytes. Returns the referrers of the image that stay in the registry.
 pub async fn pull_to_layout(
     reference: &Reference,
-    auth: Option<Credentials>,
-    ca: Option<&Path>,
+    access: Access,
+    platforms: &[Platform],
     dir: &Path,
     wanted: &AtomicU64,
 ) -> Result<Omitted, Fault> {
-    pull_keeping(reference, auth, ca, dir, &dir.join("blobs/sha256"), wanted).await
+    let kept = dir.join("blobs/sha256");
+    pull_keeping(reference, access, platforms, dir, &kept, wanted).await
 }
 
 /// Like [`pull_to_layout`], but keeps fetched blobs, and parts of blobs, in `kept` on the same
 /// disk. Content from an earlier attempt is not fetched again.
 pub async fn pull_keeping(
     reference: &Reference,
-    auth: Option<Credentials>,
-    ca: Option<&Path>,
+    access: Access,
+    platforms: &[Platform],
     dir: &Path,
     kept: &Path,
     wanted: &AtomicU64,
 ) -> Result<Omitted, Fault> {
-    let registry = Registry::new(reference.origin.clone(), auth, ca)?
+    let registry = Registry::of_source(reference.origin.clone(), access)
+        .await?
         .with_patience(limits::REGISTRY_PAUSE_OF_PULL_MAX);
-    pull(&registry, reference, dir, kept, wanted)
+    pull(&registry, reference, platforms, dir, kept, wanted)
         .await
         .map_err(|fault| {
             let reason = match fault.reason {
@@ -90,6 +93,7 @@ fn without_retry(next: &str) -> &str {
 async fn pull(
     registry: &Registry,
     reference: &Reference,
+    platforms: &[Platform],
     dir: &Path,
     kept: &Path,
     wanted: &AtomicU64,
@@ -101,18 +105,27 @@ async fn pull(
     let manifest = registry
         .get_manifest(repository, &reference.pick.to_string(), "pull")
         .await;
+    let credentials = || registry.settings.credentials(&reference.origin.authority);
     let top = manifest
-        .map_err(|e| e.fault("read the manifest"))?
+        .map_err(|error| match error.status() {
+            // Registries answer so for an image that is missing or that the user may not read.
+            Some(401 | 403) => error.fault("read the manifest").with_next(credentials()),
+            _ => error.fault("read the manifest"),
+        })?
         .ok_or_else(|| {
-            Fault::not_found("the registry does not have this image").with_next(
-                "check the repository and the tag; a private repository needs credentials",
-            )
+            Fault::not_found("the registry does not have this image").with_next(format!(
+                "check the repository and the tag; if the repository is private: {}",
+                credentials()
+            ))
         })?;
     let tree = walk(&top.descriptor, |wanted| {
         let top = &top;
         async move {
             if wanted.digest == top.descriptor.digest {
                 return Ok(Some(top.bytes.clone()));
+            }
+            if wanted.is_deselected(platforms) {
+                return Ok(None);
             }
             let manifest = registry
                 .get_manifest(repository, &wanted.digest.to_string(), "pull")

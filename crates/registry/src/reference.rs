@@ -12,6 +12,24 @@ use base::fault::Fault;
 /// The longest repository name that registries accept.
 const REPOSITORY_BYTES_MAX: usize = 255;
 
+/// The schemes of registry addresses, and whether they state that TLS is used.
+const SCHEMES: [(&str, Option<bool>); 6] = [
+    ("https://", Some(true)),
+    ("http://", Some(false)),
+    ("registry+https://", Some(true)),
+    ("registry+http://", Some(false)),
+    ("registry://", None),
+    (DOCKER_SCHEME, None),
+];
+
+/// The scheme of `docker pull` and skopeo, which may omit the host of Docker Hub.
+const DOCKER_SCHEME: &str = "docker://";
+
+/// Whether a text is the address of an image in a registry, and not a path.
+pub fn has_scheme(text: &str) -> bool {
+    SCHEMES.iter().any(|(scheme, _)| text.starts_with(scheme))
+}
+
 /// A registry: scheme, host and port.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Origin {
@@ -34,13 +52,7 @@ impl Origin {
     /// Splits `[scheme://]host[:port][/rest]`. Without a scheme, TLS is used, except for addresses
     /// of this machine, as in all container tools.
     pub fn split(text: &str) -> Result<(Self, &str), Fault> {
-        let schemes = [
-            ("https://", Some(true)),
-            ("http://", Some(false)),
-            ("registry+http://", Some(false)),
-            ("registry://", None),
-        ];
-        let (scheme, rest) = schemes
+        let (scheme, rest) = SCHEMES
             .iter()
             .find_map(|(prefix, https)| text.strip_prefix(prefix).map(|rest| (*https, rest)))
             .unwrap_or((None, text));
@@ -101,6 +113,12 @@ fn is_loopback(authority: &str) -> bool {
     host == "localhost" || host.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback())
 }
 
+/// Whether `[host/]repository…` begins with a host, by the rule of Docker.
+fn names_host(text: &str) -> bool {
+    text.split_once('/')
+        .is_some_and(|(first, _)| first.contains(['.', ':']) || first == "localhost")
+}
+
 fn clip(text: &str) -> String {
     text.chars().take(200).collect()
 }
@@ -131,7 +149,8 @@ pub fn check_repository(name: &str) -> Result<(), String> {
     Ok(())
 }
 
-fn check_tag(tag: &str) -> bool {
+/// Checks a tag according to the distribution specification.
+pub fn check_tag(tag: &str) -> bool {
     let first = tag
         .bytes()
         .next()
@@ -194,7 +213,11 @@ impl FromStr for Reference {
                 "write it as registry://host[:port]/repository:tag, or @sha256:… for one digest",
             )
         };
-        let (mut origin, rest) = Origin::split(text)?;
+        let with_host = text
+            .strip_prefix(DOCKER_SCHEME)
+            .filter(|rest| !names_host(rest))
+            .map(|rest| format!("{DOCKER_SCHEME}docker.io/{rest}"));
+        let (mut origin, rest) = Origin::split(with_host.as_deref().unwrap_or(text))?;
         if rest.is_empty() {
             return Err(refuse("it contains no repository".into()));
         }
@@ -278,6 +301,26 @@ mod tests {
             "library/alpine",
             "3",
         );
+        check(
+            "registry+https://127.0.0.1:5000/a:x",
+            "https://127.0.0.1:5000",
+            "a",
+            "x",
+        );
+        check("docker://r.lan:5000/a:x", "https://r.lan:5000", "a", "x");
+        check(
+            "docker://alpine:3",
+            "https://registry-1.docker.io",
+            "library/alpine",
+            "3",
+        );
+        check(
+            "docker://grafana/loki",
+            "https://registry-1.docker.io",
+            "grafana/loki",
+            "latest",
+        );
+        check("docker://localhost/a:1", "http://localhost", "a", "1");
         check(
             &format!("r.lan/a:v1@{digest}"),
             "https://r.lan",

@@ -1,6 +1,7 @@
 //! The client against real registries, and helpers shared with the tests of sinks.
 
 mod referrers;
+mod uploads;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -270,9 +271,15 @@ async fn pulls_what_skopeo_pushed() {
 
     let reference: Reference = format!("{}/op/seg:v1", server.address).parse().unwrap();
     let got = dir.join("got");
-    pull_to_layout(&reference, credentials(), None, &got, &AtomicU64::default())
-        .await
-        .unwrap();
+    pull_to_layout(
+        &reference,
+        credentials().into(),
+        &[],
+        &got,
+        &AtomicU64::default(),
+    )
+    .await
+    .unwrap();
     let index: serde_json::Value =
         serde_json::from_slice(&std::fs::read(got.join("index.json")).unwrap()).unwrap();
     assert_eq!(index["manifests"].as_array().unwrap().len(), 1);
@@ -291,8 +298,8 @@ async fn pulls_what_skopeo_pushed() {
     let by_digest: Reference = format!("{}/op/seg@{top}", server.address).parse().unwrap();
     pull_to_layout(
         &by_digest,
-        credentials(),
-        None,
+        credentials().into(),
+        &[],
         &dir.join("again"),
         &AtomicU64::default(),
     )
@@ -302,8 +309,8 @@ async fn pulls_what_skopeo_pushed() {
     let absent: Reference = format!("{}/op/seg:v9", server.address).parse().unwrap();
     let fault = pull_to_layout(
         &absent,
-        credentials(),
-        None,
+        credentials().into(),
+        &[],
         &dir.join("no"),
         &AtomicU64::default(),
     )
@@ -315,8 +322,8 @@ async fn pulls_what_skopeo_pushed() {
     );
     let fault = pull_to_layout(
         &reference,
-        None,
-        None,
+        None.into(),
+        &[],
         &dir.join("no"),
         &AtomicU64::default(),
     )
@@ -358,9 +365,15 @@ async fn a_pull_skips_absent_platforms_and_detects_wrong_bytes() {
     server.held.lock().cuts = 3;
     let reference: Reference = format!("{}/op/a:v1", server.address).parse().unwrap();
     let got = dir.path().join("got");
-    pull_to_layout(&reference, credentials(), None, &got, &AtomicU64::default())
-        .await
-        .unwrap();
+    pull_to_layout(
+        &reference,
+        credentials().into(),
+        &[],
+        &got,
+        &AtomicU64::default(),
+    )
+    .await
+    .unwrap();
     assert_eq!(server.held.lock().cuts, 0, "interrupted blobs continued");
     assert!(
         !got.join(arm.unwrap().parse::<Sha256>().unwrap().layout_path())
@@ -376,8 +389,8 @@ async fn a_pull_skips_absent_platforms_and_detects_wrong_bytes() {
         .insert(key, noise(7, 100_000).into());
     let fault = pull_to_layout(
         &reference,
-        credentials(),
-        None,
+        credentials().into(),
+        &[],
         &dir.path().join("bad"),
         &AtomicU64::default(),
     )
@@ -439,9 +452,15 @@ async fn a_pull_waits_if_the_registry_asks_for_a_pause() {
     server.script("GET", "/blobs/", 503, ""); // and no word of how long
     let reference: Reference = format!("{}/op/a:v1", server.address).parse().unwrap();
     let got = dir.path().join("got");
-    pull_to_layout(&reference, credentials(), None, &got, &AtomicU64::default())
-        .await
-        .unwrap();
+    pull_to_layout(
+        &reference,
+        credentials().into(),
+        &[],
+        &got,
+        &AtomicU64::default(),
+    )
+    .await
+    .unwrap();
     assert!(
         server
             .held
@@ -475,8 +494,8 @@ async fn content_of_a_failed_pull_is_not_fetched_again() {
     let pull = async |to: &str| {
         pull_keeping(
             &reference,
-            credentials(),
-            None,
+            credentials().into(),
+            &[],
             &dir.path().join(to),
             &kept,
             &AtomicU64::default(),
@@ -557,7 +576,7 @@ async fn a_pull_that_does_not_fit_writes_no_byte() {
     }
     let reference: Reference = format!("{}/op/a:v1", server.address).parse().unwrap();
     let (got, wanted) = (dir.path().join("got"), AtomicU64::default());
-    let fault = pull_to_layout(&reference, credentials(), None, &got, &wanted)
+    let fault = pull_to_layout(&reference, credentials().into(), &[], &got, &wanted)
         .await
         .unwrap_err();
     assert_eq!(

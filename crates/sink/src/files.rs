@@ -46,6 +46,7 @@ use base::fault::{Code, Fault, IoContext};
 use base::limits::{SINK_ANSWER_MAX, SINK_THREADS_MAX};
 use base::names::{ArtifactRef, RelPath};
 use base::space::Space;
+use content::manifest::KindInfo;
 use root::{Root, STAGING};
 use versions::is_folder;
 
@@ -402,7 +403,11 @@ impl Sink for FilesSink {
         .await
     }
 
-    async fn remove(&self, artifact: &ArtifactRef) -> Result<Option<String>, Fault> {
+    async fn remove(
+        &self,
+        artifact: &ArtifactRef,
+        _info: Option<&KindInfo>,
+    ) -> Result<Option<String>, Fault> {
         let (this, artifact) = (self.clone(), artifact.clone());
         self.threads
             .run(move || this.remove_blocking(&artifact))

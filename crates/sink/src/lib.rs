@@ -26,7 +26,7 @@ use unicode_normalization::UnicodeNormalization;
 use crate::stage::StagingRoot;
 use base::fault::{Code, Fault, Retry};
 use base::names::{ArtifactRef, RelPath, TransferId};
-use content::manifest::{Digest, FileInfo, Root};
+use content::manifest::{Digest, FileInfo, KindInfo, Root};
 
 pub use base::threads::Threads;
 pub use heartbeat::{Heartbeat, rounded_secs};
@@ -297,8 +297,13 @@ pub trait Sink: Send + Sync {
     }
 
     /// Removes a committed artifact. Removing a missing artifact succeeds. Returns the reason if
-    /// the target does not support removal.
-    async fn remove(&self, artifact: &ArtifactRef) -> Result<Option<String>, Fault>;
+    /// the target does not support removal. `info` is the metadata of its kind, if it is known: an
+    /// image may have another name at the target.
+    async fn remove(
+        &self,
+        artifact: &ArtifactRef,
+        info: Option<&KindInfo>,
+    ) -> Result<Option<String>, Fault>;
 
     /// Checks that the target responds and accepts the credentials; for `doctor` and `/readyz`.
     async fn probe(&self) -> Result<String, Fault>;

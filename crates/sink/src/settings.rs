@@ -38,6 +38,9 @@ pub struct ImagesSink {
     /// as its token service.
     #[serde(default)]
     pub realm_hosts: Vec<String>,
+    /// Whether any certificate of the registry is accepted.
+    #[serde(default)]
+    pub insecure: bool,
     /// Whether a missing Harbor project is created.
     #[serde(default)]
     pub create_project: bool,

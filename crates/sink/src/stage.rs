@@ -26,6 +26,7 @@ use base::fault::{Fault, IoContext};
 use base::limits::{STATE_INODES_SPARE, STATE_ROOM_BYTES_MIN};
 use base::names::{RelPath, TransferId};
 use base::space::Space;
+use base::text;
 
 pub use attributes::Wanted;
 pub(crate) use copy::{copy_range, next_data};
@@ -464,8 +465,8 @@ pub fn room_report(data_dir: &Path) -> Result<String, Fault> {
     let space = Space::of(data_dir)?;
     let at = format!("data_dir {}: {} free", data_dir.display(), space.text());
     let least = format!(
-        "less than {} MiB and {STATE_INODES_SPARE} inodes",
-        STATE_ROOM_BYTES_MIN >> 20
+        "less than {} and {STATE_INODES_SPARE} inodes",
+        text::size(STATE_ROOM_BYTES_MIN)
     );
     Ok(match space.has(STATE_ROOM_BYTES_MIN, STATE_INODES_SPARE) {
         true => format!("ok {at}"),

@@ -7,6 +7,7 @@
 
 pub mod files;
 pub mod image;
+pub mod image_list;
 mod inside;
 pub mod labels;
 pub mod own;

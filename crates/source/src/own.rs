@@ -22,6 +22,8 @@ const WHY: &str = "it is part of this daemon's own state or configuration";
 /// The advice after a rejection.
 pub const NEXT: &str =
     "use a path that contains no part of this daemon's data_dir, configuration or password files";
+/// The directory of a NAS root that holds the state of the daemons which use it.
+const SINK_STATE: &str = ".packhorse";
 /// Opening a pipe without a writer must not block the daemon.
 const NONBLOCK: i32 = rustix::fs::OFlags::NONBLOCK.bits() as i32;
 
@@ -73,8 +75,8 @@ impl Own {
         Self::default()
     }
 
-    /// The files of the daemon with this state directory: the directory, except its sinks, and its
-    /// secret files.
+    /// The files of the daemon with this state directory: the directory, except its sinks, its own
+    /// directory in each sink, and its secret files.
     pub fn of<'a>(
         data_dir: &Path,
         sinks: &[PathBuf],
@@ -86,6 +88,12 @@ impl Own {
             ..Self::default()
         };
         own.take_folder(data_dir, 2);
+        // What the daemon itself keeps in a sink is no artifact.
+        own.folders.extend(
+            sinks
+                .iter()
+                .filter_map(|sink| of_path(&sink.join(SINK_STATE))),
+        );
         own.files.extend(secrets.filter_map(of_path));
         own.runs = of_path(&data_dir.join("runs"));
         own.devices = own
@@ -261,6 +269,7 @@ mod tests {
             "runs/r1/run.json",
             "runs/r1/output/m",
             "artifacts/dataset/x/1/a",
+            "artifacts/.packhorse/id",
         ] {
             put(&data.join(file));
         }
@@ -290,6 +299,8 @@ mod tests {
             "hard",
             "secret",
             "mine/../data/api-token",
+            "data/artifacts/.packhorse",
+            "data/artifacts/.packhorse/id",
         ] {
             assert_eq!(check(path), Err(Code::NotAllowed), "{path}");
         }

@@ -3,7 +3,11 @@
 use async_trait::async_trait;
 use base::fault::Fault;
 
-use crate::Catalogue;
+use model::transfer::State;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use crate::{ArtifactRow, Body, Catalogue, TransferRow, Want};
 
 /// Something that changed.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -16,6 +20,106 @@ pub struct EventRow {
     pub what: String,
     /// The name or id of what changed.
     pub name: String,
+    /// What it was like at the event, as far as that may change later, as JSON; `None`: an earlier
+    /// version recorded the event.
+    pub state: Option<String>,
+}
+
+/// What an event keeps of a transfer.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct TransferState {
+    pub(crate) want: Want,
+    pub(crate) generation: i64,
+    pub(crate) state: State,
+    pub(crate) body: Body,
+    pub(crate) updated_ms: i64,
+    pub(crate) finished_ms: Option<i64>,
+    pub(crate) removed_ms: Option<i64>,
+}
+
+impl TransferState {
+    pub(crate) fn of(row: &TransferRow) -> Self {
+        Self {
+            want: row.want,
+            generation: row.generation,
+            state: row.state,
+            body: row.body.clone(),
+            updated_ms: row.updated_ms,
+            finished_ms: row.finished_ms,
+            removed_ms: row.removed_ms,
+        }
+    }
+}
+
+/// What an event keeps of an artifact.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct ArtifactState {
+    pub(crate) pinned: bool,
+    pub(crate) changed: Option<String>,
+    pub(crate) location: Option<String>,
+}
+
+/// What an event keeps of a site.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct SiteState {
+    /// Whether it was connected.
+    pub online: bool,
+    /// When something was last received from it.
+    pub seen_ms: Option<i64>,
+    /// The program version that it ran.
+    pub version: Option<String>,
+}
+
+impl EventRow {
+    fn kept<T: DeserializeOwned>(&self) -> Option<T> {
+        serde_json::from_str(self.state.as_deref()?).ok()
+    }
+
+    /// Whether nothing changed about a transfer since this event.
+    pub fn is_newest_of(&self, now: &TransferRow) -> bool {
+        now.cursor == self.seq as i64
+    }
+
+    /// A transfer as it was at this event, out of what it is now.
+    pub fn transfer(&self, now: TransferRow) -> TransferRow {
+        let Some(then) = self.kept::<TransferState>() else {
+            return now;
+        };
+        TransferRow {
+            want: then.want,
+            generation: then.generation,
+            state: then.state,
+            body: then.body,
+            updated_ms: then.updated_ms,
+            finished_ms: then.finished_ms,
+            removed_ms: then.removed_ms,
+            cursor: self.seq as i64,
+            ..now
+        }
+    }
+
+    /// The same of an artifact.
+    pub fn artifact(&self, now: ArtifactRow) -> ArtifactRow {
+        let Some(then) = self.kept::<ArtifactState>() else {
+            return now;
+        };
+        ArtifactRow {
+            pinned: then.pinned,
+            changed: then.changed,
+            location: then.location,
+            ..now
+        }
+    }
+
+    /// A run as it was at this event.
+    pub fn run<T: DeserializeOwned>(&self) -> Option<T> {
+        self.kept()
+    }
+
+    /// A site as it was at this event.
+    pub fn site(&self) -> Option<SiteState> {
+        self.kept()
+    }
 }
 
 impl Catalogue {

@@ -36,7 +36,7 @@ pub use artifacts::{ArtifactRow, Artifacts, Offer, no_artifact};
 pub use changed::{Changed, InPlace, PublishedInPlace, what_changed};
 pub use deliveries::{Deliveries, DeliveryRow, no_delivery};
 pub use engine::{Engine, Listed, See};
-pub use events::{EventRow, Events};
+pub use events::{EventRow, Events, SiteState};
 pub use malformed::MalformedRow;
 pub use relay::{Relay, RelayedArtifact, ShareTerms, SharingRow};
 pub use runs::{RunRow, Runs};

@@ -6,6 +6,7 @@ use async_trait::async_trait;
 use base::fault::Fault;
 use base::names::{PublisherName, SiteName, SiteSelector};
 use base::peer::Peer;
+use model::publisher_scope::PublisherScope;
 use transport::identity::Claim;
 
 use crate::Catalogue;
@@ -24,7 +25,7 @@ pub struct SiteRow {
     pub labels: BTreeMap<String, String>,
     /// When it joined.
     pub joined_ms: i64,
-    /// When it last connected.
+    /// When something was last received from it, exact to a minute.
     pub seen_ms: Option<i64>,
     /// The program version that it runs.
     pub version: Option<String>,
@@ -128,6 +129,13 @@ pub trait Sites: Send + Sync {
         ttl_seconds: u64,
     ) -> Result<(), Fault>;
 
+    /// Limits what the publisher of a join token may do. The publisher gets the limits, or none, of the
+    /// token that it used last.
+    async fn limit_token(&self, id: &str, scope: &PublisherScope) -> Result<(), Fault>;
+
+    /// What a publisher may do; `None`: this hub does not know it.
+    async fn publisher_scope(&self, name: &PublisherName) -> Result<Option<PublisherScope>, Fault>;
+
     /// Uses a join token, by the rules of `TokenRow::redeemed`, and enrols its site or publisher.
     async fn redeem_token(
         &self,
@@ -140,9 +148,19 @@ pub trait Sites: Send + Sync {
     /// Records that a publisher is connected; `false` for one that this hub does not know.
     async fn publisher_seen(&self, name: &PublisherName) -> Result<bool, Fault>;
 
-    /// Records that a site connected or disconnected. Each of its open transfers gets a new event
-    /// number: their reason has changed.
-    async fn site_seen(&self, site: &SiteName, version: Option<&str>) -> Result<(), Fault>;
+    /// Records that a site connected or disconnected, and when something was last received from it.
+    /// Each of its open transfers gets a new event number: their reason has changed.
+    async fn site_seen(
+        &self,
+        site: &SiteName,
+        online: bool,
+        at_ms: i64,
+        version: Option<&str>,
+    ) -> Result<(), Fault>;
+
+    /// Stores when something was last received from these sites. It is no event: nothing else about
+    /// the sites changes.
+    async fn sites_heard(&self, heard: &[(SiteName, i64)]) -> Result<(), Fault>;
 
     /// Records which sites a site trains for; `None`: it has reported no list.
     async fn set_train_allow(&self, site: &SiteName, allow: Option<&[String]>)

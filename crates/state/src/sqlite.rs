@@ -45,6 +45,7 @@ use sqlx::sqlite::{
 };
 
 use crate::engine::{Common, Engine};
+use crate::events::ArtifactState;
 use crate::json;
 use crate::malformed::malformed;
 use crate::wake::Subject;
@@ -280,16 +281,37 @@ impl Write {
         Ok(last)
     }
 
-    /// Records an event. Returns its number.
+    /// Records an event, with what its subject is like now. Returns its number.
     async fn note(
         &mut self,
         what: &'static str,
         name: &str,
+        state: String,
         subject: Subject,
     ) -> Result<i64, Fault> {
         let seq = self.take_numbers(1).await?;
-        self.note_as(seq, what, name, subject).await?;
+        self.note_as(seq, what, name, state, subject).await?;
         Ok(seq)
+    }
+
+    /// Records an event about an artifact.
+    async fn note_artifact(&mut self, name: &str) -> Result<(), Fault> {
+        let found: Option<(i64, Option<String>, Option<String>)> =
+            sqlx::query_as("SELECT pinned, changed, location FROM artifact WHERE reference = $1")
+                .bind(name)
+                .fetch_optional(self.db())
+                .await
+                .map_err(fault)?;
+        let (pinned, changed, location) = found.unwrap_or_default();
+        let state = ArtifactState {
+            pinned: pinned != 0,
+            changed,
+            location,
+        };
+        let state = json("the state of an artifact", &state)?;
+        self.note("artifact", name, state, Subject::Artifacts)
+            .await
+            .map(drop)
     }
 
     /// Records an event under a number that was taken.
@@ -298,16 +320,20 @@ impl Write {
         seq: i64,
         what: &'static str,
         name: &str,
+        state: String,
         subject: Subject,
     ) -> Result<(), Fault> {
-        sqlx::query("INSERT INTO event (seq, at_ms, what, name) VALUES ($1, $2, $3, $4)")
-            .bind(seq)
-            .bind(clock::now_ms())
-            .bind(what)
-            .bind(name)
-            .execute(self.db())
-            .await
-            .map_err(fault)?;
+        sqlx::query(
+            "INSERT INTO event (seq, at_ms, what, name, state) VALUES ($1, $2, $3, $4, $5)",
+        )
+        .bind(seq)
+        .bind(clock::now_ms())
+        .bind(what)
+        .bind(name)
+        .bind(state)
+        .execute(self.db())
+        .await
+        .map_err(fault)?;
         self.changes(subject);
         Ok(())
     }

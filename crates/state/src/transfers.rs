@@ -213,6 +213,9 @@ pub trait TransferChanges: Send {
     /// first), and the cleanup of one of them is not complete.
     async fn may_be_removing(&mut self, id: &TransferId, now_ms: i64) -> Result<bool, Fault>;
 
+    /// The greatest id of a transfer.
+    async fn greatest_id(&mut self) -> Result<Option<TransferId>, Fault>;
+
     /// Stores a delivery.
     async fn add_delivery(
         &mut self,

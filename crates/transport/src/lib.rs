@@ -397,6 +397,19 @@ impl Link {
         self.close_with(CLOSE_DONE, reason);
     }
 
+    /// Closes the connection, and tells the peer that it is not allowed, and why.
+    pub fn refuse(&self, reason: &str) {
+        self.close_with(CLOSE_REFUSED, reason);
+    }
+
+    /// The reason with which the peer refused this end after the welcome.
+    pub fn refusal(&self) -> Option<String> {
+        self.inner
+            .ended()
+            .filter(|ended| ended.by_peer && ended.code == Some(CLOSE_REFUSED))
+            .map(|ended| ended.reason)
+    }
+
     fn close_with(&self, code: u32, reason: &str) {
         let reason = clean(reason);
         match &self.inner.wire {

@@ -143,6 +143,18 @@ pub struct SourceOptions {
     /// Files: publish several names of one file as one file.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub hard_links: bool,
+    /// Images: the repository at the destination; the artifact's name if absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub repository: Option<String>,
+    /// Images: the tag at the destination; the artifact's version if absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tag: Option<String>,
+    /// Images: the platforms that are kept, such as `linux/amd64`; all if empty.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub platforms: Vec<String>,
+    /// Images from `docker save`: compress the layers.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub compress: bool,
     /// Refuse an input with omissions.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub strict: bool,
@@ -155,6 +167,16 @@ pub struct SourceOptions {
     pub username: Option<String>,
     /// Refused by a daemon, which takes a registry's password file from its configuration.
     pub password_file: Option<String>,
+    /// Refused by a daemon, which takes the certificates for a registry from its configuration.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ca_file: Option<String>,
+    /// Refused by a daemon, which takes the hosts that may receive a registry's password from its
+    /// configuration.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub realm_hosts: Vec<String>,
+    /// Refused by a daemon, which takes insecure registries from its configuration.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub insecure: bool,
 }
 
 /// The result of a publish.
@@ -211,6 +233,18 @@ pub struct ExportRequest {
     /// `kind/name:version`, one or more.
     pub artifacts: Vec<String>,
     /// The absolute path of the file to write, as the daemon sees it.
+    pub out: String,
+}
+
+/// A request to export labels.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ExportLabelsRequest {
+    /// `labels/name:version`.
+    pub artifact: String,
+    /// `coco`, `yolo`, `voc` or `csv`.
+    pub format: String,
+    /// The absolute path of the directory to write, as the daemon sees it. It must not exist.
     pub out: String,
 }
 

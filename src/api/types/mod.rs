@@ -14,8 +14,8 @@ use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
 pub use artifacts::{
-    Artifact, ArtifactDetail, ExportRequest, ImportRequest, PinRequest, PublishRequest, Published,
-    ShowQuery, SourceOptions, VerifyRequest,
+    Artifact, ArtifactDetail, ExportLabelsRequest, ExportRequest, ImportRequest, PinRequest,
+    PublishRequest, Published, ShowQuery, SourceOptions, VerifyRequest,
 };
 pub use deliveries::{DeliverRequest, Delivered, Delivery, DeliveryQuery, LeftOut, PlanRow};
 pub use model::run::{RunActionRequest, RunInput, RunRequest, RunState, RunVerb};

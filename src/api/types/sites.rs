@@ -23,7 +23,7 @@ pub struct Site {
     pub rtt_ms: Option<f64>,
     /// When it joined.
     pub joined_at: String,
-    /// The time of its last message.
+    /// When the hub last received anything from it; exact to 5 s.
     pub last_seen: Option<String>,
     /// The program version it runs.
     pub version: Option<String>,
@@ -44,6 +44,13 @@ pub struct TokenRequest {
     /// The labels that the site will have.
     #[serde(default)]
     pub labels: BTreeMap<String, String>,
+    /// What the publisher may publish: patterns such as `dataset/line3-*`; empty: anything.
+    #[serde(default)]
+    pub artifacts: Vec<String>,
+    /// Where the publisher may deliver what it publishes: a selection of sites, or `none`; absent: to
+    /// all sites.
+    #[serde(default)]
+    pub deliver_to: Option<String>,
     /// How long it is valid, seconds.
     pub ttl_seconds: u64,
 }

@@ -46,6 +46,10 @@ impl HubJobs {
         let all = AllArtifacts::of(&self.parts.catalogue);
         let (store, relay) = (self.parts.store.clone(), self.parts.relay.relay().clone());
         progress.doing(format!("re-reading {artifact}"));
+        if !quick {
+            let total = row.root.totals.bytes;
+            progress.total.store(total, Ordering::Relaxed);
+        }
         blocking(move || {
             let mut verify =
                 Verify { row: &row, quick, store: &store, relay: &relay, progress: &progress, found: Vec::new(), damaged: HashSet::new() };
@@ -166,6 +170,7 @@ impl Verify<'_> {
             digest,
             size: info.size,
             urls: None,
+            platform: None,
         };
         let walked = {
             let this = &*self;

@@ -308,7 +308,7 @@ pub(crate) fn lineage_view(lineage: Lineage) -> ModelLineage {
 }
 
 /// A run as the API shows it.
-fn view(run: &Run) -> types::Run {
+pub(in crate::hub) fn view(run: &Run) -> types::Run {
     let trainer = run.site.as_ref().map(|site| {
         let ended = site.ended.as_ref();
         let phase = serde_json::to_value(site.phase)

@@ -15,6 +15,7 @@ use super::Sessions;
 use crate::api::types::State;
 use crate::config::Congestion;
 use base::blocking::blocking;
+use base::clock;
 use base::fault::{Code, Fault};
 use base::limits::{REPORTS_UNACKED_MAX, RUNS_OPEN_MAX, STATE_RETRY_EVERY, STATE_WRITE_BYTES_MIN};
 use base::names::{ArtifactRef, RunName, SiteName, TransferId};
@@ -190,10 +191,15 @@ impl Sessions {
                     tracing::error!(error = %fault, "the settings that a site reported could not be stored; retrying");
                     unstored.lock().hello = Some((share, train));
                 }
-                self.note_seen(site, Some(&version)).await;
+                self.note_seen(site, true, clock::now_ms(), Some(&version))
+                    .await;
             }
             FromSite::Report(reports) => {
-                if !self.take_reports(site, peer, reports).await.is_empty() {
+                if !self
+                    .take_reports(site, peer, reports.into_iter())
+                    .await
+                    .is_empty()
+                {
                     unstored.lock().reports = true;
                 }
             }
@@ -252,7 +258,7 @@ impl Sessions {
         &self,
         site: &SiteName,
         peer: &Peer,
-        reports: Vec<Report>,
+        reports: impl ExactSizeIterator<Item = Report>,
     ) -> Vec<TransferId> {
         self.inner.budgets.reports(peer, reports.len()).await;
         let mut unstored = Vec::new();
@@ -267,7 +273,8 @@ impl Sessions {
                     unstored.push(id);
                 }
                 Err(fault) => {
-                    tracing::warn!(transfer = %id, error = %fault, "a report was refused");
+                    let refused = &self.inner.refused_reports;
+                    refused.note(format_args!("{site}, transfer {id}: {fault}"));
                 }
                 Ok(()) => {}
             }
@@ -297,9 +304,8 @@ impl Sessions {
                     unstored.push(report);
                 }
                 Err(fault) => {
-                    span.in_scope(
-                        || tracing::warn!(error = %fault, "a report of a run was refused"),
-                    );
+                    let refused = &self.inner.refused_reports;
+                    refused.note(format_args!("{site}, run {}: {fault}", report.name));
                 }
                 Ok(()) => {}
             }

@@ -194,11 +194,10 @@ impl Sessions {
                 Fault::unreachable(format!("the connection to site {site} ended"))
             })?;
         let fetcher = Fetcher::new(link, digest, Arc::default()).with_idle_max(MANIFEST_IDLE_MAX);
+        let peer = Peer::Site(site.clone());
+        let _offer = inner.budgets.offer(&peer).await;
         let root = fetcher.root().await?;
-        let reserved = inner
-            .quotas
-            .reserve(&Peer::Site(site.clone()), &artifact, &root)
-            .await?;
+        let reserved = inner.quotas.reserve(&peer, &artifact, &root).await?;
         // Until the artifact is in the catalogue, no garbage collection removes its pages.
         let store = inner.store.leased_with(reserved.clone());
         fetcher.pages(&root, None, &store).await?;

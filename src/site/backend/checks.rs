@@ -32,6 +32,10 @@ impl Site {
             return Ok(vec![format!("this site has no copy of {}", row.artifact)]);
         };
         progress.doing(format!("re-reading {}", row.artifact));
+        if !quick {
+            let total = row.root.totals.bytes;
+            progress.total.store(total, Ordering::Relaxed);
+        }
         if row.published {
             if quick {
                 progress.note(

@@ -207,7 +207,7 @@ async fn reported(recv: &mut RecvHalf, what: &str, mut is: impl FnMut(&Report) -
         loop {
             let all = match wire::receive::<FromSite>(recv).await.unwrap() {
                 FromSite::Report(all) => all,
-                FromSite::Reports(batch) => batch.into_reports(&mut None),
+                FromSite::Reports(batch) => batch.into_reports(&mut None).collect(),
                 _ => continue,
             };
             if all.iter().any(&mut is) {

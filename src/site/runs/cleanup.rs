@@ -151,7 +151,9 @@ impl RunKeeper {
                 None => None,
             };
             if stays.is_none() {
-                stays = sink.remove(artifact).await?;
+                stays = sink
+                    .remove(artifact, there.as_ref().map(|there| &there.root.info))
+                    .await?;
             }
             let (places, digest) = (opened.shared.chunk_index.clone(), row.digest);
             blocking(move || places.remove_digest(digest)).await?;

@@ -153,11 +153,17 @@ impl Daemon {
         clean(&mut command)
             .arg("serve")
             .arg("--config")
-            .arg(&self.config);
+            .arg(&self.config)
+            .env("DOCKER_CONFIG", self.docker_config());
         command
             .stdout(log.try_clone().expect("a handle for the log"))
             .stderr(log);
         self.child = Some(command.spawn().expect("start a daemon"));
+    }
+
+    /// The folder of `docker login` for this daemon; it does not exist at first.
+    pub(crate) fn docker_config(&self) -> PathBuf {
+        self.config.with_extension("docker")
     }
 
     /// Starts the process and waits until it is ready.

@@ -100,6 +100,15 @@ impl TransferId {
         Self(format!("t-{now_ms:011x}{random:08x}"))
     }
 
+    /// The time that an id of [`TransferId::made`] begins with; `None`: another id.
+    pub fn made_ms(&self) -> Option<u64> {
+        let digits = self.0.strip_prefix("t-")?;
+        (digits.len() == 19)
+            .then(|| digits.get(..11))
+            .flatten()
+            .and_then(|time| u64::from_str_radix(time, 16).ok())
+    }
+
     /// The id for an artifact that is only examined. No directory and no catalogue row uses this
     /// id.
     pub fn none() -> Self {

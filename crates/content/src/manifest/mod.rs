@@ -31,7 +31,9 @@ use serde::{Deserialize, Serialize};
 pub use crate::chunk::Chunking;
 use crate::chunk::Hash;
 use base::fault::Fault;
+use base::limits::ROOT_VALUES_MAX;
 use base::names::{ArtifactRef, Kind, RelPath};
+use base::text::check_values;
 
 /// The newest format of manifests. A program of an earlier version refuses it and says so.
 const FORMAT_MAX: u32 = 2;
@@ -106,6 +108,13 @@ pub struct ImageInfo {
     pub platforms: Vec<String>,
     /// `sha256:<hex>` of manifests that the source listed without their content; they are left out.
     pub absent: Vec<String>,
+    /// The repository at the destination, if it is not the name of the artifact. A daemon that does
+    /// not know this field refuses the artifact as one of a later version.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub repository: Option<String>,
+    /// The tag at the destination, if it is not the version of the artifact.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tag: Option<String>,
 }
 
 /// The metadata of a label set.
@@ -168,6 +177,11 @@ impl Root {
                 "the content of the root manifest {digest} does not match its hash"
             )));
         }
+        check_values(bytes, ROOT_VALUES_MAX).map_err(|values| {
+            Fault::integrity(format!(
+                "the root manifest {digest} has {values} values; {ROOT_VALUES_MAX} are allowed"
+            ))
+        })?;
         let root: Self = serde_json::from_slice(bytes).map_err(|e| {
             Fault::integrity(format!("the root manifest {digest} is malformed: {e}"))
         })?;

@@ -14,7 +14,7 @@ use super::pack::{FREE_SPACE, Unsynced, Writer};
 use crate::chunk::Hash;
 use crate::frame::Frame;
 use base::fault::{Code, Fault};
-use base::limits::{PACK_BYTES, STORE_SPARE_BYTES};
+use base::limits::{APPEND_LOOK_BYTES, INGEST_BATCH_BYTES, PACK_BYTES, STORE_SPARE_BYTES};
 use base::space::Space;
 
 /// The number of packs that are synced and closed before the index is written. After a crash, at
@@ -137,10 +137,11 @@ impl Store {
     pub fn check_room(&self) -> Result<(), Fault> {
         let open = self.inner.open.lock();
         match &open.writer {
-            Some(writer) if writer.len() < self.inner.pack_bytes => self
-                .inner
-                .packs
-                .check_room(writer.number(), STORE_SPARE_BYTES),
+            // As much as the next append requires.
+            Some(writer) if writer.len() < self.inner.pack_bytes => self.inner.packs.check_room(
+                writer.number(),
+                STORE_SPARE_BYTES + APPEND_LOOK_BYTES + 2 * INGEST_BATCH_BYTES as u64,
+            ),
             _ => self
                 .inner
                 .packs

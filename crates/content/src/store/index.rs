@@ -10,7 +10,7 @@ use crate::redb_file::Tree;
 use base::fault::{Code, Fault};
 
 /// What to do if the index is damaged or missing.
-pub(super) const REBUILD: &str = "stop the daemon, then run 'packhorse store rebuild-index --config FILE' with its configuration: it \
+pub(super) const REBUILD: &str = "stop the daemon, then run 'packhorse store rebuild-index --config FILE' with its configuration: it makes \
                                   the index again from the packs; then start the daemon";
 /// The limit on the memory of the index.
 pub const INDEX_CACHE_BYTES: usize = 16 << 20;

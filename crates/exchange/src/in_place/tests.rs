@@ -16,7 +16,7 @@ use content::ingest::Progress;
 use registry::image::{OCI_MANIFEST, Sha256};
 use source::Source;
 use source::files::FilesSource;
-use source::image::ImageSource;
+use source::image::{ImageOptions, ImageSource};
 
 mod watch;
 
@@ -321,7 +321,7 @@ fn the_layout_of_a_received_image_is_created_on_request() {
     };
     let published = f.publish_source(
         Kind::Image,
-        &mut ImageSource::open_layout(&folder).unwrap(),
+        &mut ImageSource::open_layout(&folder, &ImageOptions::default()).unwrap(),
         Some(&base),
     );
     let (digest, bytes) = (

@@ -104,8 +104,12 @@ impl Sink for Gated {
         self.sink.verify(incoming, place, verification).await
     }
 
-    async fn remove(&self, artifact: &ArtifactRef) -> Result<Option<String>, Fault> {
-        self.sink.remove(artifact).await
+    async fn remove(
+        &self,
+        artifact: &ArtifactRef,
+        info: Option<&KindInfo>,
+    ) -> Result<Option<String>, Fault> {
+        self.sink.remove(artifact, info).await
     }
 
     async fn probe(&self) -> Result<String, Fault> {

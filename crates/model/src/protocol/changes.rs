@@ -90,18 +90,23 @@ impl ReportBatch {
         }
     }
 
-    /// The reports, each receipt with its certificate. `last`: the last certificate that was
-    /// received over this connection.
-    pub fn into_reports(mut self, last: &mut Option<Certificate>) -> Vec<Report> {
+    /// The reports, each receipt with its certificate, which is copied only for the report that is
+    /// taken next: a batch may have many receipts. `last`: the last certificate that was received
+    /// over this connection.
+    pub fn into_reports(
+        self,
+        last: &mut Option<Certificate>,
+    ) -> impl ExactSizeIterator<Item = Report> + use<> {
         if self.certificate.is_some() {
             *last = self.certificate;
         }
-        if let Some(certificate) = last {
-            for receipt in receipts(&mut self.reports) {
+        let certificate = last.clone();
+        self.reports.into_iter().map(move |mut report| {
+            if let (Some(certificate), Some(receipt)) = (&certificate, &mut report.body.receipt) {
                 receipt.restore_certificate(certificate);
             }
-        }
-        self.reports
+            report
+        })
     }
 }
 

@@ -11,7 +11,8 @@
 
 use base::congestion::Congestion;
 use base::fault::Reason;
-use base::limits::{ALLOW_ENTRIES_MAX, CONTROL_FRAME_BYTES_MAX};
+use base::limits::{ALLOW_ENTRIES_MAX, CONTROL_FRAME_BYTES_MAX, DELIVERY_ARTIFACTS_MAX};
+use base::list;
 use base::names::{ArtifactRef, DeliveryId, SiteSelector, TransferId};
 use base::number;
 use base::text::{Exact, Lenient, Message, Version};
@@ -166,7 +167,11 @@ pub struct Desired {
     /// When it was requested.
     pub created_ms: i64,
     /// The transfers to this site that go first: labels come after their dataset.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[serde(
+        default,
+        skip_serializing_if = "Vec::is_empty",
+        deserialize_with = "list::at_most::<_, _, DELIVERY_ARTIFACTS_MAX>"
+    )]
     pub after: Vec<TransferId>,
     /// What the artifact was made of, where that is known.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -161,6 +161,11 @@ impl Drop for RealRegistry {
 
 impl RealRegistry {
     pub fn start(access: &Access) -> Self {
+        Self::start_as(access, None)
+    }
+
+    /// A registry that gives uploads an address with this host name.
+    pub fn start_as(access: &Access, host: Option<&str>) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let path = |name: &str| dir.path().join(name).display().to_string();
         let (mut auth, mut tls) = (String::new(), String::new());
@@ -208,8 +213,12 @@ impl RealRegistry {
                 .local_addr()
                 .unwrap()
                 .to_string();
+            let host = host.map_or_else(String::new, |host| {
+                let port = address.rsplit(':').next().unwrap();
+                format!("  host: http://{host}:{port}\n")
+            });
             let config = format!(
-                "version: 0.1\nlog:\n  level: error\n  accesslog:\n    disabled: true\nstorage:\n  filesystem:\n    rootdirectory: {}\n  delete:\n    enabled: true\nhttp:\n  addr: {address}\n  secret: fixed\n{tls}{auth}",
+                "version: 0.1\nlog:\n  level: error\n  accesslog:\n    disabled: true\nstorage:\n  filesystem:\n    rootdirectory: {}\n  delete:\n    enabled: true\nhttp:\n  addr: {address}\n  secret: fixed\n{host}{tls}{auth}",
                 path("data")
             );
             write(&dir.path().join("config.yml"), config.as_bytes());

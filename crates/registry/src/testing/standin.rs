@@ -64,6 +64,10 @@ pub struct Held {
     pub body_bytes_max: Option<usize>,
     /// This many answers with a blob are interrupted in the middle.
     pub cuts: usize,
+    /// `OCI-Chunk-Min-Length`: smaller chunks are refused, except the last.
+    pub chunk_bytes_min: Option<usize>,
+    /// Requests with credentials of any kind.
+    pub authorized: usize,
     uploads: HashMap<String, Vec<u8>>,
     tokens: usize,
     sessions: usize,
@@ -142,6 +146,7 @@ async fn answer(State(this): State<StandIn>, request: Request<Body>) -> Response
     let mut held = this.held.lock();
     let path = parts.uri.path().to_owned();
     held.log.push(format!("{} {path}", parts.method));
+    held.authorized += usize::from(parts.headers.contains_key("authorization"));
     if held.body_bytes_max.is_some_and(|max| body.len() > max) {
         return reply(
             413,
@@ -303,7 +308,11 @@ fn play(
                 held.sessions += 1;
                 let session = format!("s{}", held.sessions);
                 held.uploads.insert(session.clone(), Vec::new());
-                reply(202, &location(&session, 0), "")
+                let mut headers = location(&session, 0).to_vec();
+                if let Some(min) = held.chunk_bytes_min {
+                    headers.push(("oci-chunk-min-length", min.to_string()));
+                }
+                reply(202, &headers, "")
             }
             Method::DELETE => StatusCode::NO_CONTENT.into_response(),
             Method::GET => match held.uploads.get(session) {
@@ -314,6 +323,12 @@ fn play(
                 let Some(bytes) = held.uploads.get_mut(session) else {
                     return reply(404, &[], error("BLOB_UPLOAD_UNKNOWN", ""));
                 };
+                if held
+                    .chunk_bytes_min
+                    .is_some_and(|min| bytes.len() % min != 0)
+                {
+                    return reply(416, &[], error("SIZE_INVALID", "a chunk was too small"));
+                }
                 bytes.extend_from_slice(&body);
                 let len = bytes.len();
                 reply(202, &location(session, len), "")

@@ -52,8 +52,8 @@ impl World {
         let to = tempfile::tempdir_in(self.dir.path()).unwrap();
         pull_to_layout(
             &reference,
-            credentials(),
-            None,
+            credentials().into(),
+            &[],
             &to.path().join("got"),
             &AtomicU64::default(),
         )
@@ -249,8 +249,8 @@ async fn a_real_registry_lists_the_tags_of_cosign() {
     let reference: Reference = format!("{}/op/a:v1", server.address).parse().unwrap();
     let omitted = pull_to_layout(
         &reference,
-        None,
-        None,
+        None.into(),
+        &[],
         &dir.join("got"),
         &AtomicU64::default(),
     )

@@ -29,6 +29,8 @@ pub(super) const STAGING: &str = "staging";
 /// The number of other daemons that a message names, and the size limit of the file of each.
 const SITES_LISTED_MAX: usize = 16;
 const SITE_BYTES_MAX: u64 = 256;
+/// The digits of the name of a daemon in a root.
+const OWNER_DIGITS: usize = 16;
 
 /// The root of a files sink. Cheap to clone.
 #[derive(Clone)]
@@ -51,14 +53,25 @@ impl Root {
     /// The root at this path, for the daemon with this data directory. Does not access the root.
     pub(super) fn new(path: PathBuf, configured: bool, data_dir: &Path) -> Result<Self, Fault> {
         let owner_file = data_dir.join("sink-files-owner");
-        let owner = match std::fs::read_to_string(&owner_file) {
-            Ok(owner) => owner.trim().to_owned(),
-            Err(e) if e.kind() == ErrorKind::NotFound => {
+        let is_owner = |text: &str| {
+            text.len() == OWNER_DIGITS
+                && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
+        };
+        let owner = match std::fs::read(&owner_file) {
+            Ok(bytes) => Some(String::from_utf8_lossy(&bytes).trim().to_owned()),
+            Err(e) if e.kind() == ErrorKind::NotFound => None,
+            Err(e) => return Err(Fault::io(format_args!("read {}", owner_file.display()), &e)),
+        };
+        let owner = match owner {
+            Some(owner) if is_owner(&owner) => owner,
+            damaged => {
+                if damaged.is_some() {
+                    tracing::warn!(file = %owner_file.display(), "the name of this daemon in its NAS root was damaged; it has a new one");
+                }
                 let owner = format!("{:016x}", rand::random::<u64>());
                 durable::replace(&owner_file, owner.as_bytes())?;
                 owner
             }
-            Err(e) => return Err(Fault::io(format_args!("read {}", owner_file.display()), &e)),
         };
         Ok(Self {
             path,

@@ -125,7 +125,9 @@ async fn an_empty_mount_point_is_not_filled() {
             .await
             .unwrap_err(),
             sink.trial().await.unwrap_err(),
-            sink.remove(&one.artifact).await.unwrap_err(),
+            sink.remove(&one.artifact, Some(&one.root.info))
+                .await
+                .unwrap_err(),
             sink.probe().await.unwrap_err(),
         ];
         for fault in faults {
@@ -331,7 +333,7 @@ async fn a_site_that_no_longer_registers_does_not_prevent_removal() {
     assert_eq!(one.root.others().unwrap().len(), 1);
     said(ROOT_USE_ENDS_AFTER - Duration::from_secs(3_600));
     assert!(
-        one.remove(&a.artifact).await.unwrap().is_some(),
+        one.remove(&a.artifact, None).await.unwrap().is_some(),
         "it may be offline temporarily"
     );
     // A daemon of an earlier version registers once, at any time.
@@ -341,7 +343,7 @@ async fn a_site_that_no_longer_registers_does_not_prevent_removal() {
     assert_eq!(one.root.others().unwrap().len(), 1);
     durable::replace(&file, text.as_bytes()).unwrap();
     said(ROOT_USE_ENDS_AFTER + Duration::from_secs(3_600));
-    assert_eq!(one.remove(&a.artifact).await.unwrap(), None);
+    assert_eq!(one.remove(&a.artifact, None).await.unwrap(), None);
     assert!(!one.folder(&a.artifact).exists());
 }
 
@@ -414,4 +416,27 @@ fn files_are_staged_in_the_checked_root() {
         sink.staging().map(drop).unwrap_err().reason,
         Reason::SinkUnavailable
     );
+}
+
+#[test]
+fn a_damaged_name_of_the_daemon_is_replaced() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("sink-files-owner");
+    let owner = || {
+        let root = super::root::Root::new(dir.path().join("nas"), true, dir.path()).unwrap();
+        root.owner().to_owned()
+    };
+    let first = owner();
+    assert_eq!(owner(), first);
+    for damaged in [
+        &b"\xff\xfe\0"[..],
+        b"",
+        b"../../../etc",
+        b"0123456789ABCDEF",
+    ] {
+        std::fs::write(&file, damaged).unwrap();
+        let new = owner();
+        assert!(new.len() == 16 && new != first, "{new}");
+        assert_eq!(owner(), new);
+    }
 }

@@ -1,5 +1,5 @@
-//! Images as OCI layouts in a directory, for a site without a registry. `<root>/<name>/` is one
-//! layout, whose `index.json` names each version (`org.opencontainers.image.ref.name`), so that
+//! Images as OCI layouts in a directory, for a site without a registry. `<root>/<name>/`, or the
+//! repository that the artifact states, is one layout, whose `index.json` names each version (`org.opencontainers.image.ref.name`), so that
 //! `skopeo copy oci:<root>/<name>:<version>` can read it.
 //!
 //! Blobs are synced and renamed into the layout first. Replacing `index.json` makes a version
@@ -19,7 +19,7 @@ use parking_lot::Mutex;
 use serde_json::{Value, json};
 use sha2::Digest as _;
 
-use super::{file_size, image_info, lost, not_staged, read_small, taken, top_of};
+use super::{ImageName, file_size, image_info, lost, not_staged, read_small, taken, top_of};
 use crate::{
     Committed, Heartbeat, Incoming, Sink, StorageLocation, Threads, Verification, rounded_secs,
 };
@@ -27,7 +27,7 @@ use base::durable;
 use base::fault::{Code, Fault, IoContext};
 use base::limits;
 use base::names::{ArtifactRef, RelPath};
-use content::manifest::FileInfo;
+use content::manifest::{FileInfo, KindInfo};
 use registry::image::{Descriptor, REF_NAME, Sha256, Tree, walk};
 
 /// Writes images to a directory of OCI layouts. All access to the directory runs on threads of this
@@ -69,28 +69,24 @@ impl LayoutSink {
         })
     }
 
-    fn layout(&self, artifact: &ArtifactRef) -> PathBuf {
-        self.root.join(artifact.name())
+    fn layout(&self, name: &ImageName) -> PathBuf {
+        self.root.join(&name.repository)
     }
 
-    fn location(&self, artifact: &ArtifactRef) -> String {
-        format!(
-            "oci:{}:{}",
-            self.layout(artifact).display(),
-            artifact.version()
-        )
+    fn location(&self, name: &ImageName) -> String {
+        format!("oci:{}:{}", self.layout(name).display(), name.tag)
     }
 
-    fn lock(&self, artifact: &ArtifactRef) -> Arc<tokio::sync::Mutex<()>> {
+    fn lock(&self, name: &ImageName) -> Arc<tokio::sync::Mutex<()>> {
         self.locks
             .lock()
-            .entry(artifact.name().into())
+            .entry(name.repository.clone())
             .or_default()
             .clone()
     }
 
-    async fn current_digest(&self, artifact: &ArtifactRef) -> Result<Option<Sha256>, Fault> {
-        let (layout, version) = (self.layout(artifact), artifact.version().to_owned());
+    async fn current_digest(&self, name: &ImageName) -> Result<Option<Sha256>, Fault> {
+        let (layout, version) = (self.layout(name), name.tag.clone());
         self.threads
             .run(move || Index::read(&layout)?.digest_of(&version))
             .await
@@ -100,13 +96,14 @@ impl LayoutSink {
     /// same directory, changes it meanwhile.
     async fn change<T: Send + 'static>(
         &self,
-        artifact: &ArtifactRef,
+        name: &ImageName,
         work: impl FnOnce() -> Result<T, Fault> + Send + 'static,
     ) -> Result<T, Fault> {
-        // Two names never share a lock file, because a name does not start with a dot.
+        // Two names never share a lock file: a name does not start with a dot and has no plus sign.
         let (staging_root, lock) = (
             self.staging_root.clone(),
-            self.staging_root.join(format!(".{}.lock", artifact.name())),
+            self.staging_root
+                .join(format!(".{}.lock", name.repository.replace('/', "+"))),
         );
         let change = move || {
             durable::create_dir_all(&staging_root)?;
@@ -117,22 +114,19 @@ impl LayoutSink {
     }
 
     async fn commit_staged(&self, incoming: &Incoming, staged: &Path) -> Result<Committed, Fault> {
-        let layout = self.layout(&incoming.artifact);
+        let name = ImageName::of(incoming)?;
+        let layout = self.layout(&name);
         let top = top_of(image_info(incoming)?)?;
-        let lock = self.lock(&incoming.artifact);
+        let lock = self.lock(&name);
         let _held = lock.lock().await;
         let staged_path = staged.to_owned();
         let is_staged = self
             .threads
             .run(move || staged_path.try_exists().at(staged_path.display()))
             .await?;
-        match self.current_digest(&incoming.artifact).await? {
+        match self.current_digest(&name).await? {
             Some(theirs) if theirs != top.digest => {
-                return Err(taken(
-                    &self.location(&incoming.artifact),
-                    &theirs,
-                    &top.digest,
-                ));
+                return Err(taken(&self.location(&name), &theirs, &top.digest));
             }
             // Committed and cleaned up before a crash.
             Some(_) if !is_staged => {}
@@ -140,24 +134,27 @@ impl LayoutSink {
                 let tree = self
                     .tree(incoming, &[staged, &layout])
                     .await
-                    .map_err(|fault| not_staged(fault, &self.location(&incoming.artifact)))?;
+                    .map_err(|fault| not_staged(fault, &self.location(&name)))?;
                 let (layout, staged, top) = (layout.clone(), staged.to_owned(), top.clone());
-                let (version, location) = (
-                    incoming.artifact.version().to_owned(),
-                    self.location(&incoming.artifact),
-                );
+                let (version, location) = (name.tag.clone(), self.location(&name));
                 let move_image = move || {
                     move_image(&layout, &staged, &tree, &top, &version, &location)?;
                     durable::remove_all(&staged)
                 };
-                self.change(&incoming.artifact, move_image).await?;
+                self.change(&name, move_image).await?;
             }
         }
-        let location = format!("{}@{}", self.location(&incoming.artifact), top.digest);
+        let location = format!("{}@{}", self.location(&name), top.digest);
+        let note = is_of_docker(&top).then(|| {
+            format!(
+                "its media types are those of Docker, which older tools (skopeo of Debian 12) find only without a tag: skopeo copy oci:{} …",
+                single_entry(&layout, &name.tag).display()
+            )
+        });
         Ok(Committed {
             place: StorageLocation::Folder { path: layout },
             location,
-            note: None,
+            note,
         })
     }
 
@@ -181,7 +178,7 @@ impl LayoutSink {
         {
             Some(digest) => Err(lost(
                 &format!("manifest {digest}"),
-                &self.location(&incoming.artifact),
+                &self.location(&ImageName::of(incoming)?),
             )),
             None => Ok(tree),
         }
@@ -362,12 +359,58 @@ fn move_image(
     }
     let marker = layout.join("oci-layout");
     if !marker.try_exists().at(marker.display())? {
-        durable::replace(&marker, br#"{"imageLayoutVersion":"1.0.0"}"#)?;
+        durable::replace(&marker, LAYOUT_VERSION)?;
+    }
+    if is_of_docker(top) {
+        write_single_entry(&single_entry(layout, version), top)?;
     }
     let mut index = Index::read(layout)?;
     if !current_digest(&index)? {
         index.add(version, top);
         index.write(layout)?;
+    }
+    Ok(())
+}
+
+/// Whether older tools do not find it in a layout by its tag.
+fn is_of_docker(top: &Descriptor) -> bool {
+    top.media_type.starts_with("application/vnd.docker.")
+}
+
+/// A layout with only this version and without its name, which older tools can read. Its blobs are a
+/// link to those of the layout that it is in.
+fn single_entry(layout: &Path, version: &str) -> PathBuf {
+    layout.join(BY_VERSION).join(version)
+}
+
+fn write_single_entry(folder: &Path, top: &Descriptor) -> Result<(), Fault> {
+    durable::create_dir_all(folder)?;
+    durable::replace_symlink(&folder.join("blobs"), "../../blobs")?;
+    durable::replace(&folder.join("oci-layout"), LAYOUT_VERSION)?;
+    let entry = json!({ "mediaType": top.media_type, "digest": top.digest, "size": top.size });
+    let index = json!({ "schemaVersion": 2, "manifests": [entry] });
+    durable::replace(&folder.join("index.json"), index.to_string().as_bytes())
+}
+
+/// The content of `oci-layout`.
+const LAYOUT_VERSION: &[u8] = br#"{"imageLayoutVersion":"1.0.0"}"#;
+
+/// The directory of the layouts with one version each.
+const BY_VERSION: &str = "by-version";
+
+/// The names in a layout. A repository has none of them below its first part, so that no layout is
+/// in the blobs of another one.
+const OF_LAYOUT: [&str; 4] = ["index.json", "blobs", "oci-layout", BY_VERSION];
+
+/// Deletes an empty layout, but no layout below it, and then the directories above it that are empty.
+fn remove_layout(layout: &Path, root: &Path) -> Result<(), Fault> {
+    for part in OF_LAYOUT {
+        durable::remove_all(&layout.join(part))?;
+    }
+    for folder in layout.ancestors().take_while(|folder| *folder != root) {
+        if fs::remove_dir(folder).is_err() {
+            break; // it has other content
+        }
     }
     Ok(())
 }
@@ -499,18 +542,29 @@ impl Sink for LayoutSink {
 
     async fn check(&self, incoming: &Incoming) -> Result<(), Fault> {
         let ours = top_of(image_info(incoming)?)?.digest;
+        let name = ImageName::of(incoming)?;
+        let mut below = name.repository.split('/').skip(1);
+        if let Some(part) = below.find(|part| OF_LAYOUT.contains(part)) {
+            return Err(Fault::conflict(format!(
+                "{}: an OCI layout directory cannot have the repository {:?}: {part:?} is a name in a layout",
+                incoming.artifact, name.repository
+            ))
+            .with_next("publish it with another --repository"));
+        }
         let staging_root = self.staging_root.clone();
         self.threads
             .run(move || durable::create_dir_all(&staging_root).map_err(Fault::of_sink))
             .await?;
         match self
-            .current_digest(&incoming.artifact)
+            .current_digest(&ImageName::of(incoming)?)
             .await
             .map_err(Fault::of_sink)?
         {
-            Some(theirs) if theirs != ours => {
-                Err(taken(&self.location(&incoming.artifact), &theirs, &ours))
-            }
+            Some(theirs) if theirs != ours => Err(taken(
+                &self.location(&ImageName::of(incoming)?),
+                &theirs,
+                &ours,
+            )),
             _ => Ok(()),
         }
     }
@@ -524,7 +578,7 @@ impl Sink for LayoutSink {
         if Sha256::from_layout_path(path.as_str()).is_none() {
             return Ok(false);
         }
-        let blob = path.in_dir(&self.layout(&incoming.artifact));
+        let blob = path.in_dir(&self.layout(&ImageName::of(incoming)?));
         Ok(self.threads.run(move || file_size(&blob)).await? == Some(file.size))
     }
 
@@ -563,7 +617,7 @@ impl Sink for LayoutSink {
     }
 
     async fn exists_at_target(&self, incoming: &Incoming) -> Result<bool, Fault> {
-        Ok(self.current_digest(&incoming.artifact).await?
+        Ok(self.current_digest(&ImageName::of(incoming)?).await?
             == Some(top_of(image_info(incoming)?)?.digest))
     }
 
@@ -574,12 +628,12 @@ impl Sink for LayoutSink {
         verification: &Verification,
     ) -> Result<Vec<String>, Fault> {
         let (layout, location) = (
-            self.layout(&incoming.artifact),
-            self.location(&incoming.artifact),
+            self.layout(&ImageName::of(incoming)?),
+            self.location(&ImageName::of(incoming)?),
         );
         let ours = top_of(image_info(incoming)?)?.digest;
         let mut out = Vec::new();
-        match self.current_digest(&incoming.artifact).await? {
+        match self.current_digest(&ImageName::of(incoming)?).await? {
             None => out.push(format!("{location}: index.json does not contain it")),
             Some(theirs) if theirs != ours => {
                 out.push(format!(
@@ -632,16 +686,21 @@ impl Sink for LayoutSink {
     }
 
     async fn clear(&self, incoming: &Incoming) -> Result<(), Fault> {
-        let layout = self.layout(&incoming.artifact);
-        let lock = self.lock(&incoming.artifact);
+        let name = ImageName::of(incoming)?;
+        let layout = self.layout(&name);
+        let lock = self.lock(&name);
         let _held = lock.lock().await;
-        self.change(&incoming.artifact, move || remove_damaged(&layout))
-            .await
+        self.change(&name, move || remove_damaged(&layout)).await
     }
 
-    async fn remove(&self, artifact: &ArtifactRef) -> Result<Option<String>, Fault> {
-        let (layout, version) = (self.layout(artifact), artifact.version().to_owned());
-        let lock = self.lock(artifact);
+    async fn remove(
+        &self,
+        artifact: &ArtifactRef,
+        info: Option<&KindInfo>,
+    ) -> Result<Option<String>, Fault> {
+        let name = ImageName::new(artifact, info)?;
+        let (layout, version, root) = (self.layout(&name), name.tag.clone(), self.root.clone());
+        let lock = self.lock(&name);
         let _held = lock.lock().await;
         let runtime = tokio::runtime::Handle::current();
         let remove = move || {
@@ -652,6 +711,7 @@ impl Sink for LayoutSink {
             if !index.drop_version(&version) {
                 return Ok(None);
             }
+            durable::remove_all(&single_entry(&layout, &version))?;
             let mut current_digest = HashSet::new();
             for entry in index.entries() {
                 let top: Descriptor = serde_json::from_value(entry.clone()).map_err(|e| {
@@ -666,14 +726,14 @@ impl Sink for LayoutSink {
                 current_digest.extend(tree.blobs.iter().map(|blob| blob.digest));
             }
             if index.entries().next().is_none() {
-                durable::remove_all(&layout)?;
+                remove_layout(&layout, &root)?;
             } else {
                 index.write(&layout)?; // first, so that no version refers to a missing blob
                 delete_unreferenced(&layout, &current_digest)?;
             }
             Ok(None)
         };
-        self.change(artifact, remove).await
+        self.change(&name, remove).await
     }
 
     async fn probe(&self) -> Result<String, Fault> {

@@ -20,8 +20,10 @@ pub use registry::RegistrySink;
 use crate::settings;
 use crate::{Incoming, Sink};
 use ::registry::image::{Descriptor, Sha256};
+use ::registry::reference::{check_repository, check_tag};
 use base::fault::{Fault, IoContext};
 use base::limits;
+use base::names::ArtifactRef;
 use content::manifest::{ImageInfo, KindInfo};
 
 /// The configured sink; without configuration, OCI layouts in `<data_dir>/images`.
@@ -53,6 +55,43 @@ fn image_info(incoming: &Incoming) -> Result<&ImageInfo, Fault> {
     }
 }
 
+/// The name of an image at its destination: that of the artifact, unless the artifact states another
+/// one.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct ImageName {
+    repository: String,
+    tag: String,
+}
+
+impl ImageName {
+    fn of(incoming: &Incoming) -> Result<Self, Fault> {
+        Self::new(&incoming.artifact, Some(&incoming.root.info))
+    }
+
+    /// Checks a stated name, which comes from a peer.
+    fn new(artifact: &ArtifactRef, info: Option<&KindInfo>) -> Result<Self, Fault> {
+        let (repository, tag) = match info {
+            Some(KindInfo::Image(info)) => (info.repository.as_deref(), info.tag.as_deref()),
+            _ => (None, None),
+        };
+        let invalid = |what: &str, why: String| {
+            Fault::integrity(format!("{artifact}: it states an invalid {what}: {why}"))
+                .with_next("publish it again with another --repository and --tag")
+        };
+        if let Some(repository) = repository {
+            check_repository(repository).map_err(|why| invalid("repository", why))?;
+        }
+        if let Some(tag) = tag.filter(|tag| !check_tag(tag)) {
+            let tag: String = tag.chars().take(128).collect();
+            return Err(invalid("tag", format!("{tag:?}")));
+        }
+        Ok(Self {
+            repository: repository.unwrap_or(artifact.name()).to_owned(),
+            tag: tag.unwrap_or(artifact.version()).to_owned(),
+        })
+    }
+}
+
 /// The descriptor of the top manifest.
 fn top_of(info: &ImageInfo) -> Result<Descriptor, Fault> {
     let digest = info
@@ -64,6 +103,7 @@ fn top_of(info: &ImageInfo) -> Result<Descriptor, Fault> {
         digest,
         size: info.size,
         urls: None,
+        platform: None,
     })
 }
 

@@ -1,4 +1,5 @@
-//! Images in an OCI registry: `<url>/<name>:<version>`.
+//! Images in an OCI registry: `<url>/<name>:<version>`, or the repository and tag that the artifact
+//! states.
 //!
 //! Blobs are uploaded in parallel, large ones while they arrive; existing blobs are not sent. Then
 //! the lower manifests are pushed by digest, and last the top manifest under the tag, which makes
@@ -18,17 +19,17 @@ use futures::{StreamExt, TryStreamExt};
 use parking_lot::Mutex;
 use tokio::sync::watch;
 
-use super::{image_info, lost, read_small, top_of};
+use super::{ImageName, image_info, lost, read_small, top_of};
 use crate::settings;
 use crate::{Committed, Incoming, Sink, StorageLocation, Threads, Verification};
 use base::durable;
 use base::fault::{Code, Fault, IoContext, Reason};
 use base::limits;
 use base::names::{ArtifactRef, RelPath};
-use content::manifest::FileInfo;
+use content::manifest::{FileInfo, KindInfo};
 use registry::image::{Descriptor, Sha256, Tree, walk};
 use registry::reference::check_repository;
-use registry::{Credentials, Deleted, Error, LocalBlob, Origin, Registry};
+use registry::{Access, Credentials, Deleted, Error, LocalBlob, Origin, Registry, Settings};
 use tag::Tag;
 
 /// Writes images to a registry.
@@ -68,7 +69,13 @@ impl RegistrySink {
         let credentials =
             Credentials::from_config(cfg.username.as_deref(), cfg.password_file.as_ref())?
                 .map(|credentials| credentials.with_realm_hosts(&cfg.realm_hosts));
-        let registry = Registry::new(origin, credentials, cfg.ca_file.as_deref())?;
+        let access = Access {
+            credentials,
+            ca_file: cfg.ca_file.clone(),
+            insecure: cfg.insecure,
+            settings: Settings::Sink,
+        };
+        let registry = Registry::open(origin, access)?;
         durable::create_dir_all(&staging_root)?;
         Ok(Self {
             registry,
@@ -82,11 +89,11 @@ impl RegistrySink {
         })
     }
 
-    fn repository(&self, artifact: &ArtifactRef) -> String {
+    fn repository(&self, name: &ImageName) -> String {
         if self.prefix.is_empty() {
-            artifact.name().into()
+            name.repository.clone()
         } else {
-            format!("{}/{}", self.prefix, artifact.name())
+            format!("{}/{}", self.prefix, name.repository)
         }
     }
 
@@ -94,12 +101,12 @@ impl RegistrySink {
         self.prefix.split('/').next().filter(|p| !p.is_empty())
     }
 
-    fn location(&self, artifact: &ArtifactRef) -> String {
+    fn location(&self, name: &ImageName) -> String {
         format!(
             "{}/{}:{}",
             self.registry.origin(),
-            self.repository(artifact),
-            artifact.version()
+            self.repository(name),
+            name.tag
         )
     }
 
@@ -186,7 +193,7 @@ impl RegistrySink {
         {
             Some(digest) if staged.is_some() => Err(lost(
                 &format!("manifest {digest}"),
-                &self.location(&incoming.artifact),
+                &self.location(&ImageName::of(incoming)?),
             )),
             _ => Ok(tree),
         }
@@ -206,29 +213,14 @@ impl RegistrySink {
     }
 
     /// Removes an artifact. Returns the reason if this registry does not support it.
-    async fn delete(
-        &self,
-        artifact: &ArtifactRef,
-        repository: &str,
-    ) -> Result<Option<String>, Error> {
-        let Some(digest) = self
-            .registry
-            .head_manifest(repository, artifact.version())
-            .await?
-        else {
+    async fn delete(&self, image: &ImageName, repository: &str) -> Result<Option<String>, Error> {
+        let Some(digest) = self.registry.head_manifest(repository, &image.tag).await? else {
             return Ok(None);
         };
-        if self
-            .is_shared(repository, artifact.version(), &digest)
-            .await?
-        {
+        if self.is_shared(repository, &image.tag, &digest).await? {
             let name = repository.split_once('/').map_or("", |(_, name)| name);
             let deleted = match self.project() {
-                Some(project) => {
-                    self.registry
-                        .delete_tag(project, name, artifact.version())
-                        .await?
-                }
+                Some(project) => self.registry.delete_tag(project, name, &image.tag).await?,
                 None => false,
             };
             return Ok((!deleted).then(|| "another tag refers to the same image, and this registry cannot delete a single tag".into()));
@@ -310,7 +302,7 @@ impl Sink for RegistrySink {
     }
 
     async fn check(&self, incoming: &Incoming) -> Result<(), Fault> {
-        let repository = self.repository(&incoming.artifact);
+        let repository = self.repository(&ImageName::of(incoming)?);
         check_repository(&repository).map_err(|why| {
             Fault::conflict(format!(
                 "{}: registries do not accept the repository name {repository:?}: {why}",
@@ -324,11 +316,11 @@ impl Sink for RegistrySink {
         {
             self.registry.ensure_project(project).await?;
         }
-        let found = match self.tag(&incoming.artifact, &ours).await {
+        let found = match self.tag(&ImageName::of(incoming)?, &ours).await {
             Ok(found) => found,
             Err(fault) => return Err(self.explain_denied(fault, &repository).await),
         };
-        if let Some(fault) = found.conflict(&self.location(&incoming.artifact), &ours) {
+        if let Some(fault) = found.conflict(&self.location(&ImageName::of(incoming)?), &ours) {
             return Err(fault);
         }
         match found.digest() {
@@ -338,7 +330,7 @@ impl Sink for RegistrySink {
                 Err(error) => {
                     let fault = error.fault(format!(
                         "check the permission to push {}",
-                        self.location(&incoming.artifact)
+                        self.location(&ImageName::of(incoming)?)
                     ));
                     Err(self.explain_denied(fault, &repository).await)
                 }
@@ -355,7 +347,7 @@ impl Sink for RegistrySink {
         let Some(digest) = Sha256::from_layout_path(path.as_str()) else {
             return Ok(false);
         };
-        let repository = self.repository(&incoming.artifact);
+        let repository = self.repository(&ImageName::of(incoming)?);
         let doing = || {
             format!(
                 "look up blob {digest} at {}/{repository}",
@@ -400,7 +392,10 @@ impl Sink for RegistrySink {
         let Some(digest) = Sha256::from_layout_path(path.as_str()) else {
             return;
         };
-        let repository = self.repository(&incoming.artifact);
+        let Ok(name) = ImageName::of(incoming) else {
+            return; // the check of the delivery refuses it
+        };
+        let repository = self.repository(&name);
         if self.is_damaged(&repository, &digest) {
             return; // the commit replaces it
         }
@@ -483,7 +478,7 @@ impl Sink for RegistrySink {
 
     async fn exists_at_target(&self, incoming: &Incoming) -> Result<bool, Fault> {
         let ours = top_of(image_info(incoming)?)?.digest;
-        let tag = self.tag(&incoming.artifact, &ours).await?;
+        let tag = self.tag(&ImageName::of(incoming)?, &ours).await?;
         // A blocked image is not lost.
         Ok(tag != Tag::Absent && tag.conflict("", &ours).is_none())
     }
@@ -494,7 +489,7 @@ impl Sink for RegistrySink {
         place: &StorageLocation,
         verification: &Verification,
     ) -> Result<Vec<String>, Fault> {
-        let location = self.location(&incoming.artifact);
+        let location = self.location(&ImageName::of(incoming)?);
         let StorageLocation::Registry { repository } = place else {
             return Ok(vec![format!(
                 "{location}: it was written to a directory before this site had a registry"
@@ -502,7 +497,7 @@ impl Sink for RegistrySink {
         };
         let ours = top_of(image_info(incoming)?)?.digest;
         let mut out = Vec::new();
-        match self.tag(&incoming.artifact, &ours).await? {
+        match self.tag(&ImageName::of(incoming)?, &ours).await? {
             Tag::Absent => out.push(format!("{location}: the tag is missing")),
             Tag::BlockedOther => {
                 out.push(format!("{location}: the tag refers to a different image"));
@@ -550,10 +545,15 @@ impl Sink for RegistrySink {
         Ok(out)
     }
 
-    async fn remove(&self, artifact: &ArtifactRef) -> Result<Option<String>, Fault> {
-        let (repository, location) = (self.repository(artifact), self.location(artifact));
+    async fn remove(
+        &self,
+        artifact: &ArtifactRef,
+        info: Option<&KindInfo>,
+    ) -> Result<Option<String>, Fault> {
+        let name = ImageName::new(artifact, info)?;
+        let (repository, location) = (self.repository(&name), self.location(&name));
         let reason = self
-            .delete(artifact, &repository)
+            .delete(&name, &repository)
             .await
             .map_err(|e| e.fault(format_args!("remove {location}")))?;
         Ok(reason.map(|why| format!("{location}: {why}")))

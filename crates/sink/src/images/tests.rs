@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use super::*;
 use crate::{StorageLocation, Verification};
 use ::registry::testing::fixture::{
-    Access, Image, PASSWORD, RealRegistry, TokenService, USER, image, noise, tar_layer, write,
+    Access, Image, Info, PASSWORD, RealRegistry, TokenService, USER, image, noise, tar_layer, write,
 };
 use ::registry::testing::standin::{Scripted, StandIn, error};
 use base::fault::{Code, Reason, Retry};
@@ -26,6 +26,8 @@ fn incoming(reference: &str, image: &Image) -> Incoming {
         size: of.size,
         platforms: of.platforms,
         absent: Vec::new(),
+        repository: None,
+        tag: None,
     };
     let artifact: ArtifactRef = reference.parse().unwrap();
     let root = Root {
@@ -64,6 +66,7 @@ fn sink_config(url: &str, dir: &Path) -> settings::ImagesSink {
         password_file: Some(file),
         ca_file: None,
         realm_hosts: Vec::new(),
+        insecure: false,
         create_project: false,
     }
 }
@@ -221,8 +224,12 @@ async fn contract(sink: &dyn Sink, inspect: &dyn Fn(&str) -> String) {
     assert_eq!(fault.code, Code::Integrity, "{fault}");
 
     sink.activate(&v1.artifact).await.unwrap();
-    sink.remove(&v1.artifact).await.unwrap();
-    sink.remove(&v1.artifact).await.unwrap();
+    sink.remove(&v1.artifact, Some(&v1.root.info))
+        .await
+        .unwrap();
+    sink.remove(&v1.artifact, Some(&v1.root.info))
+        .await
+        .unwrap();
     assert!(
         !sink
             .verify(&v1, &landed.place, &Verification::default())
@@ -331,7 +338,9 @@ async fn a_directory_of_layouts() {
             .len(),
         1
     );
-    sink.remove(&only.artifact).await.unwrap();
+    sink.remove(&only.artifact, Some(&only.root.info))
+        .await
+        .unwrap();
     assert!(!dir.path().join("images/one").exists());
 }
 
@@ -1193,4 +1202,157 @@ async fn a_registry_that_does_not_respond_is_reported() {
         Some(Reason::SinkUnavailable)
     );
     commit.abort();
+}
+
+fn named(reference: &str, image: &Image, repository: &str, tag: &str) -> Incoming {
+    let mut incoming = incoming(reference, image);
+    if let KindInfo::Image(info) = &mut incoming.root.info {
+        (info.repository, info.tag) = (Some(repository.to_owned()), Some(tag.to_owned()));
+    }
+    incoming
+}
+
+/// An image with a repository and a tag of its own, in both sinks.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_has_the_name_that_its_artifact_states() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = RealRegistry::start(&Access::Open);
+    let registry = open(
+        Some(&sink_config(&server.url("operators"), dir.path())),
+        dir.path(),
+    )
+    .unwrap();
+    let layout = open(None, dir.path()).unwrap();
+    for (sink, location) in [
+        (
+            &registry,
+            format!("{}/operators/ops/team/trainer:V1.2_A@", server.address),
+        ),
+        (
+            &layout,
+            format!(
+                "oci:{}:V1.2_A@",
+                dir.path().join("images/ops/team/trainer").display()
+            ),
+        ),
+    ] {
+        let sink = sink.as_ref();
+        let image = staged(sink, &[noise(40, 1000)], &["amd64"]);
+        let incoming = named("image/trainer:v1", &image, "ops/team/trainer", "V1.2_A");
+        sink.check(&incoming).await.unwrap();
+        let landed = sink.commit(&incoming, &image.dir).await.unwrap();
+        assert_eq!(landed.location, format!("{location}{}", image.info.digest));
+        assert!(sink.exists_at_target(&incoming).await.unwrap());
+        let found = sink
+            .verify(&incoming, &landed.place, &Verification::default())
+            .await
+            .unwrap();
+        assert_eq!(found, Vec::<String>::new());
+
+        // The name of a layout above it is another image.
+        let above = staged(sink, &[noise(41, 1000)], &["amd64"]);
+        let above_incoming = named("image/ops:v1", &above, "ops", "v1");
+        sink.check(&above_incoming).await.unwrap();
+        sink.commit(&above_incoming, &above.dir).await.unwrap();
+        sink.remove(&above_incoming.artifact, Some(&above_incoming.root.info))
+            .await
+            .unwrap();
+        let found = sink
+            .verify(&incoming, &landed.place, &Verification::default())
+            .await
+            .unwrap();
+        assert_eq!(found, Vec::<String>::new(), "it is not removed with it");
+        sink.remove(&incoming.artifact, Some(&incoming.root.info))
+            .await
+            .unwrap();
+        assert!(!sink.exists_at_target(&incoming).await.unwrap());
+
+        // A peer cannot leave the directory or the project.
+        let hostile = [
+            ("../../etc", "v1"),
+            ("/etc", "v1"),
+            ("ops//x", "v1"),
+            ("Ops", "v1"),
+            ("ops", "../v1"),
+            ("ops", ""),
+        ];
+        for (repository, tag) in hostile {
+            let incoming = named("image/x:v1", &image, repository, tag);
+            let fault = sink.check(&incoming).await.unwrap_err();
+            assert_eq!(fault.code, Code::Integrity, "{repository} {tag}: {fault}");
+        }
+    }
+    assert!(
+        !dir.path().join("images/ops").exists(),
+        "empty directories go"
+    );
+    let image = staged(layout.as_ref(), &[noise(42, 1000)], &["amd64"]);
+    for repository in ["ops/blobs", "ops/index.json", "ops/by-version/x"] {
+        let incoming = named("image/x:v1", &image, repository, "v1");
+        let fault = layout.check(&incoming).await.unwrap_err();
+        assert_eq!(fault.code, Code::Conflict, "{repository}: {fault}");
+    }
+}
+
+/// An image with the media types of Docker, read by the skopeo of this machine.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_of_docker_in_a_layout_is_read_by_skopeo() {
+    let dir = tempfile::tempdir().unwrap();
+    let sink = open(None, dir.path()).unwrap();
+    for reference in ["image/dk:v1", "image/dk:v2"] {
+        let source = dir.path().join("source");
+        image(&source, &[tar_layer("a", reference.as_bytes())], &["amd64"]);
+        let docker = dir.path().join("docker");
+        skopeo(&[
+            "copy",
+            "-q",
+            "--format",
+            "v2s2",
+            &format!("oci:{}", source.display()),
+            &format!("dir:{}", docker.display()),
+        ]);
+        let manifest = std::fs::read(docker.join("manifest.json")).unwrap();
+        let made = sink.staging_root().join("docker");
+        std::fs::create_dir_all(made.join("blobs/sha256")).unwrap();
+        for entry in std::fs::read_dir(&docker).unwrap() {
+            let entry = entry.unwrap();
+            let name = entry.file_name().into_string().unwrap();
+            if name.len() == 64 {
+                std::fs::copy(entry.path(), made.join("blobs/sha256").join(name)).unwrap();
+            }
+        }
+        let digest = Sha256::of(&manifest);
+        write(&made.join(digest.layout_path()), &manifest);
+        let image = Image {
+            dir: made.clone(),
+            info: Info {
+                media_type: "application/vnd.docker.distribution.manifest.v2+json".into(),
+                digest: digest.to_string(),
+                size: manifest.len() as u64,
+                platforms: vec!["linux/amd64".into()],
+            },
+            layers: Vec::new(),
+        };
+        let landed = sink
+            .commit(&incoming(reference, &image), &made)
+            .await
+            .unwrap();
+        let note = landed.note.unwrap();
+        let at = note
+            .split("skopeo copy ")
+            .nth(1)
+            .and_then(|rest| rest.split(' ').next())
+            .unwrap();
+        let raw = skopeo(&["inspect", "--raw", at]);
+        assert_eq!(Sha256::of(raw.as_bytes()), digest);
+        skopeo(&[
+            "copy",
+            "-q",
+            at,
+            &format!("dir:{}", dir.path().join("out").display()),
+        ]);
+        for folder in [&source, &docker] {
+            std::fs::remove_dir_all(folder).unwrap();
+        }
+    }
 }

@@ -7,8 +7,7 @@
 //!
 //! # The tables
 //! `label_set`, `label_version`, `label_active` (one row per set: the switch), `label_class`,
-//! `version_sample` and `annotation`; in Postgres the last two are partitioned by version. Samples
-//! belong to a version and are not shared between versions by content hash: two versions may have
+//! `version_sample` and `annotation`. Samples belong to a version and are not shared between versions by content hash: two versions may have
 //! different metadata for one image, a sample without a dataset has no hash, and with a shared
 //! table every commit would write rows that others read, and every removal would search for
 //! orphans. An annotation refers to its sample by line number, which one pass over the two sorted
@@ -460,7 +459,11 @@ impl Sink for LabelsSink {
         Ok(found)
     }
 
-    async fn remove(&self, artifact: &ArtifactRef) -> Result<Option<String>, Fault> {
+    async fn remove(
+        &self,
+        artifact: &ArtifactRef,
+        _info: Option<&KindInfo>,
+    ) -> Result<Option<String>, Fault> {
         self.engine
             .remove(artifact.name(), artifact.version())
             .await?;

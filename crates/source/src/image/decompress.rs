@@ -2,8 +2,9 @@
 //!
 //! A few kilobytes can decompress to terabytes, so every decompressed byte of the image source
 //! passes through a [`Bounded`] reader. **The rule**: input is rejected as a decompression bomb if
-//! its output exceeds [`BOMB_BYTES`] and also exceeds [`BOMB_RATIO`] times the input. So small
-//! inputs may have any ratio, and large ones must have a plausible ratio.
+//! its output exceeds a limit ([`UNPACKED_BYTES_MAX`], or a setting) and also exceeds [`BOMB_RATIO`]
+//! times the input. So a layer of zeros passes, and more must have a plausible ratio. Layers are only
+//! hashed, and an archive is written only as far as its disk has space, so the limit bounds time.
 //!
 //! [`to_scratch`] writes one file to the scratch directory, and stops before the disk is full,
 //! because the daemon's own state is on the same disk. After a crash, the next start removes the
@@ -20,7 +21,7 @@ use flate2::read::MultiGzDecoder;
 use super::refuse;
 use base::durable;
 use base::fault::{Code, Fault, IoContext};
-use base::limits::{BOMB_BYTES, BOMB_RATIO, SCRATCH_LOOK_BYTES, SCRATCH_SPARE_BYTES};
+use base::limits::{BOMB_RATIO, SCRATCH_LOOK_BYTES, SCRATCH_SPARE_BYTES, UNPACKED_BYTES_MAX};
 use base::space::{Reservation, Space};
 
 /// The size of read and write buffers, in bytes.
@@ -96,7 +97,7 @@ pub(super) struct Caps {
 impl Default for Caps {
     fn default() -> Self {
         Self {
-            bytes: BOMB_BYTES,
+            bytes: UNPACKED_BYTES_MAX,
             ratio: BOMB_RATIO,
         }
     }
@@ -131,9 +132,10 @@ impl Read for Bounded<'_> {
             && self.output_bytes / self.caps.ratio > self.input_bytes.get()
         {
             let why = format!(
-                "a decompression bomb: {} bytes were decompressed from {} bytes",
+                "a decompression bomb: {} bytes were decompressed from {} bytes, more than the allowed {} (image_unpacked in [limits])",
                 self.output_bytes,
-                self.input_bytes.get()
+                self.input_bytes.get(),
+                self.caps.bytes
             );
             return Err(io::Error::new(io::ErrorKind::InvalidData, why));
         }

@@ -7,26 +7,28 @@
 //! calls this module. Only reads.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 
 use serde::Deserialize;
 
 use super::decompress::{Caps, Compression};
 use super::holder::{BlobDigest, Check, Holder, Piece};
 use super::listing;
-use super::oci::{Config, Image, OCI_CONFIG, OCI_MANIFEST, Top, to_bytes};
+use super::oci::{Config, Descriptor, Image, OCI_CONFIG, OCI_MANIFEST, Top, to_bytes};
 use base::fault::Fault;
 use base::omitted::Omitted;
+use base::platform::Platform;
 
 const LAYER: &str = "application/vnd.oci.image.layer.v1.tar";
 
 /// One image of `manifest.json`.
 #[derive(Debug, Deserialize)]
 struct Listed {
-    #[serde(rename = "Config")]
+    #[serde(rename = "Config", alias = "config")]
     config: String,
-    #[serde(rename = "RepoTags")]
+    #[serde(rename = "RepoTags", alias = "repoTags", alias = "repotags")]
     tags: Option<Vec<String>>,
-    #[serde(rename = "Layers")]
+    #[serde(rename = "Layers", alias = "layers")]
     layers: Option<Vec<String>>,
 }
 
@@ -34,6 +36,21 @@ impl Listed {
     fn tags(&self) -> impl Iterator<Item = &str> {
         self.tags.iter().flatten().map(String::as_str)
     }
+
+    /// Whether this is the config with this digest, by its name.
+    fn has_config(&self, digest: &str) -> bool {
+        let file = self.config.rsplit('/').next().unwrap_or_default();
+        let stem = file.strip_suffix(".json").unwrap_or(file);
+        digest.strip_prefix("sha256:") == Some(stem)
+    }
+}
+
+/// How the layers of an archive are stored in the artifact.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Layers<'a> {
+    AsTheyAre,
+    /// Compressed with gzip, into this directory.
+    Compressed(&'a Path),
 }
 
 /// The selected image of `manifest.json`, with its config read and checked.
@@ -49,33 +66,50 @@ pub(super) struct Saved {
 
 /// Reads `manifest.json` and selects an image. Returns `None` if the archive has no
 /// `manifest.json`, or if its config is missing and there are OCI parts (`has_oci`): then the
-/// platform of that config was left out.
+/// platform of that config was left out. `None` also if only an OCI part has the selected digest.
 pub(super) fn saved(
     holder: &Holder,
     tag: Option<&str>,
-    has_oci: bool,
+    tops: Option<&[Descriptor]>,
 ) -> Result<Option<Saved>, Fault> {
     let Some(piece) = holder.find("manifest.json")? else {
         return Ok(None);
     };
     let all: Vec<Listed> = holder.json(&piece)?;
-    let mut matching: Vec<&Listed> = all
+    let is_chosen = |at: usize, listed: &Listed, tag: &str| {
+        listed.tags().any(|own| listing::matches(own, tag))
+            || listing::position(tag) == Some(at)
+            || listed.has_config(tag)
+    };
+    let mut matching: Vec<(usize, &Listed)> = all
         .iter()
-        .filter(|l| tag.is_none_or(|tag| l.tags().any(|t| listing::matches(t, tag))))
+        .enumerate()
+        .filter(|(at, listed)| tag.is_none_or(|tag| is_chosen(*at, listed, tag)))
         .collect();
     let tags: Vec<String> = matching
         .iter()
-        .flat_map(|listed| listed.tags())
+        .flat_map(|(_, listed)| listed.tags())
         .map(str::to_owned)
         .collect();
     // The same image may be listed again with another name.
-    matching.dedup_by(|a, b| a.config == b.config && a.layers == b.layers);
+    matching.dedup_by(|(_, a), (_, b)| a.config == b.config && a.layers == b.layers);
+    // All names of an image, or its position.
+    let labels = |(at, listed): (usize, &Listed)| {
+        let mut labels: Vec<String> = listed.tags().map(str::to_owned).collect();
+        if labels.is_empty() {
+            labels.push(listing::label(None, Some(at)));
+        }
+        labels
+    };
+    let is_oci =
+        |tag: &str| tops.is_some_and(|tops| tops.iter().any(|top| top.digest.to_string() == tag));
     let chosen = match matching.as_slice() {
-        [one] => *one,
+        [(_, one)] => *one,
+        [] if tag.is_some_and(is_oci) => return Ok(None),
         [] => {
             return Err(match tag {
                 Some(tag) => {
-                    listing::unknown(&holder.shown, tag, all.iter().flat_map(Listed::tags))
+                    listing::unknown(&holder.shown, tag, all.iter().enumerate().flat_map(labels))
                 }
                 None => holder.refuse("manifest.json", "it contains no image"),
             });
@@ -83,11 +117,11 @@ pub(super) fn saved(
         _ => {
             return Err(listing::several(
                 &holder.shown,
-                matching.iter().flat_map(|l| l.tags()),
+                matching.into_iter().flat_map(labels),
             ));
         }
     };
-    if has_oci && holder.find(&chosen.config)?.is_none() {
+    if tops.is_some() && holder.find(&chosen.config)?.is_none() {
         return Ok(None);
     }
     let config_piece = require(holder, &chosen.config)?;
@@ -126,8 +160,21 @@ fn check_name(holder: &Holder, piece: &Piece, digest: &BlobDigest) -> Result<(),
 }
 
 impl Saved {
+    pub(super) fn platform(&self) -> Option<String> {
+        self.config.platform()
+    }
+
+    pub(super) fn is_selected(&self, platforms: &[Platform]) -> bool {
+        self.config.is_selected(platforms)
+    }
+
     /// Converts it to an OCI image. Reads all layers and compares them with the config.
-    pub(super) fn image(self, holder: &Holder, caps: Caps) -> Result<Image, Fault> {
+    pub(super) fn image(
+        self,
+        holder: &Holder,
+        caps: Caps,
+        stored: Layers<'_>,
+    ) -> Result<Image, Fault> {
         let Some(diff_ids) = self.config.diff_ids() else {
             return Err(holder.refuse(
                 &self.config_piece.name,
@@ -159,7 +206,22 @@ impl Saved {
         let digests = holder.check_all(&checks, caps)?;
         let mut blobs = BTreeMap::new();
         let mut layers = Vec::with_capacity(digests.len());
-        for (piece, digest) in pieces.into_iter().zip(&digests) {
+        let mut compressed: BTreeMap<BlobDigest, (BlobDigest, Piece)> = BTreeMap::new();
+        for (mut piece, mut digest) in pieces.into_iter().zip(digests) {
+            if let Layers::Compressed(folder) = stored
+                && holder.compression(&piece)? == Compression::None
+            {
+                let (new, made) = match compressed.get(&digest) {
+                    Some(made) => made.clone(),
+                    None => {
+                        let file = folder.join(format!("layer-{}.tar.gz", compressed.len()));
+                        let made = holder.compress(&piece, &file)?;
+                        compressed.insert(digest.clone(), made.clone());
+                        made
+                    }
+                };
+                (digest, piece) = (new, made);
+            }
             let suffix = match holder.compression(&piece)? {
                 Compression::Gzip => "+gzip",
                 Compression::Zstd => "+zstd",
@@ -184,7 +246,7 @@ impl Saved {
             top.digest.clone(),
             Piece::created(top.digest.member(), bytes),
         );
-        let platforms = self.config.platform().into_iter().collect();
+        let platforms: Vec<String> = self.config.platform().into_iter().collect();
         Ok(Image {
             top,
             blobs,
@@ -192,6 +254,7 @@ impl Saved {
             absent: Vec::new(),
             checks: Vec::new(),
             omitted: Omitted::default(),
+            is_deselected: false,
         })
     }
 }

@@ -7,7 +7,7 @@
 use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::fs;
-use std::io::{self, Read, Seek, SeekFrom};
+use std::io::{self, Read, Seek, SeekFrom, Write as _};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -22,9 +22,13 @@ use super::refuse;
 use crate::own::{self, Own};
 use crate::{Content, FileIdentity};
 use base::durable;
-use base::fault::Fault;
-use base::limits::{IMAGE_CHECKS_MAX, IMAGE_JSON_BYTES_MAX};
+use base::fault::{Fault, IoContext as _};
+use base::limits::{IMAGE_CHECKS_MAX, IMAGE_JSON_BYTES_MAX, SCRATCH_SPARE_BYTES};
 use base::names::RelPath;
+use base::space::Reservation;
+
+/// The level of `docker push`, which weighs size against time.
+const GZIP_LEVEL: flate2::Compression = flate2::Compression::new(6);
 
 /// The name of a blob: `sha256:` and 64 lower-case hex digits.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Deserialize)]
@@ -118,6 +122,8 @@ pub(super) struct Holder {
     /// The path that the user named, for messages.
     pub(super) shown: PathBuf,
     place: Container,
+    /// The top manifest of a directory without `blobs/`, as `skopeo copy … dir:` writes it.
+    flat: Option<BlobDigest>,
 }
 
 impl Holder {
@@ -125,6 +131,7 @@ impl Holder {
         Self {
             shown: path.to_path_buf(),
             place: Container::Folder(own),
+            flat: None,
         }
     }
 
@@ -133,6 +140,7 @@ impl Holder {
         Ok(Self {
             shown: shown.to_path_buf(),
             place: Container::Tar(TarIndex::open(path, shown)?),
+            flat: None,
         })
     }
 
@@ -149,9 +157,28 @@ impl Holder {
         )
     }
 
+    /// Blobs are read from files named by their digest at the top, as in `dir:`; the top manifest is
+    /// `manifest.json`.
+    pub(super) fn set_flat(&mut self, top: BlobDigest) {
+        self.flat = Some(top);
+    }
+
     /// The piece with this name; `None` if there is none.
     pub(super) fn find(&self, name: &str) -> Result<Option<Piece>, Fault> {
         let name = name.trim_start_matches("./");
+        let (Some(top), Some(hex)) = (&self.flat, name.strip_prefix("blobs/sha256/")) else {
+            return self.find_member(name);
+        };
+        if top.0 == hex {
+            return self.find_member("manifest.json");
+        }
+        match self.find_member(hex)? {
+            Some(piece) => Ok(Some(piece)),
+            None => self.find_member(&format!("{hex}.manifest.json")),
+        }
+    }
+
+    fn find_member(&self, name: &str) -> Result<Option<Piece>, Fault> {
         match &self.place {
             Container::Tar(index) => Ok(index.find(name).map(|extent| Piece {
                 name: name.to_owned(),
@@ -246,6 +273,57 @@ impl Holder {
             .and_then(|r| r.take(SNIFFED_BYTES as u64).read_to_end(&mut first))
             .map_err(|e| self.io(&piece.name, &e))?;
         Ok(Compression::of(&first))
+    }
+
+    /// Compresses a layer into a new file, always in the same way. Returns the digest of the new blob.
+    pub(super) fn compress(
+        &self,
+        layer: &Piece,
+        file: &Path,
+    ) -> Result<(BlobDigest, Piece), Fault> {
+        let read = |e: io::Error| self.io(&layer.name, &e);
+        let what = || format!("write {}", file.display());
+        // Compressed content is at most a little larger.
+        let bytes_max = layer.size.saturating_add(layer.size / 1000 + 1024);
+        let space = Reservation::take(
+            file.parent().unwrap_or(file),
+            bytes_max,
+            SCRATCH_SPARE_BYTES,
+            1,
+            "a compressed layer",
+        )
+        .map_err(|fault| fault.context(format_args!("compress {}", layer.name)))?;
+        let mut input = layer.open().map_err(read)?;
+        let output = fs::File::create(file).at(what())?;
+        let mut writer = flate2::GzBuilder::new()
+            .mtime(0)
+            .write(io::BufWriter::with_capacity(BUFFER, output), GZIP_LEVEL);
+        let mut buffer = vec![0; BUFFER];
+        loop {
+            match input.read(&mut buffer) {
+                Ok(0) => break,
+                Ok(n) => writer.write_all(&buffer[..n]).at(what())?,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(read(e)),
+            }
+        }
+        writer
+            .finish()
+            .and_then(|mut buffered| buffered.flush())
+            .at(what())?;
+        drop(space);
+        let made = fs::File::open(file).at(format_args!("open {}", file.display()))?;
+        let size = made.metadata().at(what())?.len();
+        let mut sha = Sha256::new();
+        drain(made, |bytes| sha.update(bytes)).at(format_args!("read {}", file.display()))?;
+        let digest = BlobDigest(hex::encode(sha.finalize()));
+        let piece = Piece {
+            name: digest.member(),
+            size,
+            content: Content::Scratch(file.to_path_buf()),
+            identity: None,
+        };
+        Ok((digest, piece))
     }
 
     /// Reads a blob completely and compares it with all stated properties. Returns its digest.

@@ -35,18 +35,40 @@ pub(super) fn same_image(a: &str, b: &str) -> bool {
     a == b || tail(a, b) || tail(b, a)
 }
 
+/// The position in a selection by position: `@0` is the first image.
+pub(super) fn position(tag: &str) -> Option<usize> {
+    tag.strip_prefix('@')?.parse().ok()
+}
+
+/// Whether a selection is a digest: of a manifest, or the image ID.
+pub(super) fn is_digest(tag: &str) -> bool {
+    tag.starts_with("sha256:")
+}
+
+/// What a user can write after the `#` to select an image: its name, or its position.
+pub(super) fn label(name: Option<&str>, position: Option<usize>) -> String {
+    match (name, position) {
+        (Some(name), _) => name.to_owned(),
+        (None, Some(position)) => format!("@{position}"),
+        (None, None) => "none with a name".to_owned(),
+    }
+}
+
 /// The fault of an archive with several images and no selection.
-pub(super) fn several<'a>(shown: &Path, names: impl Iterator<Item = &'a str>) -> Fault {
+pub(super) fn several(shown: &Path, names: impl Iterator<Item = String>) -> Fault {
     let message = format!(
         "image {}: it contains several images: {}",
         shown.display(),
         list(names)
     );
-    Fault::usage(message).with_next(format!("choose one: publish '{}#TAG'", shown.display()))
+    Fault::usage(message).with_next(format!(
+        "choose one: publish '{0}#TAG', or '{0}#@0' for the first one",
+        shown.display()
+    ))
 }
 
 /// The fault of a tag that the archive does not contain.
-pub(super) fn unknown<'a>(shown: &Path, tag: &str, names: impl Iterator<Item = &'a str>) -> Fault {
+pub(super) fn unknown(shown: &Path, tag: &str, names: impl Iterator<Item = String>) -> Fault {
     let message = format!(
         "image {}: it does not contain the image {tag:?}, only: {}",
         shown.display(),
@@ -55,12 +77,12 @@ pub(super) fn unknown<'a>(shown: &Path, tag: &str, names: impl Iterator<Item = &
     Fault::not_found(message).with_next("put one of these after the '#'")
 }
 
-fn list<'a>(names: impl Iterator<Item = &'a str>) -> String {
-    let names: BTreeSet<&str> = names.collect();
+fn list(names: impl Iterator<Item = String>) -> String {
+    let names: BTreeSet<String> = names.collect();
     let mut text = names
         .iter()
         .take(OFFENDERS_LISTED_MAX)
-        .copied()
+        .cloned()
         .collect::<Vec<_>>()
         .join(", ");
     if names.len() > OFFENDERS_LISTED_MAX {

@@ -14,7 +14,7 @@
 //! Nothing is unpacked. A compressed archive is decompressed completely into the scratch directory;
 //! a crash leaves only that file, and the next start removes it.
 //!
-//! `oci` reads layouts, `docker` reads `manifest.json`, `holder` finds and reads pieces, `archive`
+//! `oci` reads layouts, `docker` reads `manifest.json`, `directory` the form `dir:`, `holder` finds and reads pieces, `archive`
 //! reads tar headers, `decompress` enforces the limit against decompression bombs, `listing`
 //! selects among several images, `referrers` finds what refers to an image.
 //!
@@ -25,6 +25,7 @@
 
 mod archive;
 mod decompress;
+mod directory;
 mod docker;
 mod holder;
 mod listing;
@@ -52,6 +53,7 @@ use crate::own::Own;
 use base::durable;
 use base::fault::{Fault, IoContext};
 use base::omitted::{Category, Omitted};
+use base::platform::Platform;
 use content::manifest::{Attributes, ImageInfo, KindInfo};
 
 const FOLDER_MODE: u32 = 0o755;
@@ -76,6 +78,41 @@ fn refuse(shown: &Path, member: &str, why: impl fmt::Display) -> Fault {
         .with_next("create the image archive again, then publish it")
 }
 
+/// How an image is selected and read.
+#[derive(Debug, Clone, Default)]
+pub struct ImageOptions {
+    /// The platforms that are kept; all if empty.
+    pub platforms: Vec<Platform>,
+    /// Whether the uncompressed layers of a `docker save` archive are compressed.
+    pub compress: bool,
+    /// The bytes that a layer or an archive may have after decompression, whatever the ratio.
+    pub unpacked_bytes_max: Option<u64>,
+}
+
+/// How the parts of an image are read.
+#[derive(Clone, Copy)]
+struct Reading<'a> {
+    caps: Caps,
+    platforms: &'a [Platform],
+    layers: docker::Layers<'a>,
+}
+
+impl<'a> Reading<'a> {
+    fn new(options: &'a ImageOptions, scratch: &'a Path) -> Self {
+        let mut caps = Caps::default();
+        caps.bytes = options.unpacked_bytes_max.unwrap_or(caps.bytes);
+        Self {
+            caps,
+            platforms: &options.platforms,
+            layers: if options.compress {
+                docker::Layers::Compressed(scratch)
+            } else {
+                docker::Layers::AsTheyAre
+            },
+        }
+    }
+}
+
 /// Reads an image of any supported form as an OCI layout.
 #[derive(Debug)]
 pub struct ImageSource {
@@ -95,7 +132,13 @@ impl ImageSource {
     /// after the colon, or the digest of its manifest. Without a tag there must be exactly one
     /// image; if there are several, the fault is `usage` and lists the tags.
     pub fn open_tag(path: &Path, scratch: &Path, tag: Option<&str>) -> Result<Self, Fault> {
-        open(path, scratch, tag, Caps::default(), &Arc::default())
+        Self::open_for(
+            path,
+            scratch,
+            tag,
+            &ImageOptions::default(),
+            &Arc::default(),
+        )
     }
 
     /// Like [`ImageSource::open_tag`], for a daemon, which never publishes its own state.
@@ -103,28 +146,30 @@ impl ImageSource {
         path: &Path,
         scratch: &Path,
         tag: Option<&str>,
+        options: &ImageOptions,
         own: &Arc<Own>,
     ) -> Result<Self, Fault> {
-        open(path, scratch, tag, Caps::default(), own)
+        let reading = Reading::new(options, scratch);
+        open(path, scratch, tag, reading, own)
     }
 
     /// Opens the only image of a layout directory, for example one that was pulled from a registry.
-    pub fn open_layout(folder: &Path) -> Result<Self, Fault> {
+    pub fn open_layout(folder: &Path, options: &ImageOptions) -> Result<Self, Fault> {
         from_holder(
-            &Holder::folder(folder, Arc::default()),
+            Holder::folder(folder, Arc::default()),
             None,
-            Caps::default(),
+            Reading::new(options, folder),
         )
     }
 
     /// Like [`ImageSource::open_layout`], for a layout in the scratch directory: each blob is
     /// removed after it was read.
-    pub fn open_scratch(folder: &Path) -> Result<Self, Fault> {
+    pub fn open_scratch(folder: &Path, options: &ImageOptions) -> Result<Self, Fault> {
         let Self {
             entries,
             info,
             omitted,
-        } = Self::open_layout(folder)?;
+        } = Self::open_layout(folder, options)?;
         let owned = entries.map(|mut entry| {
             if let SourceBody::File {
                 content: Content::File(path),
@@ -145,6 +190,12 @@ impl ImageSource {
         })
     }
 
+    /// Sets the name at the destination; `None`: that of the artifact.
+    pub fn named(mut self, repository: Option<String>, tag: Option<String>) -> Self {
+        (self.info.repository, self.info.tag) = (repository, tag);
+        self
+    }
+
     /// Adds what the program that fetched the image left out.
     pub fn with_omitted(mut self, more: Omitted) -> Self {
         self.omitted.merge(more);
@@ -162,6 +213,10 @@ impl Source for ImageSource {
         Ok(self.entries.next())
     }
 
+    fn total(&self) -> Option<u64> {
+        Some(self.entries.as_slice().iter().map(SourceEntry::bytes).sum())
+    }
+
     fn info(&self) -> KindInfo {
         KindInfo::Image(self.info.clone())
     }
@@ -175,14 +230,14 @@ fn open(
     path: &Path,
     scratch: &Path,
     tag: Option<&str>,
-    caps: Caps,
+    reading: Reading<'_>,
     own: &Arc<Own>,
 ) -> Result<ImageSource, Fault> {
     let path = &fs::canonicalize(path).at(format_args!("open image {}", path.display()))?;
     own.check_path(path)?;
     let meta = fs::metadata(path).at(format_args!("open image {}", path.display()))?;
     if meta.is_dir() {
-        return from_holder(&Holder::folder(path, own.clone()), tag, caps);
+        return from_holder(Holder::folder(path, own.clone()), tag, reading);
     }
     if !meta.is_file() {
         return Err(refuse(
@@ -210,16 +265,43 @@ fn open(
         }
         known => {
             let copy = scratch.join(DECOMPRESSED);
-            decompress::to_scratch(path, known, &copy, caps)?;
+            decompress::to_scratch(path, known, &copy, reading.caps)?;
             Holder::tar(&copy, path)?
         }
     };
-    from_holder(&holder, tag, caps)
+    from_holder(holder, tag, reading)
 }
 
-fn from_holder(holder: &Holder, tag: Option<&str>, caps: Caps) -> Result<ImageSource, Fault> {
-    let tops = oci::top_descriptors(holder)?;
-    let saved = docker::saved(holder, tag, tops.is_some())?;
+fn from_holder(
+    mut holder: Holder,
+    tag: Option<&str>,
+    reading: Reading<'_>,
+) -> Result<ImageSource, Fault> {
+    let Reading {
+        caps, platforms, ..
+    } = reading;
+    let directory = directory::top(&holder)?;
+    let tops = match &directory {
+        Some((_, top)) => Some(vec![top.clone()]),
+        None => oci::top_descriptors(&holder)?,
+    };
+    let is_directory = directory.is_some();
+    if let Some((digest, _)) = directory {
+        holder.set_flat(digest);
+    }
+    let holder = &holder;
+    let saved = if is_directory {
+        None
+    } else {
+        docker::saved(holder, tag, tops.as_deref())?
+    };
+    if saved.is_none() && matches!(reading.layers, docker::Layers::Compressed(_)) {
+        return Err(Fault::usage(format!(
+            "image {}: --compress is for archives of docker save, whose layers have no digest in a registry",
+            holder.shown.display()
+        ))
+        .with_next("leave --compress out: the layers of an OCI layout keep their digests"));
+    }
     let referrers = tops
         .as_ref()
         .map(|tops| Referrers::find(holder, tops))
@@ -228,7 +310,7 @@ fn from_holder(holder: &Holder, tag: Option<&str>, caps: Caps) -> Result<ImageSo
         (None, None) => return Err(holder.refuse("index.json", holder.why_no_image())),
         (Some(tops), None) => {
             let chosen = oci::choose(holder, &tops, tag, &referrers)?;
-            let mut image = oci::image(holder, &chosen).map_err(ImageError::fault)?;
+            let mut image = oci::image(holder, &chosen, platforms).map_err(ImageError::fault)?;
             if let (Some(entry), None) = (chosen.entry(), tag) {
                 let of_image = tops.iter().filter(|top| top.digest == entry.digest);
                 note_names(
@@ -239,8 +321,12 @@ fn from_holder(holder: &Holder, tag: Option<&str>, caps: Caps) -> Result<ImageSo
             referrers.note(&mut image, chosen.entry(), tag);
             check_layers(holder, image, caps)?
         }
-        (None, Some(saved)) => from_saved(holder, saved, tag, caps)?,
-        (Some(tops), Some(saved)) => match oci_from_saved(holder, &tops, &saved)? {
+        (None, Some(saved)) => from_saved(holder, saved, tag, reading)?,
+        // Its OCI parts have the layers as they are.
+        (Some(_), Some(saved)) if matches!(reading.layers, docker::Layers::Compressed(_)) => {
+            from_saved(holder, saved, tag, reading)?
+        }
+        (Some(tops), Some(saved)) => match oci_from_saved(holder, &tops, &saved, platforms)? {
             Some((entry, mut image)) => {
                 if tag.is_none() {
                     note_names(saved.tags.iter().map(String::as_str), &mut image.omitted);
@@ -249,7 +335,7 @@ fn from_holder(holder: &Holder, tag: Option<&str>, caps: Caps) -> Result<ImageSo
                 check_layers(holder, image, caps)?
             }
             None => {
-                let mut image = from_saved(holder, saved, tag, caps)?;
+                let mut image = from_saved(holder, saved, tag, reading)?;
                 let stated: Vec<&Descriptor> =
                     tops.iter().filter(|top| !referrers.has(top)).collect();
                 if let [stated] = stated.as_slice() {
@@ -271,10 +357,18 @@ fn from_saved(
     holder: &Holder,
     saved: docker::Saved,
     tag: Option<&str>,
-    caps: Caps,
+    reading: Reading<'_>,
 ) -> Result<Image, Fault> {
     let names = saved.tags.clone();
-    let mut image = saved.image(holder, caps)?;
+    if !saved.is_selected(reading.platforms) {
+        let own = saved.platform();
+        return Err(oci::other_platforms(
+            holder,
+            reading.platforms,
+            own.as_deref().into_iter(),
+        ));
+    }
+    let mut image = saved.image(holder, reading.caps, reading.layers)?;
     if tag.is_none() {
         note_names(names.iter().map(String::as_str), &mut image.omitted);
     }
@@ -303,6 +397,7 @@ fn oci_from_saved(
     holder: &Holder,
     tops: &[Descriptor],
     saved: &docker::Saved,
+    platforms: &[Platform],
 ) -> Result<Option<(Descriptor, Image)>, Fault> {
     // By name first, because two names may refer to two builds with one config.
     let named = |d: &&Descriptor| {
@@ -315,7 +410,11 @@ fn oci_from_saved(
         .chain(tops.iter().filter(|d| !named(d)));
     let mut why = None;
     for top in candidates {
-        match oci::image(holder, &Chosen::One(top.clone())) {
+        match oci::image(holder, &Chosen::One(top.clone()), platforms) {
+            // The platforms may leave out that of the config.
+            Ok(image) if !platforms.is_empty() && (tops.len() == 1 || named(&top)) => {
+                return Ok(Some((top.clone(), image)));
+            }
             Ok(image) if image.blobs.contains_key(&saved.config_digest) => {
                 return Ok(Some((top.clone(), image)));
             }
@@ -356,6 +455,8 @@ fn into_source(image: Image) -> Result<ImageSource, Fault> {
         size: image.top.size,
         platforms: image.platforms,
         absent: image.absent,
+        repository: None,
+        tag: None,
     };
     let folder = |path: &str| {
         Ok(SourceEntry {

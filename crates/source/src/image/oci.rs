@@ -17,8 +17,9 @@ use super::holder::{BlobDigest, Check, Holder, Piece, distinct};
 use super::listing;
 use super::referrers::Referrers;
 use base::fault::Fault;
-use base::limits::{IMAGE_INDEX_DEPTH_MAX, IMAGE_JSON_TOTAL_BYTES_MAX};
+use base::limits::{IMAGE_INDEX_DEPTH_MAX, IMAGE_JSON_TOTAL_BYTES_MAX, OFFENDERS_LISTED_MAX};
 use base::omitted::{Category, Omitted};
+use base::platform::Platform as Wanted;
 
 pub(super) const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 pub(super) const OCI_INDEX: &str = "application/vnd.oci.image.index.v1+json";
@@ -66,11 +67,58 @@ pub(super) struct Descriptor {
     pub(super) size: u64,
     platform: Option<Platform>,
     annotations: Option<BTreeMap<String, String>>,
+    /// Other locations of the content; such layers are often in no source by design.
+    urls: Option<Vec<String>>,
 }
 
 impl Descriptor {
+    pub(super) fn of(media_type: String, digest: BlobDigest, size: u64) -> Self {
+        Self {
+            media_type,
+            digest,
+            size,
+            platform: None,
+            annotations: None,
+            urls: None,
+        }
+    }
+
     pub(super) fn annotation(&self, key: &str) -> Option<&str> {
         self.annotations.as_ref()?.get(key).map(String::as_str)
+    }
+
+    fn is_index(&self) -> bool {
+        matches!(self.media_type.as_str(), OCI_INDEX | DOCKER_LIST)
+    }
+
+    fn is_manifest(&self) -> bool {
+        matches!(self.media_type.as_str(), OCI_MANIFEST | DOCKER_MANIFEST)
+    }
+
+    fn is_foreign(&self) -> bool {
+        self.urls.as_ref().is_some_and(|urls| !urls.is_empty())
+    }
+
+    /// Whether it is a layer of an image whose uncompressed content the config describes.
+    fn is_image_layer(&self) -> bool {
+        self.media_type
+            .starts_with("application/vnd.oci.image.layer.")
+            || self
+                .media_type
+                .starts_with("application/vnd.docker.image.rootfs.")
+    }
+
+    /// Whether nobody without the key can read its content.
+    fn is_encrypted(&self) -> bool {
+        self.media_type.ends_with("+encrypted")
+    }
+
+    /// Whether the user selected another platform than that of this manifest.
+    fn is_deselected(&self, wanted: &[Wanted]) -> bool {
+        let Some(platform) = self.platform.as_ref().filter(|_| !wanted.is_empty()) else {
+            return false;
+        };
+        !self.is_attestation() && !platform.is_selected(wanted)
     }
 
     /// Whether it is an attestation of Docker: a manifest next to the manifest that it describes.
@@ -101,6 +149,12 @@ struct Platform {
 }
 
 impl Platform {
+    fn is_selected(&self, wanted: &[Wanted]) -> bool {
+        wanted
+            .iter()
+            .any(|wanted| wanted.selects(&self.os, &self.architecture, &self.variant))
+    }
+
     fn text(&self) -> Option<String> {
         let known = |s: &str| !s.is_empty() && s != "unknown";
         if !known(&self.os) || !known(&self.architecture) {
@@ -131,6 +185,11 @@ struct RootFs {
 impl Config {
     pub(super) fn platform(&self) -> Option<String> {
         self.platform.text()
+    }
+
+    pub(super) fn is_selected(&self, wanted: &[Wanted]) -> bool {
+        // The config of an attestation states no known platform.
+        wanted.is_empty() || self.platform.text().is_none() || self.platform.is_selected(wanted)
     }
 
     /// The digests of the uncompressed layers, if the config lists them.
@@ -187,6 +246,8 @@ pub(super) struct Image {
     pub(super) checks: Vec<Check>,
     /// What the source contains of this image and the artifact does not.
     pub(super) omitted: Omitted,
+    /// Whether a config is for another platform than the selected ones.
+    pub(super) is_deselected: bool,
 }
 
 /// The descriptors of `index.json`; `None` if the source has none.
@@ -221,9 +282,21 @@ pub(super) fn choose(
     tag: Option<&str>,
     referrers: &Referrers,
 ) -> Result<Chosen, Fault> {
+    // Positions count the images only.
+    let position = |d: &Descriptor| {
+        let images = all.iter().filter(|other| !referrers.has(other));
+        distinct(images.map(|other| &other.digest))
+            .into_iter()
+            .position(|digest| *digest == d.digest)
+    };
+    let label = |d: &Descriptor| listing::label(d.names().last(), position(d));
     let of_tag = |d: &&Descriptor| {
         tag.is_none_or(|tag| {
-            d.names().any(|n| listing::matches(n, tag)) || d.digest.to_string() == tag
+            d.names().any(|n| listing::matches(n, tag))
+                || d.digest.to_string() == tag
+                || listing::position(tag).is_some_and(|wanted| position(d) == Some(wanted))
+                || listing::is_digest(tag)
+                    && config_digest(holder, d).is_some_and(|digest| digest.to_string() == tag)
         })
     };
     let (others, images): (Vec<&Descriptor>, Vec<&Descriptor>) =
@@ -236,7 +309,8 @@ pub(super) fn choose(
     ) {
         (0, _) | (_, None) => Err(match tag {
             Some(tag) => {
-                listing::unknown(&holder.shown, tag, all.iter().flat_map(Descriptor::names))
+                let images = all.iter().filter(|d| !referrers.has(d));
+                listing::unknown(&holder.shown, tag, images.map(label))
             }
             None => holder.refuse("index.json", "it contains no image"),
         }),
@@ -245,11 +319,20 @@ pub(super) fn choose(
         _ if names.len() < 2 && matching.iter().all(|d| d.platform.is_some()) => {
             Ok(Chosen::Platforms(distinct_descriptors(&matching)))
         }
-        _ if names.is_empty() => {
-            Err(holder.refuse("index.json", "it lists several images without names"))
-        }
-        _ => Err(listing::several(&holder.shown, names.into_iter())),
+        _ => Err(listing::several(
+            &holder.shown,
+            matching.into_iter().map(label),
+        )),
     }
+}
+
+/// The digest of an image's config, which `docker images` shows as the image ID.
+fn config_digest(holder: &Holder, top: &Descriptor) -> Option<BlobDigest> {
+    let piece = top
+        .is_manifest()
+        .then(|| holder.find(&top.digest.member()).ok())??;
+    let document: Document = holder.json(&piece?).ok()?;
+    Some(document.config?.digest)
 }
 
 /// The result of [`choose`].
@@ -279,9 +362,126 @@ fn distinct_descriptors(matching: &[&Descriptor]) -> Vec<Descriptor> {
         .collect()
 }
 
-/// The image below a descriptor of `index.json`.
-pub(super) fn image(holder: &Holder, chosen: &Chosen) -> Result<Image, ImageError> {
-    let mut graph = Graph::new(holder);
+/// The image below a descriptor of `index.json`. If `platforms` are stated, others are left out; if
+/// exactly one manifest remains, it is the image, so that its digest is that of the source.
+pub(super) fn image(
+    holder: &Holder,
+    chosen: &Chosen,
+    platforms: &[Wanted],
+) -> Result<Image, ImageError> {
+    if platforms.is_empty() {
+        return whole_image(holder, chosen, platforms);
+    }
+    let tops = match chosen {
+        Chosen::One(top) => vec![top.clone()],
+        Chosen::Platforms(all) => all.clone(),
+    };
+    let mut found = Vec::new();
+    for top in &tops {
+        find_selected(holder, top, platforms, 0, &mut found)?;
+    }
+    let image = match found.as_slice() {
+        [one] => whole_image(holder, &Chosen::One(one.clone()), platforms)?,
+        [] => return Err(no_such_platform(holder, &tops, platforms)?.into()),
+        _ => match chosen {
+            Chosen::One(_) => whole_image(holder, chosen, platforms)?,
+            Chosen::Platforms(_) => whole_image(holder, &Chosen::Platforms(found), platforms)?,
+        },
+    };
+    if image.is_deselected {
+        return Err(no_such_platform(holder, &tops, platforms)?.into());
+    }
+    Ok(image)
+}
+
+/// The manifests below a descriptor that may be of a selected platform.
+fn find_selected(
+    holder: &Holder,
+    descriptor: &Descriptor,
+    platforms: &[Wanted],
+    depth: usize,
+    found: &mut Vec<Descriptor>,
+) -> Result<(), Fault> {
+    if descriptor.is_manifest() {
+        let is_new = !found.iter().any(|other| other.digest == descriptor.digest);
+        if is_new && !descriptor.is_attestation() && !descriptor.is_deselected(platforms) {
+            found.push(descriptor.clone());
+        }
+        return Ok(());
+    }
+    for child in children(holder, descriptor, depth)? {
+        find_selected(holder, &child, platforms, depth + 1, found)?;
+    }
+    Ok(())
+}
+
+/// The entries of an index in the source; none if it is missing or malformed, which is reported when
+/// the image is read.
+fn children(
+    holder: &Holder,
+    descriptor: &Descriptor,
+    depth: usize,
+) -> Result<Vec<Descriptor>, Fault> {
+    if !descriptor.is_index() || depth >= IMAGE_INDEX_DEPTH_MAX {
+        return Ok(Vec::new());
+    }
+    let Some(piece) = holder.find(&descriptor.digest.member())? else {
+        return Ok(Vec::new());
+    };
+    let document: Document = holder.json(&piece)?;
+    Ok(document.manifests.unwrap_or_default())
+}
+
+/// The fault of a selection that matches nothing.
+fn no_such_platform(
+    holder: &Holder,
+    tops: &[Descriptor],
+    platforms: &[Wanted],
+) -> Result<Fault, Fault> {
+    let mut listed = BTreeSet::new();
+    let mut level = tops.to_vec();
+    for depth in 0..IMAGE_INDEX_DEPTH_MAX {
+        let mut next = Vec::new();
+        for descriptor in &level {
+            listed.extend(descriptor.platform.as_ref().and_then(Platform::text));
+            next.extend(children(holder, descriptor, depth)?);
+        }
+        level = next;
+    }
+    Ok(other_platforms(
+        holder,
+        platforms,
+        listed.iter().map(String::as_str),
+    ))
+}
+
+/// The fault of a selection that matches none of these platforms.
+pub(super) fn other_platforms<'a>(
+    holder: &Holder,
+    platforms: &[Wanted],
+    listed: impl Iterator<Item = &'a str>,
+) -> Fault {
+    let wanted: Vec<String> = platforms.iter().map(ToString::to_string).collect();
+    let listed: Vec<&str> = listed.take(OFFENDERS_LISTED_MAX).collect();
+    let listed = if listed.is_empty() {
+        "another one".to_owned()
+    } else {
+        listed.join(", ")
+    };
+    Fault::not_found(format!(
+        "image {}: it is not for the platform {}, only for: {listed}",
+        holder.shown.display(),
+        wanted.join(", ")
+    ))
+    .with_next("choose one of these with --platform, or leave --platform out")
+}
+
+fn whole_image(
+    holder: &Holder,
+    chosen: &Chosen,
+    platforms: &[Wanted],
+) -> Result<Image, ImageError> {
+    let mut graph = Graph::new(holder, platforms);
     let top = match chosen {
         Chosen::One(top) => match graph.add(top, 0)? {
             Resolution::Complete => Top {
@@ -376,6 +576,10 @@ struct Partial {
 
 struct Graph<'a> {
     holder: &'a Holder,
+    /// The platforms that the user selected; all if empty.
+    selected: &'a [Wanted],
+    /// Whether the config of a manifest is for another platform than the selected ones.
+    is_deselected: bool,
     blobs: BTreeMap<BlobDigest, Piece>,
     platforms: Vec<String>,
     absent: BTreeSet<BlobDigest>,
@@ -387,9 +591,11 @@ struct Graph<'a> {
 }
 
 impl<'a> Graph<'a> {
-    fn new(holder: &'a Holder) -> Self {
+    fn new(holder: &'a Holder, selected: &'a [Wanted]) -> Self {
         Self {
             holder,
+            selected,
+            is_deselected: false,
             blobs: BTreeMap::new(),
             platforms: Vec::new(),
             absent: BTreeSet::new(),
@@ -443,6 +649,23 @@ impl<'a> Graph<'a> {
         Ok(found)
     }
 
+    /// Adds an entry of an index. An entry that is no manifest is a blob: the indexes of BuildKit's
+    /// caches list layers.
+    fn add_child(
+        &mut self,
+        descriptor: &Descriptor,
+        depth: usize,
+    ) -> Result<Resolution, ImageError> {
+        if descriptor.is_manifest() || descriptor.is_index() || descriptor.media_type.is_empty() {
+            return self.add(descriptor, depth);
+        }
+        let Some(piece) = self.find(descriptor)? else {
+            return Ok(Resolution::Absent);
+        };
+        self.blob(descriptor, &piece, None);
+        Ok(Resolution::Complete)
+    }
+
     fn check_document(
         &self,
         piece: &Piece,
@@ -483,7 +706,9 @@ impl<'a> Graph<'a> {
         let (attestations, images): (Vec<usize>, Vec<usize>) =
             (0..children.len()).partition(|i| children[*i].annotation(ATTESTED).is_some());
         for i in images {
-            states[i] = self.add(&children[i], depth + 1)?;
+            if !children[i].is_deselected(self.selected) {
+                states[i] = self.add_child(&children[i], depth + 1)?;
+            }
         }
         let is_absent = |states: &[Resolution], digest: &str| {
             children.iter().zip(states).any(|(c, f)| {
@@ -497,14 +722,24 @@ impl<'a> Graph<'a> {
                 .annotation(ATTESTED)
                 .is_some_and(|about| is_absent(&states, about))
             {
-                states[i] = self.add(&children[i], depth + 1)?;
+                states[i] = self.add_child(&children[i], depth + 1)?;
             }
         }
-        for (child, _) in children
+        let is_deselected = |child: &Descriptor| {
+            let about = child.annotation(ATTESTED);
+            child.is_deselected(self.selected)
+                || children.iter().any(|other| {
+                    other.is_deselected(self.selected)
+                        && about == Some(other.digest.to_string().as_str())
+                })
+        };
+        let left_out: Vec<&Descriptor> = children
             .iter()
             .zip(&states)
-            .filter(|(_, state)| matches!(state, Resolution::Absent))
-        {
+            .filter(|(child, state)| matches!(state, Resolution::Absent) && !is_deselected(child))
+            .map(|(child, _)| child)
+            .collect();
+        for child in left_out {
             self.leave_out(child);
         }
         if states.iter().all(|f| matches!(f, Resolution::Complete)) {
@@ -579,7 +814,7 @@ impl<'a> Graph<'a> {
             layers
                 .iter()
                 .zip(&pieces)
-                .find(|(_, p)| p.is_none())
+                .find(|(layer, piece)| piece.is_none() && !layer.is_foreign())
                 .map(|(l, _)| &l.digest)
         };
         let (Some(config_piece), None) = (&config_piece, missing) else {
@@ -597,16 +832,24 @@ impl<'a> Graph<'a> {
             });
             return Ok(Resolution::Absent);
         };
-        let pieces: Vec<Piece> = pieces.into_iter().flatten().collect();
         let mut diff_ids = vec![None; layers.len()];
         let mut platform = descriptor.platform.as_ref().and_then(Platform::text);
         if matches!(config.media_type.as_str(), OCI_CONFIG | DOCKER_CONFIG) {
             let bytes = self.read_verified(config_piece, &config)?;
             let parsed: Config = self.holder.parse(&config_piece.name, &bytes)?;
-            if let Some(listed) = parsed.diff_ids() {
+            // An artifact may have the config of an image that describes no layers.
+            let describes_layers = |listed: &&[BlobDigest]| {
+                !listed.is_empty() || layers.iter().any(Descriptor::is_image_layer)
+            };
+            if let Some(listed) = parsed.diff_ids().filter(describes_layers) {
                 self.check_layers_match(piece, &layers, &pieces, listed)?;
-                diff_ids = listed.iter().cloned().map(Some).collect();
+                diff_ids = listed
+                    .iter()
+                    .zip(&layers)
+                    .map(|(id, layer)| (!layer.is_encrypted()).then(|| id.clone()))
+                    .collect();
             }
+            self.is_deselected |= !parsed.is_selected(self.selected);
             platform = parsed.platform().or(platform);
         } else {
             // Not the config of an image (a chart, a signature…): an ordinary blob.
@@ -615,7 +858,9 @@ impl<'a> Graph<'a> {
         self.blobs
             .insert(config.digest.clone(), config_piece.clone());
         for ((layer, piece), diff_id) in layers.iter().zip(&pieces).zip(diff_ids) {
-            self.blob(layer, piece, diff_id);
+            if let Some(piece) = piece {
+                self.blob(layer, piece, diff_id);
+            }
         }
         if let Some(platform) = platform.filter(|p| !self.platforms.contains(p)) {
             self.platforms.push(platform);
@@ -628,7 +873,7 @@ impl<'a> Graph<'a> {
         &self,
         manifest: &Piece,
         layers: &[Descriptor],
-        pieces: &[Piece],
+        pieces: &[Option<Piece>],
         diff_ids: &[BlobDigest],
     ) -> Result<(), ImageError> {
         let disagree = |why: String| {
@@ -644,6 +889,9 @@ impl<'a> Graph<'a> {
             ));
         }
         for (i, ((layer, piece), diff_id)) in layers.iter().zip(pieces).zip(diff_ids).enumerate() {
+            let Some(piece) = piece.as_ref().filter(|_| !layer.is_encrypted()) else {
+                continue;
+            };
             if &layer.digest != diff_id && self.holder.compression(piece)? == Compression::None {
                 return disagree(format!(
                     "layer {} is {}, but the config lists {diff_id}",
@@ -754,6 +1002,7 @@ impl<'a> Graph<'a> {
             absent: self.absent.iter().map(ToString::to_string).collect(),
             checks: self.checks.into_values().collect(),
             omitted: self.omitted,
+            is_deselected: self.is_deselected,
         })
     }
 }

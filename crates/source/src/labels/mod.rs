@@ -67,6 +67,7 @@ mod collect;
 mod cvat;
 mod datumaro;
 mod encoding;
+pub mod export;
 mod folder;
 mod guess;
 mod images_beside;
@@ -108,7 +109,7 @@ mod voc_base;
 mod write;
 mod xml;
 mod xml_stream;
-mod yaml;
+pub(crate) mod yaml;
 mod yolo;
 mod yolo_lists;
 mod yolo_names;
@@ -290,6 +291,10 @@ impl LabelsSource {
 impl Source for LabelsSource {
     fn next(&mut self) -> Result<Option<SourceEntry>, Fault> {
         Ok(self.entries.next())
+    }
+
+    fn total(&self) -> Option<u64> {
+        Some(self.entries.as_slice().iter().map(SourceEntry::bytes).sum())
     }
 
     fn info(&self) -> KindInfo {

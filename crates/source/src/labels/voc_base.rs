@@ -87,6 +87,9 @@ impl FromStr for VocBase {
     }
 }
 
+/// The database that files of our own export name as their source.
+pub(super) const OWN_DATABASE: &str = "packhorse";
+
 /// Who wrote a file, as far as it matters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Writer {
@@ -96,6 +99,8 @@ pub(super) enum Writer {
     Kit,
     /// Roboflow and its library supervision, which count from 1.
     Roboflow,
+    /// An export of this program, whose base is known.
+    Own,
     /// Any other tool.
     Tool,
 }
@@ -112,6 +117,7 @@ impl Writer {
         let source = annotation.get("source");
         let database = text(source.and_then(|source| source.get("database")));
         match database.as_str() {
+            OWN_DATABASE => Writer::Own,
             kit if kit.starts_with("the voc") || kit.starts_with("pascal voc") => Writer::Kit,
             roboflow if roboflow.contains("roboflow") => Writer::Roboflow,
             // The kit's files have no <path>: labelImg and what came after it write one.
@@ -131,6 +137,7 @@ impl Writer {
                 "the files name the VOC development kit's database",
             ),
             Writer::Roboflow => (VocBase::KIT, "the files name Roboflow"),
+            Writer::Own => (VocBase::TOOLS, "the files are an export of packhorse"),
             Writer::Tool => (
                 VocBase::TOOLS,
                 "the files are of an annotation tool, not of the VOC development kit",
@@ -182,6 +189,7 @@ impl Evidence {
         let inclusive = self.whole_side && !self.at_size;
         let counts_from_one = matches!(writer, Writer::Unnamed | Writer::Roboflow);
         match () {
+            () if writer == Writer::Own => writer.base(),
             () if self.zero && inclusive => (
                 VocBase {
                     from_one: false,

@@ -10,7 +10,7 @@ use base::limits::LABEL_DEPTH_MAX;
 
 /// A node of the tree.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Yaml {
+pub(crate) enum Yaml {
     /// A scalar's text; null and numbers are text too, and nothing at all is an empty one.
     Scalar(String),
     List(Vec<Yaml>),
@@ -21,7 +21,7 @@ pub(super) enum Yaml {
 
 impl Yaml {
     /// The value of this key.
-    pub(super) fn get(&self, key: &str) -> Option<&Yaml> {
+    pub(crate) fn get(&self, key: &str) -> Option<&Yaml> {
         let Yaml::Map(members) = self else {
             return None;
         };
@@ -32,7 +32,7 @@ impl Yaml {
     }
 
     /// A scalar's text.
-    pub(super) fn text(&self) -> Option<&str> {
+    pub(crate) fn text(&self) -> Option<&str> {
         if let Yaml::Scalar(text) = self {
             Some(text)
         } else {
@@ -52,7 +52,7 @@ enum Open {
 ///
 /// Lists in brackets may go on at the beginning of a line, which YAML's own rules forbid: PyYAML,
 /// and so every trainer, reads them.
-pub(super) fn parse(text: &str) -> Result<Yaml, String> {
+pub(crate) fn parse(text: &str) -> Result<Yaml, String> {
     parse_strictly(text).or_else(|error| match indent_flow(text) {
         Some(indented) => parse_strictly(&indented).map_err(|_| error),
         None => Err(error),

@@ -209,7 +209,7 @@ pub(crate) async fn a_change_wakes_only_those_that_wait_for_its_subject(catalogu
     check!(
         none,
         "a site connects",
-        catalogue.site_seen(&sites[0], None)
+        catalogue.site_seen(&sites[0], true, 1, None)
     );
     let offer = Offer::default();
     check!(
@@ -238,6 +238,80 @@ pub(crate) async fn a_change_wakes_only_those_that_wait_for_its_subject(catalogu
     assert!(!is_woken(&mut all).await, "nothing changed");
     catalogue.notify();
     assert!(is_woken(&mut all).await);
+}
+
+pub(crate) async fn an_event_keeps_what_its_subject_was_like(catalogue: Catalogue) {
+    let site = join(&catalogue, "a", &[]).await;
+    let name: ArtifactRef = "model/m:1".parse().unwrap();
+    catalogue.add_artifact(&name, &root(1), None).await.unwrap();
+    let parts = [part("model/m:1", std::slice::from_ref(&site))];
+    let ids = catalogue
+        .deliver(&"d-1".parse().unwrap(), None, &parts, &[])
+        .await
+        .unwrap();
+    let id = &ids[0];
+    catalogue
+        .update_transfer(id, 0, State::Planning, &Default::default())
+        .await
+        .unwrap();
+    catalogue
+        .report(id, 0, State::Done, signed())
+        .await
+        .unwrap();
+    catalogue.set_pinned(&name, true).await.unwrap();
+    catalogue.set_pinned(&name, false).await.unwrap();
+    catalogue
+        .site_seen(&site, true, 5, Some("1.2"))
+        .await
+        .unwrap();
+    catalogue.site_seen(&site, false, 6, None).await.unwrap();
+    let run =
+        |state: &str| serde_json::json!({ "state": state, "spec": { "from": "a", "on": "a" } });
+    for state in ["training", "done"] {
+        catalogue
+            .save_run("r", state, true, &run(state))
+            .await
+            .unwrap();
+    }
+
+    let events = catalogue.events(0, 100).await.unwrap();
+    let of = |what: &'static str| events.iter().filter(move |event| event.what == what);
+    let now = catalogue.transfer(id).await.unwrap();
+    let then: Vec<_> = of("transfer").map(|e| e.transfer(now.clone())).collect();
+    let states: Vec<State> = then.iter().map(|row| row.state).collect();
+    assert_eq!(states.first(), Some(&State::Queued));
+    assert!(states.contains(&State::Planning) && states.last() == Some(&State::Done));
+    assert!(then.is_sorted_by_key(|row| row.cursor) && then.iter().all(|row| row.id == *id));
+    assert_eq!(then.last(), Some(&now));
+    let newest = of("transfer").last().unwrap();
+    assert!(newest.is_newest_of(&now) && !of("transfer").next().unwrap().is_newest_of(&now));
+    let now = catalogue.artifact(&name).await.unwrap();
+    let pinned: Vec<bool> = of("artifact")
+        .map(|e| e.artifact(now.clone()).pinned)
+        .collect();
+    assert_eq!(pinned, [false, true, false]);
+    let online: Vec<_> = of("site")
+        .map(|e| e.site().unwrap())
+        .map(|s| (s.online, s.seen_ms, s.version))
+        .collect();
+    let version = Some("1.2".to_owned());
+    assert_eq!(
+        online,
+        [
+            (false, None, None),
+            (true, Some(5), version.clone()),
+            (false, Some(6), version)
+        ]
+    );
+    let runs: Vec<serde_json::Value> = of("run").filter_map(|e| e.run()).collect();
+    assert_eq!(runs, [run("training"), run("done")]);
+    // An event of an earlier version has no state: what is known is what is now.
+    let old = crate::EventRow {
+        state: None,
+        ..newest.clone()
+    };
+    let now = catalogue.transfer(id).await.unwrap();
+    assert_eq!(old.transfer(now.clone()), now);
 }
 
 pub(crate) async fn with_many_sites_a_change_for_one_is_read_by_one(catalogue: Catalogue) {

@@ -191,7 +191,7 @@ pub(crate) async fn a_reader_that_follows_a_cursor_misses_none_of_many_simultane
         .redeem_token("t", &[1; 32], &Claim::Site(site.clone()), &[7; 32])
         .await
         .unwrap();
-    catalogue.site_seen(&site, None).await.unwrap();
+    catalogue.site_seen(&site, true, 1, None).await.unwrap();
     let (mut since, mut seen) = (before, Vec::new());
     loop {
         let query = TransferQuery {

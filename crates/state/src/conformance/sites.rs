@@ -9,6 +9,32 @@ use transport::identity::Claim;
 use super::{join, root};
 use crate::{Catalogue, Part, SharingRow};
 
+pub(crate) async fn what_was_heard_of_sites_is_stored_and_is_no_event(catalogue: Catalogue) {
+    let site = join(&catalogue, "west", &[]).await;
+    let seen = async || {
+        catalogue
+            .site(site.as_str())
+            .await
+            .unwrap()
+            .unwrap()
+            .seen_ms
+    };
+    catalogue.site_seen(&site, true, 2_000, None).await.unwrap();
+    let cursor = catalogue.cursor().await.unwrap();
+    let unknown = "east".parse().unwrap();
+    let heard = [(site.clone(), 3_000), (unknown, 3_000)];
+    catalogue.sites_heard(&heard).await.unwrap();
+    assert_eq!(seen().await, Some(3_000));
+    // A look that was overtaken changes nothing.
+    catalogue
+        .sites_heard(&[(site.clone(), 2_500)])
+        .await
+        .unwrap();
+    assert_eq!(seen().await, Some(3_000));
+    assert_eq!(catalogue.cursor().await.unwrap(), cursor);
+    assert_eq!(catalogue.sites().await.unwrap().len(), 1);
+}
+
 pub(crate) async fn a_token_can_be_used_once_and_expires(catalogue: Catalogue) {
     let name: SiteName = "west".parse().unwrap();
     let (site, claim) = (Peer::Site(name.clone()), Claim::Site(name.clone()));
@@ -48,7 +74,10 @@ pub(crate) async fn a_token_can_be_used_once_and_expires(catalogue: Catalogue) {
             .message
             .contains("used")
     );
-    catalogue.site_seen(&name, None).await.unwrap();
+    catalogue
+        .site_seen(&name, true, clock::now_ms() + 1, None)
+        .await
+        .unwrap();
     assert!(
         catalogue
             .redeem_token("a", &[1; 32], &claim, &[7; 32])

@@ -1,5 +1,6 @@
 //! Transfers and deliveries.
 
+use base::clock;
 use base::names::{ArtifactRef, SiteName, TransferId};
 use model::transfer::{State, TransferQuery};
 
@@ -83,6 +84,32 @@ pub(crate) async fn a_repeated_delivery_has_one_transfer_and_a_cursor_returns_on
             .is_delivered(&sites[0], root(2).digest())
             .await
             .unwrap()
+    );
+}
+
+pub(crate) async fn a_new_transfer_has_the_greatest_id_although_the_clock_was_put_back(
+    catalogue: Catalogue,
+) {
+    let in_three_days = clock::now_unix_ms() + 3 * 24 * 3_600_000;
+    let earlier = TransferId::made(in_three_days, u32::MAX);
+    let wanted = wanted(earlier.as_str(), "model/m:1", 0);
+    catalogue.adopt(&wanted).await.unwrap();
+    let artifact: ArtifactRef = "model/m:2".parse().unwrap();
+    catalogue
+        .add_artifact(&artifact, &root(1), None)
+        .await
+        .unwrap();
+    let part = Part::new(
+        &catalogue.artifact(&artifact).await.unwrap(),
+        std::slice::from_ref(&wanted.site),
+    );
+    let ids = catalogue
+        .deliver(&"d-2".parse().unwrap(), None, &[part], &[])
+        .await
+        .unwrap();
+    assert!(
+        ids.iter().all(|id| *id > earlier),
+        "{ids:?} after {earlier}"
     );
 }
 

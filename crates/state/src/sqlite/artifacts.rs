@@ -159,7 +159,7 @@ impl Artifacts for Sqlite {
             .execute(write.db())
             .await
             .map_err(fault)?;
-        write.note("artifact", &name, Subject::Artifacts).await?;
+        write.note_artifact(&name).await?;
         write.commit().await?;
         Ok(true)
     }

@@ -12,7 +12,6 @@ use sink::StorageLocation;
 
 use super::{Sqlite, Write, fault, malformed};
 use crate::changed::{InPlace, PublishedInPlace};
-use crate::wake::Subject;
 
 const TABLE: &str = "artifact";
 
@@ -163,7 +162,7 @@ async fn put(
     .map_err(fault)?;
     let new = done.rows_affected() > 0;
     if new {
-        write.note("artifact", name, Subject::Artifacts).await?;
+        write.note_artifact(name).await?;
     }
     Ok(new)
 }

@@ -25,8 +25,8 @@ impl Events for Sqlite {
     }
 
     async fn events(&self, since: u64, limit: u32) -> Result<Vec<EventRow>, Fault> {
-        let rows: Vec<(i64, i64, String, String)> = sqlx::query_as(
-            "SELECT seq, at_ms, what, name FROM event WHERE seq > $1 ORDER BY seq LIMIT $2",
+        let rows: Vec<(i64, i64, String, String, Option<String>)> = sqlx::query_as(
+            "SELECT seq, at_ms, what, name, state FROM event WHERE seq > $1 ORDER BY seq LIMIT $2",
         )
         .bind(i64::try_from(since).unwrap_or(i64::MAX))
         .bind(i64::from(limit))
@@ -35,11 +35,12 @@ impl Events for Sqlite {
         .map_err(fault)?;
         Ok(rows
             .into_iter()
-            .map(|(seq, at_ms, what, name)| EventRow {
+            .map(|(seq, at_ms, what, name, state)| EventRow {
                 seq: seq as u64,
                 at_ms,
                 what,
                 name,
+                state,
             })
             .collect())
     }

@@ -8,7 +8,6 @@ use content::manifest::Digest;
 
 use super::{Sqlite, digest_of, fault, json, malformed};
 use crate::relay::{Relay, RelayedArtifact, ShareTerms};
-use crate::wake::Subject;
 
 const TABLE: &str = "artifact";
 
@@ -149,7 +148,7 @@ impl Relay for Sqlite {
             .execute(write.db())
             .await
             .map_err(fault)?;
-        write.note("artifact", &name, Subject::Artifacts).await?;
+        write.note_artifact(&name).await?;
         write.commit().await
     }
 

@@ -39,7 +39,9 @@ impl Runs for Sqlite {
         .execute(write.db())
         .await
         .map_err(fault)?;
-        write.note("run", &run.name, Subject::Other).await?;
+        write
+            .note("run", &run.name, run.body.clone(), Subject::Other)
+            .await?;
         sites
             .iter()
             .for_each(|site| write.changes(Subject::Site(site.clone())));

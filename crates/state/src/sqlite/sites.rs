@@ -8,10 +8,12 @@ use base::fault::Fault;
 use base::names::{PublisherName, SiteName, SiteSelector};
 use base::peer::Peer;
 use futures::TryStreamExt as _;
+use model::publisher_scope::PublisherScope;
 use transport::identity::Claim;
 
 use super::{Sqlite, fault, json, malformed};
 use crate::engine::{Listed, See};
+use crate::events::SiteState;
 use crate::sites::{AllowLists, PUBLISHER, SITE, SiteRow, Sites, TokenRow};
 use crate::wake::Subject;
 
@@ -137,6 +139,34 @@ impl Sites for Sqlite {
         write.commit().await
     }
 
+    async fn limit_token(&self, id: &str, scope: &PublisherScope) -> Result<(), Fault> {
+        let mut write = self.begin().await?;
+        sqlx::query("UPDATE token SET scope = $1 WHERE id = $2")
+            .bind(json("scope", scope)?)
+            .bind(id)
+            .execute(write.db())
+            .await
+            .map_err(fault)?;
+        write.commit().await
+    }
+
+    async fn publisher_scope(&self, name: &PublisherName) -> Result<Option<PublisherScope>, Fault> {
+        let row: Option<(Option<String>,)> =
+            sqlx::query_as("SELECT scope FROM publisher WHERE name = $1")
+                .bind(name.as_str())
+                .fetch_optional(self.read())
+                .await
+                .map_err(fault)?;
+        match row {
+            None => Ok(None),
+            Some((None,)) => Ok(Some(PublisherScope::default())),
+            // A scope that cannot be read allows nothing.
+            Some((Some(scope),)) => serde_json::from_str(&scope)
+                .map(Some)
+                .map_err(|e| malformed("publisher", name.as_str(), e)),
+        }
+    }
+
     async fn redeem_token(
         &self,
         id: &str,
@@ -176,15 +206,23 @@ impl Sites for Sqlite {
                 .execute(write.db())
                 .await
                 .map_err(fault)?;
-                write.note("site", name, Subject::Other).await?;
+                let state = SiteState {
+                    online: false,
+                    seen_ms: None,
+                    version: None,
+                };
+                let state = json("a site", &state)?;
+                write.note("site", name, state, Subject::Other).await?;
             }
             Peer::Publisher(_) | Peer::Hub(_) => {
                 sqlx::query(
-                    "INSERT INTO publisher (name, joined_ms) VALUES ($1, $2)
-                     ON CONFLICT (name) DO UPDATE SET joined_ms = excluded.joined_ms",
+                    "INSERT INTO publisher (name, joined_ms, scope)
+                     VALUES ($1, $2, (SELECT scope FROM token WHERE id = $3))
+                     ON CONFLICT (name) DO UPDATE SET joined_ms = excluded.joined_ms, scope = excluded.scope",
                 )
                 .bind(name)
                 .bind(now)
+                .bind(id)
                 .execute(write.db())
                 .await
                 .map_err(fault)?;
@@ -207,17 +245,29 @@ impl Sites for Sqlite {
         Ok(done.rows_affected() == 1)
     }
 
-    async fn site_seen(&self, site: &SiteName, version: Option<&str>) -> Result<(), Fault> {
+    async fn site_seen(
+        &self,
+        site: &SiteName,
+        online: bool,
+        at_ms: i64,
+        version: Option<&str>,
+    ) -> Result<(), Fault> {
         let mut write = self.begin().await?;
-        sqlx::query(
-            "UPDATE site SET seen_ms = $1, version = COALESCE($2, version) WHERE name = $3",
+        let version: Option<(Option<String>,)> = sqlx::query_as(
+            "UPDATE site SET seen_ms = $1, version = COALESCE($2, version) WHERE name = $3 RETURNING version",
         )
-        .bind(clock::now_ms())
+        .bind(at_ms)
         .bind(version)
         .bind(site.as_str())
-        .execute(write.db())
+        .fetch_optional(write.db())
         .await
         .map_err(fault)?;
+        let state = SiteState {
+            online,
+            seen_ms: Some(at_ms),
+            version: version.and_then(|(version,)| version),
+        };
+        let state = json("a site", &state)?;
         // Each transfer gets its own number, so that a page of changes can end after any of them.
         // The event has the number of the last one.
         let (open,): (i64,) =
@@ -241,8 +291,21 @@ impl Sites for Sqlite {
         .map_err(fault)?;
         // The work of the site does not change.
         write
-            .note_as(last, "site", site.as_str(), Subject::Other)
+            .note_as(last, "site", site.as_str(), state, Subject::Other)
             .await?;
+        write.commit().await
+    }
+
+    async fn sites_heard(&self, heard: &[(SiteName, i64)]) -> Result<(), Fault> {
+        let mut write = self.begin().await?;
+        for (site, at_ms) in heard {
+            sqlx::query("UPDATE site SET seen_ms = MAX(COALESCE(seen_ms, 0), $1) WHERE name = $2")
+                .bind(at_ms)
+                .bind(site.as_str())
+                .execute(write.db())
+                .await
+                .map_err(fault)?;
+        }
         write.commit().await
     }
 

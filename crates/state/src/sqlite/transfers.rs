@@ -13,6 +13,7 @@ use sqlx::sqlite::SqliteRow;
 
 use super::{Sqlite, Write, digest_of, fault, json, malformed};
 use crate::engine::{Listed, See};
+use crate::events::TransferState;
 use crate::transfers::{
     Counted, Difference, TransferChanges, Transfers, WorkRow, no_transfer, no_work, second_transfer,
 };
@@ -418,6 +419,16 @@ impl TransferChanges for Write {
         .map_err(fault)
     }
 
+    async fn greatest_id(&mut self) -> Result<Option<TransferId>, Fault> {
+        let id: Option<String> =
+            sqlx::query_scalar("SELECT id FROM transfer ORDER BY id DESC LIMIT 1")
+                .fetch_optional(self.db())
+                .await
+                .map_err(fault)?;
+        // An id that cannot be read has no time, and nothing depends on it.
+        Ok(id.and_then(|id| id.parse().ok()))
+    }
+
     async fn add_delivery(
         &mut self,
         id: &DeliveryId,
@@ -458,7 +469,12 @@ impl TransferChanges for Write {
         needs: Option<&ArtifactRef>,
     ) -> Result<(), Fault> {
         let cursor = self
-            .note("transfer", &row.id, Subject::Site(row.site.clone()))
+            .note(
+                "transfer",
+                &row.id,
+                json("a transfer", &TransferState::of(row))?,
+                Subject::Site(row.site.clone()),
+            )
             .await?;
         sqlx::query(
             "INSERT INTO transfer (id, delivery, reference, digest, site, want, generation, state, body, created_ms, updated_ms, cursor,
@@ -491,7 +507,11 @@ impl TransferChanges for Write {
             false => Subject::Other,
         };
         let cursor = match difference.shows {
-            true => self.note("transfer", &row.id, subject.clone()).await?,
+            true => {
+                let state = json("a transfer", &TransferState::of(row))?;
+                self.note("transfer", &row.id, state, subject.clone())
+                    .await?
+            }
             false => row.cursor,
         };
         self.changes(subject);

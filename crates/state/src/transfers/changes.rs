@@ -78,7 +78,8 @@ async fn begin(
 
 /// The ids of the transfers that one delivery begins. They rise, because transfers are listed and
 /// delivered in the order of their time and, at the same time, of their ids: the parts of a
-/// delivery keep the order in which they were named.
+/// delivery keep the order in which they were named. A site activates the version of the greatest
+/// id, so that ids also rise when the clock was put back.
 struct Ids {
     now_ms: u64,
     id_ms: u64,
@@ -86,10 +87,13 @@ struct Ids {
 }
 
 impl Ids {
-    fn new(now_ms: u64, random: u32) -> Self {
+    /// Ids of this time, or later if `greatest` is an id of a later time.
+    fn after(greatest: Option<&TransferId>, now_ms: u64, random: u32) -> Self {
+        let behind = greatest.and_then(TransferId::made_ms);
+        let id_ms = behind.map_or(now_ms, |last| now_ms.max(last.saturating_add(1)));
         Self {
             now_ms,
-            id_ms: now_ms,
+            id_ms,
             random,
         }
     }
@@ -139,7 +143,8 @@ impl Catalogue {
     ) -> Result<Vec<TransferId>, Fault> {
         let mut changes = self.change_transfers().await?;
         changes.add_delivery(delivery, run, clock::now_ms()).await?;
-        let mut new_ids = Ids::new(clock::now_unix_ms(), rand::random());
+        let greatest = changes.greatest_id().await?;
+        let mut new_ids = Ids::after(greatest.as_ref(), clock::now_unix_ms(), rand::random());
         let mut ids: Vec<TransferId> = Vec::new();
         for part in parts {
             for site in &part.sites {
@@ -298,7 +303,7 @@ mod tests {
     fn the_ids_of_one_delivery_rise() {
         // The random part overflows, too.
         for random in [0, u32::MAX - 5, u32::MAX] {
-            let mut ids = Ids::new(7, random);
+            let mut ids = Ids::after(None, 7, random);
             let all: Vec<_> = (0..10_000).map(|_| ids.next()).collect();
             assert!(all.is_sorted_by(|a, b| a < b));
         }

@@ -4,7 +4,7 @@ use std::io::Write as _;
 use std::path::Path;
 
 use base::sha256::Sha256;
-use source::image::ImageSource;
+use source::image::{ImageOptions, ImageSource};
 use source::{Content, Source as _, SourceBody, SourceEntry};
 
 use super::{Parts, joined, scratch, write_file};
@@ -242,7 +242,7 @@ fn image(input: &[u8]) {
     let layout = dir.path().join("layout");
     write_layout(first, &layout);
     // What was taken, written as the layout that it is, is the same image.
-    let again = ImageSource::open_layout(&layout);
+    let again = ImageSource::open_layout(&layout, &ImageOptions::default());
     assert!(again.is_ok(), "{:?}", again.err());
     if let Ok(again) = again {
         assert_eq!(

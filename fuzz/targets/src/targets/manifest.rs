@@ -81,6 +81,8 @@ fn info(kind: Kind) -> KindInfo {
             size: 5,
             platforms: vec!["linux/amd64".into()],
             absent: Vec::new(),
+            repository: None,
+            tag: None,
         }),
         Kind::Labels => KindInfo::Labels(LabelsInfo {
             dataset: None,

@@ -131,6 +131,8 @@ fn image(store: &Store, top: &[u8], blobs: &[(Sha256, &[u8])]) -> Root {
         size,
         platforms: vec![],
         absent: vec![],
+        repository: None,
+        tag: None,
     };
     builder.finish(Kind::Image, KindInfo::Image(info)).unwrap()
 }

@@ -361,6 +361,8 @@ fn entries_that_do_not_match_the_kind_are_refused() {
             size,
             platforms: vec![],
             absent: vec![],
+            repository: None,
+            tag: None,
         })
     };
     let valid = image(&top.to_string(), 3);

@@ -9,7 +9,7 @@ use futures::TryStreamExt;
 
 use super::tag::Tag;
 use super::{BLOCKED, RegistrySink, wrong_size};
-use crate::images::{image_info, lost, not_staged, top_of};
+use crate::images::{ImageName, image_info, lost, not_staged, top_of};
 use crate::{Committed, Incoming, StorageLocation};
 use base::durable;
 use base::fault::Fault;
@@ -158,7 +158,8 @@ impl RegistrySink {
         incoming: &Incoming,
         staged: &Path,
     ) -> Result<(), Fault> {
-        let location = self.location(&incoming.artifact);
+        let name = ImageName::of(incoming)?;
+        let location = self.location(&name);
         let ours = top_of(image_info(incoming)?)?.digest;
         let tree = self
             .tree(repository, Some(staged), incoming)
@@ -167,10 +168,7 @@ impl RegistrySink {
         let mut is_retry = false;
         loop {
             self.push_blobs(repository, &tree, staged).await?;
-            let error = match self
-                .push_manifests(repository, &tree, incoming.artifact.version())
-                .await
-            {
+            let error = match self.push_manifests(repository, &tree, &name.tag).await {
                 Ok(()) => break,
                 Err(error) => error,
             };
@@ -182,7 +180,7 @@ impl RegistrySink {
             // An immutable tag, or a concurrent push by another client. Both are acceptable if it
             // is the same image.
             if matches!(error.status(), Some(409 | 412)) || error.is_transient() {
-                match self.tag(&incoming.artifact, &ours).await {
+                match self.tag(&name, &ours).await {
                     Ok(tag) if tag.digest() == Some(ours) => break,
                     Ok(tag) if error.status() == Some(412) => {
                         match tag.conflict(&location, &ours) {
@@ -196,9 +194,18 @@ impl RegistrySink {
                     _ => {}
                 }
             }
-            return Err(error.fault(format_args!("push {location}")));
+            let refuses_urls =
+                error.status() == Some(500) && tree.blobs.iter().any(Descriptor::is_foreign);
+            let fault = error.fault(format_args!("push {location}"));
+            if refuses_urls {
+                // docker-registry answers so to a manifest with addresses that it does not allow.
+                return Err(Fault::conflict(fault.message).with_next(
+                    "the image has layers at other addresses (urls); allow them at the registry (distribution: validation.manifests.urls.allow), then run 'packhorse retry'",
+                ));
+            }
+            return Err(fault);
         }
-        let tag = self.tag(&incoming.artifact, &ours).await?;
+        let tag = self.tag(&name, &ours).await?;
         if let Some(theirs) = tag.digest().filter(|theirs| *theirs != ours) {
             return Err(Fault::integrity(format!("{location} was stored as {theirs}, not {ours}"))
                 .with_next("a proxy in front of the registry changes the content, or another client pushes the same tag"));
@@ -219,13 +226,14 @@ impl RegistrySink {
         incoming: &Incoming,
         staged: &Path,
     ) -> Result<Committed, Fault> {
-        let repository = self.repository(&incoming.artifact);
+        let name = ImageName::of(incoming)?;
+        let repository = self.repository(&name);
         let ours = top_of(image_info(incoming)?)?.digest;
-        let found = match self.tag(&incoming.artifact, &ours).await {
+        let found = match self.tag(&name, &ours).await {
             Ok(found) => found,
             Err(fault) => return Err(self.explain_denied(fault, &repository).await),
         };
-        if let Some(fault) = found.conflict(&self.location(&incoming.artifact), &ours) {
+        if let Some(fault) = found.conflict(&self.location(&name), &ours) {
             return Err(fault);
         }
         match found {
@@ -241,13 +249,10 @@ impl RegistrySink {
                     .await?;
             }
         }
-        let held = matches!(
-            self.tag(&incoming.artifact, &ours).await,
-            Ok(Tag::Blocked(_))
-        );
+        let held = matches!(self.tag(&name, &ours).await, Ok(Tag::Blocked(_)));
         Ok(Committed {
             place: StorageLocation::Registry { repository },
-            location: format!("{}@{ours}", self.location(&incoming.artifact)),
+            location: format!("{}@{ours}", self.location(&name)),
             note: held.then(|| BLOCKED.to_owned()),
         })
     }

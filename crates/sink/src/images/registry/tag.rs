@@ -3,9 +3,8 @@
 //! `push` and the checks of [`super::RegistrySink`] call it.
 
 use super::RegistrySink;
-use crate::images::taken;
+use crate::images::{ImageName, taken};
 use base::fault::Fault;
-use base::names::ArtifactRef;
 use registry::Error;
 use registry::image::Sha256;
 
@@ -49,20 +48,16 @@ impl Tag {
 impl RegistrySink {
     /// What the tag of an artifact refers to. `ours` is the digest of the image that this sink
     /// stores there.
-    pub(super) async fn tag(&self, artifact: &ArtifactRef, ours: &Sha256) -> Result<Tag, Fault> {
-        let repository = self.repository(artifact);
-        match self
-            .registry
-            .head_manifest(&repository, artifact.version())
-            .await
-        {
+    pub(super) async fn tag(&self, image: &ImageName, ours: &Sha256) -> Result<Tag, Fault> {
+        let repository = self.repository(image);
+        match self.registry.head_manifest(&repository, &image.tag).await {
             Ok(None) => Ok(Tag::Absent),
             Ok(Some(digest)) => Ok(Tag::Is(digest)),
             Err(Error::Answer(answer)) if answer.is_policy() => {
                 let (project, name) = repository.split_once('/').unwrap_or(("", &repository));
                 if let Some(digest) = self
                     .registry
-                    .artifact_digest(project, name, artifact.version())
+                    .artifact_digest(project, name, &image.tag)
                     .await
                 {
                     return Ok(Tag::Blocked(Some(digest)));
@@ -78,7 +73,7 @@ impl RegistrySink {
                     Tag::Blocked(None)
                 })
             }
-            Err(error) => Err(error.fault(format_args!("look up {}", self.location(artifact)))),
+            Err(error) => Err(error.fault(format_args!("look up {}", self.location(image)))),
         }
     }
 }

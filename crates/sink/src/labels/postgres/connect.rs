@@ -1,24 +1,15 @@
-//! The connection to the server: sessions, time limits, the classes of its errors, permissions and
-//! migrations.
+//! The connection to the server: sessions, time limits, the classes of its errors, and permissions.
 
 use std::future::Future;
 use std::time::Duration;
 
-use sqlx::migrate::MigrateError;
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection, PgConnection, Row};
 
 use super::{Postgres, password};
 use base::fault::{Fault, Reason};
 use base::limits::{LABEL_CONNECT_MAX, LABEL_LOCK_WAIT_MAX, LABEL_STATEMENT_MAX};
 
-/// An arbitrary number of our own: the advisory lock for creating and migrating the schema.
-const MIGRATION_LOCK: i64 = 0x7061_636b_686f_7273;
 const VERSION_MIN: u32 = 150_000;
-/// The locks that a reader takes for each version: two tables and their five indexes.
-const LOCKS_A_VERSION: i64 = 7;
-/// The readers for which there must be locks.
-const READERS_MIN: i64 = 20;
-const DDL_LOCK_WAIT: Duration = Duration::from_millis(500);
 
 /// The settings of our sessions, which override those of the role and the database. A time limit
 /// for statements or transactions would abort a long copy each time at the same place; all our
@@ -161,53 +152,6 @@ impl Postgres {
         Ok(())
     }
 
-    /// Runs a transaction that needs a lock which others may hold. Tries it up to `tries_max` times
-    /// and waits only briefly each time, because new readers queue behind a waiting lock.
-    pub(super) async fn change_tables(
-        &self,
-        conn: &mut PgConnection,
-        what: &str,
-        sql: &str,
-        tries_max: u32,
-    ) -> Result<(), Fault> {
-        let script = format!(
-            "BEGIN; SET LOCAL lock_timeout = {}; {sql}; COMMIT",
-            DDL_LOCK_WAIT.as_millis()
-        );
-        let mut pause = Duration::from_millis(100);
-        for tries in 1.. {
-            let result = tokio::time::timeout(
-                LABEL_STATEMENT_MAX,
-                sqlx::raw_sql(AssertSqlSafe(script.clone())).execute(&mut *conn),
-            )
-            .await;
-            let error = match result {
-                Ok(Ok(_)) => break,
-                Ok(Err(error)) => error,
-                Err(_) => {
-                    return Err(Fault::unreachable(format!(
-                        "{} did not respond ({what})",
-                        self.place
-                    )));
-                }
-            };
-            let locked = error
-                .as_database_error()
-                .and_then(|e| e.code())
-                .is_some_and(|code| code == "55P03" || code == "40P01");
-            if !locked {
-                return Err(self.fault(what, &error));
-            }
-            self.run(conn, what, "ROLLBACK".into()).await?;
-            if tries == tries_max {
-                return Err(self.fault(what, &error));
-            }
-            tokio::time::sleep(pause).await;
-            pause *= 2;
-        }
-        Ok(())
-    }
-
     pub(super) async fn close(&self, conn: PgConnection) {
         // Everything is committed; an error while closing the connection is ignored.
         let _ = tokio::time::timeout(LABEL_CONNECT_MAX, conn.close()).await;
@@ -325,35 +269,6 @@ impl Postgres {
         .await
     }
 
-    /// How many locks of the server a query over all versions takes, and how many there are:
-    /// each partition and each of its indexes counts. Advice if too few are left for readers.
-    pub(super) async fn lock_advice(
-        &self,
-        conn: &mut PgConnection,
-    ) -> Result<Option<String>, Fault> {
-        let query = sqlx::query(
-            "SELECT count(*), current_setting('max_locks_per_transaction')::bigint
-                * (current_setting('max_connections')::bigint + current_setting('max_prepared_transactions')::bigint),
-                current_setting('max_locks_per_transaction')::bigint
-             FROM packhorse.label_version",
-        );
-        let what = "count the locks";
-        let row = self
-            .within(what, LABEL_STATEMENT_MAX, query.fetch_one(conn))
-            .await?;
-        let number = |at: usize| row.try_get::<i64, _>(at).map_err(|e| self.fault(what, &e));
-        let (versions, all, each) = (number(0)?, number(1)?, number(2)?);
-        let taken = versions * LOCKS_A_VERSION;
-        // At least this many readers at once.
-        if taken * READERS_MIN <= all {
-            return Ok(None);
-        }
-        let needed = (each * taken * READERS_MIN).div_euclid(all.max(1)) + 1;
-        Ok(Some(format!(
-            "a query over all versions holds {taken} of {all} locks: set max_locks_per_transaction to at least {needed} in postgresql.conf and restart the server"
-        )))
-    }
-
     pub(super) async fn rights(&self, conn: &mut PgConnection) -> Result<(), Fault> {
         let query = sqlx::query(
             "SELECT pg_is_in_recovery(), to_regnamespace('packhorse') IS NOT NULL,
@@ -423,61 +338,6 @@ impl Postgres {
             )));
         }
         Ok(())
-    }
-
-    pub(super) async fn migrate(&self, conn: &mut PgConnection) -> Result<(), Fault> {
-        let mut migrator = sqlx::migrate!("../../migrations/labels-postgres");
-        // The schema does not depend on the search path. Two daemons that start at once are
-        // serialised by our own lock, which also covers the schema.
-        migrator.set_locking(false);
-        migrator.dangerous_set_table_name("packhorse.schema_migration");
-        self.run(
-            conn,
-            "take the lock of migrations",
-            format!("SELECT pg_advisory_lock({MIGRATION_LOCK})"),
-        )
-        .await?;
-        // Checked first, because CREATE SCHEMA IF NOT EXISTS requires the permission to create a
-        // schema even if it exists.
-        let query = sqlx::query_scalar("SELECT to_regnamespace('packhorse') IS NOT NULL");
-        let exists: bool = self
-            .within(
-                "look up the schema",
-                LABEL_STATEMENT_MAX,
-                query.fetch_one(&mut *conn),
-            )
-            .await?;
-        if !exists {
-            self.run(conn, "create the schema", "CREATE SCHEMA packhorse".into())
-                .await?;
-        }
-        match tokio::time::timeout(LABEL_STATEMENT_MAX, migrator.run_direct(None, conn, false))
-            .await
-        {
-            Ok(Ok(())) => {}
-            Ok(Err(MigrateError::Execute(error) | MigrateError::ExecuteMigration(error, _))) => {
-                return Err(self.fault("migrate the schema", &error));
-            }
-            Ok(Err(error)) => {
-                return Err(Fault::config(format!(
-                    "{}: the schema packhorse was created by another program or by a newer version: {error}",
-                    self.place
-                ))
-                .with_next("run the version of packhorse that created it, or a newer one"));
-            }
-            Err(_) => {
-                return Err(Fault::unreachable(format!(
-                    "{} did not answer (migrate the schema)",
-                    self.place
-                )));
-            }
-        }
-        self.run(
-            conn,
-            "release the lock of migrations",
-            format!("SELECT pg_advisory_unlock({MIGRATION_LOCK})"),
-        )
-        .await
     }
 
     /// Takes the lock of a label set for the lifetime of the connection.

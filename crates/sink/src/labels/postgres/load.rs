@@ -10,20 +10,18 @@ use super::connect::NO_TIME_LIMITS_HERE;
 use crate::labels::canonical::{Table, read_annotations, read_classes, read_samples};
 use crate::labels::copy::CopyRows;
 use crate::labels::engine::{NewVersion, join_thread, pump};
-use base::fault::{Fault, Reason};
-use base::limits::{
-    LABEL_BATCH_BYTES, LABEL_DDL_TRIES_MAX, LABEL_SILENCE_MAX, LABEL_STATEMENT_MAX,
-};
+use base::fault::Fault;
+use base::limits::{LABEL_BATCH_BYTES, LABEL_SILENCE_MAX, LABEL_STATEMENT_MAX};
 
-/// The partitioned tables; the suffix of a version is appended to their names.
-const PARTITIONED: [&str; 2] = ["packhorse.version_sample", "packhorse.annotation"];
+/// The state of a version whose rows are complete and that waits for its switch; the name is from
+/// when versions were partitions.
+const LOADED: &str = "attached";
 /// Separates the name of a version that is being removed from its id; no version name contains it.
 const REMOVED_MARK: char = '~';
 /// A transaction that has been open for longer than this may find no active version.
 const PERIODS_KEPT: &str = "7 days";
 /// The statements that make a version the active one for every transaction that begins from now on.
-/// `now()` is the start of their transaction, which is later than the end of the transaction that
-/// attached the partitions.
+/// `now()` is the start of their transaction, which is a short one, so that it is close to its commit.
 fn activation(id: i64) -> String {
     let set = format!("(SELECT label_set_id FROM packhorse.label_version WHERE id = {id})");
     format!(
@@ -36,21 +34,18 @@ fn activation(id: i64) -> String {
 }
 
 impl Postgres {
-    /// Drops the tables and the row of a version that the views do not show.
-    pub(super) async fn drop_version(
-        &self,
-        conn: &mut PgConnection,
-        id: i64,
-        tries_max: u32,
-    ) -> Result<(), Fault> {
+    /// Deletes a version that the views do not show. Neither waits for readers nor delays them: they
+    /// read what their snapshot contains.
+    pub(super) async fn drop_version(&self, conn: &mut PgConnection, id: i64) -> Result<(), Fault> {
         let sql = format!(
-            "DROP TABLE IF EXISTS packhorse.annotation_v{id}, packhorse.version_sample_v{id};
+            "BEGIN; {NO_TIME_LIMITS_HERE};
+             DELETE FROM packhorse.annotation WHERE version_id = {id};
+             DELETE FROM packhorse.version_sample WHERE version_id = {id};
              DELETE FROM packhorse.label_class WHERE version_id = {id};
              DELETE FROM packhorse.label_switch WHERE version_id = {id};
-             DELETE FROM packhorse.label_version WHERE id = {id}"
+             DELETE FROM packhorse.label_version WHERE id = {id}; COMMIT"
         );
-        self.change_tables(conn, "drop the tables of a version", &sql, tries_max)
-            .await
+        self.run(conn, "delete the rows of a version", sql).await
     }
 
     /// Hides a version from readers, in one small transaction that no reader can delay. If it was
@@ -78,9 +73,8 @@ impl Postgres {
         self.run(conn, "hide the version", hide).await
     }
 
-    /// Drops the leftovers of earlier commits and removals of this set. What a reader uses stays
-    /// hidden until the next commit. Returns the version that is attached with this digest and only
-    /// waits for its switch.
+    /// Deletes the leftovers of earlier commits and removals of this set. Returns the version that is
+    /// loaded with this digest and only waits for its switch.
     async fn drop_leftovers(
         &self,
         conn: &mut PgConnection,
@@ -98,24 +92,19 @@ impl Postgres {
                 query.fetch_all(&mut *conn),
             )
             .await?;
-        let mut attached = None;
+        let mut loaded = None;
         for (id, version, digest, state) in rows {
-            if state == "attached" && version == new.version && digest == new.digest.hex() {
-                attached = Some(id);
+            if state == LOADED && version == new.version && digest == new.digest.hex() {
+                loaded = Some(id);
             } else {
-                tracing::info!(label_set = %new.set, version = %version, state = %state, "dropping leftovers of an earlier attempt from the label database");
-                match self.drop_version(conn, id, 1).await {
-                    Err(fault) if fault.reason == Reason::SinkUnavailable => {
-                        self.hide_version(conn, id).await?;
-                    }
-                    done => done?,
-                }
+                tracing::info!(label_set = %new.set, version = %version, state = %state, "deleting leftovers of an earlier attempt from the label database");
+                self.drop_version(conn, id).await?;
             }
         }
-        Ok(attached)
+        Ok(loaded)
     }
 
-    /// Steps 2 and 3 of the parent module's description.
+    /// Step 2 of the parent module's description.
     async fn copy_version(&self, conn: &mut PgConnection, new: &NewVersion) -> Result<i64, Fault> {
         let insert_set = sqlx::query(
             "INSERT INTO packhorse.label_set (name) VALUES ($1) ON CONFLICT (name) DO NOTHING",
@@ -141,31 +130,13 @@ impl Postgres {
                 insert.fetch_one(&mut *conn),
             )
             .await?;
-        // In a separate transaction: LIKE locks the partitioned table until the end of the
-        // transaction, and the load may take long.
-        let create = PARTITIONED.map(|table| {
-            format!(
-                "CREATE TABLE {table}_v{id} (LIKE {table}, CONSTRAINT one_version CHECK (version_id IS NOT NULL AND version_id = {id}))"
-            )
-        });
-        self.change_tables(
-            conn,
-            "create the staging tables",
-            &create.join("; "),
-            LABEL_DDL_TRIES_MAX,
-        )
-        .await?;
         self.fill(conn, new, id).await?;
         Ok(id)
     }
 
-    /// Copies the rows into the empty tables of a version.
+    /// Copies the rows of a version, in one transaction.
     async fn fill(&self, conn: &mut PgConnection, new: &NewVersion, id: i64) -> Result<(), Fault> {
-        // Truncated in the same transaction, so that COPY may write frozen rows, which need no
-        // later processing.
-        let begin = format!(
-            "BEGIN; {NO_TIME_LIMITS_HERE}; TRUNCATE packhorse.version_sample_v{id}, packhorse.annotation_v{id}"
-        );
+        let begin = format!("BEGIN; {NO_TIME_LIMITS_HERE}");
         self.run(conn, "start the load", begin).await?;
 
         let dir = new.dir.clone();
@@ -186,12 +157,9 @@ impl Postgres {
         self.check_all_copied(Table::Classes, classes.len() as u64, copied)?;
 
         let dir = new.dir.clone();
-        let sql = format!(
-            "COPY packhorse.version_sample_v{id} (version_id, sample_no, path, hash, width, height, split, meta)
-             FROM STDIN WITH (FORMAT binary, FREEZE true)"
-        );
+        let sql = "COPY packhorse.version_sample (version_id, sample_no, path, hash, width, height, split, meta) FROM STDIN WITH (FORMAT binary)";
         let (copied, samples) = self
-            .copy(conn, "copy the samples", &sql, move |rows, send_batch| {
+            .copy(conn, "copy the samples", sql, move |rows, send_batch| {
                 read_samples(&dir, &mut |no, sample| {
                     rows.row(8)
                         .int(id)
@@ -210,15 +178,12 @@ impl Postgres {
         self.check_all_copied(Table::Samples, samples, copied)?;
 
         let dir = new.dir.clone();
-        let sql = format!(
-            "COPY packhorse.annotation_v{id} (version_id, ann_no, sample_no, class_id, kind, x, y, w, h, geom, attrs, raw)
-             FROM STDIN WITH (FORMAT binary, FREEZE true)"
-        );
+        let sql = "COPY packhorse.annotation (version_id, ann_no, sample_no, class_id, kind, x, y, w, h, geom, attrs, raw) FROM STDIN WITH (FORMAT binary)";
         let (copied, (annotations, rows_digest)) = self
             .copy(
                 conn,
                 "copy the annotations",
-                &sql,
+                sql,
                 move |rows, send_batch| {
                     read_annotations(&dir, &classes, &mut |no, sample_no, row| {
                         rows.row(12)
@@ -240,18 +205,12 @@ impl Postgres {
         self.check_all_copied(Table::Annotations, annotations, copied)?;
 
         let finish = format!(
-            "CREATE UNIQUE INDEX ON packhorse.version_sample_v{id} (sample_no);
-             CREATE INDEX ON packhorse.version_sample_v{id} (path);
-             CREATE UNIQUE INDEX ON packhorse.annotation_v{id} (ann_no);
-             CREATE INDEX ON packhorse.annotation_v{id} (sample_no);
-             CREATE INDEX ON packhorse.annotation_v{id} (class_id);
-             ANALYZE packhorse.version_sample_v{id}, packhorse.annotation_v{id};
-             UPDATE packhorse.label_version SET n_classes = {}, n_samples = {samples}, n_annotations = {annotations},
-             rows_digest = '{rows_digest}' WHERE id = {id};
+            "UPDATE packhorse.label_version SET n_classes = {}, n_samples = {samples}, n_annotations = {annotations},
+             rows_digest = '{rows_digest}', state = '{LOADED}' WHERE id = {id};
              COMMIT",
             new.info.classes
         );
-        self.run(conn, "build the indexes", finish).await
+        self.run(conn, "end the load", finish).await
     }
 
     fn check_all_copied(&self, table: Table, sent: u64, copied: u64) -> Result<(), Fault> {
@@ -302,26 +261,17 @@ impl Postgres {
         Ok((copied, result))
     }
 
-    /// Step 4 of the parent module's description.
-    async fn attach(&self, conn: &mut PgConnection, id: i64) -> Result<(), Fault> {
-        let attach = PARTITIONED.map(|table| {
-            format!("ALTER TABLE {table} ATTACH PARTITION {table}_v{id} FOR VALUES IN ({id})")
-        });
-        let sql = format!(
-            "{}; UPDATE packhorse.label_version SET state = 'attached' WHERE id = {id}",
-            attach.join("; ")
-        );
-        self.change_tables(conn, "attach the partitions", &sql, LABEL_DDL_TRIES_MAX)
-            .await
-    }
-
-    /// Step 5: the switch. The small tables are analysed here, because autovacuum ignores tables
-    /// with few rows, and without statistics the planner does not recognise that one active version
-    /// means one partition.
+    /// Steps 3 and 4: the statistics, then the switch. Without statistics the planner does not
+    /// recognise that one active version is a small part of all rows. Autovacuum ignores tables with
+    /// few rows, and comes too late for the others. What another session analyses at the moment is
+    /// passed over, because that session may hold its lock for long.
     async fn switch(&self, conn: &mut PgConnection, id: i64) -> Result<(), Fault> {
+        let analyse = "ANALYZE (SKIP_LOCKED) packhorse.version_sample, packhorse.annotation";
+        self.run(conn, "analyse the rows", analyse.into()).await?;
         let sql = format!(
             "BEGIN; UPDATE packhorse.label_version SET state = 'ready', committed_at = now() WHERE id = {id}; {}; COMMIT;
-             ANALYZE packhorse.label_set, packhorse.label_version, packhorse.label_active, packhorse.label_switch, packhorse.label_class",
+             ANALYZE (SKIP_LOCKED) packhorse.label_set, packhorse.label_version, packhorse.label_active, packhorse.label_switch,
+             packhorse.label_class",
             activation(id)
         );
         self.run(conn, "switch to the new version", sql).await
@@ -356,17 +306,13 @@ impl Postgres {
         }
         let id = match self.drop_leftovers(conn, new).await? {
             Some(id) => id,
-            None => {
-                let id = self.copy_version(conn, new).await?;
-                self.attach(conn, id).await?;
-                id
-            }
+            None => self.copy_version(conn, new).await?,
         };
         self.switch(conn, id).await
     }
 
     /// Cleans up after a load that failed permanently, on a new connection. Best effort: the next
-    /// commit drops what remains.
+    /// commit deletes what remains.
     pub(super) async fn drop_leftovers_after_failure(&self, new: &NewVersion) -> Result<(), Fault> {
         let mut conn = self.connect().await?;
         self.lock_set(&mut conn, &new.set).await?;

@@ -31,7 +31,7 @@ const BLOCKERS: &str = "SELECT DISTINCT b.pid, coalesce(a.application_name, ''),
     FROM unnest(pg_blocking_pids($1)) AS b(pid) LEFT JOIN pg_stat_activity a ON a.pid = b.pid ORDER BY 1";
 const ALIVE: &str = "SELECT EXISTS (SELECT 1 FROM pg_stat_activity WHERE pid = $1)";
 
-type Blocker = (i32, String, String);
+pub(super) type Blocker = (i32, String, String);
 
 impl Postgres {
     /// The process id of a session at the server.
@@ -141,7 +141,7 @@ impl Postgres {
         }
     }
 
-    fn blocked_by(&self, found: &[Blocker]) -> Fault {
+    pub(super) fn blocked_by(&self, found: &[Blocker]) -> Fault {
         let mut who = String::new();
         for (pid, application, state) in found.iter().take(OFFENDERS_LISTED_MAX) {
             if !who.is_empty() {

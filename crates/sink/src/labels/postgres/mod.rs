@@ -1,29 +1,28 @@
-//! Labels in PostgreSQL ≥ 15: one partition per version. It is loaded while readers use other
-//! versions, and activated by changing one row.
+//! Labels in PostgreSQL ≥ 15: the rows of all versions are in two tables, whose indexes begin with
+//! the version. A version is loaded while readers use other versions, and activated by changing one
+//! row.
 //!
 //! # A commit
 //! 1. A dedicated connection takes the session advisory lock of the label set, so that only one
-//!    commit at a time works on it, and drops the leftovers of earlier commits.
-//! 2. `label_version` gets a row in the state `loading`; its id names two tables,
-//!    `version_sample_v<id>` and `annotation_v<id>`, with a CHECK on that id.
-//! 3. One transaction truncates them, copies the rows (binary, frozen), counts, builds the indexes
-//!    and analyses.
-//! 4. A second transaction attaches them as partitions; because of the CHECK, this needs no scan.
-//!    The views do not show them yet.
-//! 5. A third transaction sets the state to `ready` and changes the one row in `label_active`: the
+//!    commit at a time works on it, and deletes the leftovers of earlier commits.
+//! 2. `label_version` gets a row in the state `loading`. One transaction copies the rows (binary),
+//!    counts, and sets the state to `attached`. The views do not show them yet.
+//! 3. The tables are analysed.
+//! 4. A last transaction sets the state to `ready` and changes the one row in `label_active`: the
 //!    switch. In `label_switch` it ends the period of the old version and starts that of the new
 //!    one.
 //!
-//! **No commit waits for readers.** A session with a lock on the partitioned table does not see a
-//! new partition before its transaction ends, and would find no rows of a version that was attached
-//! since. Therefore the view of active versions compares the periods in `label_switch` with the
-//! start of the reader's transaction. A transaction that began before step 5 reads the old version
-//! until it ends; every later one sees the partition. Operations that need a lock which readers
-//! hold, such as dropping old tables, are left to a later commit.
+//! **No commit and no removal waits for readers, and none delays them.** A reader sees the rows of its
+//! snapshot. The view of active versions compares the periods in `label_switch` with the start of
+//! the reader's transaction, so that all statements of a transaction read the same version.
 //!
-//! A crash before step 4 leaves a `loading` row and tables, which the next commit of the set drops.
-//! After a crash later than that, the next commit continues with step 5. There is no DEFAULT
-//! partition: with one, each attach would scan it.
+//! **A query holds few locks.** It locks both tables with their indexes, whatever the number of
+//! versions. With one partition per version, it locked every partition with its indexes, because the
+//! version comes out of a join: 30 readers of 150 versions exhausted the lock table of a server with
+//! default settings. `layout` moves the rows of such databases.
+//!
+//! A crash in step 2 leaves a `loading` row, which the next commit of the set deletes. After a crash
+//! later than that, the next commit continues with step 3.
 //!
 //! Every operation uses its own connection and closes it: operations are rare, a failed COPY cannot
 //! damage a pool, and a changed password file is read. The server ends a session whose network is
@@ -32,6 +31,7 @@
 //! A reader needs only `USAGE` on the schema `packhorse` and `SELECT` on its two views.
 
 mod connect;
+mod layout;
 mod load;
 mod locks;
 
@@ -54,7 +54,7 @@ use super::query::{self, Batch};
 use super::row_mapping::{self, LabelRow};
 use crate::Threads;
 use base::fault::{Fault, Reason};
-use base::limits::{LABEL_DDL_TRIES_MAX, LABEL_STATEMENT_MAX};
+use base::limits::LABEL_STATEMENT_MAX;
 use content::label_rows::{ClassRow, QueryRow};
 
 const HELD: &str =
@@ -169,12 +169,8 @@ impl Postgres {
         version: &str,
         out: mpsc::Sender<Rows>,
     ) -> Result<StoredVersion, Fault> {
-        // The lock comes before the snapshot: a removal is either visible in the snapshot, or waits
-        // until the end of the export.
-        let begin = format!(
-            "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; {NO_TIME_LIMITS_HERE};
-             LOCK TABLE packhorse.version_sample, packhorse.annotation IN ACCESS SHARE MODE"
-        );
+        let begin =
+            format!("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; {NO_TIME_LIMITS_HERE}");
         self.run(conn, "start the export", begin).await?;
         let Some((id, held)) = self.held_on(conn, set, version).await? else {
             return Err(not_held(set, version));
@@ -354,9 +350,7 @@ impl Engine for Postgres {
         let mut conn = self.connect().await?;
         self.rights(&mut conn).await?;
         let version = conn.server_version_num().unwrap_or(0);
-        let mut advice = None;
         let held: i64 = if self.has_schema(&mut conn).await? {
-            advice = self.lock_advice(&mut conn).await?;
             let query = sqlx::query_scalar(
                 "SELECT count(*) FROM packhorse.label_version WHERE state = 'ready'",
             );
@@ -371,11 +365,10 @@ impl Engine for Postgres {
         };
         self.close(conn).await;
         Ok(format!(
-            "{}: PostgreSQL {}.{}, {held} label versions stored{}",
+            "{}: PostgreSQL {}.{}, {held} label versions stored",
             self.place,
             version / 10_000,
-            version % 10_000,
-            advice.map_or(String::new(), |advice| format!("; {advice}"))
+            version % 10_000
         ))
     }
 
@@ -483,8 +476,7 @@ impl Engine for Postgres {
             if state != "removing" {
                 self.hide_version(&mut conn, id).await?;
             }
-            self.drop_version(&mut conn, id, LABEL_DDL_TRIES_MAX)
-                .await?;
+            self.drop_version(&mut conn, id).await?;
         }
         self.close(conn).await;
         Ok(())

@@ -113,20 +113,13 @@ impl Bench {
             .await
     }
 
-    /// The number of tables that belong to no stored version.
+    /// The number of rows that belong to no stored version.
     pub async fn leftovers(&self) -> i64 {
-        let versions = self.number("SELECT count(*) FROM {}label_version").await;
-        match &self.db {
-            Db::Postgres(..) => {
-                let tables = "SELECT count(*) FROM pg_class WHERE relnamespace = 'packhorse'::regnamespace AND relkind = 'r'
-                    AND relname ~ '_v[0-9]+$'";
-                self.number(tables).await - 2 * versions
-            }
-            Db::Sqlite(_) => {
-                self.number("SELECT count(DISTINCT version_id) FROM {}annotation WHERE version_id NOT IN (SELECT id FROM label_version)")
-                    .await
-            }
-        }
+        self.number(
+            "SELECT (SELECT count(*) FROM {}annotation WHERE version_id NOT IN (SELECT id FROM {}label_version))
+                + (SELECT count(*) FROM {}version_sample WHERE version_id NOT IN (SELECT id FROM {}label_version))",
+        )
+        .await
     }
 }
 

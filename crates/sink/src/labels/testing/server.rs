@@ -153,7 +153,7 @@ fn start() -> Server {
     new_cluster(&dir.join("data"));
     // The shell outlives this process briefly, to stop the server and remove its directory.
     let script = r#"trap 'kill -INT $pid' TERM
-        "$1/postgres" -D "$2/data" -k "$2" -p "$3" -c listen_addresses=127.0.0.1 -c fsync=off -c max_connections=60 \
+        "$1/postgres" -D "$2/data" -k "$2" -p "$3" -c listen_addresses=127.0.0.1 -c fsync=off -c max_connections=130 \
             -c log_min_messages=fatal >"$2/log" 2>&1 & pid=$!
         wait $pid; wait $pid; rm -rf "$2""#;
     let (bin_arg, dir_arg) = (bin.clone(), dir.clone());

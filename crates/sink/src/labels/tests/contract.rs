@@ -191,9 +191,8 @@ async fn continues_after_a_crash(bench: Bench) {
         // What a daemon leaves that dies during the copy.
         bench.sql("SET ROLE packhorse; INSERT INTO {}label_set (name) VALUES ('aoi-line3');
             INSERT INTO {}label_version (label_set_id, version, manifest_digest, state) VALUES (1, 'v1', 'x', 'loading'), (1, 'v0', 'y', 'removing');
-            CREATE TABLE {}annotation_v1 (LIKE {}annotation); CREATE TABLE {}version_sample_v1 (LIKE {}version_sample);
-            CREATE TABLE {}annotation_v2 PARTITION OF {}annotation FOR VALUES IN (2);
-            INSERT INTO {}annotation_v1 (version_id, ann_no, sample_no, kind, raw) VALUES (1, 0, 0, 'bbox', '1')").await;
+            INSERT INTO {}version_sample (version_id, sample_no, path) SELECT v, n, 'p' || n FROM generate_series(1, 2) v, generate_series(0, 40) n;
+            INSERT INTO {}annotation (version_id, ann_no, sample_no, kind, raw) VALUES (1, 0, 0, 'bbox', '1'), (2, 0, 0, 'bbox', '1')").await;
     }
     commit(&bench, &set, "v1").await;
     assert_eq!(bench.current().await, set.count());
@@ -464,12 +463,12 @@ async fn activates_and_removes(bench: Bench) {
     bench.sink.activate(&v2).await.unwrap();
     assert_eq!(bench.current().await, two.count());
     // The active version is removed, and the other one becomes active.
-    bench.sink.remove(&v2).await.unwrap();
-    bench.sink.remove(&v2).await.unwrap();
+    bench.sink.remove(&v2, None).await.unwrap();
+    bench.sink.remove(&v2, None).await.unwrap();
     assert!(!bench.data.path().join("labels/aoi-line3/v2").exists());
     assert_eq!(bench.current().await, one.count());
     assert_eq!(bench.leftovers().await, 0);
-    bench.sink.remove(&v1).await.unwrap();
+    bench.sink.remove(&v1, None).await.unwrap();
     assert_eq!(bench.current().await, 0);
     assert!(!bench.data.path().join("labels/aoi-line3").exists());
     assert_eq!(bench.sink.active_version("aoi-line3").await.unwrap(), None);

@@ -260,27 +260,6 @@ fn assert_tls(fault: &Fault, next: &str) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn too_few_locks_are_reported() {
-    let bench = Bench::postgres().await;
-    let set = Set::new(1, 5, 1, 0);
-    commit(&bench, &set, "v1").await;
-    let said = bench.sink.probe().await.unwrap();
-    assert!(
-        said.contains("1 label versions stored") && !said.contains("max_locks"),
-        "{said}"
-    );
-    // Rows without tables count as much: the server has 64 × 60 locks.
-    bench
-        .sql("INSERT INTO {}label_version (label_set_id, version, manifest_digest, state) SELECT 1, 'x' || n, '', 'ready' FROM generate_series(1, 45) n")
-        .await;
-    let said = bench.sink.probe().await.unwrap();
-    assert!(
-        said.contains("a query over all versions holds 322 of 3840 locks: set max_locks_per_transaction to at least 108"),
-        "{said}"
-    );
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_query_for_one_image_uses_the_index_of_paths() {
     let bench = Bench::sqlite().await;
     for version in ["v1", "v2"] {

@@ -10,7 +10,7 @@ use crate::labels::testing::server::server;
 use crate::labels::testing::set::Set;
 use crate::labels::testing::{Bench, Db, postgres_config};
 use crate::settings;
-use crate::{Sink, StorageLocation, Threads, Verification};
+use crate::{Sink, Threads};
 use base::fault::{Code, Fault, Reason, Retry};
 
 fn class(fault: &Fault) -> (Code, Reason, Retry) {
@@ -230,8 +230,7 @@ async fn a_session_with_an_old_plan_reads_the_old_version_and_delays_no_commit()
     };
     let v1 = deliver(&one, "v1").await;
 
-    // A prepared statement with a generic plan, in an open transaction: it does not see new
-    // partitions before the transaction ends.
+    // A prepared statement with a generic plan, in an open transaction.
     let mut reader = sqlx::PgConnection::connect(&server.admin_url(database))
         .await
         .unwrap();
@@ -253,8 +252,7 @@ async fn a_session_with_an_old_plan_reads_the_old_version_and_delays_no_commit()
     };
     assert_eq!(read(&mut reader).await, one.count());
 
-    // It holds its locks and is idle: two versions are delivered, and it continues to read the
-    // first.
+    // It is idle in its transaction: two versions are delivered, and it continues to read the first.
     deliver(&two, "v2").await;
     assert_eq!(
         (bench.current().await, read(&mut reader).await),
@@ -277,88 +275,37 @@ async fn a_session_with_an_old_plan_reads_the_old_version_and_delays_no_commit()
         Some("v3")
     );
 
-    // A version that is delivered again because changed rows were found replaces tables that cannot
-    // be dropped now.
+    // A version that is delivered again because changed rows were found replaces rows that somebody
+    // reads.
     deliver(&one, "v3").await;
     assert_eq!(bench.current().await, one.count());
     assert_eq!(
         bench
-            .number("SELECT count(*) FROM {}label_version WHERE state = 'removing'")
+            .number("SELECT count(*) FROM {}label_version WHERE state <> 'ready'")
             .await,
-        1
+        0
     );
     deliver(&two, "v4").await;
     sqlx::raw_sql("COMMIT").execute(&mut reader).await.unwrap();
     assert_eq!(read(&mut reader).await, two.count());
     deliver(&two, "v5").await;
-    assert_eq!(
-        bench
-            .number("SELECT count(*) FROM {}label_version WHERE state = 'removing'")
-            .await,
-        0,
-        "dropped by a later commit"
-    );
     assert_eq!(bench.leftovers().await, 0);
 
     // Removing the active version leaves one active version, and no transaction sees two.
     bench
         .sink
-        .remove(&"labels/aoi-line3:v5".parse().unwrap())
+        .remove(&"labels/aoi-line3:v5".parse().unwrap(), None)
         .await
         .unwrap();
     bench
         .sink
-        .remove(&"labels/aoi-line3:v2".parse().unwrap())
+        .remove(&"labels/aoi-line3:v2".parse().unwrap(), None)
         .await
         .unwrap();
     assert_eq!(bench.current().await, two.count());
     let overlaps = "SELECT count(*) FROM packhorse.label_switch a JOIN packhorse.label_switch b
         ON a.label_set_id = b.label_set_id AND a.ctid <> b.ctid AND a.since < b.until AND b.since < a.until";
     assert_eq!(bench.number(overlaps).await, 0);
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_database_of_the_previous_revision_is_migrated() {
-    let bench = Bench::postgres().await;
-    let Db::Postgres(server, database) = &bench.db else {
-        unreachable!()
-    };
-    let set = Set::new(1, 20, 4, 0);
-    let (incoming, staged) = set.stage(&bench.sink, "v1");
-    bench.sink.check(&incoming).await.unwrap();
-    bench.sink.commit(&incoming, &staged).await.unwrap();
-    // The state that the previous version left.
-    server.psql(
-        database,
-        "DROP VIEW packhorse.current_annotations, packhorse.samples, packhorse.current_samples, packhorse.classes,
-         packhorse.current_classes;
-         DROP TABLE packhorse.label_switch; DELETE FROM packhorse.schema_migration WHERE version >= 2;
-         CREATE VIEW packhorse.current_annotations AS SELECT s.name AS label_set, v.version, i.path AS sample_path,
-         i.hash AS sample_hash, c.name AS class, n.kind, n.x, n.y, n.w, n.h, n.geom, n.attrs, n.raw FROM packhorse.annotation n
-         JOIN packhorse.label_active a ON a.version_id = n.version_id JOIN packhorse.label_version v ON v.id = n.version_id
-         JOIN packhorse.label_set s ON s.id = v.label_set_id
-         JOIN packhorse.version_sample i ON i.version_id = n.version_id AND i.sample_no = n.sample_no
-         LEFT JOIN packhorse.label_class c ON c.version_id = n.version_id AND c.class_id = n.class_id;
-         ALTER VIEW packhorse.current_annotations OWNER TO packhorse",
-    );
-    assert_eq!(bench.current().await, set.count());
-    bench.sink.check(&incoming).await.unwrap();
-    assert_eq!(bench.number("SELECT count(*) FROM {}label_switch").await, 1);
-    assert_eq!(bench.current().await, set.count());
-    assert_eq!(
-        bench
-            .sink
-            .verify(
-                &incoming,
-                &StorageLocation::Folder {
-                    path: bench.data.path().join("labels/aoi-line3/v1")
-                },
-                &Verification::default()
-            )
-            .await
-            .unwrap(),
-        Vec::<String>::new()
-    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -399,7 +346,8 @@ async fn the_holder_of_a_lock_is_reported_while_the_delivery_waits() {
     let mut holder = sqlx::PgConnection::connect(&server.admin_url(database))
         .await
         .unwrap();
-    let lock = "SET application_name = 'night job'; BEGIN; LOCK TABLE packhorse.annotation IN SHARE UPDATE EXCLUSIVE MODE";
+    let lock =
+        "SET application_name = 'night job'; BEGIN; LOCK TABLE packhorse.annotation IN SHARE MODE";
     sqlx::raw_sql(lock).execute(&mut holder).await.unwrap();
     let pid: i32 = sqlx::query_scalar("SELECT pg_backend_pid()")
         .fetch_one(&mut holder)
@@ -443,7 +391,7 @@ async fn the_holder_of_a_lock_is_reported_while_the_delivery_waits() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_removal_that_a_reader_blocks_hides_the_rows_and_is_completed_later() {
+async fn a_removal_does_not_wait_for_readers_and_takes_nothing_from_them() {
     let bench = Bench::postgres().await;
     let Db::Postgres(server, database) = &bench.db else {
         unreachable!()
@@ -455,25 +403,29 @@ async fn a_removal_that_a_reader_blocks_hides_the_rows_and_is_completed_later() 
     let mut reader = sqlx::PgConnection::connect(&server.admin_url(database))
         .await
         .unwrap();
-    sqlx::raw_sql("BEGIN; SELECT count(*) FROM packhorse.annotations")
+    sqlx::raw_sql("BEGIN ISOLATION LEVEL REPEATABLE READ")
         .execute(&mut reader)
         .await
         .unwrap();
-    let fault = bench.sink.remove(&incoming.artifact).await.unwrap_err();
-    assert_eq!(
-        class(&fault),
-        (Code::Unreachable, Reason::SinkUnavailable, Retry::Backoff),
-        "{fault}"
-    );
+    let all = "SELECT count(*) FROM packhorse.annotations";
+    let read = async |reader: &mut sqlx::PgConnection| -> i64 {
+        sqlx::query_scalar(all).fetch_one(reader).await.unwrap()
+    };
+    assert_eq!(read(&mut reader).await, set.count());
+    bench
+        .sink
+        .remove(&incoming.artifact, Some(&incoming.root.info))
+        .await
+        .unwrap();
     assert_eq!(bench.current().await, 0);
-    assert_eq!(bench.number("SELECT count(*) FROM {}annotations").await, 0);
-    sqlx::raw_sql("COMMIT").execute(&mut reader).await.unwrap();
-    bench.sink.remove(&incoming.artifact).await.unwrap();
     assert_eq!(
         bench.number("SELECT count(*) FROM {}label_version").await,
         0
     );
     assert_eq!(bench.leftovers().await, 0);
+    assert_eq!(read(&mut reader).await, set.count());
+    sqlx::raw_sql("COMMIT").execute(&mut reader).await.unwrap();
+    assert_eq!(read(&mut reader).await, 0);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -533,17 +485,16 @@ async fn copy_beside_psql() {
             ))
             .await;
         let file = bench.data.path().join("rows.tsv");
-        let rows_of = |name: &str| format!("packhorse.{name}_v{id}");
-        server.psql(
-            database,
-            &format!("\\copy {} to '{}'", rows_of("annotation"), file.display()),
-        );
         server.psql(
             database,
             &format!(
-                "DROP TABLE IF EXISTS peer; CREATE TABLE peer (LIKE {})",
-                rows_of("annotation")
+                "\\copy (SELECT * FROM packhorse.annotation WHERE version_id = {id}) to '{}'",
+                file.display()
             ),
+        );
+        server.psql(
+            database,
+            "DROP TABLE IF EXISTS peer; CREATE TABLE peer (LIKE packhorse.annotation)",
         );
         let began = std::time::Instant::now();
         server.psql(database, &format!("\\copy peer from '{}'", file.display()));

@@ -93,7 +93,7 @@ fn an_image_that_changes_after_its_check_is_refused() {
         .position(|bytes| bytes == raw)
         .unwrap();
     for (image, file, start) in [(&folder, &member, 0), (&archive, &archive, in_tar)] {
-        let opened = || open(image, &case.path("none"), None, SMALL_CAPS, &Arc::default()).unwrap();
+        let opened = || ImageSource::open(image, &case.path("none")).unwrap();
         ingest(
             &mut opened(),
             Kind::Image,

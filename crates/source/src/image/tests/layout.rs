@@ -42,7 +42,12 @@ fn a_layout_directory_is_read_in_place_and_never_through_links() {
     let folder = case.path("image.in");
     parts.folder(&folder);
     assert_eq!(
-        json!(ImageSource::open_layout(&folder).unwrap().info.digest),
+        json!(
+            ImageSource::open_layout(&folder, &ImageOptions::default())
+                .unwrap()
+                .info
+                .digest
+        ),
         top["digest"]
     );
     let blob = folder.join(BlobDigest::of(&l).member());

@@ -2,6 +2,7 @@
 //! and umoci.
 
 mod docker_save;
+mod forms;
 mod hostile;
 mod layout;
 mod platforms;
@@ -196,15 +197,22 @@ impl Case {
     }
 
     fn open_tag(&self, bytes: &[u8], tag: Option<&str>) -> Result<ImageSource, Fault> {
+        self.open_with(bytes, tag, &ImageOptions::default())
+    }
+
+    fn open_with(
+        &self,
+        bytes: &[u8],
+        tag: Option<&str>,
+        options: &ImageOptions,
+    ) -> Result<ImageSource, Fault> {
         let scratch = self.path("scratch");
         fs::create_dir_all(&scratch).unwrap();
-        open(
-            &self.file(bytes),
-            &scratch,
-            tag,
-            SMALL_CAPS,
-            &Arc::default(),
-        )
+        let reading = Reading {
+            caps: SMALL_CAPS,
+            ..Reading::new(options, &scratch)
+        };
+        open(&self.file(bytes), &scratch, tag, reading, &Arc::default())
     }
 }
 

@@ -19,7 +19,7 @@ use content::label_rows::{AnnotationRow, ClassRow, SampleRow};
 /// An input on disk, and how it is to be read.
 pub(super) struct Input {
     root: tempfile::TempDir,
-    path: PathBuf,
+    pub(super) path: PathBuf,
     pub(super) options: LabelOptions,
 }
 

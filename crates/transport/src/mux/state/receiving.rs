@@ -73,8 +73,9 @@ impl Incoming {
 
     /// Discards unread data. Returns its size.
     pub(super) fn clear(&mut self) -> usize {
-        self.pieces.clear();
-        self.tail.clear();
+        // Their capacity is memory too, and the stream may exist for a while.
+        self.pieces = VecDeque::new();
+        self.tail = BytesMut::new();
         std::mem::take(&mut self.buffered)
     }
 
@@ -101,7 +102,8 @@ impl Incoming {
             Some(piece) if piece.len() > max => piece.split_to(max),
             Some(_) => self.pieces.pop_front()?,
             None if self.tail.is_empty() => return None,
-            None => self.tail.split_to(self.tail.len().min(max)).freeze(),
+            None if self.tail.len() <= max => std::mem::take(&mut self.tail).freeze(),
+            None => self.tail.split_to(max).freeze(),
         };
         self.buffered -= taken.len();
         Some(taken)
@@ -253,5 +255,31 @@ impl State {
         put_header(&mut self.control, Kind::Credit, id, 4);
         self.control.put_u32(credit);
         self.effects.write = true;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Bytes, Incoming};
+
+    #[test]
+    fn data_that_was_read_or_discarded_leaves_no_memory() {
+        for discard in [false, true] {
+            let mut incoming = Incoming::new();
+            for _ in 0..100 {
+                incoming.push(Bytes::from_static(&[7; 1000]));
+            }
+            assert!(incoming.tail.capacity() >= 100_000);
+            if discard {
+                assert_eq!(incoming.clear(), 100_000);
+            } else {
+                let mut read = 0;
+                while let Some(piece) = incoming.pop(64 << 10) {
+                    read += piece.len();
+                }
+                assert_eq!(read, 100_000);
+            }
+            assert_eq!((incoming.tail.capacity(), incoming.buffered), (0, 0));
+        }
     }
 }
