@@ -497,7 +497,7 @@ async fn serve(link: &Link, origin: &InPlaceReader) {
             return;
         };
         while tasks.try_join_next().is_some() {}
-        let (origin, hub) = (origin.clone(), hub.clone());
+        let (link, origin, hub) = (link.clone(), origin.clone(), hub.clone());
         tasks.spawn(async move {
             let _turn = turn;
             let mut kind = [0];
@@ -506,7 +506,7 @@ async fn serve(link: &Link, origin: &InPlaceReader) {
                 Ok(Ok(()))
             ) && kind[0] == FETCH
             {
-                fetch::serve(send, recv, &hub, &origin).await;
+                fetch::serve(send, recv, &link, &hub, &origin).await;
             }
         });
     }

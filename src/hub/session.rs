@@ -203,7 +203,7 @@ impl Sessions {
                     return;
                 };
                 let peer = Peer::Site(site.clone());
-                fetch::serve(send, recv, &peer, &self.inner.library).await;
+                fetch::serve(send, recv, link, &peer, &self.inner.library).await;
                 Ok(())
             }
             CONTROL => {

@@ -167,7 +167,7 @@ impl Uploads {
         match kind[0] {
             QUESTION => {}
             FETCH => {
-                fetch::serve(send, recv, &peer, &self.parts().library).await;
+                fetch::serve(send, recv, link, &peer, &self.parts().library).await;
                 return Ok(());
             }
             CONTROL => {

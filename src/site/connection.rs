@@ -209,7 +209,7 @@ impl Connection {
                         let Ok(_turn) = fetches.acquire().await else {
                             return;
                         };
-                        fetch::serve(send, recv, &hub, &this.opened.reader).await;
+                        fetch::serve(send, recv, &link, &hub, &this.opened.reader).await;
                         Ok(())
                     }
                     other => Err(Fault::integrity(format!("a stream of kind {other}"))),

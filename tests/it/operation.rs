@@ -29,7 +29,11 @@ fn hangup_reloads_the_log_filter_the_token_and_the_certificate_and_ends_nothing(
 
     // A filter that cannot be parsed changes nothing, and the daemon goes on.
     let text = std::fs::read_to_string(&hub.config).unwrap();
-    std::fs::write(&hub.config, format!("{text}[log]\nfilter = \"packhorse=nonsense\"\n")).unwrap();
+    std::fs::write(
+        &hub.config,
+        format!("{text}[log]\nfilter = \"packhorse=nonsense\"\n"),
+    )
+    .unwrap();
     hang_up(&hub);
     wait_for_log(&hub, "log.filter: it is not a valid filter");
     std::fs::write(

@@ -37,10 +37,7 @@ fn a_locked_database_delays_nothing_else_and_the_lock_holder_is_named() {
     postgres.let_go(reader);
 
     // A session that prevents changes of the tables delays the labels, and only them.
-    let holder = postgres.hold(
-        "labels",
-        "LOCK TABLE packhorse.annotation IN SHARE MODE",
-    );
+    let holder = postgres.hold("labels", "LOCK TABLE packhorse.annotation IN SHARE MODE");
     let id = hub.deliver(&[&publish("v3", 4)], "chengdu").remove(0);
     let named = |t: &crate::support::daemon::Transfer| {
         t.has_reason(&["sink_unavailable"])

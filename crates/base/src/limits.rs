@@ -18,6 +18,8 @@ pub const MESSAGE_MANIFESTS_MAX: usize = 16;
 pub const MESSAGE_MANIFESTS_BYTES_MAX: usize = 256 << 10;
 /// The number of pushed root manifests that a site keeps until their transfers start.
 pub const PUSHED_MANIFESTS_MAX: usize = 64;
+/// The size of such a root manifest. A larger one is requested.
+pub const PUSHED_ROOT_BYTES_MAX: usize = 256 << 10;
 /// The largest request for chunks.
 pub const FETCH_REQUEST_BYTES_MAX: usize = 64 << 10;
 /// The largest chunk, raw or stored.
@@ -43,6 +45,9 @@ pub const MESSAGE_VALUES_MAX: usize = 80 << 10;
 pub const HUB_MESSAGE_VALUES_MAX: usize = 256 << 10;
 /// A message larger than this is parsed on a blocking thread.
 pub const MESSAGE_BYTES_SMALL: usize = 64 << 10;
+/// How long the answer to a fetch may wait for content while nothing else is sent over its
+/// connection. It ends before the requester closes the connection as silent ([`SILENCE_MAX`]).
+pub const ANSWER_SILENT_MAX: Duration = Duration::from_secs(20);
 /// How long a fetch waits for its own data while the connection carries other data: the time that
 /// the peer may need for the data before it, plus a reserve.
 pub const FETCH_IDLE_MAX: Duration = Duration::from_secs(960);

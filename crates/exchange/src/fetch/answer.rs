@@ -8,21 +8,22 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures::StreamExt;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 
+use super::frames::CHECK_EVERY;
 use super::library::{Child, Library, Opened, nothing_such};
 use super::{PIECES, listed, listed_bytes, pages};
 use crate::wire::{self, PRIORITY_MANIFEST};
-use base::fault::Fault;
+use base::fault::{Fault, Reason, Retry};
 use base::limits::{
-    FETCH_BATCH_BYTES, FETCH_BATCH_CHUNKS_MAX, FETCH_REQUEST_BYTES_MAX, REFUSED_CHUNKS_MAX,
-    SILENCE_MAX,
+    ANSWER_SILENT_MAX, FETCH_BATCH_BYTES, FETCH_BATCH_CHUNKS_MAX, FETCH_REQUEST_BYTES_MAX,
+    REFUSED_CHUNKS_MAX, SILENCE_MAX,
 };
 use base::peer::Peer;
 use content::frame::Frame;
 use content::manifest::ChunkRef;
 use model::protocol::{FetchRequest, Wanted};
-use transport::{RecvHalf, SendHalf};
+use transport::{Link, RecvHalf, SendHalf};
 
 /// Raw bytes that are read from the store for one answer before they are sent.
 pub(super) const ANSWER_BYTES: u64 = 1 << 20;
@@ -30,8 +31,15 @@ pub(super) const ANSWER_BYTES: u64 = 1 << 20;
 pub(super) const WRITE_MAX: Duration = Duration::from_secs(900);
 
 /// Answers one fetch stream; its kind byte was read already.
-pub async fn serve(mut send: SendHalf, mut recv: RecvHalf, peer: &Peer, library: &dyn Library) {
-    if let Err(fault) = answer(&mut send, &mut recv, peer, library).await {
+pub async fn serve(
+    mut send: SendHalf,
+    mut recv: RecvHalf,
+    link: &Link,
+    peer: &Peer,
+    library: &dyn Library,
+) {
+    let silence = Silence::new(link);
+    if let Err(fault) = answer(&mut send, &mut recv, silence, peer, library).await {
         tracing::debug!(%peer, error = %fault, "a fetch was refused");
         match Frame::fault(&fault) {
             Ok(frame) => drop(send.write_bytes(frame.to_bytes()).await),
@@ -50,6 +58,7 @@ pub async fn serve(mut send: SendHalf, mut recv: RecvHalf, peer: &Peer, library:
 async fn answer(
     send: &mut SendHalf,
     recv: &mut RecvHalf,
+    mut silence: Silence<'_>,
     peer: &Peer,
     library: &dyn Library,
 ) -> Result<(), Fault> {
@@ -64,11 +73,11 @@ async fn answer(
     // control messages before all of them.
     request.priority = request.priority.clamp(0, PRIORITY_MANIFEST);
     send.set_priority(request.priority);
-    let opened = library.open(peer, request.digest).await?;
+    let opened = silence.limit(library.open(peer, request.digest)).await?;
     for wanted in &request.wants {
         let children = match wanted {
             Wanted::Root | Wanted::RootAndPages(_) => {
-                let root = opened.root_frame(peer, library).await?;
+                let root = silence.limit(opened.root_frame(peer, library)).await?;
                 let _share = library
                     .share(peer, root.len() as u64, request.priority)
                     .await?;
@@ -88,7 +97,8 @@ async fn answer(
             }
             Wanted::TopPages(ranges) => pick(&listed(&opened.root), ranges)?,
             Wanted::Children { page, ranges } | Wanted::Refused { page, ranges } => {
-                let children = pick(&opened.children(peer, *page, library).await?, ranges)?;
+                let page = silence.limit(opened.children(peer, *page, library)).await?;
+                let children = pick(&page, ranges)?;
                 // Everything that is not a page of the manifest is content.
                 let has_content = children
                     .iter()
@@ -102,7 +112,9 @@ async fn answer(
                             "a fetch request names too many refused chunks",
                         ));
                     }
-                    library.recheck(peer, &opened, &children).await?;
+                    silence
+                        .limit(library.recheck(peer, &opened, &children))
+                        .await?;
                 }
                 children
             }
@@ -125,15 +137,15 @@ async fn answer(
             }
             let (now, later) = children.split_at(count);
             children = later;
-            library.ready(peer, &opened, wanted, now).await?;
+            silence
+                .limit(library.ready(peer, &opened, wanted, now))
+                .await?;
             // Bytes that were read and not yet sent hold a share of the daemon's budget.
             let _share = library.share(peer, bytes, request.priority).await?;
             // Available pieces are written together: QUIC is woken once for all of them.
-            let mut pieces = library
-                .frames(peer, &opened, wanted, now.to_vec(), request.priority)
-                .await?
-                .ready_chunks(PIECES);
-            while let Some(some) = pieces.next().await {
+            let frames = library.frames(peer, &opened, wanted, now.to_vec(), request.priority);
+            let mut pieces = silence.limit(frames).await?.ready_chunks(PIECES);
+            while let Some(some) = silence.limit(async { Ok(pieces.next().await) }).await? {
                 let mut end = None;
                 let mut some: Vec<Bytes> = some
                     .into_iter()
@@ -148,6 +160,46 @@ async fn answer(
         }
     }
     Ok(())
+}
+
+/// How long nothing was sent over the connection of an answer while the answer waited for content:
+/// a site that has it may be connected and send nothing.
+struct Silence<'a> {
+    link: &'a Link,
+    written: u64,
+    since: Instant,
+}
+
+impl<'a> Silence<'a> {
+    fn new(link: &'a Link) -> Self {
+        Self {
+            link,
+            written: link.stream_bytes().0,
+            since: Instant::now(),
+        }
+    }
+
+    /// Ends a wait during which nothing was sent for [`ANSWER_SILENT_MAX`].
+    async fn limit<T>(&mut self, wait: impl Future<Output = Result<T, Fault>>) -> Result<T, Fault> {
+        tokio::pin!(wait);
+        loop {
+            if let Ok(result) = timeout(CHECK_EVERY, &mut wait).await {
+                return result;
+            }
+            let written = self.link.stream_bytes().0;
+            if written != self.written {
+                (self.written, self.since) = (written, Instant::now());
+            } else if self.since.elapsed() >= ANSWER_SILENT_MAX {
+                return Err(Fault::unreachable(format!(
+                    "the requested content did not arrive from its source for {} s",
+                    ANSWER_SILENT_MAX.as_secs()
+                ))
+                .with_next("no action is needed: it is requested again automatically")
+                .with_reason(Reason::WaitingForSource)
+                .with_retry(Retry::Backoff));
+            }
+        }
+    }
 }
 
 pub(super) fn reads_nothing(peer: &Peer) -> Fault {

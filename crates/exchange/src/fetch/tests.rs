@@ -2,8 +2,10 @@ use tokio::time::Instant;
 
 use super::frames::CHECK_EVERY;
 use super::*;
+use base::budget::Share;
 use base::fault::{Code, Reason};
 use base::limits::SILENCE_MAX;
+use base::peer::Peer;
 use content::chunk::Hash;
 use content::frame::Verified;
 use transport::Transport;
@@ -127,4 +129,54 @@ async fn a_connection_without_progress_is_closed_although_it_responds() {
         ask_and_get_a_part(part),
         ask_on_a_busy_line(busy)
     );
+}
+
+/// A library whose content does not arrive: its source is connected and sends nothing of use.
+struct Waiting;
+
+#[async_trait::async_trait]
+impl Library for Waiting {
+    async fn open(&self, _: &Peer, _: Digest) -> Result<Arc<Opened>, Fault> {
+        std::future::pending().await
+    }
+
+    async fn share(&self, _: &Peer, _: u64, _: i32) -> Result<Share, Fault> {
+        unreachable!("nothing is opened")
+    }
+
+    async fn page(&self, _: &Opened, _: Hash) -> Result<Bytes, Fault> {
+        unreachable!("nothing is opened")
+    }
+
+    async fn frames(
+        &self,
+        _: &Peer,
+        _: &Arc<Opened>,
+        _: &Wanted,
+        _: Vec<Child>,
+        _: i32,
+    ) -> Result<Pieces, Fault> {
+        unreachable!("nothing is opened")
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_answer_that_waits_for_its_source_ends_before_the_connection_is_closed() {
+    let hub = Hub::start();
+    for transport in [Transport::Quic, Transport::Tcp] {
+        let (site, hub) = hub.connect(transport).await;
+        let serve = async {
+            let (send, mut recv) = hub.accept().await.unwrap();
+            recv.read_exact(&mut [0]).await.unwrap();
+            let peer = Peer::Site("east".parse().unwrap());
+            serve(send, recv, &hub, &peer, &Waiting).await;
+        };
+        let fetcher = fetcher(&site);
+        let (answer, ()) = tokio::join!(fetcher.root(), serve);
+        assert_eq!(answer.unwrap_err().reason, Reason::WaitingForSource);
+        assert!(
+            !site.is_closed(),
+            "{transport:?}: the connection serves others"
+        );
+    }
 }

@@ -14,7 +14,7 @@ use super::{Counters, Runner};
 use crate::fetch::take_manifest;
 use base::blocking::blocking;
 use base::fault::Fault;
-use base::limits::PUSHED_MANIFESTS_MAX;
+use base::limits::{PUSHED_MANIFESTS_MAX, PUSHED_ROOT_BYTES_MAX};
 use content::manifest::{Digest, Root};
 use model::protocol::PushedManifest;
 
@@ -30,7 +30,12 @@ impl Runner {
                 let frames = BASE64
                     .decode(frames.as_str())
                     .map_err(|e| Fault::integrity(format!("base64: {e}")))?;
-                take_manifest(frames.into(), digest, &store)
+                let root = take_manifest(frames.into(), digest, &store)?;
+                // A few compressed bytes may be a large manifest, and many of them are kept.
+                match root.to_bytes().len() <= PUSHED_ROOT_BYTES_MAX {
+                    true => Ok(root),
+                    false => Err(Fault::integrity("it is too large to be pushed")),
+                }
             });
             match taken.await {
                 Ok(root) => {
