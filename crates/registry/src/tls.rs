@@ -76,9 +76,12 @@ impl ServerCertVerifier for Listed {
         };
         match error {
             // The verifier checks the validity first, then that the certificate is not one of an
-            // authority (`Other`), then its issuer. A certificate that is listed needs no issuer.
+            // authority (`Other`), then its issuer, which another certificate may have the name of
+            // (`BadSignature`). A certificate that is listed needs no issuer.
             rustls::Error::InvalidCertificate(
-                CertificateError::Other(_) | CertificateError::UnknownIssuer,
+                CertificateError::Other(_)
+                | CertificateError::UnknownIssuer
+                | CertificateError::BadSignature,
             ) => {
                 verify_server_name(&ParsedCertificate::try_from(end_entity)?, server_name)?;
                 Ok(ServerCertVerified::assertion())

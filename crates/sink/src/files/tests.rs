@@ -2,6 +2,7 @@
 
 use std::fs::File;
 
+use super::root::Root as DaemonRoot;
 use super::versions::is_same_entry;
 use super::*;
 use base::fault::{Reason, Retry};
@@ -423,7 +424,7 @@ fn a_damaged_name_of_the_daemon_is_replaced() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("sink-files-owner");
     let owner = || {
-        let root = super::root::Root::new(dir.path().join("nas"), true, dir.path()).unwrap();
+        let root = DaemonRoot::new(dir.path().join("nas"), true, dir.path()).unwrap();
         root.owner().to_owned()
     };
     let first = owner();

@@ -421,7 +421,7 @@ mod tests {
         assert_eq!(fs::read(series.join("v1/sub/a")).unwrap(), b"one");
         assert_eq!(fs::read_dir(series.join("v1/sub")).unwrap().count(), 1);
 
-        sink.remove(&one.artifact).await.unwrap();
+        sink.remove(&one.artifact, None).await.unwrap();
         assert!(!series.join("v1").exists());
         let names: Vec<_> = fs::read_dir(&series).unwrap().flatten().collect();
         assert!(names.is_empty(), "{names:?}");
