@@ -435,7 +435,7 @@ fn a_damaged_name_of_the_daemon_is_replaced() {
         b"../../../etc",
         b"0123456789ABCDEF",
     ] {
-        std::fs::write(&file, damaged).unwrap();
+        durable::replace(&file, damaged).unwrap();
         let new = owner();
         assert!(new.len() == 16 && new != first, "{new}");
         assert_eq!(owner(), new);

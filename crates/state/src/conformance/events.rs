@@ -283,7 +283,7 @@ pub(crate) async fn an_event_keeps_what_its_subject_was_like(catalogue: Catalogu
     assert!(states.contains(&State::Planning) && states.last() == Some(&State::Done));
     assert!(then.is_sorted_by_key(|row| row.cursor) && then.iter().all(|row| row.id == *id));
     assert_eq!(then.last(), Some(&now));
-    let newest = of("transfer").last().unwrap();
+    let newest = of("transfer").next_back().unwrap();
     assert!(newest.is_newest_of(&now) && !of("transfer").next().unwrap().is_newest_of(&now));
     let now = catalogue.artifact(&name).await.unwrap();
     let pinned: Vec<bool> = of("artifact")
