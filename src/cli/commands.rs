@@ -520,8 +520,8 @@ pub(super) async fn export_labels(
         format,
         out: absolute(out)?,
     };
-    let result = work(global, "/v1/labels/export", &request).await?;
-    one(global.output, &result, value_text)
+    let exported = job(global, "/v1/labels/export", &request).await?;
+    one(global.output, &with_notes(exported), value_text)
 }
 
 /// `import`
@@ -553,12 +553,17 @@ pub(super) async fn adopt(global: &Global) -> Result<(), Fault> {
 
 /// `gc`
 pub(super) async fn gc(global: &Global) -> Result<(), Fault> {
-    let Job { result, notes, .. } = job(global, "/v1/gc", &json!({})).await?;
+    let collected = job(global, "/v1/gc", &json!({})).await?;
+    one(global.output, &with_notes(collected), value_text)
+}
+
+/// The result of a job, and its notes if it has any.
+fn with_notes(Job { result, notes, .. }: Job) -> Value {
     let mut result = result.unwrap_or_default();
     if let Some(fields) = result.as_object_mut().filter(|_| !notes.is_empty()) {
         fields.insert("notes".into(), notes.into());
     }
-    one(global.output, &result, value_text)
+    result
 }
 
 /// `store rebuild-index`

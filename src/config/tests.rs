@@ -256,7 +256,10 @@ fn hub_and_site_say_alike_who_may_have_what_is_published() {
 #[test]
 fn a_site_says_how_often_it_reads_delivered_files_again() {
     let scrub = |text: &str| parse(&format!("{SITE}{text}"), "x").unwrap().scrub;
-    let (default, none) = (scrub(""), scrub("[scrub]\nevery = \"0s\"\nrate = \"0\"\n"));
+    let (default, none) = (
+        scrub(""),
+        scrub("[scrub]\nevery = \"0s\"\nrate = \"0MiB\"\n"),
+    );
     assert_eq!(default.every, Duration::from_secs(7 * 24 * 3600));
     assert_eq!(default.rate, 16 << 20);
     assert_eq!((none.every, none.rate), (Duration::ZERO, 0));

@@ -426,7 +426,7 @@ mod tests {
                 let (send, mut recv) = link.accept().await.unwrap();
                 recv.read_exact(&mut [0]).await.unwrap();
                 let west = Peer::Site("west".parse().unwrap());
-                exchange::fetch::serve(send, recv, &link, &west, there.hub.inner.uploads.library())
+                exchange::fetch::serve(send, recv, link, &west, there.hub.inner.uploads.library())
                     .await;
             }
             // The next request is answered with bytes that are not a frame.

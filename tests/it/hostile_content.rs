@@ -98,7 +98,10 @@ fn the_hub_refuses_malformed_manifests() {
         for refused in [offer, upload] {
             let fault = refused.expect_err(name);
             assert!(
-                fault.contains("\"integrity\"") && fault.contains(&format!("dataset/{name}:1: ")),
+                fault.contains("\"integrity\"")
+                    && (fault.contains(&format!("dataset/{name}:1: "))
+                        // A manifest of too many values is not examined.
+                        || *name == "often" && fault.contains("values; 16384 are allowed")),
                 "{name}: {fault}"
             );
         }

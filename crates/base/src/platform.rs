@@ -27,7 +27,7 @@ impl FromStr for Platform {
             word.len() <= 32
                 && word
                     .bytes()
-                    .all(|b| b.is_ascii_alphanumeric() || b == b'.' || b == b'-')
+                    .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-' | b'_'))
         };
         let words = [os, architecture, variant];
         if os.is_empty() || architecture.is_empty() || !words.into_iter().all(is_word) {

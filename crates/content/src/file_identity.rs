@@ -102,6 +102,7 @@ mod tests {
         let (path, other) = (dir.path().join("a"), dir.path().join("b"));
         let put = |path: &Path| fs::File::create(path).unwrap().write_all(b"one").unwrap();
         put(&path);
+        wait_for_file_clock();
         put(&other);
         let identity = || {
             FileIdentity::new(

@@ -221,6 +221,10 @@ impl Sink for FilesSink {
         self.mount().fixed_modes
     }
 
+    fn fixed_times(&self) -> bool {
+        self.mount().fixed_times
+    }
+
     fn shares_files(&self) -> bool {
         !self.probed().no_sharing
     }

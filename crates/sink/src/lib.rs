@@ -159,6 +159,11 @@ pub trait Sink: Send + Sync {
         false
     }
 
+    /// Whether modification times cannot be set in the staging directory.
+    fn fixed_times(&self) -> bool {
+        false
+    }
+
     /// Whether a file of an earlier version can become part of a new one without a copy. May block.
     fn shares_files(&self) -> bool {
         true

@@ -85,6 +85,8 @@ pub struct Stage {
     syncs_filesystem: bool,
     /// Whether permission bits cannot be changed here.
     fixed_modes: bool,
+    /// Modification times cannot be set, and do not matter.
+    fixed_times: bool,
 }
 
 /// The directory of the staging directories, held open: a later mount or unmount does not affect
@@ -194,6 +196,7 @@ impl Stage {
             preallocates: kind != TMPFS,
             syncs_filesystem,
             fixed_modes: false,
+            fixed_times: false,
         })
     }
 
@@ -201,6 +204,14 @@ impl Stage {
     pub fn with_fixed_modes(self, fixed_modes: bool) -> Self {
         Self {
             fixed_modes,
+            ..self
+        }
+    }
+
+    /// The same directory on a filesystem where modification times cannot be set.
+    pub fn with_fixed_times(self, fixed_times: bool) -> Self {
+        Self {
+            fixed_times,
             ..self
         }
     }
@@ -354,7 +365,7 @@ impl Stage {
         let stat = rustix::fs::fstat(source).map_err(|e| sink_fault(from.display(), e))?;
         // If modes are fixed, a copy would get the same mode as the link has.
         let is_other_mode = stat.st_mode & 0o7777 != wanted.mode && !self.fixed_modes;
-        if !link || is_other_mode || !wanted.has_attributes(source, &stat) {
+        if !link || is_other_mode || !wanted.has_attributes(source, &stat, self.fixed_times) {
             return self.copy_within(source, path, &stat);
         }
         let link_now = || {

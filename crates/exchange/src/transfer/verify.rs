@@ -259,7 +259,10 @@ pub(super) async fn look(
                 }
                 EntryBody::File(_) => {
                     // A published time may be later than the arrival.
-                    let published = entry.attributes.modified;
+                    let published = entry
+                        .attributes
+                        .modified
+                        .filter(|time| Some(time.system_time()) > committed);
                     let since =
                         meta.modified()
                             .ok()

@@ -3,6 +3,7 @@
 use std::io::Read;
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::Path;
+use std::time::{Duration, SystemTime};
 
 use crate::Folding;
 use base::durable;
@@ -23,6 +24,8 @@ pub struct Mount {
     /// Permission bits cannot be changed (SMB, FAT, some FUSE); files keep those that the mount
     /// assigns.
     pub fixed_modes: bool,
+    /// Modification times cannot be set (some FUSE); files keep the time at which they were written.
+    pub fixed_times: bool,
     /// Two names cannot share one file, neither by a hard link nor by a reflink (FAT, some SMB and
     /// FUSE): each version has its own copy of every file.
     pub no_sharing: bool,
@@ -45,6 +48,7 @@ impl Mount {
             },
             no_links: std::os::unix::fs::symlink("Case", folder.join("link")).is_err(),
             fixed_modes: !takes_modes(&folder.join("mode"))?,
+            fixed_times: !takes_times(&folder.join("mode"))?,
             no_sharing: !can_share(&folder.join("mode"), folder),
         };
         // A rejection only counts if the filesystem still works, so check that it is not full or
@@ -66,6 +70,17 @@ fn takes_modes(path: &Path) -> Result<bool, Fault> {
     durable::close(file).at(what())?;
     let set = std::fs::set_permissions(path, PermissionsExt::from_mode(0o604));
     Ok(set.is_ok() && std::fs::metadata(path).at(what())?.permissions().mode() & 0o777 == 0o604)
+}
+
+fn takes_times(path: &Path) -> Result<bool, Fault> {
+    const EARLIER: Duration = Duration::from_secs(1_000_000_000);
+    let what = || format!("create {}", path.display());
+    let file = std::fs::File::options().write(true).open(path).at(what())?;
+    let set = file.set_modified(SystemTime::UNIX_EPOCH + EARLIER);
+    durable::close(file).at(what())?;
+    // Some filesystems report success and change nothing.
+    let stored = std::fs::metadata(path).at(what())?.modified().at(what())?;
+    Ok(set.is_ok() && stored == SystemTime::UNIX_EPOCH + EARLIER)
 }
 
 /// Whether a file can get a second name, or share its blocks with another file. A filesystem may

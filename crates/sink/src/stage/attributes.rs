@@ -31,12 +31,18 @@ pub struct Wanted {
 }
 
 impl Wanted {
-    /// Whether a file has these attributes. Further ones do not matter.
-    pub(super) fn has_attributes(&self, file: &File, stat: &rustix::fs::Stat) -> bool {
+    /// Whether a file has these attributes. Further ones do not matter, nor does the time where none
+    /// can be set.
+    pub(super) fn has_attributes(
+        &self,
+        file: &File,
+        stat: &rustix::fs::Stat,
+        fixed_times: bool,
+    ) -> bool {
         let Attributes {
             modified, xattrs, ..
         } = &self.attributes;
-        let same_time = modified.is_none_or(|time| is_time_of(stat, time));
+        let same_time = fixed_times || modified.is_none_or(|time| is_time_of(stat, time));
         if !same_time || xattrs.is_empty() {
             return same_time;
         }
@@ -56,7 +62,7 @@ impl Stage {
         let stat = statat(self.dir.as_fd(), path.as_str(), AtFlags::SYMLINK_NOFOLLOW)
             .map_err(|e| sink_fault(what(), e))?;
         // The file may belong to an earlier version too: its time does not change without need.
-        if is_time_of(&stat, time) {
+        if self.fixed_times || is_time_of(&stat, time) {
             return Ok(true);
         }
         let (seconds, nanoseconds) = time.parts();

@@ -67,7 +67,8 @@ impl Assembly {
         }
         let stage = root
             .stage(&self.incoming.transfer)?
-            .with_fixed_modes(self.sink.fixed_modes());
+            .with_fixed_modes(self.sink.fixed_modes())
+            .with_fixed_times(self.sink.fixed_times());
         let (digest, transfer) = (
             self.incoming.digest,
             Some(self.incoming.transfer.to_string()),
