@@ -300,6 +300,9 @@ struct Reading<'a, 'b> {
     waiting_bytes: usize,
     entries: u64,
     built: u64,
+    /// The source checked the files before they are read here, as an image's blobs: what is read
+    /// must be what was checked, and not only the same for the whole time.
+    checked_before: bool,
 }
 
 #[expect(clippy::too_many_arguments, reason = "all of it goes into one struct")]
@@ -333,6 +336,7 @@ fn read_all(
         waiting_bytes: 0,
         entries: 0,
         built: 0,
+        checked_before: kind == Kind::Image,
     };
     while let Some(entry) = source.next()? {
         reading.read(entry, source)?;
@@ -413,6 +417,7 @@ impl Reading<'_, '_> {
             let now = match identity.compare()? {
                 Comparison::Same => return Ok(()),
                 Comparison::Changed => break,
+                Comparison::Suspect(_) if self.checked_before => break,
                 Comparison::Suspect(now) => now,
             };
             let (size, offset) = match body {

@@ -202,7 +202,8 @@ pub fn path_on_disk(text: &str, encoding: &str) -> Result<PathBuf, Fault> {
         path = if fs::symlink_metadata(&plain).is_ok() {
             plain
         } else {
-            path.join(OsStr::from_bytes(&encoding.encode(name).0))
+            let (encoded, ..) = encoding.encode(name);
+            path.join(OsStr::from_bytes(&encoded))
         };
     }
     Ok(path)

@@ -20,6 +20,8 @@ mod addresses;
 mod bbr;
 mod congestion;
 mod dial;
+#[cfg(test)]
+mod emulation;
 mod hello;
 pub mod identity;
 mod listen;

@@ -60,7 +60,11 @@ fn packet_bytes_max(remote: SocketAddr) -> u16 {
 }
 
 /// The settings of a connection on whose path packets of `largest` bytes are tried.
-fn transport(choice: &Choice, largest: u16, window: u64) -> Result<Arc<TransportConfig>, Fault> {
+pub(super) fn transport(
+    choice: &Choice,
+    largest: u16,
+    window: u64,
+) -> Result<Arc<TransportConfig>, Fault> {
     let step = if largest == CONNECTION_PACKET_BYTES_MAX {
         PACKET_BYTES_LARGE_STEP
     } else {

@@ -164,7 +164,7 @@ impl FilesSink {
         }
         let series = self.series(&incoming.artifact);
         let own = format!(".packhorse-{}-", self.root.owner());
-        let near = series.join(format!("{own}{}", incoming.transfer));
+        let near = series.join(format!("{own}{:08x}", rand::random::<u32>()));
         self.copying.lock().insert(near.clone());
         let placed = || {
             // What an attempt left that a crash ended, of this and of other versions.

@@ -1,0 +1,155 @@
+//! The congestion control on emulated paths.
+//!
+//! `PACKHORSE_EMULATION=1 cargo test -p transport emulation -- --nocapture` prints the complete
+//! matrix of links and all bulk transfers.
+
+use std::time::Duration;
+
+use super::{Emulation, Line, PACKET, Settings};
+use crate::Congestion;
+use crate::congestion::Choice;
+use crate::quic;
+use base::limits::{CONNECTION_WINDOW_BYTES, CONNECTION_WINDOW_WANTED_BYTES_MAX};
+
+const KIB: u64 = 1 << 10;
+const MIB: u64 = 1 << 20;
+
+fn settings() -> (Settings, Settings) {
+    let choice = Choice::new(Congestion::Auto);
+    let of = |window| quic::transport(&choice, PACKET, window).unwrap();
+    (
+        of(CONNECTION_WINDOW_WANTED_BYTES_MAX),
+        of(CONNECTION_WINDOW_BYTES.into()),
+    )
+}
+
+fn connected(down: &Line, up: &Line) -> Emulation {
+    let mut path = Emulation::new(down.clone(), up.clone());
+    let (hub, site) = settings();
+    path.connect(hub, site);
+    path.run_for(Duration::from_secs(2));
+    path
+}
+
+/// One delivery: the share of packets from the hub that were dropped, and its time as a part of
+/// the time allowed: 1.25 times its bytes by the rate and three round trips.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct Delivery {
+    dropped: f64,
+    time: f64,
+}
+
+/// Artifacts of 900 KiB, one after another on one connection.
+fn deliveries(line: &Line, count: usize) -> Vec<Delivery> {
+    const BYTES: u64 = 900 * KIB;
+    let mut path = connected(line, line);
+    let ideal = BYTES as f64 * 8.0 / line.rate as f64 + 6.0 * line.delay.as_secs_f64();
+    (0..count)
+        .map(|_| {
+            let before = path.seen(0);
+            let took = path.deliver(0, BYTES, Duration::from_secs(300)).unwrap();
+            path.run_for(Duration::from_secs(2));
+            Delivery {
+                dropped: (path.seen(0) - before).dropped_share(),
+                time: took.as_secs_f64() / ideal / 1.25,
+            }
+        })
+        .collect()
+}
+
+/// Fetches many answers of 1 MiB for this time after a warm-up. Returns the used part of the rate,
+/// and the share of packets that the queue or the policer dropped.
+fn bulk(path: &mut Emulation, rate: u64, warm_up: u64, seconds: u64) -> (f64, f64) {
+    path.fetch(0, 10_000, MIB, 60);
+    path.run_for(Duration::from_secs(warm_up));
+    let (before, fetched) = (path.seen(0), path.fetched(0));
+    path.run_for(Duration::from_secs(seconds));
+    let bytes = path.fetched(0) - fetched;
+    (
+        bytes as f64 * 8.0 / seconds as f64 / rate as f64,
+        (path.seen(0) - before).dropped_share(),
+    )
+}
+
+#[test]
+fn an_emulation_has_the_same_result_each_time() {
+    let line = Line::new(10_000, 100, 100).lossy(0.01);
+    let first = deliveries(&line, 2);
+    assert_eq!(deliveries(&line, 2), first);
+    assert!(first.iter().all(|d| d.time > 0.3), "{first:?}");
+}
+
+#[test]
+fn a_long_connection_is_used() {
+    for (line, least) in [
+        (Line::new(200_000, 100, 100), 0.85),
+        (Line::new(200_000, 100, 100).lossy(0.01), 0.8),
+        (Line::new(20_000, 40, 100).lossy(0.1), 0.7),
+        (Line::new(64, 200, 2000), 0.8),
+    ] {
+        let mut path = connected(&line, &line);
+        let seconds = if line.rate < 1_000_000 { 100 } else { 10 };
+        let (used, _) = bulk(&mut path, line.rate, 0, seconds);
+        assert!(used >= least, "{line:?}: {used}");
+    }
+}
+
+#[test]
+fn the_complete_matrix_is_printed_on_request() {
+    if std::env::var_os("PACKHORSE_EMULATION").is_none() {
+        return;
+    }
+    for kbit in [250, 2_000, 10_000, 50_000, 200_000, 1_000_000] {
+        for round_trip in [10, 100, 300] {
+            for queue in [20, 100] {
+                let all = deliveries(&Line::new(kbit, round_trip, queue), 4);
+                let later = all[1..].iter().map(|d| d.dropped).fold(0.0, f64::max);
+                let times: Vec<u64> = all.iter().map(|d| (d.time * 100.0) as u64).collect();
+                println!(
+                    "{:>5} Mbit/s {round_trip:>3} ms queue {queue:>3} ms: dropped {:>5.1} %, then {:>5.1} %; time of allowed {times:?} %",
+                    kbit as f64 / 1000.0,
+                    all[0].dropped * 100.0,
+                    later * 100.0,
+                );
+            }
+        }
+    }
+    let policed = |bits, burst| Line {
+        police: Some((bits, burst)),
+        ..Line::new(40_000, 30, 150)
+    };
+    let reordered = Line {
+        loss: 0.03,
+        duplicates: 0.05,
+        reorder: 0.1,
+        reorder_by: Duration::from_millis(15),
+        ..Line::new(20_000, 40, 100)
+    };
+    let w9 = Line::new(200_000, 100, 100);
+    let satellite = Line::new(2000, 800, 500).lossy(0.01);
+    let (down, up) = (Line::new(8_000, 60, 500), Line::new(64, 60, 500));
+    for (name, down, up, warm_up, seconds) in [
+        ("200 Mbit/s 100 ms", &w9, &w9, 0, 10),
+        ("8 Mbit/s down, 64 kbit/s up", &down, &up, 0, 20),
+        ("satellite", &satellite, &satellite, 0, 40),
+        (
+            "reordering, loss, duplicates",
+            &reordered,
+            &reordered,
+            0,
+            10,
+        ),
+        ("policer 1 Mbit/s", &policed(1_000_000, 20), &w9, 10, 30),
+        ("policer 512 kbit/s", &policed(512_000, 20), &w9, 10, 30),
+        ("policer 256 kbit/s", &policed(256_000, 10), &w9, 10, 30),
+    ] {
+        let mut path = connected(down, up);
+        let rate = down.police.map_or(down.rate, |(rate, _)| rate);
+        let (used, dropped) = bulk(&mut path, rate, warm_up, seconds);
+        println!(
+            "{name:>28}: {:>5.1} % used, {:>5.1} % dropped",
+            used * 100.0,
+            dropped * 100.0
+        );
+    }
+}
