@@ -66,6 +66,8 @@ pub struct FilesSink {
     heartbeat: Heartbeat,
     /// Versions that are copied to another mount now.
     copying: Arc<Mutex<HashSet<PathBuf>>>,
+    /// Held while `CURRENT` is compared and switched: two versions may be committed at once.
+    switching: Arc<Mutex<()>>,
 }
 
 impl FilesSink {
@@ -103,6 +105,7 @@ impl FilesSink {
             threads: Threads::new("sink files", SINK_THREADS_MAX),
             heartbeat: Heartbeat::default(),
             copying: Arc::default(),
+            switching: Arc::default(),
         };
         if !sink.root.is_known() {
             // Mark a root that exists at the first start now; later it could be an empty mount

@@ -150,6 +150,7 @@ impl FilesSink {
             // An earlier attempt may have renamed the version and stopped before this step.
             durable::sync_dir(&self.series(artifact))?;
         }
+        let _switching = self.switching.lock();
         if self.is_newest(artifact)? {
             self.set_current(artifact)?;
         }
