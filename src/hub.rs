@@ -25,6 +25,7 @@ mod upload;
 
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use async_trait::async_trait;
@@ -45,6 +46,7 @@ use base::peer::Peer;
 use base::tally::Tally;
 use base::workers::{Pace, Worker, Workers};
 use content::chunk::ShortHash;
+use content::manifest::FORMAT_MAX;
 use content::store::Store;
 use state::Catalogue;
 use transport::identity::{Claim, HubIdentity, Redeemer};
@@ -141,6 +143,7 @@ impl Hub {
         let dir = config.data_dir.join("store");
         let store = blocking(move || Store::open(&dir)).await?;
         let workers = Workers::new(stop.clone());
+        let manifest_format = catalogue.manifest_format().await?.unwrap_or(FORMAT_MAX);
         let listener = Listener::bind(
             config.listen.quic,
             identity.clone(),
@@ -148,6 +151,9 @@ impl Hub {
             config.limits.memory / 2,
             &workers,
         )?;
+        listener
+            .manifest_format()
+            .store(manifest_format, Ordering::Relaxed);
         tracing::info!(name = %config.name, line = %listener.local_addr(), api = %config.listen.api, data = %config.data_dir.display(), "the hub is ready");
         let (tasks, links) = (TaskTracker::new(), Links::default());
         let budgets = Arc::new(PeerBudgets::new(config.limits.memory));
@@ -194,6 +200,7 @@ impl Hub {
         });
         let sessions = Sessions::new(SessionParts {
             data_dir: config.data_dir.clone(),
+            manifest_format: listener.manifest_format(),
             catalogue: catalogue.clone(),
             store: store.clone(),
             identity: identity.clone(),

@@ -17,7 +17,9 @@ use base::job_progress::JobProgress;
 use base::names::{ArtifactRef, Kind, RelPath};
 use base::omitted::Omitted;
 use content::ingest::Ingested;
-use content::manifest::{DatasetBinding, EntryBody, FileInfo, Root, Step, Walk, same_but_times};
+use content::manifest::{
+    DatasetBinding, EntryBody, FORMAT_MAX, FileInfo, Root, Step, Walk, same_but_times,
+};
 use content::store::Store;
 use exchange::in_place::InPlace;
 use registry::reference::{check_repository, check_tag};
@@ -186,6 +188,8 @@ pub async fn dataset_of(
 pub struct Access {
     /// The sources of a site other than paths.
     pub site: Option<AtSite>,
+    /// The newest format of manifests that all receivers read.
+    format: u32,
     /// The paths that are never a source.
     own: Arc<Own>,
     /// The bytes that a layer of an image may have after decompression; `None`: the default.
@@ -196,10 +200,11 @@ pub struct Access {
 }
 
 impl Access {
-    /// The access of a daemon.
-    pub fn of_daemon(config: &Config, site: Option<AtSite>) -> Self {
+    /// The access of a daemon. `format`: the newest format of manifests that all receivers read.
+    pub fn of_daemon(config: &Config, site: Option<AtSite>, format: u32) -> Self {
         Self {
             site,
+            format,
             own: Arc::new(config.own()),
             image_unpacked: Some(config.limits.image_unpacked),
             registries: Some(config.registry.clone()),
@@ -207,13 +212,26 @@ impl Access {
     }
 
     /// The access of a process with this state folder, which reads what its user may read.
-    pub fn of_user(state: &Path) -> Self {
+    /// `format`: the newest format of manifests that all receivers read.
+    pub fn of_user(state: &Path, format: u32) -> Self {
         Self {
             site: None,
+            format,
             own: Arc::new(Own::of_state(state)),
             image_unpacked: None,
             registries: None,
         }
+    }
+
+    /// Whether the modification times of files are kept in the manifest.
+    fn keeps_times(&self, options: &SourceOptions) -> bool {
+        !options.no_times && self.format >= FORMAT_MAX
+    }
+
+    /// The note of a publish whose times are not kept although nobody asked for that.
+    pub fn note(&self, kind: Kind, options: &SourceOptions) -> Option<String> {
+        (kind.is_files() && !options.no_times && !self.keeps_times(options))
+            .then(|| TIMES_NOT_KEPT.to_owned())
     }
 
     /// The same with the sources of a site.
@@ -412,7 +430,7 @@ pub fn open(
                 copy_links: options.copy_links,
                 settle: options.settle_seconds.map(Duration::from_secs),
                 name_encoding: options.name_encoding.clone(),
-                times: !options.no_times,
+                times: access.keeps_times(options),
                 xattrs: options.xattrs,
                 hard_links: options.hard_links,
                 job: Some(scratch.progress.clone()),
@@ -581,6 +599,8 @@ pub async fn as_published(
 
 /// The note of such a publish.
 pub const TIMES_DIFFER: &str = "the content was published before; the modification times differ, and those of the first publish stay";
+
+const TIMES_NOT_KEPT: &str = "the modification times are not kept: the hub or one of its sites runs a version that cannot read them";
 
 /// The dataset of labels; its files are streamed from the manifest in the store.
 pub fn bind(binding: DatasetBinding, root: Root, store: Store) -> BoundDataset {

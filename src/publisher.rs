@@ -116,14 +116,15 @@ pub async fn publish(asked: Asked, progress: Arc<JobProgress>) -> Result<Uploade
         wire: 0,
         link: None,
     };
-    publisher.line().await.map_err(given_up)?;
+    let format = publisher.line().await.map_err(given_up)?.manifest_format();
 
     let work = blocking(move || Work::take(&dir)).await?;
     progress.doing(format!("reading {}", asked.source));
+    let access = Access::of_user(&asked.state, format);
     let found = {
         let (source, progress, folder) = (asked.clone(), progress.clone(), work.folder.clone());
-        let runtime = tokio::runtime::Handle::current();
-        let reading = blocking(move || read(&source, &folder, &progress, &runtime)).await;
+        let (runtime, access) = (tokio::runtime::Handle::current(), access.clone());
+        let reading = blocking(move || read(&source, &access, &folder, &progress, &runtime)).await;
         reading.map_err(|fault| {
             fault
                 .of_publish()
@@ -148,10 +149,13 @@ pub async fn publish(asked: Asked, progress: Arc<JobProgress>) -> Result<Uploade
     // An older hub does not say what was left out.
     let omitted = found.omitted.list();
     drop((found.origin, work));
+    let published = published.map_err(given_up)?;
+    let times = access.note(asked.artifact.kind, &asked.options);
     Ok(Uploaded {
         published: Published {
             omitted,
-            ..published.map_err(given_up)?
+            note: published.note.clone().or(times),
+            ..published
         },
         wire: publisher.wire,
     })
@@ -238,6 +242,7 @@ fn no_publisher(hub: &str, dir: &Path) -> Fault {
 /// Reads the source: stores its manifest, and records where its content is. Blocks.
 fn read(
     asked: &Asked,
+    access: &Access,
     folder: &Path,
     progress: &Arc<JobProgress>,
     runtime: &tokio::runtime::Handle,
@@ -256,14 +261,13 @@ fn read(
         MEMORY_TO_READ,
     );
     let base = open_source::base_of(kind, &asked.source, &asked.options, None)?;
-    let access = Access::of_user(&asked.state);
     let found = open_source::in_scratch(&folder.with_extension("scratch"), progress, |scratch| {
         let mut source = open_source::open(
             kind,
             &asked.source,
             &asked.options,
             None,
-            &access,
+            access,
             scratch,
             runtime,
         )?;

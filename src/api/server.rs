@@ -84,6 +84,7 @@ impl Server {
     /// Accepts connections over TCP, without end.
     pub(super) async fn accept_tcp(self: &Arc<Self>, listener: &TcpListener) {
         loop {
+            self.tcp.ready().await;
             let (stream, peer) = match listener.accept().await {
                 Ok(accepted) => accepted,
                 Err(error) => {
@@ -113,6 +114,7 @@ impl Server {
             return std::future::pending().await;
         };
         loop {
+            self.local.ready().await;
             let stream = match socket.accept().await {
                 Ok(stream) => stream,
                 Err(error) => {

@@ -29,7 +29,7 @@ use base::limits::ROOM_AWAITED_MAX;
 use base::names::ArtifactRef;
 use content::bundle::{self, Member};
 use content::ingest::{self, Ingested};
-use content::manifest::{DatasetBinding, Root};
+use content::manifest::{DatasetBinding, FORMAT_MAX, Root};
 use content::store::Store;
 use model::actor::Actor;
 use model::run;
@@ -181,7 +181,7 @@ impl HubJobs {
             self.read_in(&artifact, &request, dataset.clone(), &progress)
         });
         let (leased, mut ingested) = read.await?;
-        let mut note = None;
+        let mut note = self.access().await?.note(artifact.kind, &request.options);
         if let Some(root) =
             open_source::as_published(&inner.catalogue, &leased, &artifact, &ingested.root).await?
         {
@@ -236,6 +236,17 @@ impl HubJobs {
         })
     }
 
+    /// The access of a publish at this hub.
+    async fn access(&self) -> Result<Access, Fault> {
+        let parts = &*self.parts;
+        let format = parts.catalogue.manifest_format().await?;
+        Ok(Access::of_daemon(
+            &parts.config,
+            None,
+            format.unwrap_or(FORMAT_MAX),
+        ))
+    }
+
     /// Reads a source into the store. No garbage collection removes its content until the returned
     /// store, which holds a lease, is dropped.
     async fn read_in(
@@ -254,7 +265,7 @@ impl HubJobs {
             request.source.clone(),
             artifact.kind,
         );
-        let (watched, config) = (progress.clone(), inner.config.clone());
+        let (watched, access) = (progress.clone(), self.access().await?);
         let ingested = open_source::with_scratch(
             &inner.config.data_dir,
             &request.source,
@@ -262,7 +273,6 @@ impl HubJobs {
             move |scratch, runtime| {
                 let dataset =
                     dataset.map(|(binding, root)| open_source::bind(binding, root, store.clone()));
-                let access = Access::of_daemon(&config, None);
                 let mut source =
                     open_source::open(kind, &text, &options, dataset, &access, scratch, runtime)?;
                 open_source::read(source.as_mut(), &options, |source| {

@@ -12,7 +12,7 @@ mod questions;
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use parking_lot::Mutex;
 use tokio::sync::Semaphore;
@@ -66,6 +66,8 @@ pub(super) struct SessionParts {
     pub(super) store: Store,
     pub(super) identity: Arc<HubIdentity>,
     pub(super) links: Links,
+    /// The newest format of manifests that the listener announces to peers.
+    pub(super) manifest_format: Arc<AtomicU32>,
     pub(super) entitlement: Entitlement,
     pub(super) budgets: Arc<PeerBudgets>,
     pub(super) library: HubLibrary,

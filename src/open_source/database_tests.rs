@@ -10,6 +10,7 @@ use base::names::Kind;
 use content::chunk::DEFAULT_CHUNKING;
 use content::ingest::{self, Progress};
 use content::label_rows::{ANNOTATIONS, CLASSES, SAMPLES};
+use content::manifest::FORMAT_MAX;
 use content::manifest::{DatasetBinding, Digest, KindInfo, LabelsInfo};
 use content::store::Store;
 use sink::Sink as _;
@@ -49,7 +50,7 @@ async fn publish_with(bench: &Bench, source: &str, options: SourceOptions) -> Re
     let (source, runtime) = (source.to_owned(), tokio::runtime::Handle::current());
     let work = move || {
         let dir = tempfile::tempdir().unwrap();
-        let access = Access::of_user(Path::new("/nowhere")).with_site(site);
+        let access = Access::of_user(Path::new("/nowhere"), FORMAT_MAX).with_site(site);
         let mut opened = open_source::open(
             Kind::Labels,
             &source,
@@ -492,7 +493,7 @@ fn a_hub_has_no_label_database() {
             source,
             &SourceOptions::default(),
             None,
-            &Access::of_user(Path::new("/nowhere")),
+            &Access::of_user(Path::new("/nowhere"), FORMAT_MAX),
             &scratch(Path::new("/nowhere")),
             runtime.handle(),
         )

@@ -6,6 +6,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use parking_lot::Mutex;
 use tokio::sync::watch;
@@ -23,6 +24,9 @@ pub(super) struct HubLink {
     link: watch::Sender<Option<Link>>,
     /// Why there is no connection: the fault of the last attempt.
     fault: Mutex<Option<Fault>>,
+    /// The newest format of manifests that the hub and all its sites read, according to the last
+    /// connection; the first one until there was a connection.
+    manifest_format: AtomicU32,
     data_dir: PathBuf,
 }
 
@@ -33,6 +37,7 @@ impl HubLink {
             identity: watch::Sender::new(Arc::new(identity)),
             link: watch::Sender::new(None),
             fault: Mutex::default(),
+            manifest_format: AtomicU32::new(1),
             data_dir,
         }
     }
@@ -57,6 +62,11 @@ impl HubLink {
         self.link.subscribe()
     }
 
+    /// The newest format of manifests that the hub and all its sites read.
+    pub(super) fn manifest_format(&self) -> u32 {
+        self.manifest_format.load(Ordering::Relaxed)
+    }
+
     /// Why there is no connection, if an attempt failed.
     pub(super) fn fault(&self) -> Option<Fault> {
         self.fault.lock().clone()
@@ -65,6 +75,8 @@ impl HubLink {
     /// Sets the connection; it replaces an earlier one. The fault of the last attempt stays: a hub
     /// may refuse a site after its welcome, each time.
     pub(super) fn connected(&self, link: Link) {
+        let format = link.manifest_format();
+        self.manifest_format.store(format, Ordering::Relaxed);
         self.link.send_replace(Some(link));
     }
 

@@ -94,7 +94,10 @@ impl Publications {
         let (mut root, omitted) = (published.ingested.root, published.ingested.omitted);
         let as_published =
             open_source::as_published(&self.catalogue, &self.store, &artifact, &root).await?;
-        let differs = as_published.is_some().then(|| TIMES_DIFFER.to_owned());
+        let differs = match &as_published {
+            Some(_) => Some(TIMES_DIFFER.to_owned()),
+            None => self.access().note(artifact.kind, &request.options),
+        };
         root = as_published.unwrap_or(root);
         progress.check()?;
 
@@ -156,6 +159,12 @@ impl Publications {
         }
     }
 
+    /// The access of a publish at this site.
+    fn access(&self) -> Access {
+        let format = self.hub.manifest_format();
+        Access::of_daemon(&self.config, Some(self.sources.clone()), format)
+    }
+
     /// Reads a source in place, and stores the content that exists nowhere else.
     async fn read_in_place(
         &self,
@@ -171,6 +180,7 @@ impl Publications {
             request.source.clone(),
             progress.clone(),
         );
+        let access = self.access();
         let published = open_source::with_scratch(
             &self.config.data_dir,
             &request.source,
@@ -178,7 +188,6 @@ impl Publications {
             move |scratch, runtime| {
                 let dataset = dataset
                     .map(|(binding, root)| open_source::bind(binding, root, this.store.clone()));
-                let access = Access::of_daemon(&this.config, Some(this.sources.clone()));
                 let mut source =
                     open_source::open(kind, &text, &options, dataset, &access, scratch, runtime)?;
                 let base = open_source::base_of(kind, &text, &options, access.site.as_ref())?;

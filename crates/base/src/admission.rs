@@ -6,7 +6,9 @@
 //! has used its share of it, the pool evicts the oldest unfinished connection and gives its slot to
 //! the new connection. Therefore silent connections cannot keep out a peer that completes its
 //! handshake. This module does no I/O: the owner of a [`Permit`] must close its connection when
-//! [`Permit::evicted`] is ready. Nothing survives a restart.
+//! [`Permit::evicted`] is ready, and drops the permit after the connection. A listener waits for
+//! [`Pool::ready`] before it accepts the next connection: those that are being closed have open
+//! files too. Nothing survives a restart.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -45,6 +47,8 @@ struct Entry {
 struct Slots {
     next: u64,
     entries: BTreeMap<u64, Entry>,
+    /// The permits that exist; some of them may have lost their slots.
+    permits: usize,
 }
 
 impl Slots {
@@ -105,6 +109,7 @@ impl Pool {
         }
         let id = slots.next;
         slots.next += 1;
+        slots.permits += 1;
         let evicted = CancellationToken::new();
         slots.entries.insert(
             id,
@@ -133,6 +138,18 @@ impl Pool {
         }
     }
 
+    /// Waits until no more connections exist than there are slots: those that lost their slots to
+    /// newer ones are closed.
+    pub async fn ready(&self) {
+        loop {
+            let left = self.shared.left.notified();
+            if self.shared.slots.lock().permits <= self.permits_max {
+                return;
+            }
+            left.await;
+        }
+    }
+
     /// The number of connections that have a slot.
     pub fn used(&self) -> usize {
         self.shared.slots.lock().entries.len()
@@ -144,7 +161,8 @@ impl Pool {
     }
 }
 
-/// The slot of one connection. Dropping it frees the slot.
+/// The slot of one connection, which is closed before the permit is dropped. Dropping it frees the
+/// slot.
 pub struct Permit {
     id: u64,
     shared: Arc<PoolState>,
@@ -187,7 +205,10 @@ impl Permit {
 
 impl Drop for Permit {
     fn drop(&mut self) {
-        self.shared.slots.lock().entries.remove(&self.id);
+        let mut slots = self.shared.slots.lock();
+        slots.entries.remove(&self.id);
+        slots.permits -= 1;
+        drop(slots);
         self.shared.left.notify_one();
     }
 }
@@ -279,6 +300,22 @@ mod tests {
             ),
             (28, 8)
         );
+    }
+
+    #[tokio::test]
+    async fn the_next_connection_waits_until_those_without_a_slot_are_closed() {
+        let pool = Pool::new(2);
+        let mut open: Vec<Permit> = Vec::new();
+        for _ in 0..3 {
+            pool.ready().await;
+            open.push(pool.enter(network("10.0.0.1"), 8).unwrap());
+        }
+        assert!(is_evicted(&open[0]) && pool.used() == 2);
+        let ready = pool.ready();
+        tokio::pin!(ready);
+        assert!(futures::poll!(&mut ready).is_pending());
+        drop(open.remove(0));
+        ready.await;
     }
 
     #[tokio::test]

@@ -36,6 +36,7 @@ macro_rules! catalogue_suite {
             sites::a_token_can_be_used_once_and_expires,
             sites::what_was_heard_of_sites_is_stored_and_is_no_event,
             sites::a_publisher_is_not_a_site,
+            sites::the_manifests_that_all_sites_read,
             sites::the_sharing_list_of_a_site_and_the_labels_of_another_decide_whether_it_receives,
             sites::the_origins_of_content_are_the_origins_of_the_delivered_artifacts,
             transfers::a_repeated_delivery_has_one_transfer_and_a_cursor_returns_only_changes,

@@ -162,6 +162,12 @@ pub trait Sites: Send + Sync {
     /// the sites changes.
     async fn sites_heard(&self, heard: &[(SiteName, i64)]) -> Result<(), Fault>;
 
+    /// Records the newest format of manifests that a site reads.
+    async fn set_manifest_format(&self, site: &SiteName, format: u32) -> Result<(), Fault>;
+
+    /// The newest format of manifests that all sites read. `None`: no site was ever connected.
+    async fn manifest_format(&self) -> Result<Option<u32>, Fault>;
+
     /// Records which sites a site trains for; `None`: it has reported no list.
     async fn set_train_allow(&self, site: &SiteName, allow: Option<&[String]>)
     -> Result<(), Fault>;

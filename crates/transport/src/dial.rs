@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use futures::StreamExt as _;
@@ -353,6 +354,8 @@ impl Call<'_> {
             Err(fault) => return Err(Failure::Refused(fault)),
         };
         let _ = link.inner.hub_clock.set((welcome.time_ms, Instant::now()));
+        let format = welcome.manifest_format;
+        link.inner.manifest_format.store(format, Ordering::Relaxed);
         if let Some(text) = clock_difference(link) {
             link.span().in_scope(|| tracing::warn!("{text}"));
         }

@@ -27,6 +27,22 @@ pub(super) struct Welcome {
     pub(super) hub: SiteName,
     /// The clock of the hub, in milliseconds since 1970.
     pub(super) time_ms: u64,
+    /// The newest format of manifests that the hub and all its sites read. A hub of an earlier
+    /// version does not send it.
+    #[serde(default = "first_format", skip_serializing_if = "is_first_format")]
+    pub(super) manifest_format: u32,
+}
+
+fn first_format() -> u32 {
+    1
+}
+
+#[expect(
+    clippy::trivially_copy_pass_by_ref,
+    reason = "serde passes the field by reference"
+)]
+fn is_first_format(format: &u32) -> bool {
+    *format == first_format()
 }
 
 /// The request of a joining site or publisher.
@@ -141,6 +157,7 @@ mod tests {
     #[test]
     fn the_bytes_of_each_message() {
         bytes::<Welcome>(r#"{"hub":"central","time_ms":5}"#);
+        bytes::<Welcome>(r#"{"hub":"central","time_ms":5,"manifest_format":2}"#);
         bytes::<Ask>(r#"{"token_id":"abcdefghij","secret":"AAEC","site":"chengdu","csr":"MIHH"}"#);
         bytes::<Ask>(r#"{"token_id":"abcdefghij","secret":"AAEC","site":null,"csr":"MIHH"}"#);
         bytes::<Answer>(r#"{"certificate":"MIHH"}"#);

@@ -196,6 +196,8 @@ struct Inner {
     /// The clock of the hub at its welcome, in milliseconds since 1970, and the local time of that
     /// moment.
     hub_clock: OnceLock<(u64, std::time::Instant)>,
+    /// The newest format of manifests that the hub and all its sites read, according to its welcome.
+    manifest_format: AtomicU32,
     /// The reason with which this end closed a QUIC connection; quinn does not store it.
     last_words: Mutex<Option<String>>,
     /// Bytes of streams that this end wrote.
@@ -326,6 +328,7 @@ impl Link {
                 ordered: AtomicU32::new(0),
                 write_order: WriteOrder::default(),
                 hub_clock: OnceLock::new(),
+                manifest_format: AtomicU32::new(1),
                 last_words: Mutex::new(None),
                 written: AtomicU64::new(0),
                 read: window
@@ -432,6 +435,12 @@ impl Link {
         let (hub_ms, at) = self.inner.hub_clock.get()?;
         let hub_now_ms = hub_ms.saturating_add(at.elapsed().as_millis() as u64);
         Some(i64::try_from(hub_now_ms).ok()? - i64::try_from(base::clock::now_unix_ms()).ok()?)
+    }
+
+    /// The newest format of manifests that the hub and all its sites read, according to the welcome
+    /// of the hub. A hub of an earlier version reads the first format.
+    pub fn manifest_format(&self) -> u32 {
+        self.inner.manifest_format.load(Ordering::Relaxed)
     }
 
     /// Closes the connection and waits briefly until the close message is sent. The connecting side

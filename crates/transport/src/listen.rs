@@ -3,6 +3,7 @@
 
 use std::net::{SocketAddr, TcpListener as StdTcpListener, UdpSocket};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use quinn::Endpoint;
@@ -152,6 +153,7 @@ pub struct Listener {
     arrivals: tokio::sync::Mutex<mpsc::Receiver<Arrival>>,
     endpoint: Option<Endpoint>,
     local: SocketAddr,
+    manifest_format: Arc<AtomicU32>,
     stop: CancellationToken,
 }
 
@@ -210,8 +212,10 @@ impl Listener {
         let (send, receive) = mpsc::channel(CONNECTION_ARRIVALS_WAITING_MAX);
         let stop = CancellationToken::new();
         let reset_key = identity.reset_key();
+        let manifest_format = Arc::new(AtomicU32::new(1));
         let admission = Arc::new(Admission {
             hub: identity,
+            manifest_format: manifest_format.clone(),
             arrivals: send,
             tcp: Pool::new(open_files::share(CONNECTION_HANDSHAKES_MAX, 16)),
             quic: Pool::new(CONNECTION_HANDSHAKES_MAX),
@@ -265,6 +269,7 @@ impl Listener {
             arrivals: tokio::sync::Mutex::new(receive),
             endpoint,
             local,
+            manifest_format,
             stop,
         })
     }
@@ -281,6 +286,12 @@ impl Listener {
 
     pub fn local_addr(&self) -> SocketAddr {
         self.local
+    }
+
+    /// The newest format of manifests that the hub announces to its peers; 1 until the owner sets
+    /// it.
+    pub fn manifest_format(&self) -> Arc<AtomicU32> {
+        self.manifest_format.clone()
     }
 
     /// Stops accepting. Open connections continue; their holders close them.
@@ -325,6 +336,7 @@ fn bind_pair(addr: SocketAddr) -> Result<(StdTcpListener, UdpSocket), Fault> {
 /// Decides which connections are accepted; shared by all handshakes.
 struct Admission {
     hub: Arc<HubIdentity>,
+    manifest_format: Arc<AtomicU32>,
     arrivals: mpsc::Sender<Arrival>,
     /// TCP connections until the peer has presented its certificate.
     tcp: Pool,
@@ -467,6 +479,7 @@ impl Admission {
                     &hello::Welcome {
                         hub: self.hub.name().clone(),
                         time_ms: clock::now_unix_ms(),
+                        manifest_format: self.manifest_format.load(Ordering::Relaxed),
                     },
                 )
                 .await?;
@@ -684,6 +697,7 @@ async fn accept_tcp(
     admission: Arc<Admission>,
 ) {
     loop {
+        admission.tcp.ready().await;
         let (socket, remote) = match listener.accept().await {
             Ok(accepted) => accepted,
             Err(error) => {

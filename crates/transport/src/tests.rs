@@ -730,6 +730,7 @@ async fn tcp_is_used_while_udp_is_blocked_and_quic_later() {
         let welcome = hello::Welcome {
             hub: name("hub"),
             time_ms: base::clock::now_unix_ms(),
+            manifest_format: 1,
         };
         hello::send(&mut send, &welcome).await.unwrap();
         link

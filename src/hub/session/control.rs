@@ -23,6 +23,7 @@ use base::peer::Peer;
 use base::space::Space;
 use base::spans;
 use base::text::Message;
+use content::manifest::FORMAT_MAX;
 use exchange::wire;
 use model::actor::Actor;
 use model::policy::{self, Object, Verb};
@@ -52,8 +53,12 @@ impl Unstored {
     }
 }
 
-/// `share` and `train` of a site's first message.
-type Hello = (Option<Vec<String>>, Option<Vec<String>>);
+/// What is stored of a site's first message.
+struct Hello {
+    share: Option<Vec<String>>,
+    train: Option<Vec<String>>,
+    manifest_format: u32,
+}
 
 /// The batches of reports that were processed and are not acknowledged yet.
 #[derive(Default)]
@@ -171,6 +176,7 @@ impl Sessions {
                 train,
                 congestion,
                 changes,
+                manifest_format,
             } => {
                 // The site knows its connection; `auto` keeps the setting of the hub's own
                 // configuration.
@@ -184,12 +190,14 @@ impl Sessions {
                     is_first
                 });
                 let [share, train] = [share, train].map(|list| list.map(|list| list.texts()));
-                if let Err(fault) = self
-                    .take_hello(site, share.as_deref(), train.as_deref())
-                    .await
-                {
+                let hello = Hello {
+                    share,
+                    train,
+                    manifest_format,
+                };
+                if let Err(fault) = self.take_hello(site, &hello).await {
                     tracing::error!(error = %fault, "the settings that a site reported could not be stored; retrying");
-                    unstored.lock().hello = Some((share, train));
+                    unstored.lock().hello = Some(hello);
                 }
                 self.note_seen(site, true, clock::now_ms(), Some(&version))
                     .await;
@@ -282,14 +290,24 @@ impl Sessions {
         unstored
     }
 
-    async fn take_hello(
-        &self,
-        site: &SiteName,
-        share: Option<&[String]>,
-        train: Option<&[String]>,
-    ) -> Result<(), Fault> {
-        self.inner.catalogue.set_share(site, share).await?;
-        self.inner.catalogue.set_train_allow(site, train).await
+    async fn take_hello(&self, site: &SiteName, hello: &Hello) -> Result<(), Fault> {
+        let catalogue = &self.inner.catalogue;
+        catalogue.set_share(site, hello.share.as_deref()).await?;
+        catalogue
+            .set_train_allow(site, hello.train.as_deref())
+            .await?;
+        catalogue
+            .set_manifest_format(site, hello.manifest_format)
+            .await?;
+        self.announce_manifest_format().await
+    }
+
+    /// Tells each peer that connects from now on which manifests all sites read.
+    async fn announce_manifest_format(&self) -> Result<(), Fault> {
+        let format = self.inner.catalogue.manifest_format().await?;
+        let format = format.unwrap_or(FORMAT_MAX);
+        self.inner.manifest_format.store(format, Ordering::Relaxed);
+        Ok(())
     }
 
     /// Handles a site's reports of its runs. Returns the reports that could not be stored.
@@ -327,13 +345,10 @@ impl Sessions {
         }
         let held = std::mem::take(&mut *unstored.lock());
         let catalogue = &self.inner.catalogue;
-        if let Some((share, train)) = held.hello
-            && self
-                .take_hello(site, share.as_deref(), train.as_deref())
-                .await
-                .is_err()
+        if let Some(hello) = held.hello
+            && self.take_hello(site, &hello).await.is_err()
         {
-            unstored.lock().hello.get_or_insert((share, train));
+            unstored.lock().hello.get_or_insert(hello);
         }
         if let Some(changed) = held.changed
             && catalogue.set_changed_at(site, &changed).await.is_err()

@@ -12,13 +12,15 @@ use crate::config::{self, ConnectionSettings};
 use crate::publisher::{self, Asked, Uploaded};
 use base::fault::{Code, Reason};
 use base::peer::Peer;
-use content::manifest::Digest;
+use content::manifest::{Digest, FORMAT_MAX};
 use exchange::fetch::Fetcher;
 use exchange::wire;
 use model::actor::Actor;
 use model::protocol::{AskHub, CONTROL, FromHub, FromSite, Wanted, renewal};
 use transport::identity::{CertificateRequest, Claim, JoinToken, SiteIdentity};
 use transport::{self, Link};
+
+mod hello;
 
 /// The bytes of a connection without payload: handshake, questions, and the search for the largest
 /// packet.
@@ -32,6 +34,7 @@ pub(in crate::hub) fn hello(changes: bool) -> FromSite {
         train: None,
         congestion: Default::default(),
         changes,
+        manifest_format: FORMAT_MAX,
     }
 }
 
@@ -824,62 +827,4 @@ async fn a_forbidden_artifact_gets_the_same_answer_as_a_missing_one() {
         );
     }
     assert_eq!(refusal(&link, b.digest, Wanted::Root).await, nothing);
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_hub_uses_the_congestion_control_that_a_site_requests() {
-    use crate::config::Congestion;
-    let bench = Bench::start().await;
-    let west: base::names::SiteName = "west".parse().unwrap();
-    let site = bench
-        .join(
-            &bench.token(Some("west"), None).await,
-            &Claim::Site(west.clone()),
-        )
-        .await;
-    let link = bench.dial(&site).await;
-    let (mut send, _recv) = link.open(wire::PRIORITY_CONTROL).await.unwrap();
-    send.write_all(&[CONTROL]).await.unwrap();
-    let used = || {
-        bench
-            .hub
-            .inner
-            .links
-            .of(&west)
-            .and_then(|link| link.congestion())
-    };
-    for (congestion, then) in [
-        (Congestion::Cubic, Congestion::Cubic),
-        (Congestion::Bbr, Congestion::Bbr),
-        // `auto` keeps the earlier setting.
-        (Congestion::Auto, Congestion::Bbr),
-    ] {
-        // The hub shows the version of the last message that it has received.
-        let version = format!("{congestion:?}");
-        wire::send(
-            &mut send,
-            &FromSite::Hello {
-                version: version.as_str().into(),
-                share: None,
-                train: None,
-                congestion,
-                changes: false,
-            },
-        )
-        .await
-        .unwrap();
-        let until = std::time::Instant::now() + std::time::Duration::from_secs(10);
-        while bench.hub.inner.catalogue.sites().await.unwrap()[0]
-            .version
-            .as_deref()
-            != Some(version.as_str())
-        {
-            assert!(
-                std::time::Instant::now() < until,
-                "the hub did not receive {version}"
-            );
-            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
-        }
-        assert_eq!(used(), Some(then), "{version}");
-    }
 }

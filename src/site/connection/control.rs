@@ -21,6 +21,7 @@ use base::limits::{
 };
 use base::names::{ArtifactRef, TransferId};
 use base::text::Message;
+use content::manifest::FORMAT_MAX;
 use exchange::wire;
 use model::desired::{Received, ReceivedList};
 use model::paging;
@@ -132,6 +133,7 @@ impl Connection {
                 train,
                 congestion,
                 changes: true,
+                manifest_format: FORMAT_MAX,
             },
         )
         .await?;

@@ -35,8 +35,9 @@ use base::limits::ROOT_VALUES_MAX;
 use base::names::{ArtifactRef, Kind, RelPath};
 use base::text::check_values;
 
-/// The newest format of manifests. A program of an earlier version refuses it and says so.
-const FORMAT_MAX: u32 = 2;
+/// The newest format of manifests: with attributes. A program of an earlier version refuses it and
+/// says so. A manifest without attributes has format 1.
+pub const FORMAT_MAX: u32 = 2;
 
 /// The BLAKE3 of a root manifest, which identifies an artifact.
 pub type Digest = Hash;

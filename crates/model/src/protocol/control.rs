@@ -45,6 +45,9 @@ pub enum FromSite {
         /// Whether the site understands [`FromHub::Changes`].
         #[serde(default)]
         changes: bool,
+        /// The newest format of manifests that the site reads.
+        #[serde(default = "first_format")]
+        manifest_format: u32,
     },
     /// The state of transfers, to a hub that sends complete lists; any number of times for each.
     Report(Vec<Report>),
@@ -58,6 +61,11 @@ pub enum FromSite {
     /// Every artifact that was published here in place and whose files have changed, and how; sent
     /// whole on connecting and whenever it differs.
     Changed(Vec<(ArtifactRef, Message)>),
+}
+
+/// The format of manifests that a site of an earlier version reads.
+fn first_format() -> u32 {
+    1
 }
 
 /// An `allow` list of a site: the sites that it shares with, or that it trains for. An entry that

@@ -105,6 +105,34 @@ pub(crate) async fn a_token_can_be_used_once_and_expires(catalogue: Catalogue) {
     );
 }
 
+pub(crate) async fn the_manifests_that_all_sites_read(catalogue: Catalogue) {
+    assert_eq!(catalogue.manifest_format().await.unwrap(), None);
+    let west = join(&catalogue, "west", &[]).await;
+    let east = join(&catalogue, "east", &[]).await;
+    assert_eq!(
+        catalogue.manifest_format().await.unwrap(),
+        None,
+        "no site has said its version"
+    );
+    catalogue.set_manifest_format(&west, 2).await.unwrap();
+    catalogue
+        .site_seen(&west, true, 1, Some("2.0"))
+        .await
+        .unwrap();
+    assert_eq!(catalogue.manifest_format().await.unwrap(), Some(2));
+    catalogue
+        .site_seen(&east, true, 1, Some("1.0"))
+        .await
+        .unwrap();
+    assert_eq!(
+        catalogue.manifest_format().await.unwrap(),
+        Some(1),
+        "an earlier version says no format"
+    );
+    catalogue.set_manifest_format(&east, 3).await.unwrap();
+    assert_eq!(catalogue.manifest_format().await.unwrap(), Some(2));
+}
+
 pub(crate) async fn a_publisher_is_not_a_site(catalogue: Catalogue) {
     let name: SiteName = "office".parse().unwrap();
     let publisher_name: PublisherName = "office".parse().unwrap();

@@ -81,12 +81,15 @@ impl Sqlite {
     }
 
     /// Writes one value (`$1`) of a site (`$2`).
-    pub(super) async fn set_of_site(
+    pub(super) async fn set_of_site<T>(
         &self,
         sql: &'static str,
-        value: Option<String>,
+        value: Option<T>,
         site: &SiteName,
-    ) -> Result<(), Fault> {
+    ) -> Result<(), Fault>
+    where
+        Option<T>: for<'q> sqlx::Encode<'q, sqlx::Sqlite> + sqlx::Type<sqlx::Sqlite> + Send,
+    {
         let mut write = self.begin().await?;
         sqlx::query(sql)
             .bind(value)
@@ -307,6 +310,21 @@ impl Sites for Sqlite {
                 .map_err(fault)?;
         }
         write.commit().await
+    }
+
+    async fn set_manifest_format(&self, site: &SiteName, format: u32) -> Result<(), Fault> {
+        let sql = "UPDATE site SET manifest_format = $1 WHERE name = $2";
+        self.set_of_site(sql, Some(i64::from(format)), site).await
+    }
+
+    async fn manifest_format(&self) -> Result<Option<u32>, Fault> {
+        let (least,): (Option<i64>,) = sqlx::query_as(
+            "SELECT MIN(COALESCE(manifest_format, 1)) FROM site WHERE version IS NOT NULL",
+        )
+        .fetch_one(self.read())
+        .await
+        .map_err(fault)?;
+        Ok(least.map(|format| u32::try_from(format).unwrap_or(1)))
     }
 
     async fn set_train_allow(
