@@ -201,6 +201,8 @@ impl Sessions {
                 }
                 self.note_seen(site, true, clock::now_ms(), Some(&version))
                     .await;
+                // A site counts from its version on.
+                self.announce_manifest_format().await?;
             }
             FromSite::Report(reports) => {
                 if !self
@@ -298,8 +300,7 @@ impl Sessions {
             .await?;
         catalogue
             .set_manifest_format(site, hello.manifest_format)
-            .await?;
-        self.announce_manifest_format().await
+            .await
     }
 
     /// Tells each peer that connects from now on which manifests all sites read.
