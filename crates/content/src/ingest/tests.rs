@@ -1,7 +1,10 @@
-use std::path::PathBuf;
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::path::{Path, PathBuf};
 
 use super::*;
-use crate::manifest::{Attributes, Step, Walk};
+use crate::manifest::{Attributes, Entry, EntryBody, Step, Walk};
+use crate::source::{Content, SourceBody, SourceEntry};
 use crate::testing::Folder;
 
 fn noise(seed: &str, len: usize) -> Vec<u8> {

@@ -36,7 +36,7 @@ pub fn read(status: u16, headers: &HeaderMap, body: &[u8]) -> Read {
         format!("{}", retry_after(headers).is_some()),
         format!("{} {}", answer.is_proxy_limit(), answer.is_session_gone()),
         format!("{} {}", answer.is_policy(), answer.is_blob_unknown()),
-        format!("{}", blobs::session_bytes(headers).is_some()),
+        format!("{}", blobs::upload::session_bytes(headers).is_some()),
         format!(
             "{}",
             manifests::read_tags(body).map_or(0, |tags| tags.len().min(2))
