@@ -84,6 +84,8 @@ pub struct FilesSource {
     settle: Option<Settle>,
     /// The result of the first walk; `None` after the first entry.
     first_count: Option<Omitted>,
+    /// The bytes of all files, as the first walk found them.
+    total: u64,
 }
 
 #[derive(Debug)]
@@ -132,11 +134,11 @@ impl FilesSource {
             let mut first = options
                 .count_first
                 .then(|| Lost::of_folder(&root, &meta, keeps));
-            let excluded = refuse_offenders(&root, &walk, settle.as_ref(), first.as_mut())?;
+            let checked = refuse_offenders(&root, &walk, settle.as_ref(), first.as_mut())?;
             let (first_count, lost) = (
                 first.map(|lost| {
                     let mut omitted = lost.omitted().clone();
-                    omitted.merge(excluded);
+                    omitted.merge(checked.excluded);
                     omitted
                 }),
                 Lost::of_folder(&root, &meta, keeps),
@@ -147,6 +149,7 @@ impl FilesSource {
                 kept,
                 settle,
                 first_count,
+                total: checked.bytes,
             });
         }
         if let Some(what) = special(meta.file_type()) {
@@ -171,12 +174,14 @@ impl FilesSource {
         };
         let lost = Lost::of_file(rel.as_str(), &root, &meta, keeps);
         let attributes = kept.of_file(&root, &meta)?;
+        let total = meta.len();
         Ok(Self {
             input: Input::File(Some(file_entry(rel, &meta, root, attributes))),
             lost,
             kept,
             settle,
             first_count: None,
+            total,
         })
     }
 }
@@ -230,6 +235,10 @@ impl Source for FilesSource {
                 next_entry(walk, &mut self.lost, &mut self.kept, self.settle.as_ref())
             }
         }
+    }
+
+    fn total(&self) -> Option<u64> {
+        Some(self.total)
     }
 
     fn info(&self) -> KindInfo {
@@ -349,15 +358,23 @@ fn next_entry(
     Ok(Some(file_entry(path, &meta, found.full, attributes)))
 }
 
+/// The result of the first walk.
+struct Checked {
+    excluded: Omitted,
+    /// The bytes of all files.
+    bytes: u64,
+}
+
 /// The first walk: finds by metadata everything that cannot be published, waits for files that are
-/// written to, and counts what is left out if requested. Returns what was excluded.
+/// written to, adds up the bytes, and counts what is left out if requested.
 fn refuse_offenders(
     root: &Path,
     options: &WalkOptions,
     settle: Option<&Settle>,
     mut lost: Option<&mut Lost>,
-) -> Result<Omitted, Fault> {
+) -> Result<Checked, Fault> {
     let mut offenders = Offenders::default();
+    let mut bytes = 0u64;
     let mut walk = Walk::new(root, options.clone())?;
     while let Some(found) = walk.step()? {
         let full = &found.full;
@@ -382,20 +399,30 @@ fn refuse_offenders(
             if let Err(error) = walk.enter(&found.rel, full) {
                 offenders.add_unreadable(&found.rel, &error);
             }
-        } else if let Err(error) = readable(full).and_then(|()| walk.check_file(full)) {
-            offenders.add_unreadable(&found.rel, &error);
-        } else if let (Some(settle), Ok(meta)) = (settle, fs::symlink_metadata(full)) {
-            match settle.wait(full, meta) {
-                // It was renamed when it was complete, and the second walk finds it.
-                Err(fault) if fault.code == Code::NotFound => {}
-                other => {
-                    other?;
+        } else {
+            let meta = match readable(full).and_then(|()| walk.check_file(full)) {
+                Ok(meta) => meta,
+                Err(error) => {
+                    offenders.add_unreadable(&found.rel, &error);
+                    continue;
                 }
-            }
+            };
+            let meta = match settle {
+                Some(settle) => match settle.wait(full, meta) {
+                    // It was renamed when it was complete, and the second walk finds it.
+                    Err(fault) if fault.code == Code::NotFound => continue,
+                    settled => settled?,
+                },
+                None => meta,
+            };
+            bytes = bytes.saturating_add(meta.len());
         }
     }
     offenders.finish(root)?;
-    Ok(walk.excluded().clone())
+    Ok(Checked {
+        excluded: walk.excluded().clone(),
+        bytes,
+    })
 }
 
 /// The entries that cannot be published; the first ones by name.

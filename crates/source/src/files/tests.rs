@@ -253,6 +253,20 @@ fn read_with(path: &Path, options: &FilesOptions) -> (Vec<String>, Omitted) {
 }
 
 #[test]
+fn the_total_is_known_before_the_first_entry() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path();
+    for (name, bytes) in [("a", 3), ("sub/b", 70_000), ("sub/.nfs1", 9), ("z", 0)] {
+        put(&root.join(name), &vec![1; bytes]);
+    }
+    fs::hard_link(root.join("a"), root.join("b")).unwrap();
+    symlink("a", root.join("link")).unwrap();
+    let total = |path: &Path| FilesSource::open(path).unwrap().total();
+    assert_eq!(total(root), Some(70_006), "each name of a file is read");
+    assert_eq!(total(&root.join("sub/b")), Some(70_000));
+}
+
+#[test]
 fn junk_and_patterns_are_excluded_and_reported() {
     let dir = tempfile::tempdir().unwrap();
     let root = dir.path();

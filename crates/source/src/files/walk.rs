@@ -176,15 +176,16 @@ impl Walk {
         &self.excluded
     }
 
-    /// Rejects a file of the current directory if it belongs to the daemon. Files on other devices
-    /// than the daemon's are not checked.
-    pub(super) fn check_file(&self, full: &Path) -> io::Result<()> {
-        match self.levels.last() {
-            Some(level) if self.options.own.may_be_on(level.id.0) || self.options.follow => {
-                self.options.own.check(&fs::symlink_metadata(full)?)
-            }
-            _ => Ok(()),
+    /// The metadata of a file of the current directory. Rejects a file that belongs to the daemon;
+    /// files on other devices than the daemon's are not checked.
+    pub(super) fn check_file(&self, full: &Path) -> io::Result<Metadata> {
+        let meta = fs::symlink_metadata(full)?;
+        if let Some(level) = self.levels.last()
+            && (self.options.own.may_be_on(level.id.0) || self.options.follow)
+        {
+            self.options.own.check(&meta)?;
         }
+        Ok(meta)
     }
 
     /// The path on the disk of a path in the artifact, for the targets of links.
