@@ -189,7 +189,7 @@ class See:
 
     def __init__(self, where, program, sources):
         self.where, self.program, self.sources = where, program, sources
-        self.world = World(where, program)
+        self.world = World(where, program, plain_files=True)
         self.trainer = Trainer(self.world)
         self.found = {"json": {}, "codes": {}, "layouts": {}}
 
@@ -250,9 +250,10 @@ class See:
             self.see(f"sites at {node.name}", node.json("sites"))
             self.see(f"doctor at {node.name}", node.json("doctor", ok=(0, 1)))
             self.see(f"config check at {node.name}", node.json("config", "check"))
-            self.see(f"events at {node.name}", node.events()[0])
-            stream = node.first_of_stream(2)
-            self.see(f"stream of events at {node.name}", stream | {"data": json.loads(stream["data"])})
+            events, cursor = node.events()
+            self.see(f"events at {node.name}", events)
+            # All of them: an event holds what its subject was like at that time.
+            self.see(f"stream of events at {node.name}", [event | {"data": json.loads(event["data"])} for event in node.stream(2, cursor)])
         for ref in ("dataset/panels:v1", "labels/panels:v2", "image/panels:v1", "dataset/local:v1", "model/judge:r1"):
             self.see(f"show {ref} at the hub", hub.json("show", ref))
         self.see("show labels/panels:v2 at east", east.json("show", "labels/panels:v2"))

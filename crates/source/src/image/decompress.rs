@@ -1,4 +1,5 @@
-//! gzip and zstd, detected by their first bytes and decompressed with a limit.
+//! gzip, zstd, xz and bzip2, detected by their first bytes and decompressed with a limit. An archive
+//! may have any of them; a layer is gzip or zstd, as container runtimes unpack nothing else.
 //!
 //! A few kilobytes can decompress to terabytes, so every decompressed byte of the image source
 //! passes through a [`Bounded`] reader. **The rule**: input is rejected as a decompression bomb if
@@ -16,7 +17,9 @@ use std::io::{self, BufReader, Read, Write};
 use std::path::Path;
 use std::rc::Rc;
 
+use bzip2::bufread::MultiBzDecoder;
 use flate2::read::MultiGzDecoder;
+use lzma_rust2::XzReader;
 
 use super::refuse;
 use base::durable;
@@ -26,6 +29,9 @@ use base::space::{Reservation, Space};
 
 /// The size of read and write buffers, in bytes.
 pub(super) const BUFFER: usize = 128 << 10;
+
+/// The memory of an xz decoder, which the archive chooses. `xz -9` needs 65 MiB.
+const XZ_MEMORY_KIB_MAX: u32 = 128 << 10;
 
 /// The number of bytes that [`Compression::of`] examines.
 pub(super) const SNIFFED_BYTES: usize = 262;
@@ -37,6 +43,8 @@ pub(super) enum Compression {
     None,
     Gzip,
     Zstd,
+    Xz,
+    Bzip2,
     /// A known format that is not supported; its name.
     Foreign(&'static str),
 }
@@ -49,11 +57,20 @@ impl Compression {
             _ if first.get(257..262) == Some(b"ustar") => Self::None,
             [0x1f, 0x8b, ..] => Self::Gzip,
             [0x28, 0xb5, 0x2f, 0xfd, ..] | [0x50..=0x5f, 0x2a, 0x4d, 0x18, ..] => Self::Zstd,
-            [0xfd, b'7', b'z', b'X', b'Z', 0, ..] => Self::Foreign("xz"),
-            [b'B', b'Z', b'h', ..] => Self::Foreign("bzip2"),
+            [0xfd, b'7', b'z', b'X', b'Z', 0, ..] => Self::Xz,
+            [b'B', b'Z', b'h', ..] => Self::Bzip2,
             [0x04, 0x22, 0x4d, 0x18, ..] => Self::Foreign("lz4"),
             [b'P', b'K', 3, 4, ..] => Self::Foreign("zip"),
             _ => Self::None,
+        }
+    }
+
+    /// The compression of a layer with these first bytes.
+    pub(super) fn of_layer(first: &[u8]) -> Self {
+        match Self::of(first) {
+            Self::Xz => Self::Foreign("xz"),
+            Self::Bzip2 => Self::Foreign("bzip2"),
+            known => known,
         }
     }
 
@@ -71,6 +88,8 @@ impl Compression {
             Self::None => Box::new(input),
             Self::Gzip => Box::new(MultiGzDecoder::new(input)),
             Self::Zstd => Box::new(zstd::Decoder::with_buffer(input)?),
+            Self::Xz => Box::new(XzReader::new_mem_limit(input, true, XZ_MEMORY_KIB_MAX)),
+            Self::Bzip2 => Box::new(MultiBzDecoder::new(input)),
             Self::Foreign(name) => {
                 return Err(io::Error::new(
                     io::ErrorKind::Unsupported,

@@ -225,7 +225,8 @@ impl Saved {
             let suffix = match holder.compression(&piece)? {
                 Compression::Gzip => "+gzip",
                 Compression::Zstd => "+zstd",
-                Compression::None | Compression::Foreign(_) => "",
+                // A layer in another form was refused.
+                _ => "",
             };
             layers.push(serde_json::json!({ "mediaType": format!("{LAYER}{suffix}"), "digest": digest.to_string(), "size": piece.size }));
             blobs.insert(digest.clone(), piece);

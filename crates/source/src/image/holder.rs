@@ -265,14 +265,14 @@ impl Holder {
             .map_err(|e| self.refuse(member, format!("it is malformed JSON: {e}")))
     }
 
-    /// Detects the compression of a piece by its first bytes.
+    /// Detects the compression of a layer by its first bytes.
     pub(super) fn compression(&self, piece: &Piece) -> Result<Compression, Fault> {
         let mut first = Vec::with_capacity(SNIFFED_BYTES);
         piece
             .open()
             .and_then(|r| r.take(SNIFFED_BYTES as u64).read_to_end(&mut first))
             .map_err(|e| self.io(&piece.name, &e))?;
-        Ok(Compression::of(&first))
+        Ok(Compression::of_layer(&first))
     }
 
     /// Compresses a layer into a new file, always in the same way. Returns the digest of the new blob.

@@ -261,7 +261,7 @@ fn open(
                 "the archive",
                 format!("it is compressed with {name}, which is not supported"),
             )
-            .with_next("decompress it, or use gzip or zstd"));
+            .with_next("decompress it, or use gzip, zstd, xz or bzip2"));
         }
         known => {
             let copy = scratch.join(DECOMPRESSED);

@@ -47,6 +47,8 @@ fn a_docker_save_becomes_an_oci_image_with_the_config_as_it_was() {
     for bytes in [
         gzip(&parts.tar()),
         zstd::encode_all(&parts.tar()[..], 1).unwrap(),
+        xz(&parts.tar()),
+        bzip2(&parts.tar()),
         hard.tar(),
     ] {
         assert_eq!(contents(case.open(&bytes).unwrap()), plain);
@@ -185,7 +187,8 @@ fn an_inconsistent_docker_save_is_refused() {
         case.open(&b"this is not an archive".repeat(100)),
         &["not a tar archive"],
     );
-    refused(case.open(b"\xfd7zXZ\0rest"), &["compressed with xz"]);
+    refused(case.open(b"\x04\x22\x4d\x18rest"), &["compressed with lz4"]);
+    refused(case.open(b"\xfd7zXZ\0rest"), &["truncated"]);
 }
 
 #[test]

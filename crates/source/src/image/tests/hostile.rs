@@ -124,14 +124,48 @@ fn an_image_that_changes_after_its_check_is_refused() {
     }
 }
 
+/// The memory of the decoder is what the header of a block asks for: here almost 4 GiB.
+#[test]
+fn an_xz_archive_does_not_choose_the_memory_of_the_daemon() {
+    let case = Case::new();
+    let mut archive = xz(b"content");
+    let header = 12; // after the header of the stream
+    let len = (usize::from(archive[header]) + 1) * 4;
+    assert_eq!(
+        archive[header + 2..header + 4],
+        [0x21, 1],
+        "LZMA2, one byte"
+    );
+    archive[header + 4] = 40;
+    let mut crc = flate2::Crc::new();
+    crc.update(&archive[header..header + len - 4]);
+    archive[header + len - 4..header + len].copy_from_slice(&crc.sum().to_le_bytes());
+    refused(case.open(&archive), &["cannot be decompressed", "memory"]);
+}
+
+/// Runtimes unpack no such layer.
+#[test]
+fn a_layer_is_not_xz_or_bzip2() {
+    for (pack, name) in [(xz as fn(&[u8]) -> Vec<u8>, "xz"), (bzip2, "bzip2")] {
+        let case = Case::new();
+        let mut parts = Parts::default();
+        let raw = layer("a", b"1");
+        let config = parts.blob(OCI_CONFIG, &config("amd64", &[&raw]));
+        let layers = [parts.blob(TAR_LAYER, &pack(&raw))];
+        let top = manifest(&mut parts, &config, &layers);
+        let said = format!("{name} is not supported");
+        refused(case.open(&parts.layout(&[top]).tar()), &[&said]);
+    }
+}
+
 #[test]
 fn bombs_are_refused_outside_and_inside() {
     let case = Case::new();
     let zeros = || std::io::repeat(0).take(64 << 20);
-    refused(
-        case.open(&zstd::encode_all(zeros(), 1).unwrap()),
-        &["decompression bomb"],
-    );
+    let raw = vec![0; 64 << 20];
+    for archive in [zstd::encode_all(zeros(), 1).unwrap(), xz(&raw), bzip2(&raw)] {
+        refused(case.open(&archive), &["decompression bomb"]);
+    }
     assert!(!case.path("scratch/image.tar").exists());
     let mut parts = Parts::default();
     let config = parts.blob(OCI_CONFIG, &config("amd64", &[b"whatever"]));
