@@ -22,14 +22,13 @@ use content::manifest::{
 };
 use content::store::Store;
 use exchange::in_place::InPlace;
-use registry::reference::{check_repository, check_tag};
 use registry::{self, Credentials, Origin, Reference, Settings};
 use sink::StorageLocation;
 use sink::labels::LabelsSink;
 use source::Source;
 use source::files::{FilesOptions, FilesSource};
-use source::image::{ImageOptions, ImageSource, split_tag};
-use source::labels::{BoundDataset, LabelOptions, LabelsSource};
+use source::image::{ImageSource, split_tag};
+use source::labels::{BoundDataset, LabelsSource};
 use source::own::Own;
 use state::{Catalogue, new_id};
 
@@ -37,6 +36,10 @@ mod database;
 #[cfg(test)]
 mod database_tests;
 mod kept;
+mod options;
+
+pub use options::{check_bad_out, check_image_name};
+use options::{check_files_options, image_options, label_options};
 
 /// The sources of a site other than paths.
 #[derive(Clone)]
@@ -462,84 +465,12 @@ pub fn open(
     }
 }
 
-/// The options that are for directories of files only.
-fn check_files_options(kind: Kind, options: &SourceOptions) -> Result<(), Fault> {
-    let given = [
-        (!options.exclude.is_empty(), "--exclude"),
-        (options.copy_links, "--copy-links"),
-        (options.settle_seconds.is_some(), "--settle"),
-        (options.name_encoding.is_some(), "--name-encoding"),
-        (options.no_times, "--no-times"),
-        (options.xattrs, "--xattrs"),
-        (options.hard_links, "--hard-links"),
-    ];
-    match given.iter().find(|(is_given, _)| *is_given) {
-        Some((_, option)) if !kind.is_files() => Err(Fault::usage(format!(
-            "{option} is for datasets, operator projects and models, and this is to be a {kind}"
-        ))),
-        _ => Ok(()),
-    }
-}
-
 /// The path of a source: its names may be in another encoding.
 fn on_disk(source: &str, options: &SourceOptions) -> Result<PathBuf, Fault> {
     match &options.name_encoding {
         Some(encoding) => source::files::path_on_disk(source, encoding),
         None => Ok(PathBuf::from(source)),
     }
-}
-
-/// How an image is read.
-fn image_options(options: &SourceOptions, access: &Access) -> Result<ImageOptions, Fault> {
-    let platforms = options.platforms.iter().map(|text| text.parse());
-    Ok(ImageOptions {
-        platforms: platforms
-            .collect::<Result<_, String>>()
-            .map_err(|why| Fault::usage(format!("--platform: {why}")))?,
-        compress: options.compress,
-        unpacked_bytes_max: access.image_unpacked,
-    })
-}
-
-/// How labels are read.
-fn label_options(options: &SourceOptions) -> LabelOptions {
-    LabelOptions {
-        format: options.format.clone(),
-        allow_missing: options.allow_missing,
-        columns: options.columns.clone(),
-        voc_base: options.voc_base.clone(),
-        on_bad: options.on_bad.clone(),
-        bad_out: options.bad_out.as_ref().map(PathBuf::from),
-        encoding: options.encoding.clone(),
-        klarf_scale: options.klarf_scale.clone(),
-    }
-}
-
-/// Refuses, before anything is read, the name of an image that no registry accepts.
-pub fn check_image_name(artifact: &ArtifactRef, options: &SourceOptions) -> Result<(), Fault> {
-    if artifact.kind != Kind::Image {
-        return Ok(());
-    }
-    let repository = options.repository.as_deref().unwrap_or(artifact.name());
-    check_repository(repository).map_err(|why| {
-        Fault::usage(format!(
-            "registries do not accept the repository name {repository:?}: {why}"
-        ))
-        .with_next("give --repository, the name of the image at the sites, or publish it under another name")
-    })?;
-    match options.tag.as_deref() {
-        Some(tag) if !check_tag(tag) => Err(Fault::usage(format!(
-            "registries do not accept the tag {tag:?}"
-        ))
-        .with_next("a tag has at most 128 characters of A-Z, a-z, 0-9, '_', '.' and '-', and does not begin with '.' or '-'")),
-        _ => Ok(()),
-    }
-}
-
-/// Refuses, before anything is read, a file for bad records that exists. Blocks.
-pub fn check_bad_out(options: &SourceOptions) -> Result<(), Fault> {
-    let file = options.bad_out.as_deref().map(Path::new);
-    file.map_or(Ok(()), source::labels::check_bad_out)
 }
 
 /// The content of a read source.

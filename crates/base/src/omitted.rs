@@ -59,6 +59,8 @@ pub enum Category {
     Inferred,
     /// Platforms that an image index lists without their content.
     Platforms,
+    /// Layers of an image that it names by an address, and that the source does not hold.
+    ForeignLayers,
     /// The digest that the source states for an image, if the published image has a different one.
     ImageDigest,
     /// Signatures, SBOMs, attestations and other objects that refer to an image.
@@ -82,7 +84,7 @@ pub enum Category {
 
 impl Category {
     /// Every category that a reader counts, in display order.
-    pub const ALL: [Self; 24] = [
+    pub const ALL: [Self; 25] = [
         Self::UnknownColumns,
         Self::UnreadBoxes,
         Self::NoAnnotations,
@@ -99,6 +101,7 @@ impl Category {
         Self::Excluded,
         Self::Inferred,
         Self::Platforms,
+        Self::ForeignLayers,
         Self::ImageDigest,
         Self::Referrers,
         Self::ImageNames,
@@ -128,6 +131,7 @@ impl Category {
             Category::Excluded => "excluded",
             Category::Inferred => "inferred",
             Category::Platforms => "platforms",
+            Category::ForeignLayers => "foreign_layers",
             Category::ImageDigest => "image_digest",
             Category::Referrers => "referrers",
             Category::ImageNames => "image_names",
@@ -183,6 +187,9 @@ impl Category {
             Category::Excluded => "entry that a pattern excludes",
             Category::Inferred => "way of reading that was inferred",
             Category::Platforms => "platform that is missing from the image",
+            Category::ForeignLayers => {
+                "layer that the image names by an address and the source does not hold"
+            }
             Category::ImageDigest => {
                 "image digest in the source that differs from the digest of the published image"
             }

@@ -29,8 +29,8 @@ pub(super) struct Settle {
 impl Settle {
     pub(super) fn new(time: Duration, job: Option<Arc<JobProgress>>) -> Self {
         Self {
-            time,
-            until: Instant::now() + SETTLE_WAIT_MAX.max(time * 2),
+            time: time.min(SETTLE_WAIT_MAX),
+            until: Instant::now() + SETTLE_WAIT_MAX,
             job,
         }
     }

@@ -858,8 +858,12 @@ impl<'a> Graph<'a> {
         self.blobs
             .insert(config.digest.clone(), config_piece.clone());
         for ((layer, piece), diff_id) in layers.iter().zip(&pieces).zip(diff_ids) {
-            if let Some(piece) = piece {
-                self.blob(layer, piece, diff_id);
+            match piece {
+                Some(piece) => self.blob(layer, piece, diff_id),
+                None => {
+                    let layer = layer.digest.to_string();
+                    self.omitted.add(Category::ForeignLayers, layer);
+                }
             }
         }
         if let Some(platform) = platform.filter(|p| !self.platforms.contains(p)) {

@@ -261,6 +261,11 @@ fn a_foreign_layer_may_be_absent() {
     parts.remove(&format!("blobs/sha256/{}", hex_of(&foreign)));
     let absent = case.open(&parts.tar()).unwrap();
     assert_eq!(absent.info, info);
+    let reported = absent.omitted().list();
+    assert_eq!(reported.len(), 1, "{reported:?}");
+    assert_eq!(reported[0].what, Category::ForeignLayers);
+    let digest = foreign["digest"].as_str().unwrap().to_owned();
+    assert_eq!(reported[0].examples, [digest]);
     assert_eq!(there.len(), paths(absent).len() + 1);
 }
 

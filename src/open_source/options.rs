@@ -1,0 +1,120 @@
+//! The options of a publish: what is refused before anything is read, and what the readers get.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use super::Access;
+use crate::api::types::SourceOptions;
+use base::fault::Fault;
+use base::limits::SETTLE_WAIT_MAX;
+use base::names::{ArtifactRef, Kind};
+use registry::reference::{check_repository, check_tag};
+use source::image::ImageOptions;
+use source::labels::LabelOptions;
+
+/// Refuses the options that are for directories of files, with another kind or with a value that is
+/// not possible.
+pub(super) fn check_files_options(kind: Kind, options: &SourceOptions) -> Result<(), Fault> {
+    let given = [
+        (!options.exclude.is_empty(), "--exclude"),
+        (options.copy_links, "--copy-links"),
+        (options.settle_seconds.is_some(), "--settle"),
+        (options.name_encoding.is_some(), "--name-encoding"),
+        (options.no_times, "--no-times"),
+        (options.xattrs, "--xattrs"),
+        (options.hard_links, "--hard-links"),
+    ];
+    let settle = options.settle_seconds.map(Duration::from_secs);
+    if settle.is_some_and(|settle| settle > SETTLE_WAIT_MAX) {
+        return Err(Fault::usage(format!(
+            "--settle can be {} minutes at most: a publish waits no longer for a file",
+            SETTLE_WAIT_MAX.as_secs() / 60
+        )));
+    }
+    match given.iter().find(|(is_given, _)| *is_given) {
+        Some((_, option)) if !kind.is_files() => Err(Fault::usage(format!(
+            "{option} is for datasets, operator projects and models, and this is to be a {kind}"
+        ))),
+        _ => Ok(()),
+    }
+}
+
+/// How an image is read.
+pub(super) fn image_options(
+    options: &SourceOptions,
+    access: &Access,
+) -> Result<ImageOptions, Fault> {
+    let platforms = options.platforms.iter().map(|text| text.parse());
+    Ok(ImageOptions {
+        platforms: platforms
+            .collect::<Result<_, String>>()
+            .map_err(|why| Fault::usage(format!("--platform: {why}")))?,
+        compress: options.compress,
+        unpacked_bytes_max: access.image_unpacked,
+    })
+}
+
+/// How labels are read.
+pub(super) fn label_options(options: &SourceOptions) -> LabelOptions {
+    LabelOptions {
+        format: options.format.clone(),
+        allow_missing: options.allow_missing,
+        columns: options.columns.clone(),
+        voc_base: options.voc_base.clone(),
+        on_bad: options.on_bad.clone(),
+        bad_out: options.bad_out.as_ref().map(PathBuf::from),
+        encoding: options.encoding.clone(),
+        klarf_scale: options.klarf_scale.clone(),
+    }
+}
+
+/// Refuses, before anything is read, the name of an image that no registry accepts.
+pub fn check_image_name(artifact: &ArtifactRef, options: &SourceOptions) -> Result<(), Fault> {
+    if artifact.kind != Kind::Image {
+        return Ok(());
+    }
+    let repository = options.repository.as_deref().unwrap_or(artifact.name());
+    check_repository(repository).map_err(|why| {
+        Fault::usage(format!(
+            "registries do not accept the repository name {repository:?}: {why}"
+        ))
+        .with_next("give --repository, the name of the image at the sites, or publish it under another name")
+    })?;
+    match options.tag.as_deref() {
+        Some(tag) if !check_tag(tag) => Err(Fault::usage(format!(
+            "registries do not accept the tag {tag:?}"
+        ))
+        .with_next("a tag has at most 128 characters of A-Z, a-z, 0-9, '_', '.' and '-', and does not begin with '.' or '-'")),
+        _ => Ok(()),
+    }
+}
+
+/// Refuses, before anything is read, a file for bad records that exists. Blocks.
+pub fn check_bad_out(options: &SourceOptions) -> Result<(), Fault> {
+    let file = options.bad_out.as_deref().map(Path::new);
+    file.map_or(Ok(()), source::labels::check_bad_out)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use base::fault::Code;
+
+    #[test]
+    fn a_publish_waits_an_hour_at_most_for_a_file() {
+        let with = |seconds| SourceOptions {
+            settle_seconds: Some(seconds),
+            ..SourceOptions::default()
+        };
+        check_files_options(Kind::Dataset, &with(3600)).unwrap();
+        for seconds in [3601, u64::MAX] {
+            let fault = check_files_options(Kind::Dataset, &with(seconds)).unwrap_err();
+            assert!(
+                fault.code == Code::Usage && fault.message.contains("60 minutes"),
+                "{fault}"
+            );
+        }
+        let fault = check_files_options(Kind::Image, &with(1)).unwrap_err();
+        assert!(fault.message.contains("--settle is for"), "{fault}");
+    }
+}
