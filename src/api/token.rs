@@ -34,7 +34,12 @@ impl ApiToken {
         let path = Self::path(data_dir);
         match Self::read(&path) {
             Err(fault) if fault.code == Code::NotFound => {}
-            other => return other,
+            Err(fault) => {
+                return Err(Fault::config(fault.message).with_next(
+                    "let the daemon's user read this file, or remove it and start the daemon again: it writes a new token, which commands read from there",
+                ));
+            }
+            Ok(token) => return Ok(token),
         }
         let mut bits = [0; 32];
         rand::rngs::OsRng
@@ -107,9 +112,16 @@ mod tests {
         assert!(!format!("{first:?}").contains(&*first.secret()));
         // A file that cannot be used changes nothing; one that is gone is made anew.
         let old = first.secret();
-        durable::replace(&ApiToken::path(dir.path()), b"short").unwrap();
-        first.reload(dir.path()).unwrap_err();
-        assert_eq!(first.secret(), old);
+        for damaged in [&b"short"[..], b"\xff\xfe\x00"] {
+            durable::replace(&ApiToken::path(dir.path()), damaged).unwrap();
+            let fault = first.reload(dir.path()).unwrap_err();
+            assert_eq!(fault.code, Code::Config, "{fault}");
+            assert!(
+                fault.message.contains("api-token") && fault.next.contains("remove it"),
+                "{fault}"
+            );
+            assert_eq!(first.secret(), old);
+        }
         std::fs::remove_file(ApiToken::path(dir.path())).unwrap();
         let clone = first.clone();
         let reload = move || clone.reload(dir.path()).unwrap();

@@ -20,7 +20,7 @@ fn a_daemon_does_not_publish_its_own_files_and_its_state_is_private() {
         daemon
             .cli(&["publish", source.to_str().unwrap(), "--as", reference])
             .expect(4)
-            .says(&["this daemon's own state"]);
+            .says(&["part of the state or configuration of a packhorse daemon"]);
         daemon.cli(&["show", reference]).expect(5);
     };
     for source in [

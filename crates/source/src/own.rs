@@ -4,6 +4,9 @@
 //! Directories and files are compared by device and inode, so a link, a bind mount or another path
 //! makes no difference. The identities are read again for each publish, import and export
 //! ([`Own::of`]), because state files change.
+//!
+//! The private keys of other daemons and of publishers on this machine are recognised by their
+//! names only ([`IDENTITY`]): this process does not know where they are.
 
 use std::collections::HashSet;
 use std::fs::{self, File, Metadata, ReadDir};
@@ -18,12 +21,14 @@ use base::fault::{Fault, IoContext};
 type Id = (u64, u64);
 
 /// The reason for a rejection.
-const WHY: &str = "it is part of this daemon's own state or configuration";
+const WHY: &str = "it is part of the state or configuration of a packhorse daemon";
 /// The advice after a rejection.
 pub const NEXT: &str =
-    "use a path that contains no part of this daemon's data_dir, configuration or password files";
+    "use a path that contains no part of a daemon's data_dir, configuration or password files";
 /// The directory of a NAS root that holds the state of the daemons which use it.
 const SINK_STATE: &str = ".packhorse";
+/// The directory of a hub, a site or a publisher that holds its private keys, in these files.
+const IDENTITY: (&str, [&str; 4]) = ("identity", ["ca.pem", "hub.pem", "site.pem", "joining.pem"]);
 /// Opening a pipe without a writer must not block the daemon.
 const NONBLOCK: i32 = rustix::fs::OFlags::NONBLOCK.bits() as i32;
 
@@ -146,6 +151,9 @@ impl Own {
     /// Rejects a path that belongs to the daemon, or is inside a directory of the daemon.
     /// [`Own::read_dir`] and [`Own::check`] check the content below it.
     pub fn check_path(&self, path: &Path) -> Result<(), Fault> {
+        if is_key(path) || fs::canonicalize(path).is_ok_and(|resolved| is_key(&resolved)) {
+            return Err(refusal(path));
+        }
         if self.folders.is_empty() && self.files.is_empty() {
             return Ok(());
         }
@@ -202,6 +210,9 @@ impl Own {
             .open(folder)?;
         let meta = opened.metadata()?;
         self.check(&meta)?;
+        if folder.ends_with(IDENTITY.0) && holds_keys(&opened) {
+            return Err(is_own());
+        }
         // By the handle, because the path may name a different directory now.
         Ok((
             fs::read_dir(format!("/proc/self/fd/{}", opened.as_raw_fd()))?,
@@ -233,6 +244,21 @@ impl Own {
             ))
         }
     }
+}
+
+/// Whether a path is a private key of a daemon or a publisher.
+fn is_key(path: &Path) -> bool {
+    path.parent()
+        .is_some_and(|folder| folder.ends_with(IDENTITY.0))
+        && IDENTITY.1.iter().any(|name| path.ends_with(name))
+}
+
+/// Whether an open directory holds private keys of a daemon or a publisher.
+fn holds_keys(folder: &File) -> bool {
+    let is_there = |name: &&str| {
+        rustix::fs::statat(folder, *name, rustix::fs::AtFlags::SYMLINK_NOFOLLOW).is_ok()
+    };
+    IDENTITY.1.iter().any(is_there)
 }
 
 /// The fault of an error from this module.
@@ -322,6 +348,31 @@ mod tests {
                 && is_refusal(&own.read_dir(&dir.path().join("link")).unwrap_err())
         );
         assert!(is_refusal(&own.open(&dir.path().join("hard")).unwrap_err()));
+    }
+
+    #[test]
+    fn private_keys_of_other_daemons_are_recognised_by_their_names() {
+        let dir = tempfile::tempdir().unwrap();
+        for file in [
+            "site/identity/site.pem",
+            "mine/identity/face.jpg",
+            "pem/ca.pem",
+        ] {
+            put(&dir.path().join(file));
+        }
+        symlink(dir.path().join("site/identity"), dir.path().join("link")).unwrap();
+        let own = Own::none();
+        let key = dir.path().join("site/identity/site.pem");
+        for path in [key, dir.path().join("link/site.pem")] {
+            let fault = own.check_path(&path).unwrap_err();
+            assert_eq!(fault.code, Code::NotAllowed, "{fault}");
+        }
+        let refused = own.read_dir(&dir.path().join("site/identity"));
+        assert!(is_refusal(&refused.unwrap_err()));
+        // Other files with these names.
+        own.read_dir(&dir.path().join("mine/identity")).unwrap();
+        own.read_dir(&dir.path().join("pem")).unwrap();
+        own.check_path(&dir.path().join("pem/ca.pem")).unwrap();
     }
 
     #[test]

@@ -173,7 +173,7 @@ fn changes_between_the_walks_are_detected() {
 fn the_state_of_the_daemon_is_rejected_anywhere_in_the_tree() {
     let dir = tempfile::tempdir().unwrap();
     let (state, above) = (dir.path().join("above/state"), dir.path().join("above"));
-    put(&state.join("identity/ca.pem"), b"key");
+    put(&state.join("keys/ca.pem"), b"key");
     put(&state.join("api-token"), b"token");
     put(&above.join("mine"), b"x");
     let own = Arc::new(Own::of_state(&state));
@@ -185,19 +185,24 @@ fn the_state_of_the_daemon_is_rejected_anywhere_in_the_tree() {
     for path in [
         &above,
         &state,
-        &state.join("identity"),
+        &state.join("keys"),
         &state.join("api-token"),
     ] {
         let fault = refused(path);
         assert_eq!(fault.code, Code::NotAllowed, "{}", path.display());
-        assert!(fault.message.contains("this daemon's own state"), "{fault}");
+        assert!(
+            fault
+                .message
+                .contains("the state or configuration of a packhorse daemon"),
+            "{fault}"
+        );
     }
     fs::create_dir(dir.path().join("other")).unwrap();
     fs::hard_link(state.join("api-token"), dir.path().join("other/innocent")).unwrap();
     assert!(
         refused(&dir.path().join("other"))
             .message
-            .contains("innocent: it is part of this daemon's own state")
+            .contains("innocent: it is part of the state or configuration of a packhorse daemon")
     );
     // The second walk checks again.
     let mut source = FilesSource::open(&dir.path().join("other/..")).unwrap();
@@ -426,7 +431,7 @@ fn copied_links_are_what_they_lead_to_and_loops_are_refused() {
     };
     let fault = FilesSource::open_for(&root, &options).unwrap_err();
     assert!(
-        fault.message.contains("innocent: ") && fault.message.contains("own state"),
+        fault.message.contains("innocent: ") && fault.message.contains("packhorse daemon"),
         "{fault}"
     );
 }

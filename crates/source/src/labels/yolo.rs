@@ -121,13 +121,25 @@ struct Waiting<'a> {
     text: &'a str,
 }
 
+/// The extension that is looked for first.
+const FIRST_EXTENSION: &str = ".jpg";
+
 /// The image that a text file belongs to.
 enum Image {
-    /// Its path and its size.
-    Found(String, i64, i64),
+    Found(FoundImage),
     /// It is there, and its size cannot be read.
     Unreadable(String),
     None,
+}
+
+/// The image of a text file.
+#[derive(Clone)]
+struct FoundImage {
+    path: String,
+    width: i64,
+    height: i64,
+    /// An image of the same name that comes before it and cannot be read.
+    passed_over: Option<String>,
 }
 
 impl Folder<'_> {
@@ -174,14 +186,13 @@ impl Folder<'_> {
             .iter()
             .find(|label| exists_in_any_case(self.inside, label, "txt"))
         {
-            // Of two images with one name the labels belong to the first.
-            if !name.ends_with(".jpg")
-                && let Image::Found(other, ..) = self.image_of(label)
-                && other != name
+            // Of two images with one name the labels belong to the first that can be read. `label`
+            // reports a `.jpg`, which comes first.
+            if !name.ends_with(FIRST_EXTENSION)
+                && let Image::Found(other) = self.image_of(label)
+                && other.path != name
             {
-                collector
-                    .omitted
-                    .add(Category::SameName, format!("{name}: the labels of {other}"));
+                note_same_name(name, &other.path, collector);
             }
             return Ok(());
         }
@@ -221,8 +232,8 @@ impl Folder<'_> {
     }
 
     fn label(&mut self, name: &str, collector: &mut Collector) -> Result<(), Fault> {
-        let (image, width, height) = match self.image_of(name) {
-            Image::Found(image, width, height) => (image, width, height),
+        let found = match self.image_of(name) {
+            Image::Found(found) => found,
             Image::Unreadable(image) => {
                 let detail = format!("the width and height of its image {image} cannot be read");
                 collector.refusals.add(Why::NoSize, name, detail);
@@ -235,10 +246,16 @@ impl Folder<'_> {
                 return Ok(());
             }
         };
-        let Some(path) = collector.path(name, &image) else {
+        let (image, width, height) = (&found.path, found.width, found.height);
+        if let Some(first) = &found.passed_over
+            && first.ends_with(FIRST_EXTENSION)
+        {
+            note_same_name(first, image, collector);
+        }
+        let Some(path) = collector.path(name, image) else {
             return Ok(());
         };
-        collector.sample(&path, &self.sample(name, &image, Some(width), Some(height)))?;
+        collector.sample(&path, &self.sample(name, image, Some(width), Some(height)))?;
         let at = || format!("read {}", self.inside.full(name).display());
         let decoded = encoding::Utf8Reader::new(self.inside.file(name)?, collector.encoding);
         let inferred = decoded.inferred();
@@ -366,21 +383,36 @@ impl Folder<'_> {
             .chain([stem.to_owned()])
         {
             if let Some((path, width, height)) = self.sizes.get(&stem).cloned() {
-                return Image::Found(path, width, height);
+                return Image::Found(FoundImage {
+                    path,
+                    width,
+                    height,
+                    passed_over: None,
+                });
             }
             let found = with_extension(&stem, |image| {
                 let size = size::of_file(self.inside, image);
                 if size.is_none() && unreadable.is_none() && self.inside.is_file(image) {
                     unreadable = Some(image.to_owned());
                 }
-                size.map(|(width, height)| Image::Found(image.to_owned(), width, height))
+                size.map(|(width, height)| (image.to_owned(), width, height))
             });
-            if let Some(found) = found {
-                return found;
+            if let Some((path, width, height)) = found {
+                return Image::Found(FoundImage {
+                    path,
+                    width,
+                    height,
+                    passed_over: unreadable,
+                });
             }
         }
         unreadable.map_or(Image::None, Image::Unreadable)
     }
+}
+
+fn note_same_name(image: &str, other: &str, collector: &mut Collector) {
+    let said = format!("{image}: the labels of {other}");
+    collector.omitted.add(Category::SameName, said);
 }
 
 /// Where a row is, and what it speaks of.

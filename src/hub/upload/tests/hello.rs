@@ -30,7 +30,7 @@ impl Silent {
     /// Sends this first message, and waits until the hub has stored its version.
     async fn say(&mut self, bench: &Bench, hello: &FromSite) {
         let FromSite::Hello { version, .. } = hello else {
-            panic!("not a first message: {hello:?}");
+            unreachable!("not a first message: {hello:?}");
         };
         let version = serde_json::to_value(version).unwrap();
         wire::send(&mut self.send, hello).await.unwrap();

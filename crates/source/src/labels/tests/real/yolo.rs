@@ -179,6 +179,15 @@ fn yolo_folders_of_every_tool() {
         notes(&twice, Category::SameName),
         ["a.png: the labels of a.jpg"]
     );
+    let unreadable = yolo(row, &[yaml, ("a.jpg", b"cut off"), ("a.png", &image)]);
+    assert_eq!(
+        unreadable.read().unwrap().sample_rows(),
+        ["a.png 640 480 -"]
+    );
+    assert_eq!(
+        notes(&unreadable, Category::SameName),
+        ["a.jpg: the labels of a.png"]
+    );
     // No image, and one whose size cannot be read, are told apart.
     for (file, said) in [
         ("b.png", "no image that it belongs to was found"),
