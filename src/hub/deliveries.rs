@@ -159,7 +159,7 @@ impl Deliveries {
     }
 
     /// Starts a delivery, and repeats the transfers whose content the sites have lost since they
-    /// were done.
+    /// were done, or cannot check now.
     pub(super) async fn begin(
         &self,
         id: &DeliveryId,
@@ -189,7 +189,7 @@ impl Deliveries {
             notes.extend(found.note);
             if found.again {
                 lost.push(row.id);
-            } else if presence.is_some() && row.body.message != found.message {
+            } else if row.body.message != found.message {
                 let body = Body {
                     message: found.message,
                     ..row.body
@@ -207,7 +207,7 @@ impl Deliveries {
     }
 
     /// The state of a delivered artifact at a site, as the site reports it. `None`: the site is
-    /// offline or slow; its last report stays valid. A `retry` makes the site verify the artifact.
+    /// offline or slow.
     async fn presence(&self, row: &TransferRow) -> Option<Presence> {
         let (artifact, digest) = (row.artifact.clone(), row.digest);
         let question = AskSite::CheckPresence {
@@ -397,12 +397,12 @@ struct RepeatedDelivery {
 fn found(row: &TransferRow, presence: &Option<Presence>) -> RepeatedDelivery {
     let (artifact, site) = (&row.artifact, &row.site);
     let Some(presence) = presence else {
-        let note = format!(
-            "{artifact} arrived at {site} before; the site does not answer, so its copy was not checked"
-        );
+        // Offline or slow: the transfer is done when the site has verified its copy.
         return RepeatedDelivery {
-            again: false,
-            note: Some(note),
+            again: true,
+            note: Some(format!(
+                "{artifact} arrived at {site} before; the site does not answer now, and verifies its copy when it does"
+            )),
             message: None,
         };
     };
@@ -516,5 +516,50 @@ mod tests {
                 assert_eq!(code(one, action).await, expected, "{action:?} of one");
             }
         }
+    }
+
+    #[tokio::test]
+    async fn an_offline_site_is_asked_again_what_it_still_holds() {
+        let bench = Bench::start().await;
+        let token = bench.token(None, Some("office")).await;
+        bench
+            .publish(&bench.source("a", 100, 1), "model/a:v1", Some(&token))
+            .await
+            .unwrap();
+        bench
+            .join(
+                &bench.token(Some("west"), None).await,
+                &Claim::Site("west".parse().unwrap()),
+            )
+            .await;
+        let inner = &bench.hub.inner;
+        let deliver = async || {
+            let artifacts = ["model/a:v1".parse().unwrap()];
+            let sites = "west".parse().unwrap();
+            inner
+                .deliveries
+                .deliver(&Actor::Admin, &artifacts, &sites, false)
+                .await
+                .unwrap()
+        };
+        let first = deliver().await;
+        assert_eq!(first.notes, Vec::<String>::new());
+        let id: TransferId = first.transfers[0].as_str().parse().unwrap();
+        let row = inner.catalogue.transfer(&id).await.unwrap();
+        inner
+            .catalogue
+            .update_transfer(&id, row.generation, State::Done, &row.body)
+            .await
+            .unwrap();
+
+        // Nobody knows whether its copy is still there.
+        let second = deliver().await;
+        assert_eq!(second.transfers, first.transfers);
+        let again = inner.catalogue.transfer(&id).await.unwrap();
+        assert_eq!(again.state, State::Queued, "it waits for the site");
+        assert!(again.generation > row.generation);
+        assert!(second.notes[0].contains("verifies its copy"), "{second:?}");
+        let shown = inner.deliveries.view(&again);
+        assert_eq!(shown.reason, Some(Reason::SiteOffline));
     }
 }

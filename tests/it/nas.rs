@@ -244,10 +244,9 @@ fn a_file_that_cannot_be_stored_does_not_block_the_others() {
         let again = lab.hub.wait_transfer(&id, "tried again", secs(60), |t| {
             t.attempts > rest.attempts + 1
         });
-        let tries = u64::from(again.attempts - rest.attempts) + 1;
         assert!(
-            again.bytes.received - rest.bytes.received <= tries * 20_000,
-            "{op:?}: only that file is transmitted again: {again:#?}"
+            again.bytes.received <= 51 * 20_000,
+            "{op:?}: that file is tried before it is transmitted again: {again:#?}"
         );
         assert_eq!(again.bytes.committed, 49 * 20_000, "{op:?}: {again:#?}");
         lab.nas.heal();

@@ -216,6 +216,8 @@ pub const LABEL_LINE_BYTES_MAX: usize = 12 << 20;
 pub const LABEL_CLASSES_MAX: usize = 100_000;
 /// The approximate size of a batch of rows to or from a label database.
 pub const LABEL_BATCH_BYTES: usize = 1 << 20;
+/// How long the rows of a label version are counted by a quick check.
+pub const LABEL_COUNT_MAX: Duration = Duration::from_millis(1500);
 /// The number of batches that wait.
 pub const LABEL_BATCHES_QUEUED_MAX: usize = 4;
 /// A sink that has not responded for this long is reported as the reason why a transfer waits.

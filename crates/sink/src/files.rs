@@ -27,6 +27,7 @@ mod root;
 mod versions;
 
 use std::collections::HashSet;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::sync_channel;
 use std::sync::{Arc, OnceLock};
@@ -68,6 +69,8 @@ pub struct FilesSink {
     copying: Arc<Mutex<HashSet<PathBuf>>>,
     /// Held while `CURRENT` is compared and switched: two versions may be committed at once.
     switching: Arc<Mutex<()>>,
+    /// Held while the filesystem is tried: the entries for that have fixed names.
+    trying: Arc<Mutex<()>>,
 }
 
 impl FilesSink {
@@ -106,6 +109,7 @@ impl FilesSink {
             heartbeat: Heartbeat::default(),
             copying: Arc::default(),
             switching: Arc::default(),
+            trying: Arc::default(),
         };
         if !sink.root.is_known() {
             // Mark a root that exists at the first start now; later it could be an empty mount
@@ -139,13 +143,32 @@ impl FilesSink {
         if self.mount.get().is_none() && self.root.ensure_mounted().is_ok() {
             let probe = || {
                 durable::create_dir_all(&self.staging)?;
-                Mount::probe(&self.root.removed("probe"))
+                self.probe_mount()
             };
-            if let Ok(mount) = probe() {
-                let _ = self.mount.set(mount);
-            }
+            // The next check reports why it fails.
+            let _ = probe();
         }
         self.mount()
+    }
+
+    /// Determines the properties of the filesystem. Blocks.
+    fn probe_mount(&self) -> Result<(), Fault> {
+        let _trying = self.trying.lock();
+        if self.mount.get().is_none() {
+            let folder = self.root.tried("probe");
+            // What a crash left, or a filesystem on which nothing can be removed: that is the fault.
+            durable::remove_all(&folder)?;
+            let _ = self.mount.set(Mount::probe(&folder)?);
+        }
+        Ok(())
+    }
+
+    /// Writes a small file, syncs it, reads it back and removes it. Blocks.
+    fn try_to_write(&self) -> Result<(), Fault> {
+        let _trying = self.trying.lock();
+        let file = self.root.tried("trial");
+        durable::remove_all(&file)?;
+        trial(&file)
     }
 
     fn mount(&self) -> Mount {
@@ -235,7 +258,7 @@ impl Sink for FilesSink {
     async fn trial(&self) -> Result<(), Fault> {
         self.run(|this| {
             this.root.ensure_mounted()?;
-            trial(&this.root.removed("trial"))
+            this.try_to_write()
         })
         .await
     }
@@ -245,11 +268,7 @@ impl Sink for FilesSink {
         self.run(move |this| {
             this.root.ensure_mounted()?;
             durable::create_dir_all(&this.staging)?;
-            if this.mount.get().is_none() {
-                // Two concurrent probes give the same result.
-                let folder = this.root.removed("probe");
-                let _ = this.mount.set(Mount::probe(&folder)?);
-            }
+            this.probe_mount()?;
             this.is_committed(&incoming).map(|_| ())
         })
         .await
@@ -352,7 +371,7 @@ impl Sink for FilesSink {
             let folder = this.folder(&incoming.artifact);
             let is_plain = match std::fs::symlink_metadata(&folder) {
                 Ok(meta) => meta.is_dir(),
-                Err(e) if e.kind() == std::io::ErrorKind::NotFound => false,
+                Err(e) if e.kind() == ErrorKind::NotFound => false,
                 Err(e) => {
                     let what = format!("read the metadata of {}", folder.display());
                     return Err(Fault::io(what, &e));
@@ -426,9 +445,7 @@ impl Sink for FilesSink {
         self.threads
             .run(move || {
                 this.root.ensure_mounted()?;
-                let file = this.root.removed("probe");
-                durable::replace(&file, b"probe")?;
-                durable::remove_all(&file)?;
+                this.try_to_write()?;
                 // Versions are renamed into the directories of their kinds, which may have other
                 // owners than the staging directory.
                 let kinds =
@@ -439,10 +456,13 @@ impl Sink for FilesSink {
                         .map(PathBuf::as_path)
                         .filter(|kind| kind.exists()),
                 ) {
-                    let probe = folder.join(format!(".packhorse-probe-{}", std::process::id()));
-                    std::fs::create_dir(&probe)
-                        .and_then(|()| std::fs::remove_dir(&probe))
-                        .at(format_args!("write to {}", folder.display()))?;
+                    let probe = folder.join(format!(".packhorse-probe-{}", this.root.owner()));
+                    match std::fs::create_dir(&probe) {
+                        Err(e) if e.kind() == ErrorKind::AlreadyExists => Ok(()),
+                        created => created,
+                    }
+                    .and_then(|()| std::fs::remove_dir(&probe))
+                    .at(format_args!("write to {}", folder.display()))?;
                 }
                 let space = Space::of(this.root.path())?;
                 if space.inodes == Some(0) {

@@ -33,6 +33,8 @@ pub(crate) use copy::{copy_range, next_data};
 
 /// The mode of staged files; other modes are set at the end.
 pub const FILE_MODE: u32 = 0o644;
+/// The bytes that are written to try whether a file can be written.
+const TRIED_BYTES_MAX: u64 = 256 << 10;
 /// The filesystem number of tmpfs.
 const TMPFS: rustix::fs::FsWord = 0x0102_1994;
 /// The numbers of the filesystems on which syncfs(2) writes everything: ext4, XFS, btrfs, tmpfs,
@@ -293,6 +295,37 @@ impl Stage {
         file.write_all_at(bytes, 0)
             .and_then(|()| durable::close(file))
             .at_sink(self.what("write", path))
+    }
+
+    /// Tries whether a file of this size can be written: creates, fills, syncs, closes and removes
+    /// it. An existing file is opened and closed. No content of it is changed.
+    pub fn try_file(&self, path: &RelPath, size: u64) -> Result<(), Fault> {
+        let what = || self.what("write", path);
+        let mut options = OpenOptions::new();
+        options.write(true).mode(FILE_MODE);
+        let existing = match self.dir.symlink_metadata(path.as_str()) {
+            Ok(_) => true,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => false,
+            Err(e) => return Err(Fault::io(what(), &e).of_sink()),
+        };
+        if existing {
+            let file = self.dir.open_with(path.as_str(), &options);
+            return file
+                .and_then(|file| durable::close(file.into_std()))
+                .at_sink(what());
+        }
+        let file = match self.dir.open_with(path.as_str(), options.create_new(true)) {
+            // Its directory is not created yet.
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+            opened => opened.at_sink(what())?.into_std(),
+        };
+        let bytes = vec![1; size.min(TRIED_BYTES_MAX) as usize];
+        let written = file
+            .write_all_at(&bytes, 0)
+            .and_then(|()| durable::sync_and_close(file))
+            .at_sink(what());
+        let removed = self.remove_file(path);
+        written.and(removed)
     }
 
     /// The size of a regular file; `None` if there is none.

@@ -23,6 +23,7 @@ mod names;
 mod producer;
 mod recent;
 mod sparse;
+mod unwritable;
 mod worker;
 
 use std::collections::{HashMap, HashSet};
@@ -67,6 +68,7 @@ use growing::{Arrival, Growing};
 use producer::Producer;
 use recent::Recent;
 use sparse::{SparseFile, SparseFiles};
+use unwritable::{LeftOut, Unwritable};
 use worker::{READ_BYTES, Worker};
 
 /// Chunks that are looked up together.
@@ -113,6 +115,8 @@ pub struct Counters {
     /// The files, by number, with a failed write, sync or close. Their content is unknown: they are
     /// written again.
     pub(super) damaged: Mutex<HashSet<u64>>,
+    /// Files that the sink refused in an earlier attempt.
+    unwritable: Unwritable,
     /// Storage locations, by number, that could not be read in this attempt: their chunks are
     /// fetched. The index keeps them, because a NAS or a registry that is away for a time loses no
     /// content.
@@ -264,6 +268,9 @@ impl Assembly {
         self.counters.unreadable.lock().clear();
         let this = self.clone();
         let (place, journal, stage) = self.on_thread(move || this.begin()).await?;
+        let (counters, tried) = (self.counters.clone(), stage.clone());
+        let left_out = self.on_thread(move || Ok(counters.unwritable.tried(&tried)));
+        let left_out = Arc::new(left_out.await?);
         let held = Arc::new(self.held_by_sink(&journal).await?);
         let this = self.clone();
         let (journal, sparse) = self
@@ -281,7 +288,7 @@ impl Assembly {
                 break;
             }
             tokio::select! {
-                done = self.pass(place, &journal, &stage, &held, &sparse) => done?,
+                done = self.pass(place, &journal, &stage, &held, &left_out, &sparse) => done?,
                 // A thread that hangs in the sink is abandoned. It holds `staging`, so nobody else
                 // uses the folder before it ends.
                 () = self.given_up() => return Err(stopped()),
@@ -291,6 +298,11 @@ impl Assembly {
             } else {
                 0
             };
+            if stuck > 0
+                && let Some(fault) = &left_out.fault
+            {
+                return Err(fault.clone());
+            }
             if stuck == 3 {
                 return Err(Fault::internal(format!(
                     "{} chunks of {} are missing and cannot be had",
@@ -327,6 +339,7 @@ impl Assembly {
         journal: &Arc<RwLock<Journal>>,
         stage: &Arc<Stage>,
         held: &Arc<HeldBySink>,
+        left_out: &Arc<LeftOut>,
         sparse: &Arc<SparseFiles>,
     ) -> Result<(), Fault> {
         let failure = Arc::new(Failure::new(&self.stop, self.incoming.waits.clone()));
@@ -342,6 +355,7 @@ impl Assembly {
             journal: journal.clone(),
             stage: stage.clone(),
             held: held.clone(),
+            left_out: left_out.clone(),
             sparse: sparse.clone(),
             failure: failure.clone(),
             jobs: jobs.clone(),

@@ -1,6 +1,6 @@
 //! The differences of a filesystem from those of Linux, determined by trying.
 
-use std::io::Read;
+use std::io::{Read, Write};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 use std::time::{Duration, SystemTime};
@@ -102,7 +102,17 @@ pub(crate) fn trial(path: &Path) -> Result<(), Fault> {
     let bytes: Vec<u8> = (0..TRIAL_BYTES)
         .map(|i| i as u8 ^ (i >> 8) as u8 | 1)
         .collect();
-    durable::replace(path, &bytes)?;
+    // Under its own name: where nothing can be removed or renamed, a temporary name would stay.
+    let file = std::fs::File::options()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .open(path)
+        .at(format_args!("create {}", path.display()))?;
+    (&file)
+        .write_all(&bytes)
+        .and_then(|()| durable::sync_and_close(file))
+        .at(format_args!("write {}", path.display()))?;
     let mut read = Vec::new();
     let file = std::fs::File::open(path).at(format_args!("read {}", path.display()))?;
     file.take(TRIAL_BYTES as u64 + 1)

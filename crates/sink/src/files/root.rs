@@ -127,7 +127,14 @@ impl Root {
         ))
     }
 
-    /// Whether this daemon created the entry of this name by [`Root::removed`].
+    /// The path in the staging directory where this daemon tries what the filesystem can do: always
+    /// the same, so that a filesystem on which nothing can be removed does not fill up.
+    pub(super) fn tried(&self, label: &str) -> PathBuf {
+        self.staging()
+            .join(format!("removed-{}-{label}-0", self.owner))
+    }
+
+    /// Whether this daemon created the entry of this name by [`Root::removed`] or [`Root::tried`].
     pub(super) fn may_remove(&self, name: &str) -> bool {
         // A name without owner, `removed-<version>-<random>`, is from a daemon version that used
         // the root exclusively.

@@ -441,3 +441,58 @@ fn a_damaged_name_of_the_daemon_is_replaced() {
         assert_eq!(owner(), new);
     }
 }
+
+/// The sink tries what a filesystem can do, also one on which nothing can be removed.
+#[tokio::test]
+async fn trying_a_filesystem_leaves_at_most_one_entry() {
+    let dir = tempfile::tempdir().unwrap();
+    let [nas, data] = ["nas", "data"].map(|name| dir.path().join(name));
+    std::fs::create_dir(&nas).unwrap();
+    std::fs::create_dir(&data).unwrap();
+    let sink = FilesSink::open(Some(&settings::FilesSink { root: nas }), &data).unwrap();
+    durable::create_dir_all(&sink.staging).unwrap();
+    let left = || {
+        std::fs::read_dir(&sink.staging)
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect::<Vec<_>>()
+    };
+    // What an attempt left that could remove nothing.
+    for label in ["probe", "trial"] {
+        durable::create_dir_all(&sink.root.tried(label).join("Case")).unwrap();
+    }
+    for name in left() {
+        assert!(sink.may_remove(&name), "{name}");
+        let other = DaemonRoot::new(dir.path().join("nas"), true, dir.path()).unwrap();
+        assert!(!other.may_remove(&name), "{name} is of another site");
+    }
+    sink.check(&incoming("v1")).await.unwrap();
+    sink.trial().await.unwrap();
+    assert_eq!(left(), Vec::<String>::new(), "it is used and removed");
+
+    // A folder in which entries can be created and not be removed, where the test may make one.
+    let append_only = |on: bool| {
+        let folder = File::open(&sink.staging).unwrap();
+        let flags = match on {
+            true => rustix::fs::IFlags::APPEND,
+            false => rustix::fs::IFlags::empty(),
+        };
+        rustix::fs::ioctl_setflags(&folder, flags)
+    };
+    if append_only(true).is_err() {
+        return;
+    }
+    let sink = FilesSink {
+        mount: Arc::default(),
+        ..sink.clone()
+    };
+    let mut faults = Vec::new();
+    for _ in 0..4 {
+        faults.push(sink.check(&incoming("v1")).await.err());
+        faults.push(sink.trial().await.err());
+    }
+    let there = left();
+    append_only(false).unwrap();
+    assert!(faults.iter().all(Option::is_some), "{faults:?}");
+    assert!(there.len() <= 2, "{there:?}");
+}

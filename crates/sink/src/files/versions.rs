@@ -344,6 +344,7 @@ pub(super) fn read_if_exists(path: &Path) -> Result<Option<String>, Fault> {
 #[cfg(test)]
 mod tests {
     use std::fs;
+    use std::os::unix::fs::OpenOptionsExt;
 
     use super::*;
     use crate::settings;
@@ -457,5 +458,62 @@ mod tests {
         durable::remove_all(&sink.note_path(&one.artifact)).unwrap();
         durable::replace(&folder, b"a file").unwrap();
         assert_eq!(sink.unregistered(&one).await.unwrap(), None);
+    }
+
+    /// The decision of v1 is held: it has read which version is active, and not yet switched.
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_version_that_overtakes_another_stays_active() {
+        let dir = tempfile::tempdir().unwrap();
+        let sink = sink(dir.path());
+        for version in ["v0", "v1", "v2"] {
+            sink.check(&incoming(version)).await.unwrap();
+            stage(&sink, version, version);
+        }
+        let commit = |version: &'static str| {
+            let sink = sink.clone();
+            tokio::spawn(async move {
+                let staged = sink.staging_root().join(format!("t-{version}"));
+                sink.commit(&incoming(version), &staged).await
+            })
+        };
+        commit("v0").await.unwrap().unwrap();
+
+        // The note of the active version is a pipe, from which nothing comes.
+        let note = sink.note_path(&incoming("v0").artifact);
+        let [text, pipe] = [&note.with_extension("text"), &note];
+        durable::rename_noreplace(&note, text).unwrap();
+        let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
+        let kind = rustix::fs::FileType::Fifo;
+        rustix::fs::mknodat(rustix::fs::CWD, pipe, kind, mode, 0).unwrap();
+        let first = commit("v1");
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(30);
+        let mut writer = loop {
+            // Succeeds when somebody reads.
+            let flags = rustix::fs::OFlags::NONBLOCK.bits() as i32;
+            match fs::File::options()
+                .write(true)
+                .custom_flags(flags)
+                .open(pipe)
+            {
+                Ok(writer) => break writer,
+                Err(e) => assert!(std::time::Instant::now() < deadline, "{e}"),
+            }
+            tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+        };
+        let text = fs::read(text).unwrap();
+        durable::replace(&note, &text).unwrap();
+
+        // v2 either waits for v1, or ends now.
+        let mut second = commit("v2");
+        let limit = std::time::Duration::from_secs(1);
+        let overtook = tokio::time::timeout(limit, &mut second).await.is_ok();
+        std::io::Write::write_all(&mut writer, &text).unwrap();
+        drop(writer);
+        first.await.unwrap().unwrap();
+        if !overtook {
+            second.await.unwrap().unwrap();
+        }
+        let active = sink.current(&incoming("v2").artifact).unwrap();
+        assert_eq!(active.as_deref(), Some("v2"));
     }
 }

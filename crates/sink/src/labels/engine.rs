@@ -14,6 +14,7 @@ use super::canonical::Table;
 use crate::{Threads, Waits};
 use base::fault::Fault;
 use base::limits::{LABEL_BATCH_BYTES, LABEL_BATCHES_QUEUED_MAX};
+use base::names::TransferId;
 use content::chunk::Hash;
 use content::label_rows::{ClassRow, QueryRow};
 use content::manifest::{Digest, LabelsInfo};
@@ -27,6 +28,11 @@ pub(super) struct NewVersion {
     /// The directory with the canonical files.
     pub(super) dir: PathBuf,
     pub(super) info: LabelsInfo,
+    /// The transfer that delivers it; ids sort by the time of the request.
+    pub(super) transfer: TransferId,
+    /// Whether a stored version with the same digest is loaded again. The active version then stays
+    /// the same.
+    pub(super) replaces: bool,
     /// The load reports here what it waits for.
     pub(super) waits: Waits,
 }
@@ -85,16 +91,25 @@ pub(super) struct Rows {
 pub(super) trait Engine: Send + Sync {
     /// Checks that the database responds, is new enough and grants the permissions for a commit;
     /// creates the tables. `room_bytes` is the approximate size of the load.
-    async fn prepare(&self, room_bytes: u64) -> Result<(), Fault>;
+    async fn prepare(&self, room_bytes: u64, waits: &Waits) -> Result<(), Fault>;
 
     /// One line for `doctor`.
     async fn probe(&self) -> Result<String, Fault>;
 
     /// The stored version, if readers can see it.
-    async fn held(&self, set: &str, version: &str) -> Result<Option<StoredVersion>, Fault>;
+    async fn held(
+        &self,
+        set: &str,
+        version: &str,
+        waits: &Waits,
+    ) -> Result<Option<StoredVersion>, Fault>;
 
-    /// Loads a version and makes it the active one. A stored version with the same digest is not
-    /// changed.
+    /// The classes, samples and annotations whose rows exist, counted.
+    async fn count(&self, set: &str, version: &str) -> Result<Option<[u64; 3]>, Fault>;
+
+    /// Loads a version, and makes it the active one unless that one was requested later: both in one
+    /// step, whatever else is loaded meanwhile. A stored version with the same digest is not changed,
+    /// or is replaced.
     async fn load(&self, new: &NewVersion) -> Result<(), Fault>;
 
     /// The active version of a set.
@@ -103,13 +118,8 @@ pub(super) trait Engine: Send + Sync {
     /// Makes a stored version the active one. Returns `false` if it is not stored.
     async fn activate(&self, set: &str, version: &str) -> Result<bool, Fault>;
 
-    /// Prepares loading the same version again: readers no longer see the stored rows. The rows may
-    /// stay until a later load.
-    async fn supersede(&self, set: &str, version: &str) -> Result<(), Fault> {
-        self.remove(set, version).await
-    }
-
-    /// Removes a version. If it was the active one, the newest remaining version becomes active.
+    /// Removes a version. If it was the active one, the remaining version that was requested last
+    /// becomes active.
     async fn remove(&self, set: &str, version: &str) -> Result<(), Fault>;
 
     /// Sends every row of a version in canonical order from one consistent snapshot: classes,

@@ -55,11 +55,13 @@ use tokio::sync::{Mutex, mpsc};
 use self::canonical::Table;
 use self::compare::Compare;
 use self::engine::{Engine, NewVersion, Rows, StoredVersion, join_thread, not_held};
-use super::{Committed, Incoming, Sink, StorageLocation, Threads, Verification, nothing_staged};
+use super::{
+    Committed, Incoming, Sink, StorageLocation, Threads, Verification, Waits, nothing_staged,
+};
 use crate::settings;
 use base::durable;
 use base::fault::{Fault, IoContext};
-use base::limits::{LABEL_BATCHES_QUEUED_MAX, SINK_THREADS_MAX};
+use base::limits::{LABEL_BATCHES_QUEUED_MAX, LABEL_COUNT_MAX, SINK_THREADS_MAX};
 use base::names::{ArtifactRef, Kind, RelPath};
 use content::label_rows::{ClassRow, QueryRow};
 use content::manifest::{KindInfo, LabelsInfo};
@@ -196,7 +198,11 @@ impl LabelsSink {
         version: &str,
         dir: &Path,
     ) -> Result<Exported, Fault> {
-        let Some(held) = self.engine.held(label_set, version).await? else {
+        let Some(held) = self
+            .engine
+            .held(label_set, version, &Waits::default())
+            .await?
+        else {
             return Err(not_held(label_set, version));
         };
         let (sender, mut receiver) = mpsc::channel::<Rows>(LABEL_BATCHES_QUEUED_MAX);
@@ -293,11 +299,12 @@ impl Sink for LabelsSink {
 
     async fn check(&self, incoming: &Incoming) -> Result<(), Fault> {
         labels_info(incoming)?;
-        self.engine.prepare(incoming.root.totals.bytes).await?;
+        let bytes = incoming.root.totals.bytes;
+        self.engine.prepare(bytes, &incoming.waits).await?;
         let artifact = &incoming.artifact;
         match self
             .engine
-            .held(artifact.name(), artifact.version())
+            .held(artifact.name(), artifact.version(), &incoming.waits)
             .await?
         {
             Some(held) if held.digest != incoming.digest.hex() => Err(self
@@ -316,37 +323,18 @@ impl Sink for LabelsSink {
 
     async fn commit(&self, incoming: &Incoming, staged: &Path) -> Result<Committed, Fault> {
         let artifact = &incoming.artifact;
-        let new = self.new_version(incoming, staged)?;
+        let mut new = self.new_version(incoming, staged)?;
         self.wait_for_changes().await;
         // Prepare again: the database may have changed since it was checked, possibly hours ago.
-        self.engine.prepare(0).await?;
-        let (set, version) = (artifact.name(), artifact.version());
+        self.engine.prepare(0, &incoming.waits).await?;
         // A version is staged again if some of it was found missing or changed, or after a crash
-        // directly after the load. In both cases its rows are loaded again, and the active version
-        // does not change.
+        // directly after the load. In both cases its rows are loaded again.
         let staged_path = staged.to_owned();
-        let is_staged = self
+        new.replaces = self
             .threads
             .run(move || staged_path.try_exists().at_sink(staged_path.display()))
             .await?;
-        let is_reload = is_staged
-            && self
-                .engine
-                .held(set, version)
-                .await?
-                .is_some_and(|held| held.digest == incoming.digest.hex());
-        let active = if is_reload {
-            self.engine.active(set).await?
-        } else {
-            None
-        };
-        if is_reload {
-            self.engine.supersede(set, version).await?;
-        }
         self.engine.load(&new).await?;
-        if let Some(active) = active.filter(|active| active != version) {
-            self.engine.activate(set, &active).await?;
-        }
         let place = self.store_files(artifact, staged).await?;
         Ok(Committed {
             place,
@@ -395,11 +383,18 @@ impl Sink for LabelsSink {
     }
 
     async fn exists_at_target(&self, incoming: &Incoming) -> Result<bool, Fault> {
-        let held = self
-            .engine
-            .held(incoming.artifact.name(), incoming.artifact.version())
-            .await?;
-        Ok(held.is_some_and(|held| held.digest == incoming.digest.hex()))
+        let (set, version) = (incoming.artifact.name(), incoming.artifact.version());
+        let held = self.engine.held(set, version, &incoming.waits).await?;
+        let Some(held) = held.filter(|held| held.digest == incoming.digest.hex()) else {
+            return Ok(false);
+        };
+        // Rows that somebody deleted or added. A large version is counted for as long as a quick
+        // check may take.
+        let count = self.engine.count(set, version);
+        match tokio::time::timeout(LABEL_COUNT_MAX, count).await {
+            Ok(counted) => Ok(counted? == Some([held.classes, held.samples, held.annotations])),
+            Err(_) => Ok(true),
+        }
     }
 
     async fn verify(
@@ -409,7 +404,7 @@ impl Sink for LabelsSink {
         verification: &Verification,
     ) -> Result<Vec<String>, Fault> {
         let (set, version) = (incoming.artifact.name(), incoming.artifact.version());
-        let Some(held) = self.engine.held(set, version).await? else {
+        let Some(held) = self.engine.held(set, version, &incoming.waits).await? else {
             return Ok(vec![format!(
                 "the label database does not contain {set}:{version}"
             )]);
@@ -490,6 +485,8 @@ impl LabelsSink {
             digest: incoming.digest,
             dir: dir.into(),
             info: labels_info(incoming)?.clone(),
+            transfer: incoming.transfer.clone(),
+            replaces: false,
             waits: incoming.waits.clone(),
         })
     }

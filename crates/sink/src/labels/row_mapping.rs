@@ -1,8 +1,8 @@
 //! Reads the rows of the label tables, for both databases: the order of the columns and their
 //! meaning are the same in each.
 //!
-//! The engines call it with the rows of their queries (`HELD`, `EXPORT_CLASSES`, `EXPORT_SAMPLES`,
-//! `EXPORT_ANNOTATIONS`), whose columns are in the order that each function states.
+//! The engines call it with the rows of their queries (`HELD`, `COUNT`, `EXPORT_CLASSES`,
+//! `EXPORT_SAMPLES`, `EXPORT_ANNOTATIONS`), whose columns are in the order that each function states.
 
 use super::canonical::{Annotation, Class, Sample};
 use super::engine::StoredVersion;
@@ -28,6 +28,12 @@ pub(super) fn stored_version(row: &impl LabelRow) -> sqlx::Result<(i64, StoredVe
         rows_digest: row.text(4)?.into(),
     };
     Ok((row.int(5)?, version))
+}
+
+/// Three counts: classes, samples and annotations.
+pub(super) fn counts(row: &impl LabelRow) -> sqlx::Result<[u64; 3]> {
+    let count = |at| row.int(at).map(i64::unsigned_abs);
+    Ok([count(0)?, count(1)?, count(2)?])
 }
 
 /// The columns class_id, name and attrs.

@@ -25,7 +25,7 @@ use super::canonical::Table;
 use super::engine::{Batcher, Engine, NewVersion, Rows, StoredVersion, not_held};
 use super::query::{self, Batch};
 use super::row_mapping::{self, LabelRow};
-use crate::Threads;
+use crate::{Threads, Waits};
 use base::fault::{Fault, IoContext, Reason, Retry};
 use base::limits::LABEL_WRITER_WAIT_MAX;
 use connection::FileId;
@@ -33,6 +33,8 @@ use content::label_rows::{ClassRow, QueryRow};
 
 const HELD: &str = "SELECT v.manifest_digest, v.n_classes, v.n_samples, v.n_annotations, v.rows_digest, v.id
     FROM label_version v JOIN label_set s ON s.id = v.label_set_id WHERE s.name = ? AND v.version = ?";
+const COUNT: &str = "SELECT (SELECT count(*) FROM label_class WHERE version_id = ?1),
+    (SELECT count(*) FROM version_sample WHERE version_id = ?1), (SELECT count(*) FROM annotation WHERE version_id = ?1)";
 const EXPORT_CLASSES: &str =
     "SELECT class_id, name, attrs FROM label_class WHERE version_id = ? ORDER BY class_id";
 const EXPORT_SAMPLES: &str = "SELECT sample_no, path, hash, width, height, split, meta FROM version_sample WHERE version_id = ? ORDER BY sample_no";
@@ -173,12 +175,24 @@ impl Sqlite {
 
     async fn load_in(&self, conn: &mut SqliteConnection, new: &NewVersion) -> Result<(), Fault> {
         let what = "add the version";
-        if let Some((_, held)) = self.held_on(conn, &new.set, &new.version).await? {
-            return if held.digest == new.digest.hex() {
-                Ok(())
-            } else {
-                Err(new.conflict(&held.digest))
-            };
+        let mut replaced = None;
+        if let Some((id, held)) = self.held_on(conn, &new.set, &new.version).await? {
+            if held.digest != new.digest.hex() {
+                return Err(new.conflict(&held.digest));
+            }
+            if !new.replaces {
+                return Ok(());
+            }
+            let row: (bool, Option<String>) = sqlx::query_as(
+                "SELECT EXISTS (SELECT 1 FROM label_active WHERE version_id = ?1),
+                 (SELECT transfer FROM label_request WHERE version_id = ?1)",
+            )
+            .bind(id)
+            .fetch_one(&mut *conn)
+            .await
+            .map_err(|e| self.fault(what, &e))?;
+            self.remove_in(conn, id).await?;
+            replaced = Some(row);
         }
         let set =
             sqlx::query("INSERT INTO label_set (name) VALUES (?) ON CONFLICT (name) DO NOTHING")
@@ -197,13 +211,50 @@ impl Sqlite {
         .await
         .map_err(|e| self.fault(what, &e))?;
         self.fill(conn, new, id).await?;
-        let switch = "INSERT INTO label_active (label_set_id, version_id) SELECT label_set_id, id FROM label_version WHERE id = ?
-             ON CONFLICT (label_set_id) DO UPDATE SET version_id = excluded.version_id";
+        let (was_active, requested) = replaced.unzip();
+        let transfer = requested.flatten().max(Some(new.transfer.to_string()));
+        sqlx::query("INSERT INTO label_request (version_id, transfer) VALUES (?, ?)")
+            .bind(id)
+            .bind(&transfer)
+            .execute(&mut *conn)
+            .await
+            .map_err(|e| self.fault(what, &e))?;
+        // Of two versions, the one that was requested later is active, also if it was loaded first.
+        let switch = "INSERT INTO label_active (label_set_id, version_id) SELECT label_set_id, id FROM label_version WHERE id = ?1
+             ON CONFLICT (label_set_id) DO UPDATE SET version_id = excluded.version_id
+             WHERE coalesce(?2, NOT EXISTS (SELECT 1 FROM label_request r WHERE r.version_id = label_active.version_id AND r.transfer > ?3))";
         sqlx::query(switch)
             .bind(id)
+            .bind(was_active)
+            .bind(&transfer)
             .execute(&mut *conn)
             .await
             .map_err(|e| self.fault("switch to the new version", &e))?;
+        Ok(())
+    }
+
+    /// Removes the rows of a version. If it was the active one, the remaining version that was
+    /// requested last becomes active.
+    async fn remove_in(&self, conn: &mut SqliteConnection, id: i64) -> Result<(), Fault> {
+        let statements = [
+            "DELETE FROM annotation WHERE version_id = ?",
+            "DELETE FROM version_sample WHERE version_id = ?",
+            "DELETE FROM label_class WHERE version_id = ?",
+            "DELETE FROM label_active WHERE version_id = ?",
+            "INSERT INTO label_active (label_set_id, version_id)
+             SELECT v.label_set_id, v.id FROM label_version v LEFT JOIN label_request r ON r.version_id = v.id
+             WHERE v.id <> ?1 AND v.label_set_id = (SELECT label_set_id FROM label_version WHERE id = ?1)
+             ORDER BY coalesce(r.transfer, '') DESC, v.id DESC LIMIT 1 ON CONFLICT (label_set_id) DO NOTHING",
+            "DELETE FROM label_request WHERE version_id = ?",
+            "DELETE FROM label_version WHERE id = ?",
+        ];
+        for sql in statements {
+            sqlx::query(sql)
+                .bind(id)
+                .execute(&mut *conn)
+                .await
+                .map_err(|e| self.fault("remove the rows", &e))?;
+        }
         Ok(())
     }
 
@@ -303,7 +354,7 @@ fn value_of(row: &SqliteRow, at: usize) -> sqlx::Result<Option<String>> {
 
 #[async_trait]
 impl Engine for Sqlite {
-    async fn prepare(&self, room_bytes: u64) -> Result<(), Fault> {
+    async fn prepare(&self, room_bytes: u64, _waits: &Waits) -> Result<(), Fault> {
         let file = self.file.clone();
         let prepare_folder = move || {
             Self::check_filesystem(&file)?;
@@ -337,13 +388,32 @@ impl Engine for Sqlite {
         Ok(format!("sqlite://{place}: {held} label versions stored"))
     }
 
-    async fn held(&self, set: &str, version: &str) -> Result<Option<StoredVersion>, Fault> {
+    async fn held(
+        &self,
+        set: &str,
+        version: &str,
+        _waits: &Waits,
+    ) -> Result<Option<StoredVersion>, Fault> {
         let Some(mut conn) = self.connect_existing().await? else {
             return Ok(None);
         };
         let held = self.held_on(&mut conn, set, version).await?;
         self.close(conn).await;
         Ok(held.map(|(_, held)| held))
+    }
+
+    async fn count(&self, set: &str, version: &str) -> Result<Option<[u64; 3]>, Fault> {
+        let Some(mut conn) = self.connect_existing().await? else {
+            return Ok(None);
+        };
+        let mut counted = None;
+        if let Some((id, _)) = self.held_on(&mut conn, set, version).await? {
+            let read = |e: sqlx::Error| self.fault("count the rows", &e);
+            let row = sqlx::query(COUNT).bind(id).fetch_one(&mut conn).await;
+            counted = Some(row_mapping::counts(&row.map_err(read)?).map_err(read)?);
+        }
+        self.close(conn).await;
+        Ok(counted)
     }
 
     async fn load(&self, new: &NewVersion) -> Result<(), Fault> {
@@ -426,24 +496,7 @@ impl Engine for Sqlite {
         let failed = |e: sqlx::Error| self.fault("remove the rows", &e);
         let mut transaction = conn.begin_with("BEGIN IMMEDIATE").await.map_err(failed)?;
         if let Some((id, _)) = self.held_on(&mut transaction, set, version).await? {
-            let statements = [
-                "DELETE FROM annotation WHERE version_id = ?",
-                "DELETE FROM version_sample WHERE version_id = ?",
-                "DELETE FROM label_class WHERE version_id = ?",
-                "DELETE FROM label_active WHERE version_id = ?",
-                // If this version was the active one, the newest remaining version becomes active.
-                "INSERT INTO label_active (label_set_id, version_id) SELECT label_set_id, max(id) FROM label_version
-                 WHERE id <> ?1 AND label_set_id = (SELECT label_set_id FROM label_version WHERE id = ?1)
-                 GROUP BY label_set_id ON CONFLICT (label_set_id) DO NOTHING",
-                "DELETE FROM label_version WHERE id = ?",
-            ];
-            for sql in statements {
-                sqlx::query(sql)
-                    .bind(id)
-                    .execute(&mut *transaction)
-                    .await
-                    .map_err(failed)?;
-            }
+            self.remove_in(&mut transaction, id).await?;
         }
         transaction.commit().await.map_err(failed)?;
         let _ = self

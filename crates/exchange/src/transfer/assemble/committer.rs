@@ -158,12 +158,14 @@ impl Committer {
                 .at_sink(format_args!("sync {}", dest.path))
             {
                 self.counters.damaged.lock().insert(dest.number);
+                self.counters.unwritable.add(dest);
                 first = first.and(Err(fault));
             }
         }
         for dest in self.small.iter().filter(|_| !whole) {
             if let Err(fault) = self.stage.sync_file(&dest.path) {
                 self.counters.damaged.lock().insert(dest.number);
+                self.counters.unwritable.add(dest);
                 first = first.and(Err(fault));
             }
         }

@@ -7,6 +7,7 @@ use tokio::sync::mpsc;
 
 use super::begin_finish::HeldBySink;
 use super::recent::Recent;
+use super::unwritable::LeftOut;
 use super::{
     Assembly, Batch, COPY_BYTES, Dest, Failure, Item, Job, LOOK_UP, Local, SparseFiles, WHOLES_MAX,
     Whole,
@@ -38,6 +39,7 @@ pub(super) struct Producer {
     pub(super) journal: Arc<RwLock<Journal>>,
     pub(super) stage: Arc<Stage>,
     pub(super) held: Arc<HeldBySink>,
+    pub(super) left_out: Arc<LeftOut>,
     pub(super) sparse: Arc<SparseFiles>,
     pub(super) failure: Arc<Failure>,
     pub(super) jobs: mpsc::Sender<Job>,
@@ -72,7 +74,10 @@ impl Producer {
                     dest = None;
                     match entry.body {
                         EntryBody::Dir => self.stage.make_dir(&entry.path)?,
-                        EntryBody::File(file) if !self.held.files.contains(&number) => {
+                        EntryBody::File(file)
+                            if !self.held.files.contains(&number)
+                                && !self.left_out.files.contains(&number) =>
+                        {
                             let (handle, announced) = Default::default();
                             let sparse = self.sparse.get(&number).cloned();
                             dest = Some(Arc::new(Dest {

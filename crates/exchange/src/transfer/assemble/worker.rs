@@ -290,8 +290,11 @@ impl Worker {
     /// Writes the collected bytes.
     fn end_run(&self, run: Option<WriteRun>, done: &mut Vec<Done>) -> Result<(), Fault> {
         let Some(run) = run else { return Ok(()) };
-        self.write(run, done)
-            .inspect_err(|_| self.failure.stored.store(false, Ordering::Relaxed))
+        let dest = run.dest.clone();
+        self.write(run, done).inspect_err(|_| {
+            self.counters.unwritable.add(&dest);
+            self.failure.stored.store(false, Ordering::Relaxed);
+        })
     }
 
     fn write(&self, run: WriteRun, done: &mut Vec<Done>) -> Result<(), Fault> {

@@ -33,6 +33,13 @@ fn activation(id: i64) -> String {
     )
 }
 
+/// A stored version that is loaded again.
+struct Replaced {
+    was_active: bool,
+    /// The transfer that delivered it.
+    transfer: Option<String>,
+}
+
 impl Postgres {
     /// Deletes a version that the views do not show. Neither waits for readers nor delays them: they
     /// read what their snapshot contains.
@@ -43,13 +50,14 @@ impl Postgres {
              DELETE FROM packhorse.version_sample WHERE version_id = {id};
              DELETE FROM packhorse.label_class WHERE version_id = {id};
              DELETE FROM packhorse.label_switch WHERE version_id = {id};
+             DELETE FROM packhorse.label_request WHERE version_id = {id};
              DELETE FROM packhorse.label_version WHERE id = {id}; COMMIT"
         );
         self.run(conn, "delete the rows of a version", sql).await
     }
 
     /// Hides a version from readers, in one small transaction that no reader can delay. If it was
-    /// the active one, the newest remaining version becomes active, only for transactions after the
+    /// the active one, the remaining version that was requested last becomes active, only for transactions after the
     /// end of all other periods, so that no transaction sees two versions. The name of the hidden
     /// version can be used again.
     pub(super) async fn hide_version(&self, conn: &mut PgConnection, id: i64) -> Result<(), Fault> {
@@ -60,8 +68,10 @@ impl Postgres {
              DELETE FROM packhorse.label_active WHERE version_id = {id};
              DELETE FROM packhorse.label_switch WHERE version_id = {id};
              INSERT INTO packhorse.label_active (label_set_id, version_id)
-             SELECT label_set_id, max(id) FROM packhorse.label_version WHERE state = 'ready' AND label_set_id = {set}
-             GROUP BY label_set_id ON CONFLICT (label_set_id) DO NOTHING;
+             SELECT v.label_set_id, v.id FROM packhorse.label_version v
+             LEFT JOIN packhorse.label_request r ON r.version_id = v.id
+             WHERE v.state = 'ready' AND v.label_set_id = {set}
+             ORDER BY coalesce(r.transfer, '') DESC, v.id DESC LIMIT 1 ON CONFLICT (label_set_id) DO NOTHING;
              INSERT INTO packhorse.label_switch (label_set_id, version_id, since)
              SELECT a.label_set_id, a.version_id, greatest(v.committed_at,
                  (SELECT max(s.until) FROM packhorse.label_switch s WHERE s.label_set_id = a.label_set_id))
@@ -265,16 +275,50 @@ impl Postgres {
     /// recognise that one active version is a small part of all rows. Autovacuum ignores tables with
     /// few rows, and comes too late for the others. What another session analyses at the moment is
     /// passed over, because that session may hold its lock for long.
-    async fn switch(&self, conn: &mut PgConnection, id: i64) -> Result<(), Fault> {
+    ///
+    /// The version becomes the active one unless that one was requested later, or, if it replaces a
+    /// stored one, if that was the active one. The lock of the set covers both.
+    async fn switch(
+        &self,
+        conn: &mut PgConnection,
+        id: i64,
+        new: &NewVersion,
+        replaced: Option<Replaced>,
+    ) -> Result<(), Fault> {
         let analyse = "ANALYZE (SKIP_LOCKED) packhorse.version_sample, packhorse.annotation";
         self.run(conn, "analyse the rows", analyse.into()).await?;
-        let sql = format!(
-            "BEGIN; UPDATE packhorse.label_version SET state = 'ready', committed_at = now() WHERE id = {id}; {}; COMMIT;
-             ANALYZE (SKIP_LOCKED) packhorse.label_set, packhorse.label_version, packhorse.label_active, packhorse.label_switch,
-             packhorse.label_class",
+        let (was_active, requested) = match replaced {
+            Some(replaced) => (Some(replaced.was_active), replaced.transfer),
+            None => (None, None),
+        };
+        let what = "switch to the new version";
+        let query = sqlx::query_scalar(
+            "WITH added AS (INSERT INTO packhorse.label_request (version_id, transfer)
+                 VALUES ($1, greatest($2, $3)) ON CONFLICT (version_id) DO UPDATE SET transfer = EXCLUDED.transfer
+                 RETURNING transfer)
+             SELECT coalesce((SELECT coalesce($4, coalesce(r.transfer, '') <= added.transfer)
+                 FROM packhorse.label_version v JOIN packhorse.label_active a ON a.label_set_id = v.label_set_id
+                 LEFT JOIN packhorse.label_request r ON r.version_id = a.version_id WHERE v.id = $1), true)
+             FROM added",
+        )
+        .bind(id)
+        .bind(new.transfer.as_str())
+        .bind(requested)
+        .bind(was_active);
+        let is_newest: bool = self
+            .within(what, LABEL_STATEMENT_MAX, query.fetch_one(&mut *conn))
+            .await?;
+        let activation = if is_newest {
             activation(id)
+        } else {
+            String::new()
+        };
+        let sql = format!(
+            "BEGIN; UPDATE packhorse.label_version SET state = 'ready', committed_at = now() WHERE id = {id}; {activation}; COMMIT;
+             ANALYZE (SKIP_LOCKED) packhorse.label_set, packhorse.label_version, packhorse.label_active, packhorse.label_switch,
+             packhorse.label_class"
         );
-        self.run(conn, "switch to the new version", sql).await
+        self.run(conn, what, sql).await
     }
 
     /// Makes a version that the views show the active one.
@@ -297,18 +341,42 @@ impl Postgres {
         new: &NewVersion,
     ) -> Result<(), Fault> {
         self.lock_set(conn, &new.set).await?;
-        if let Some((_, held)) = self.held_on(conn, &new.set, &new.version).await? {
-            return if held.digest == new.digest.hex() {
-                Ok(())
-            } else {
-                Err(new.conflict(&held.digest))
-            };
+        let mut replaced = None;
+        if let Some((id, held)) = self.held_on(conn, &new.set, &new.version).await? {
+            if held.digest != new.digest.hex() {
+                return Err(new.conflict(&held.digest));
+            }
+            if !new.replaces {
+                return Ok(());
+            }
+            replaced = Some(self.replaced(conn, id).await?);
+            self.hide_version(conn, id).await?;
         }
         let id = match self.drop_leftovers(conn, new).await? {
             Some(id) => id,
             None => self.copy_version(conn, new).await?,
         };
-        self.switch(conn, id).await
+        self.switch(conn, id, new, replaced).await
+    }
+
+    /// What is known of a version before it is hidden.
+    async fn replaced(&self, conn: &mut PgConnection, id: i64) -> Result<Replaced, Fault> {
+        let query = sqlx::query_as(
+            "SELECT EXISTS (SELECT FROM packhorse.label_active WHERE version_id = $1),
+             (SELECT transfer FROM packhorse.label_request WHERE version_id = $1)",
+        )
+        .bind(id);
+        let (was_active, transfer) = self
+            .within(
+                "look up the version",
+                LABEL_STATEMENT_MAX,
+                query.fetch_one(conn),
+            )
+            .await?;
+        Ok(Replaced {
+            was_active,
+            transfer,
+        })
     }
 
     /// Cleans up after a load that failed permanently, on a new connection. Best effort: the next

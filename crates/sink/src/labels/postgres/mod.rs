@@ -10,7 +10,7 @@
 //! 3. The tables are analysed.
 //! 4. A last transaction sets the state to `ready` and changes the one row in `label_active`: the
 //!    switch. In `label_switch` it ends the period of the old version and starts that of the new
-//!    one.
+//!    one. There is no switch if the active version was requested later (`label_request`).
 //!
 //! **No commit and no removal waits for readers, and none delays them.** A reader sees the rows of its
 //! snapshot. The view of active versions compares the periods in `label_switch` with the start of
@@ -52,7 +52,7 @@ use super::canonical::Table;
 use super::engine::{Batcher, Engine, NewVersion, Rows, StoredVersion, not_held};
 use super::query::{self, Batch};
 use super::row_mapping::{self, LabelRow};
-use crate::Threads;
+use crate::{Threads, Waits};
 use base::fault::{Fault, Reason};
 use base::limits::LABEL_STATEMENT_MAX;
 use content::label_rows::{ClassRow, QueryRow};
@@ -61,6 +61,9 @@ const HELD: &str =
     "SELECT v.manifest_digest, v.n_classes, v.n_samples, v.n_annotations, v.rows_digest, v.id
     FROM packhorse.label_version v JOIN packhorse.label_set s ON s.id = v.label_set_id
     WHERE s.name = $1 AND v.version = $2 AND v.state = 'ready'";
+const COUNT: &str = "SELECT (SELECT count(*) FROM packhorse.label_class WHERE version_id = $1),
+    (SELECT count(*) FROM packhorse.version_sample WHERE version_id = $1),
+    (SELECT count(*) FROM packhorse.annotation WHERE version_id = $1)";
 const EXPORT_CLASSES: &str = "SELECT class_id, name, attrs::text FROM packhorse.label_class WHERE version_id = $1 ORDER BY class_id";
 const EXPORT_SAMPLES: &str = "SELECT sample_no, path, hash, width, height, split, meta::text
     FROM packhorse.version_sample WHERE version_id = $1 ORDER BY sample_no";
@@ -336,11 +339,12 @@ impl LabelRow for PgRow {
 
 #[async_trait]
 impl Engine for Postgres {
-    async fn prepare(&self, _room_bytes: u64) -> Result<(), Fault> {
+    async fn prepare(&self, _room_bytes: u64, waits: &Waits) -> Result<(), Fault> {
         self.check_sessions().await?;
         let mut conn = self.connect().await?;
         self.rights(&mut conn).await?;
-        self.migrate(&mut conn).await?;
+        let pid = self.pid(&mut conn).await?;
+        self.watched(pid, waits, self.migrate(&mut conn)).await?;
         self.close(conn).await;
         Ok(())
     }
@@ -372,15 +376,37 @@ impl Engine for Postgres {
         ))
     }
 
-    async fn held(&self, set: &str, version: &str) -> Result<Option<StoredVersion>, Fault> {
+    async fn held(
+        &self,
+        set: &str,
+        version: &str,
+        waits: &Waits,
+    ) -> Result<Option<StoredVersion>, Fault> {
         let mut conn = self.connect().await?;
         let held = if self.has_schema(&mut conn).await? {
-            self.held_on(&mut conn, set, version).await?
+            let pid = self.pid(&mut conn).await?;
+            let look = self.held_on(&mut conn, set, version);
+            self.watched(pid, waits, look).await?
         } else {
             None
         };
         self.close(conn).await;
         Ok(held.map(|(_, held)| held))
+    }
+
+    async fn count(&self, set: &str, version: &str) -> Result<Option<[u64; 3]>, Fault> {
+        let mut conn = self.connect().await?;
+        let mut counted = None;
+        if self.has_schema(&mut conn).await?
+            && let Some((id, _)) = self.held_on(&mut conn, set, version).await?
+        {
+            let what = "count the rows";
+            let query = sqlx::query(COUNT).bind(id).fetch_one(&mut conn);
+            let row = self.within(what, LABEL_STATEMENT_MAX, query).await?;
+            counted = Some(row_mapping::counts(&row).map_err(|e| self.fault(what, &e))?);
+        }
+        self.close(conn).await;
+        Ok(counted)
     }
 
     async fn load(&self, new: &NewVersion) -> Result<(), Fault> {
@@ -440,16 +466,6 @@ impl Engine for Postgres {
         }
         self.close(conn).await;
         Ok(held.is_some())
-    }
-
-    async fn supersede(&self, set: &str, version: &str) -> Result<(), Fault> {
-        let mut conn = self.connect().await?;
-        self.lock_set(&mut conn, set).await?;
-        if let Some((id, _)) = self.held_on(&mut conn, set, version).await? {
-            self.hide_version(&mut conn, id).await?;
-        }
-        self.close(conn).await;
-        Ok(())
     }
 
     async fn remove(&self, set: &str, version: &str) -> Result<(), Fault> {

@@ -23,6 +23,8 @@ crate::on_both!(
     readers_see_the_old_version_or_the_new,
     refuses_bad_rows_and_leaves_nothing,
     activates_and_removes,
+    the_version_that_was_requested_last_is_active,
+    rows_that_were_deleted_are_noticed_without_reading_them,
     exports_the_original_bytes,
     exports_an_empty_set,
     verify_finds_changed_rows,
@@ -475,6 +477,54 @@ async fn activates_and_removes(bench: Bench) {
     // A removed version may be delivered again with different content.
     commit(&bench, &two, "v1").await;
     assert_eq!(bench.current().await, two.count());
+}
+
+/// Two versions of one delivery may be loaded in any order.
+async fn the_version_that_was_requested_last_is_active(bench: Bench) {
+    let sets = [10, 12, 14].map(|samples| Set::new(1, samples, 4, 0));
+    let active = async || bench.sink.active_version("aoi-line3").await.unwrap();
+    commit(&bench, &sets[1], "v2").await;
+    commit(&bench, &sets[0], "v1").await;
+    assert_eq!(active().await.as_deref(), Some("v2"), "v1 was overtaken");
+    assert_eq!(bench.current().await, sets[1].count());
+    commit(&bench, &sets[2], "v3").await;
+    assert_eq!(active().await.as_deref(), Some("v3"));
+    // Loaded again, the active version and another one.
+    bench.sql("DELETE FROM {}annotation WHERE ann_no = 0").await;
+    for (set, version) in [(&sets[2], "v3"), (&sets[0], "v1")] {
+        let incoming = set.incoming(version);
+        assert!(!bench.sink.exists_at_target(&incoming).await.unwrap());
+        commit(&bench, set, version).await;
+        assert_eq!(active().await.as_deref(), Some("v3"), "{version}");
+        assert!(bench.sink.exists_at_target(&incoming).await.unwrap());
+    }
+    assert_eq!(bench.current().await, sets[2].count());
+    // What remains is ordered in the same way.
+    for (removed, next) in [("v3", Some("v2")), ("v2", Some("v1")), ("v1", None)] {
+        let removed = sets[0].incoming(removed).artifact;
+        bench.sink.remove(&removed, None).await.unwrap();
+        assert_eq!(active().await.as_deref(), next);
+    }
+    assert_eq!(bench.leftovers().await, 0);
+    assert_eq!(
+        bench.number("SELECT count(*) FROM {}label_request").await,
+        0
+    );
+}
+
+async fn rows_that_were_deleted_are_noticed_without_reading_them(bench: Bench) {
+    let set = Set::new(1, 20, 4, 0);
+    let incoming = set.incoming("v1");
+    let is_there = async || bench.sink.exists_at_target(&incoming).await.unwrap();
+    for table in ["annotation", "version_sample", "label_class"] {
+        commit(&bench, &set, "v1").await;
+        assert!(is_there().await);
+        bench.sql(&format!("DELETE FROM {{}}{table}")).await;
+        assert!(!is_there().await, "{table}");
+    }
+    commit(&bench, &set, "v1").await;
+    assert!(is_there().await);
+    assert_eq!(bench.current().await, set.count());
 }
 
 async fn exports_the_original_bytes(bench: Bench) {

@@ -65,6 +65,7 @@ fn go_back_to(bench: &Bench, revision: u32) {
             "SET ROLE packhorse;
              DROP VIEW packhorse.annotations, packhorse.current_annotations, packhorse.samples, packhorse.current_samples,
              packhorse.classes, packhorse.current_classes;
+             DROP TABLE packhorse.label_request;
              ALTER TABLE packhorse.annotation RENAME TO kept_annotation;
              ALTER TABLE packhorse.version_sample RENAME TO kept_version_sample;
              {}

@@ -390,6 +390,43 @@ async fn the_holder_of_a_lock_is_reported_while_the_delivery_waits() {
     );
 }
 
+/// Also the table of the migrations, which each check reads.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_holder_of_all_tables_is_reported_while_a_check_waits() {
+    let bench = Bench::postgres().await;
+    let Db::Postgres(server, database) = &bench.db else {
+        unreachable!()
+    };
+    let set = Set::new(1, 20, 4, 0);
+    bench.sink.check(&set.incoming("v1")).await.unwrap();
+    let mut holder = sqlx::PgConnection::connect(&server.admin_url(database))
+        .await
+        .unwrap();
+    let lock = "SET application_name = 'night job'; BEGIN; LOCK TABLE packhorse.schema_migration,
+        packhorse.label_set, packhorse.label_version, packhorse.label_active, packhorse.label_switch,
+        packhorse.label_request, packhorse.label_class, packhorse.version_sample, packhorse.annotation";
+    sqlx::raw_sql(lock).execute(&mut holder).await.unwrap();
+    let incoming = set.incoming("v1");
+    let (sink, mut waits) = (bench.sink.clone(), incoming.waits.subscribe());
+    let check = tokio::spawn(async move { sink.check(&incoming).await });
+    let report = tokio::time::timeout(Duration::from_secs(20), waits.wait_for(Option::is_some))
+        .await
+        .unwrap()
+        .unwrap()
+        .clone()
+        .unwrap();
+    assert!(report.message.contains("(night job"), "{report}");
+    // The fault of the check says the same.
+    let fault = check.await.unwrap().unwrap_err();
+    assert_eq!(
+        class(&fault),
+        (Code::Unreachable, Reason::SinkUnavailable, Retry::Backoff)
+    );
+    assert!(fault.message.contains("(night job"), "{fault}");
+    sqlx::raw_sql("COMMIT").execute(&mut holder).await.unwrap();
+    bench.sink.check(&set.incoming("v1")).await.unwrap();
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_removal_does_not_wait_for_readers_and_takes_nothing_from_them() {
     let bench = Bench::postgres().await;
