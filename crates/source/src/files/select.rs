@@ -21,6 +21,8 @@ use base::limits::{EXCLUDE_PATTERN_BYTES_MAX, EXCLUDE_PATTERNS_MAX, IGNORE_FILE_
 
 /// What a NAS, a desktop or an NFS client leaves between the files.
 pub(super) const DEFAULTS: [&str; 4] = ["@eaDir", ".DS_Store", "Thumbs.db", ".nfs*"];
+/// Editors write it before the first line.
+const BYTE_ORDER_MARK: char = '\u{feff}';
 /// The name of the file with patterns, in any directory.
 const IGNORE_FILE: &str = ".packhorseignore";
 
@@ -82,6 +84,9 @@ impl Selection {
                 Fault::usage(format!("--exclude {shown:?} is not a pattern: {why}"))
                     .with_next("write it in the syntax of gitignore, such as '*.tmp' or '/build/'")
             };
+            if pattern.trim().is_empty() {
+                return Err(wrong("it is empty".into()));
+            }
             if pattern.len() > EXCLUDE_PATTERN_BYTES_MAX || pattern.contains(['\n', '\0']) {
                 return Err(wrong("it is too long or has several lines".into()));
             }
@@ -138,18 +143,28 @@ impl IgnoreFile {
         let (mut number, mut bytes, mut line) = (0, 0, String::new());
         loop {
             line.clear();
-            let read = limited.read_line(&mut line)?;
+            number += 1;
+            let read = limited
+                .read_line(&mut line)
+                .map_err(|error| match error.kind() {
+                    ErrorKind::InvalidData => wrong(&format!("is not UTF-8 text in line {number}")),
+                    _ => wrong(&format!("cannot be read: {error}")),
+                })?;
             if read == 0 {
                 break;
             }
-            (number, bytes) = (number + 1, bytes + read as u64);
+            bytes += read as u64;
             if bytes > IGNORE_FILE_BYTES_MAX || number > EXCLUDE_PATTERNS_MAX {
                 return Err(wrong(&format!(
                     "is too large: at most {IGNORE_FILE_BYTES_MAX} bytes and {EXCLUDE_PATTERNS_MAX} lines are read"
                 )));
             }
             patterns
-                .add_line(None, line.trim_end_matches(['\n', '\r']))
+                .add_line(
+                    None,
+                    line.trim_start_matches(BYTE_ORDER_MARK)
+                        .trim_end_matches(['\n', '\r']),
+                )
                 .map_err(|_| wrong(&format!("has no pattern in line {number}")))?;
         }
         let patterns = patterns
@@ -157,6 +172,11 @@ impl IgnoreFile {
             .map_err(|error| wrong(&error.to_string()))?;
         Ok(Some(Self(patterns)))
     }
+}
+
+/// Whether the patterns of a directory cannot be read, and not the directory.
+pub(super) fn is_wrong(error: &io::Error) -> bool {
+    error.kind() == ErrorKind::InvalidData
 }
 
 fn wrong(why: &str) -> io::Error {

@@ -258,6 +258,29 @@ fn read_with(path: &Path, options: &FilesOptions) -> (Vec<String>, Omitted) {
 }
 
 #[test]
+fn a_file_of_patterns_is_utf8_text_with_or_without_a_byte_order_mark() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path();
+    put(&root.join("a.tmp"), b"x");
+    put(
+        &root.join(".packhorseignore"),
+        b"\xef\xbb\xbf*.tmp\r\n.packhorseignore\r\n",
+    );
+    let (names, omitted) = read_with(root, &FilesOptions::default());
+    assert_eq!(names, [""; 0]);
+    assert_eq!(omitted.count(base::omitted::Category::Excluded), 2);
+    put(&root.join(".packhorseignore"), b"*.bak\n\xd6\xd0*\n");
+    let fault = FilesSource::open(root).unwrap_err();
+    assert_eq!(fault.code, Code::Integrity, "{fault}");
+    assert!(
+        fault
+            .message
+            .contains("its .packhorseignore is not UTF-8 text in line 2"),
+        "{fault}"
+    );
+}
+
+#[test]
 fn the_total_is_known_before_the_first_entry() {
     let dir = tempfile::tempdir().unwrap();
     let root = dir.path();
@@ -355,6 +378,8 @@ fn junk_and_patterns_are_excluded_and_reported() {
     assert!(wrong.message.contains("[z-a]"), "{wrong}");
     let many = FilesSource::open_for(root, &options(vec!["a".into(); 100_000])).unwrap_err();
     assert_eq!(many.code, Code::Usage);
+    let empty = FilesSource::open_for(root, &options(vec![" ".into()])).unwrap_err();
+    assert_eq!(empty.code, Code::Usage, "{empty}");
     put(&root.join("sub/.packhorseignore"), b"fine\n[z-a]\n");
     let wrong = FilesSource::open(root).unwrap_err();
     assert!(wrong.message.contains("no pattern in line 2"), "{wrong}");

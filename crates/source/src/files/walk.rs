@@ -20,7 +20,7 @@ use std::sync::Arc;
 
 use encoding_rs::Encoding;
 
-use super::select::{IgnoreFile, Selection};
+use super::select::{self, IgnoreFile, Selection};
 use crate::own::Own;
 use base::fault::{Fault, IoContext};
 use base::limits::WALK_NAMES_BYTES_MAX;
@@ -166,8 +166,13 @@ impl Walk {
             held: 0,
             excluded: Omitted::default(),
         };
-        walk.enter(b"", root)
-            .at(format_args!("read the directory {}", root.display()))?;
+        match walk.enter(b"", root) {
+            Err(error) if select::is_wrong(&error) => {
+                Err(Fault::integrity(format!("{}: {error}", root.display()))
+                    .with_next("correct this file, or remove it"))
+            }
+            entered => entered.at(format_args!("read the directory {}", root.display())),
+        }?;
         Ok(walk)
     }
 
