@@ -31,11 +31,11 @@ fn older<T: DeserializeOwned + PartialEq + Debug>(older: &str, newer: &str) {
 #[test]
 fn control_messages_from_a_site() {
     bytes::<FromSite>(
-        r#"{"hello":{"version":"0.1.0","share":["all","line=3","a,b"],"train":null,"congestion":"auto","changes":true}}"#,
+        r#"{"hello":{"version":"0.1.0","share":["all","line=3","a,b"],"train":null,"congestion":"auto","changes":true,"manifest_format":2}}"#,
     );
     older::<FromSite>(
         r#"{"hello":{"version":"0.1.0"}}"#,
-        r#"{"hello":{"version":"0.1.0","share":null,"train":null,"congestion":"auto","changes":false}}"#,
+        r#"{"hello":{"version":"0.1.0","share":null,"train":null,"congestion":"auto","changes":false,"manifest_format":1}}"#,
     );
     bytes::<FromSite>(r#""list""#);
     bytes::<FromSite>(
