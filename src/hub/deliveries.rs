@@ -461,6 +461,7 @@ mod tests {
     use super::*;
     use crate::hub::upload::tests::Bench;
     use base::fault::Code;
+    use model::receipt::Receipt;
     use transport::identity::Claim;
 
     #[tokio::test]
@@ -526,7 +527,7 @@ mod tests {
             .publish(&bench.source("a", 100, 1), "model/a:v1", Some(&token))
             .await
             .unwrap();
-        bench
+        let site = bench
             .join(
                 &bench.token(Some("west"), None).await,
                 &Claim::Site("west".parse().unwrap()),
@@ -546,9 +547,14 @@ mod tests {
         assert_eq!(first.notes, Vec::<String>::new());
         let id: TransferId = first.transfers[0].as_str().parse().unwrap();
         let row = inner.catalogue.transfer(&id).await.unwrap();
+        let receipt = Receipt::sign(&row, site.cert_der(), |text| site.sign(text)).unwrap();
+        let arrived = Body {
+            receipt: Some(receipt),
+            ..row.body.clone()
+        };
         inner
             .catalogue
-            .update_transfer(&id, row.generation, State::Done, &row.body)
+            .update_transfer(&id, row.generation, State::Done, &arrived)
             .await
             .unwrap();
 

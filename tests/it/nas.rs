@@ -798,8 +798,14 @@ fn deliver_reports_the_state_of_the_artifact_at_the_site() {
     assert!(!sound.out.contains("note:"), "{}", sound.out);
 
     let part = lab.behind("dataset/x:v1").join("part-001");
-    for damage in ["gone", "another size", "another content"] {
+    for damage in ["gone", "another size", "another content", "time put back"] {
         match damage {
+            "time put back" => {
+                let modified = std::fs::metadata(&part).unwrap().modified().unwrap();
+                data::write(&part, &[7; 5_000]);
+                let file = std::fs::File::options().write(true).open(&part).unwrap();
+                file.set_modified(modified).unwrap();
+            }
             "gone" => std::fs::remove_file(&part).unwrap(),
             "another size" => data::write(&part, b"x"),
             _ => data::write(&part, &[7; 5_000]),

@@ -633,3 +633,90 @@ async fn what_is_thrown_away_is_not_committed_any_more() {
     assert_eq!(stage.size(&"large".parse().unwrap()).unwrap(), None);
     bench.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_file_whose_time_was_put_back_is_read_and_one_with_another_mode_is_intact() {
+    let bench = Bench::new().await;
+    let (root, bytes) = ingested(&bench);
+    let incoming = Incoming {
+        artifact: "dataset/d:v1".parse().unwrap(),
+        digest: root.digest(),
+        root,
+        transfer: "t-1".parse().unwrap(),
+        waits: Default::default(),
+    };
+    let shared = &bench.runner.inner.shared;
+    let sink: Arc<dyn Sink> = Arc::new(bench.sink.sink.clone());
+    let staged = bench.staged("t-1");
+    base::durable::create_dir_all(&staged).unwrap();
+    base::durable::replace(&staged.join("large"), &bytes).unwrap();
+    let place = sink.commit(&incoming, &staged).await.unwrap().place;
+    let large = place.filesystem().join("large");
+    let look = async || {
+        let until = std::time::Instant::now() + Duration::from_secs(60);
+        let (sink, incoming, place) = (sink.clone(), incoming.clone(), place.clone());
+        let (store, index) = (shared.store.clone(), shared.chunk_index.clone());
+        verify::look(sink, store, index, incoming, place, until)
+            .await
+            .unwrap()
+    };
+    let state = || sink::file_state::FileState::of(&std::fs::metadata(&large).unwrap());
+    // Each step is later than the commit, by the clock of the files.
+    let later = async |step: &dyn Fn()| {
+        let before = state();
+        until("the change time is later", || {
+            step();
+            state().changed > before.changed
+        })
+        .await;
+    };
+    assert_eq!(look().await, None);
+    let mode = |bits| std::os::unix::fs::PermissionsExt::from_mode(bits);
+    later(&|| std::fs::set_permissions(&large, mode(0o600)).unwrap()).await;
+    assert_eq!(look().await, None, "the same content");
+    let modified = std::fs::metadata(&large).unwrap().modified().unwrap();
+    let write = |first: u8| {
+        let file = std::fs::File::options().write(true).open(&large).unwrap();
+        std::os::unix::fs::FileExt::write_all_at(&file, &[first], 0).unwrap();
+        file.set_modified(modified).unwrap();
+    };
+    later(&|| write(!bytes[0])).await;
+    let found = look().await.unwrap();
+    assert!(found.ends_with("was changed since it arrived"), "{found}");
+
+    // With a record of the artifact's location, any other state is found, also before the clock of
+    // the files moves on.
+    let info = crate::chunk_index::LocationInfo {
+        place: place.clone(),
+        digest: incoming.digest,
+        transfer: None,
+        foreign: false,
+        adopting: false,
+    };
+    let number = shared.chunk_index.put(None, info).unwrap();
+    let record = |state| {
+        let intact = crate::chunk_index::Intact {
+            state,
+            checked_ms: base::clock::now_ms(),
+        };
+        let rows = [((number, 0), Some(intact))];
+        shared.chunk_index.note_intact(&rows).unwrap();
+    };
+    record(state());
+    assert_eq!(
+        look().await,
+        None,
+        "a file with the recorded state is not read"
+    );
+    record(sink::file_state::FileState {
+        inode: 1,
+        ..state()
+    });
+    assert!(
+        look().await.is_some(),
+        "its content is not the delivered one"
+    );
+    write(bytes[0]);
+    assert_eq!(look().await, None);
+    bench.stop().await;
+}

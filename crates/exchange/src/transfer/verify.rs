@@ -3,21 +3,29 @@
 //! A fault of the artifact is a missing entry, an entry of another type, or other content. An error
 //! of the NAS says nothing about the artifact: the check then fails, and nothing is fetched again.
 
-use std::io::{self, ErrorKind};
+use std::fs::Metadata;
+use std::io::{self, ErrorKind, Read as _};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Instant, SystemTime};
 
 use xxhash_rust::xxh3::xxh3_64;
 
+use crate::chunk_index::ChunkIndex;
 use base::durable;
 use base::fault::{Fault, IoContext};
 use base::limits::{OFFENDERS_LISTED_MAX, XATTRS_BYTES_MAX};
-use content::manifest::{Attributes, EntryBody, FileInfo, Step, Walk, Xattr};
+use content::manifest::{Attributes, EntryBody, FileInfo, FileTime, Step, Walk, Xattr};
 use content::store::Store;
+use sink::file_state::FileState;
 use sink::{Incoming, Sink, StorageLocation, Verification};
+
+/// Files whose records are looked up together.
+const LOOK_UP: usize = 256;
+/// Bytes of a file that are read at once.
+const READ_BYTES: usize = 256 << 10;
 
 /// The result of a check, one line each.
 #[derive(Debug, Default)]
@@ -216,25 +224,32 @@ impl FileProblems {
     }
 }
 
-/// Checks a committed artifact without reading it: presence, types, sizes, and whether a file was
-/// written to since. Returns the first difference. Entries that were not checked by `until` count
-/// as intact.
+/// Checks a committed artifact: presence, types, sizes, and whether a file was written to since. Only
+/// files that somebody touched are read. Returns the first difference. Entries that were not checked
+/// by `until` count as intact.
 pub(super) async fn look(
     sink: Arc<dyn Sink>,
     store: Store,
+    chunk_index: Arc<ChunkIndex>,
     incoming: Incoming,
     place: StorageLocation,
     until: Instant,
 ) -> Result<Option<String>, Fault> {
-    let StorageLocation::Folder { path: folder } = place_now(sink.as_ref(), &incoming, &place)
-    else {
+    let place = place_now(sink.as_ref(), &incoming, &place);
+    let StorageLocation::Folder { path: folder } = place.clone() else {
         return Ok(None);
     };
     let threads = sink.threads().clone();
     let work = move || {
-        let committed = sink.committed_at(&incoming.artifact);
+        let touched = Touched {
+            committed: sink.committed_at(&incoming.artifact),
+            location: chunk_index.landed(incoming.digest, &place),
+            chunk_index,
+            until,
+        };
+        let mut files = Vec::with_capacity(LOOK_UP);
         for step in Walk::new(&incoming.root, &store) {
-            let Step::Entry { entry, .. } = step? else {
+            let Step::Entry { entry, number, .. } = step? else {
                 continue;
             };
             if Instant::now() >= until {
@@ -257,30 +272,97 @@ pub(super) async fn look(
                 EntryBody::File(file) if !meta.is_file() || meta.len() != file.size => {
                     Some("has another size")
                 }
-                EntryBody::File(_) => {
-                    // A published time may be later than the arrival.
-                    let published = entry
-                        .attributes
-                        .modified
-                        .filter(|time| Some(time.system_time()) > committed);
-                    let since =
-                        meta.modified()
-                            .ok()
-                            .zip(committed)
-                            .is_some_and(|(written, committed)| {
-                                written > committed
-                                    && !published.is_some_and(|time| time.is_near(written))
-                            });
-                    since.then_some("was written to since it arrived")
+                EntryBody::File(file) => {
+                    let modified = entry.attributes.modified;
+                    let wrong = touched.was_written(&meta, modified);
+                    if wrong.is_none() {
+                        files.push((number, path.clone(), file, FileState::of(&meta)));
+                    }
+                    wrong
                 }
             };
             if let Some(wrong) = wrong {
                 return Ok(Some(format!("{} {wrong}", path.display())));
             }
+            if files.len() == LOOK_UP
+                && let Some(wrong) = touched.first_changed(&mut files)?
+            {
+                return Ok(Some(wrong));
+            }
         }
-        Ok(None)
+        touched.first_changed(&mut files)
     };
     threads.run(work).await
+}
+
+/// Whether somebody touched files of a committed artifact.
+struct Touched {
+    committed: Option<SystemTime>,
+    /// The location of the artifact in the index.
+    location: Option<u32>,
+    chunk_index: Arc<ChunkIndex>,
+    until: Instant,
+}
+
+impl Touched {
+    /// Whether a file has a later time than the artifact. A published time may be later, too.
+    fn was_written(&self, meta: &Metadata, published: Option<FileTime>) -> Option<&'static str> {
+        let published = published.filter(|time| Some(time.system_time()) > self.committed);
+        let since = meta
+            .modified()
+            .ok()
+            .zip(self.committed)
+            .is_some_and(|(written, committed)| {
+                written > committed && !published.is_some_and(|time| time.is_near(written))
+            });
+        since.then_some("was written to since it arrived")
+    }
+
+    /// Reads the files whose state is not that of their record; without a record, those with a later
+    /// change time, which no tool can set. A new link or another mode changes the state, too.
+    fn first_changed(
+        &self,
+        files: &mut Vec<(u64, PathBuf, FileInfo, FileState)>,
+    ) -> Result<Option<String>, Fault> {
+        let known = match self.location {
+            Some(location) => {
+                let keys: Vec<_> = files.iter().map(|(entry, ..)| (location, *entry)).collect();
+                self.chunk_index.intact(&keys)?
+            }
+            None => vec![None; files.len()],
+        };
+        let committed = self
+            .committed
+            .and_then(|at| at.duration_since(SystemTime::UNIX_EPOCH).ok());
+        for ((_, path, file, state), known) in files.drain(..).zip(known) {
+            let is_touched = match known {
+                Some(known) => known.state != state,
+                None => committed.is_some_and(|at| {
+                    state.changed > (at.as_secs() as i64, i64::from(at.subsec_nanos()))
+                }),
+            };
+            if is_touched && self.is_changed(&path, file).at_sink(path.display())? {
+                return Ok(Some(format!(
+                    "{} was changed since it arrived",
+                    path.display()
+                )));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Whether a file has other content, if it can be read in time.
+    fn is_changed(&self, path: &Path, file: FileInfo) -> io::Result<bool> {
+        let mut opened = durable::open_regular_nofollow(path)?;
+        let (mut hasher, mut buffer) = (blake3::Hasher::new(), vec![0; READ_BYTES]);
+        while Instant::now() < self.until {
+            match opened.read(&mut buffer)? {
+                0 => return Ok(*hasher.finalize().as_bytes() != file.hash.0),
+                read => drop(hasher.update(buffer.get(..read).unwrap_or_default())),
+            }
+        }
+        Ok(false)
+    }
 }
 
 /// The additional entries in an artifact's folder, as one line. `whole`: all entries of the
@@ -382,11 +464,7 @@ fn noted(body: &EntryBody) -> u32 {
 }
 
 /// Which attribute of an entry differs.
-fn attribute_fault(
-    attributes: &Attributes,
-    path: &Path,
-    there: &std::fs::Metadata,
-) -> Option<String> {
+fn attribute_fault(attributes: &Attributes, path: &Path, there: &Metadata) -> Option<String> {
     if let (Some(time), Ok(now)) = (attributes.modified, there.modified())
         && !time.is_near(now)
     {
