@@ -23,14 +23,13 @@ use crate::Congestion;
 pub(super) const UNKNOWN_RTT: Duration = Duration::from_millis(333);
 /// The shortest round trip of a connection that counts as long.
 pub(super) const LONG_RTT: Duration = Duration::from_millis(5);
-/// A long connection is assumed to carry 100 Mbit/s until the bandwidth is measured: the first
-/// window is this rate times the round trip. On a slower connection this sends too much for one
-/// round trip; on a faster one it saves three doublings.
-const FIRST_RATE_BYTES_PER_SECOND: u64 = 100_000_000 / 8;
-/// The smallest first window of a long connection: 200 packets.
-const FIRST_WINDOW_MIN: u64 = 200 * 1200;
-/// The largest first window of a long connection.
-const FIRST_WINDOW_MAX: u64 = 4 << 20;
+/// The first window of a long connection is this rate times the round trip, within the bounds
+/// below: 4 Mbit/s.
+const FIRST_RATE_BYTES_PER_SECOND: u64 = 4_000_000 / 8;
+/// The smallest first window of a long connection: 10 packets, as RFC 9002 recommends.
+const FIRST_WINDOW_MIN: u64 = 10 * 1200;
+/// The largest first window of a long connection: 32 packets, paced over a round trip.
+const FIRST_WINDOW_MAX: u64 = 32 * 1200;
 /// The first window of a short connection, which slow start doubles immediately.
 const SHORT_WINDOW: u64 = 128 << 10;
 
@@ -255,22 +254,22 @@ mod tests {
     #[test]
     fn the_round_trip_decides() {
         assert_eq!(chosen_after(&[1]), (Chosen::Short, SHORT_WINDOW));
-        assert_eq!(chosen_after(&[100]), (Chosen::Long, 1_250_000));
-        assert_eq!(chosen_after(&[20]), (Chosen::Long, 250_000));
+        assert_eq!(chosen_after(&[50]), (Chosen::Long, 25_000));
+        assert_eq!(chosen_after(&[10]), (Chosen::Long, FIRST_WINDOW_MIN));
         assert_eq!(chosen_after(&[5000]), (Chosen::Long, FIRST_WINDOW_MAX));
     }
 
     #[test]
-    fn a_delayed_first_measurement_is_corrected_and_the_window_is_kept() {
-        assert_eq!(chosen_after(&[60, 30, 2]), (Chosen::Short, 750_000));
+    fn a_delayed_first_measurement_is_corrected() {
+        assert_eq!(chosen_after(&[60, 30, 2]), (Chosen::Short, SHORT_WINDOW));
         assert_eq!(chosen_after(&[1, 60]).0, Chosen::Short);
     }
 
     #[test]
     fn a_copy_for_a_new_path_keeps_the_choice() {
         let mut first = fitting(Congestion::Auto);
-        first.choose(Instant::now(), Duration::from_millis(100));
+        first.choose(Instant::now(), Duration::from_millis(50));
         let copy = first.clone_box().into_any().downcast::<Fitting>().unwrap();
-        assert_eq!((copy.chosen, copy.window()), (Chosen::Long, 1_250_000));
+        assert_eq!((copy.chosen, copy.window()), (Chosen::Long, 25_000));
     }
 }

@@ -290,12 +290,14 @@ impl Emulation {
     pub(crate) fn deliver(&mut self, pair: usize, bytes: u64, limit: Duration) -> Option<Duration> {
         let before = self.pairs[pair].apps[0].reports();
         self.pairs[pair].apps[0].announce(bytes);
+        self.drive(pair, 0);
         self.run_until(limit, |this| this.pairs[pair].apps[0].reports() > before)
     }
 
     /// Begins to fetch `answers` answers of `bytes`, `at_once` at a time.
     pub(crate) fn fetch(&mut self, pair: usize, answers: u64, bytes: u64, at_once: usize) {
         self.pairs[pair].apps[1].fetch(answers, bytes, at_once);
+        self.drive(pair, 1);
     }
 
     /// The bytes of answers that the site has read.

@@ -82,15 +82,34 @@ fn an_emulation_has_the_same_result_each_time() {
 #[test]
 fn a_long_connection_is_used() {
     for (line, least) in [
-        (Line::new(200_000, 100, 100), 0.85),
-        (Line::new(200_000, 100, 100).lossy(0.01), 0.8),
-        (Line::new(20_000, 40, 100).lossy(0.1), 0.7),
+        (Line::new(200_000, 100, 100), 0.9),
+        (Line::new(200_000, 100, 100).lossy(0.01), 0.88),
+        (Line::new(200_000, 100, 100).lossy(0.1), 0.83),
+        (Line::new(20_000, 40, 100).lossy(0.1), 0.88),
         (Line::new(64, 200, 2000), 0.8),
     ] {
         let mut path = connected(&line, &line);
         let seconds = if line.rate < 1_000_000 { 100 } else { 10 };
         let (used, _) = bulk(&mut path, line.rate, 0, seconds);
         assert!(used >= least, "{line:?}: {used}");
+    }
+}
+
+#[test]
+fn deliveries_do_not_flood_a_slow_link() {
+    for (line, first, later) in [
+        (Line::new(2_000, 100, 100), 0.05, 0.01),
+        (Line::new(10_000, 10, 20), 0.05, 0.01),
+        (Line::new(10_000, 100, 20), 0.05, 0.05),
+        (Line::new(10_000, 100, 100), 0.05, 0.01),
+        (Line::new(50_000, 100, 20), 0.05, 0.01),
+    ] {
+        let all = deliveries(&line, 3);
+        assert!(all[0].dropped <= first, "{line:?}: {all:?}");
+        assert!(
+            all[1..].iter().all(|d| d.dropped <= later && d.time <= 0.9),
+            "{line:?}: {all:?}"
+        );
     }
 }
 
@@ -126,10 +145,16 @@ fn the_complete_matrix_is_printed_on_request() {
         ..Line::new(20_000, 40, 100)
     };
     let w9 = Line::new(200_000, 100, 100);
+    let (lossy, very_lossy) = (w9.clone().lossy(0.01), w9.clone().lossy(0.1));
+    let thin = Line::new(20_000, 40, 100).lossy(0.1);
     let satellite = Line::new(2000, 800, 500).lossy(0.01);
     let (down, up) = (Line::new(8_000, 60, 500), Line::new(64, 60, 500));
     for (name, down, up, warm_up, seconds) in [
         ("200 Mbit/s 100 ms", &w9, &w9, 0, 10),
+        ("the same, 1 % loss", &lossy, &lossy, 0, 10),
+        ("the same, 10 % loss", &very_lossy, &very_lossy, 0, 10),
+        ("the same, after 10 s", &very_lossy, &very_lossy, 10, 30),
+        ("20 Mbit/s 40 ms, 10 % loss", &thin, &thin, 0, 10),
         ("8 Mbit/s down, 64 kbit/s up", &down, &up, 0, 20),
         ("satellite", &satellite, &satellite, 0, 40),
         (
