@@ -34,6 +34,7 @@ use std::time::{Duration, Instant};
 use quinn::congestion::Controller;
 use quinn_proto::RttEstimator;
 
+use super::path::{Measured, Path};
 use bursts::{Bursts, bytes_in};
 use gain::{Gain, Stretch, Verdict};
 
@@ -54,13 +55,15 @@ const QUEUE_MIN: Duration = JITTER;
 const QUEUE_MAX: Duration = Duration::from_millis(16);
 /// The round trip is compared after this part of the window.
 const COMPARED_PART: u64 = 2;
+/// An eighth of the gain makes a queue of an eighth of the round trip, but at most of this length.
+const EIGHTH_MAX: Duration = Duration::from_micros(12_500);
 /// Fewer lost packets of a round are an accident.
 const LOST_PACKETS: u64 = 4;
 /// A gain is judged after this many packets, the result of an experiment after the second number.
 const JUDGED_PACKETS: u64 = 32;
 const JUDGED_PACKETS_EXPERIMENT: u64 = 128;
 /// Startup more than doubles the window while bursts show room for this many times the window.
-const MUCH_ROOM: u64 = 4;
+const MUCH_ROOM: u64 = 2;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Phase {
@@ -141,10 +144,25 @@ pub(super) struct Bbr {
     ended: bool,
     acked: u64,
     smoothed: Duration,
+    path: Path,
+    /// What an earlier connection measured, until this one has tried it.
+    recalled: Option<Measured>,
 }
 
 impl Bbr {
-    pub(super) fn new(now: Instant, window: u64, mtu: u16) -> Self {
+    /// The control of a connection over this path, whose round trip is `trip`.
+    pub(super) fn new(now: Instant, trip: Duration, window: u64, mtu: u16, path: &Path) -> Self {
+        let recalled = path.recall(now, trip);
+        let half = recalled.map_or(0, |known| bytes_in(known.rate, known.trip.min(trip)) / 2);
+        Self {
+            window: window.max(half),
+            recalled,
+            path: path.clone(),
+            ..Self::fresh(now, window, mtu)
+        }
+    }
+
+    fn fresh(now: Instant, window: u64, mtu: u16) -> Self {
         Self {
             phase: Phase::Start {
                 best: 0,
@@ -166,6 +184,8 @@ impl Bbr {
             ended: false,
             acked: 0,
             smoothed: Duration::ZERO,
+            path: Path::default(),
+            recalled: None,
         }
     }
 
@@ -228,7 +248,7 @@ impl Bbr {
             }
             return;
         }
-        let room = self.bursts.most(self.min_rtt);
+        let room = self.room();
         let most = room.map_or(u64::MAX, |room| {
             (room + 3 * self.mtu).max(self.gain.least_window(self.mtu))
         });
@@ -245,6 +265,14 @@ impl Bbr {
         } else {
             self.window += step;
         }
+    }
+
+    /// The bytes that the path holds without a queue, as far as that is known before it is full.
+    fn room(&self) -> Option<u64> {
+        let recalled = self.recalled.filter(|known| known.is_full);
+        recalled
+            .map(|known| bytes_in(known.rate, self.min_rtt))
+            .or_else(|| self.bursts.most(self.min_rtt))
     }
 
     /// Whether all packets of this round waited in a queue, or the recent ones in a long queue.
@@ -291,6 +319,16 @@ impl Bbr {
             self.rates.push_back(rate);
         }
         self.measured |= !round.limited;
+        if self.bandwidth() > 0 {
+            self.path.remember(
+                now,
+                Measured {
+                    rate: self.bandwidth(),
+                    trip: self.min_rtt,
+                    is_full: self.phase == Phase::Cruise,
+                },
+            );
+        }
         match &mut self.phase {
             Phase::Start {
                 best,
@@ -311,7 +349,7 @@ impl Bbr {
             }
             Phase::Start { .. } => {}
             Phase::Settle { rounds } => {
-                if !round.limited {
+                if !round.limited || delivered >= self.window / 5 * 4 {
                     *rounds -= 1;
                     if *rounds == 0 {
                         self.phase = Phase::Cruise;
@@ -319,7 +357,16 @@ impl Bbr {
                 }
             }
             Phase::Cruise => {
-                if !round.limited && !round.resumed {
+                // A round with too little data tells only of its losses.
+                let tells = if round.limited {
+                    round.lost > LOST_PACKETS * self.mtu && !self.gain.is_experiment()
+                } else {
+                    !round.resumed
+                };
+                if round.resumed {
+                    self.gain.resume();
+                }
+                if tells {
                     self.judge(round, delivered, elapsed);
                 }
                 let path_changed = self.gain.is_most()
@@ -347,8 +394,12 @@ impl Bbr {
 
     /// Whether the queue is longer than that of this end.
     fn is_others_queue(&self, trip: Duration) -> bool {
-        let eighths = u32::try_from(self.gain.eighths()).unwrap_or(u32::MAX);
-        trip > self.min_rtt / 40 * (eighths * 5 + 14) + JITTER
+        trip > self.min_rtt / 20 * 27 + self.eighth() * self.gain.queue_eighths() + JITTER
+    }
+
+    /// The queue that an eighth of the gain makes.
+    fn eighth(&self) -> Duration {
+        (self.min_rtt / 8).min(EIGHTH_MAX)
     }
 
     /// Adjusts the gain when enough packets were measured.
@@ -410,7 +461,8 @@ impl Bbr {
         if bdp == 0 || !self.measured || !may_adjust {
             return;
         }
-        let mut target = self.gain.window(bdp, self.mtu);
+        let eighth = bytes_in(self.bandwidth(), self.eighth());
+        let mut target = self.gain.window(bdp, eighth, self.mtu);
         if let Phase::Drain { .. } = self.phase {
             target = bdp / 2;
         } else if self.idle {
@@ -434,11 +486,19 @@ impl Bbr {
         if let Some(round) = &mut self.round {
             round.lost += bytes;
         }
+        if self.recalled.is_some() && self.is_mostly_lost() {
+            // The path is not what it was.
+            self.recalled = None;
+            self.path.forget();
+            self.window = (self.window / 2).max(self.first_window);
+        }
         if persistent {
             // Nothing arrived for a long time: discard the measurements.
-            let fresh = Self::new(now, self.first_window, self.mtu as u16);
+            let fresh = Self::fresh(now, self.first_window, self.mtu as u16);
+            self.path.forget();
             *self = Self {
                 window: fresh.gain.least_window(self.mtu),
+                path: self.path.clone(),
                 ..fresh
             };
         }
@@ -487,7 +547,7 @@ impl Controller for Bbr {
     }
 
     fn window(&self) -> u64 {
-        match self.bursts.most(self.min_rtt) {
+        match self.room() {
             Some(bdp) if self.idle => self.window.min(self.resumed_window(bdp)),
             _ => self.window,
         }

@@ -16,6 +16,7 @@ use quinn::congestion::{Controller, ControllerFactory, ControllerMetrics, CubicC
 use quinn_proto::RttEstimator;
 
 use super::bbr::Bbr;
+use super::path::Path;
 use crate::Congestion;
 
 /// The round trip that quinn assumes before it has measured one. An estimate of exactly this value
@@ -78,9 +79,12 @@ impl Choice {
     }
 }
 
-/// The factory for one connection.
-pub(super) fn factory(choice: &Choice) -> Arc<dyn ControllerFactory + Send + Sync> {
-    Arc::new(FittingFactory(choice.clone()))
+/// The factory for one connection over this path.
+pub(super) fn factory(choice: &Choice, path: &Path) -> Arc<dyn ControllerFactory + Send + Sync> {
+    Arc::new(FittingFactory {
+        choice: choice.clone(),
+        path: path.clone(),
+    })
 }
 
 fn cubic(window: u64) -> CubicConfig {
@@ -96,11 +100,19 @@ fn first_window(rtt: Duration) -> u64 {
         .clamp(FIRST_WINDOW_MIN, FIRST_WINDOW_MAX)
 }
 
-struct FittingFactory(Choice);
+struct FittingFactory {
+    choice: Choice,
+    path: Path,
+}
 
 impl ControllerFactory for FittingFactory {
     fn build(self: Arc<Self>, now: Instant, current_mtu: u16) -> Box<dyn Controller> {
-        Box::new(Fitting::new(self.0.clone(), now, current_mtu))
+        Box::new(Fitting::new(
+            self.choice.clone(),
+            self.path.clone(),
+            now,
+            current_mtu,
+        ))
     }
 }
 
@@ -114,16 +126,18 @@ enum Chosen {
 /// Delegates to the controller that fits the connection.
 struct Fitting {
     choice: Choice,
+    path: Path,
     inner: Box<dyn Controller>,
     chosen: Chosen,
     mtu: u16,
 }
 
 impl Fitting {
-    fn new(choice: Choice, now: Instant, mtu: u16) -> Self {
+    fn new(choice: Choice, path: Path, now: Instant, mtu: u16) -> Self {
         let inner = Arc::new(CubicConfig::default()).build(now, mtu);
         Self {
             choice,
+            path,
             inner,
             chosen: Chosen::Nothing,
             mtu,
@@ -134,7 +148,7 @@ impl Fitting {
         match (self.chosen, self.choice.is_long(rtt, self.chosen)) {
             (Chosen::Long, true) | (Chosen::Short, false) => {}
             (_, true) => {
-                self.inner = Box::new(Bbr::new(now, first_window(rtt), self.mtu));
+                self.inner = Box::new(Bbr::new(now, rtt, first_window(rtt), self.mtu, &self.path));
                 self.chosen = Chosen::Long;
             }
             (_, false) => {
@@ -205,6 +219,7 @@ impl Controller for Fitting {
     fn clone_box(&self) -> Box<dyn Controller> {
         Box::new(Self {
             choice: self.choice.clone(),
+            path: self.path.clone(),
             inner: self.inner.clone_box(),
             chosen: self.chosen,
             mtu: self.mtu,
@@ -225,7 +240,8 @@ mod tests {
     use super::*;
 
     fn fitting(congestion: Congestion) -> Fitting {
-        Fitting::new(Choice::new(congestion), Instant::now(), 1200)
+        let choice = Choice::new(congestion);
+        Fitting::new(choice, Path::default(), Instant::now(), 1200)
     }
 
     fn chosen_after(rtts: &[u64]) -> (Chosen, u64) {

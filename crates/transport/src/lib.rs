@@ -26,6 +26,7 @@ mod hello;
 pub mod identity;
 mod listen;
 mod mux;
+mod path;
 mod proxy;
 mod quic;
 mod redial;

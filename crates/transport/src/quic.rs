@@ -12,6 +12,7 @@ use quinn::{
 use rustls::pki_types::CertificateDer;
 
 use super::congestion::{self, Choice};
+use super::path::{self, Path};
 use super::socket::Socket;
 use super::tls::Shown;
 use super::{CLOSE_REFUSED, CLOSE_VIOLATION, Ended};
@@ -59,9 +60,10 @@ fn packet_bytes_max(remote: SocketAddr) -> u16 {
         .clamp(PACKET_BYTES_MIN, CONNECTION_PACKET_BYTES_MAX)
 }
 
-/// The settings of a connection on whose path packets of `largest` bytes are tried.
+/// The settings of a connection over `path`, on which packets of `largest` bytes are tried.
 pub(super) fn transport(
     choice: &Choice,
+    path: &Path,
     largest: u16,
     window: u64,
 ) -> Result<Arc<TransportConfig>, Fault> {
@@ -87,7 +89,7 @@ pub(super) fn transport(
         .initial_rtt(congestion::UNKNOWN_RTT)
         .keep_alive_interval(Some(CONNECTION_KEEP_ALIVE))
         .max_idle_timeout(Some(idle))
-        .congestion_controller_factory(congestion::factory(choice));
+        .congestion_controller_factory(congestion::factory(choice, path));
     Ok(Arc::new(config))
 }
 
@@ -201,6 +203,7 @@ pub(super) async fn accept(
     let mut config = config.clone();
     config.transport_config(transport(
         choice,
+        &path::to(incoming.remote_address().ip()),
         packet_bytes_max(incoming.remote_address()),
         CONNECTION_WINDOW_FIRST_BYTES,
     )?);
@@ -231,6 +234,7 @@ pub(super) async fn connect(
     config.transport_config(
         transport(
             choice,
+            &path::to(remote.ip()),
             packet_bytes_max(remote),
             CONNECTION_WINDOW_BYTES.into(),
         )

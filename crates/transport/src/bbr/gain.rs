@@ -107,10 +107,12 @@ impl Gain {
         }
     }
 
-    /// The window for these bytes in flight.
-    pub(super) fn window(&self, bdp: u64, mtu: u64) -> u64 {
+    /// The window for a path that holds `bdp` bytes without a queue; `eighth` is what an eighth of
+    /// the gain adds.
+    pub(super) fn window(&self, bdp: u64, eighth: u64, mtu: u64) -> u64 {
+        let arrives = bdp + (self.eighths - LEAST) * eighth;
         // One packet that is sent, and two that wait for a delayed acknowledgement.
-        let window = (bdp / 8 * self.eighths) as f64 / (1.0 - self.random) + (3 * mtu) as f64;
+        let window = arrives as f64 / (1.0 - self.random) + (3 * mtu) as f64;
         let window = (window as u64).min(self.limit.unwrap_or(u64::MAX));
         if self.experiment.is_some() {
             window / 100 * EXPERIMENT_PERCENT
@@ -129,9 +131,15 @@ impl Gain {
         self.eighths == MOST
     }
 
-    /// The gain for comparing with a queue of other senders.
-    pub(super) fn eighths(&self) -> u64 {
-        self.eighths.max(NORMAL)
+    /// The part of the gain that makes a queue, in eighths, for comparing with a queue of other
+    /// senders.
+    pub(super) fn queue_eighths(&self) -> u32 {
+        (self.eighths.max(NORMAL) - LEAST) as u32
+    }
+
+    /// A transfer begins after an idle time: the losses of the last one are over.
+    pub(super) fn resume(&mut self) {
+        self.hold = 0;
     }
 
     pub(super) fn is_experiment(&self) -> bool {

@@ -24,7 +24,7 @@ impl Bench {
     /// that the queue dropped.
     fn run(&self, first_window: u64, time: Duration) -> (f64, f64) {
         let start = Instant::now();
-        let mut bbr = Bbr::new(start, first_window, PACKET as u16);
+        let mut bbr = Bbr::fresh(start, first_window, PACKET as u16);
         let mut smoothed = self.trip;
         // Time sent, time acknowledged (`None`: lost). In the order of sending.
         let mut flying: VecDeque<(Instant, Option<Instant>)> = VecDeque::new();

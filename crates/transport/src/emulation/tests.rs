@@ -8,27 +8,34 @@ use std::time::Duration;
 use super::{Emulation, Line, PACKET, Settings};
 use crate::Congestion;
 use crate::congestion::Choice;
+use crate::path::Path;
 use crate::quic;
 use base::limits::{CONNECTION_WINDOW_BYTES, CONNECTION_WINDOW_WANTED_BYTES_MAX};
 
 const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
 
-fn settings() -> (Settings, Settings) {
+/// The settings of a hub that remembers this path, and of a site.
+fn settings(path: &Path) -> (Settings, Settings) {
     let choice = Choice::new(Congestion::Auto);
-    let of = |window| quic::transport(&choice, PACKET, window).unwrap();
+    let of = |path, window| quic::transport(&choice, path, PACKET, window).unwrap();
     (
-        of(CONNECTION_WINDOW_WANTED_BYTES_MAX),
-        of(CONNECTION_WINDOW_BYTES.into()),
+        of(path, CONNECTION_WINDOW_WANTED_BYTES_MAX),
+        of(&Path::default(), CONNECTION_WINDOW_BYTES.into()),
     )
 }
 
 fn connected(down: &Line, up: &Line) -> Emulation {
     let mut path = Emulation::new(down.clone(), up.clone());
-    let (hub, site) = settings();
-    path.connect(hub, site);
-    path.run_for(Duration::from_secs(2));
+    connect(&mut path, &Path::default());
     path
+}
+
+fn connect(path: &mut Emulation, remembered: &Path) -> usize {
+    let (hub, site) = settings(remembered);
+    let pair = path.connect(hub, site);
+    path.run_for(Duration::from_secs(2));
+    pair
 }
 
 /// One delivery: the share of packets from the hub that were dropped, and its time as a part of
@@ -39,15 +46,20 @@ struct Delivery {
     time: f64,
 }
 
-/// Artifacts of 900 KiB, one after another on one connection.
+/// Artifacts of 900 KiB, one after another on one connection, and one more over a new connection.
 fn deliveries(line: &Line, count: usize) -> Vec<Delivery> {
     const BYTES: u64 = 900 * KIB;
-    let mut path = connected(line, line);
+    let mut path = Emulation::new(line.clone(), line.clone());
+    let remembered = Path::default();
+    let mut pair = connect(&mut path, &remembered);
     let ideal = BYTES as f64 * 8.0 / line.rate as f64 + 6.0 * line.delay.as_secs_f64();
-    (0..count)
-        .map(|_| {
+    (0..=count)
+        .map(|number| {
+            if number == count {
+                pair = connect(&mut path, &remembered);
+            }
             let before = path.seen(0);
-            let took = path.deliver(0, BYTES, Duration::from_secs(300)).unwrap();
+            let took = path.deliver(pair, BYTES, Duration::from_secs(300)).unwrap();
             path.run_for(Duration::from_secs(2));
             Delivery {
                 dropped: (path.seen(0) - before).dropped_share(),
@@ -114,6 +126,17 @@ fn deliveries_do_not_flood_a_slow_link() {
 }
 
 #[test]
+fn a_new_connection_starts_from_the_rate_of_the_last_one() {
+    for line in [Line::new(200_000, 100, 20), Line::new(1_000_000, 300, 100)] {
+        let all = deliveries(&line, 2);
+        assert!(all.iter().all(|d| d.dropped == 0.0), "{line:?}: {all:?}");
+        // The first one starts from a standard window.
+        assert!(all[0].time > 1.2, "{line:?}: {all:?}");
+        assert!(all[1..].iter().all(|d| d.time < 1.0), "{line:?}: {all:?}");
+    }
+}
+
+#[test]
 fn the_complete_matrix_is_printed_on_request() {
     if std::env::var_os("PACKHORSE_EMULATION").is_none() {
         return;
@@ -122,13 +145,14 @@ fn the_complete_matrix_is_printed_on_request() {
         for round_trip in [10, 100, 300] {
             for queue in [20, 100] {
                 let all = deliveries(&Line::new(kbit, round_trip, queue), 4);
-                let later = all[1..].iter().map(|d| d.dropped).fold(0.0, f64::max);
+                let later = all[1..4].iter().map(|d| d.dropped).fold(0.0, f64::max);
                 let times: Vec<u64> = all.iter().map(|d| (d.time * 100.0) as u64).collect();
                 println!(
-                    "{:>5} Mbit/s {round_trip:>3} ms queue {queue:>3} ms: dropped {:>5.1} %, then {:>5.1} %; time of allowed {times:?} %",
+                    "{:>5} Mbit/s {round_trip:>3} ms queue {queue:>3} ms: dropped {:>5.1} %, then {:>5.1} %, new connection {:>5.1} %; time of allowed {times:?} %",
                     kbit as f64 / 1000.0,
                     all[0].dropped * 100.0,
                     later * 100.0,
+                    all[4].dropped * 100.0,
                 );
             }
         }
