@@ -24,6 +24,7 @@
 
 mod bursts;
 mod gain;
+mod round;
 #[cfg(test)]
 mod tests;
 
@@ -34,9 +35,11 @@ use std::time::{Duration, Instant};
 use quinn::congestion::Controller;
 use quinn_proto::RttEstimator;
 
+use super::pace::Pace;
 use super::path::{Measured, Path};
 use bursts::{Bursts, bytes_in};
 use gain::{Gain, Stretch, Verdict};
+use round::{Round, Rounds};
 
 /// The bandwidth is the best rate of this many rounds.
 const ROUNDS: usize = 10;
@@ -61,7 +64,9 @@ const EIGHTH_MAX: Duration = Duration::from_micros(12_500);
 const LOST_PACKETS: u64 = 4;
 /// A gain is judged after this many packets, the result of an experiment after the second number.
 const JUDGED_PACKETS: u64 = 32;
-const JUDGED_PACKETS_EXPERIMENT: u64 = 128;
+const JUDGED_PACKETS_EXPERIMENT: u64 = 64;
+/// A path that holds fewer packets is paced from the first one.
+const RAMP_PACKETS: u64 = 60;
 /// Startup more than doubles the window while bursts show room for this many times the window.
 const MUCH_ROOM: u64 = 2;
 
@@ -78,48 +83,6 @@ enum Phase {
     Cruise,
     /// Empties the queue for this many more rounds, to measure the round trip without a queue.
     Drain { rounds: u8 },
-}
-
-/// One round trip. It ends with the first acknowledgement of a packet that was sent after its
-/// start.
-#[derive(Debug, Clone, Copy)]
-struct Round {
-    began: Instant,
-    delivered: u64,
-    lost: u64,
-    limited: bool,
-    /// Whether it is the first one after an idle time.
-    resumed: bool,
-    min_rtt: Duration,
-    /// All round trips together, and their number.
-    trips: Duration,
-    packets: u32,
-}
-
-impl Round {
-    fn new(began: Instant, delivered: u64, limited: bool, resumed: bool) -> Self {
-        Self {
-            began,
-            delivered,
-            lost: 0,
-            limited,
-            resumed,
-            min_rtt: Duration::MAX,
-            trips: Duration::ZERO,
-            packets: 0,
-        }
-    }
-}
-
-/// The rounds since the gain was adjusted.
-#[derive(Debug, Clone, Copy, Default)]
-struct Rounds {
-    delivered: u64,
-    lost: u64,
-    elapsed: Duration,
-    trips: Duration,
-    packets: u32,
-    min_rtt: Option<Duration>,
 }
 
 #[derive(Debug, Clone)]
@@ -144,6 +107,9 @@ pub(super) struct Bbr {
     ended: bool,
     acked: u64,
     smoothed: Duration,
+    /// What is in flight, as of the last acknowledgement, and what was sent and lost since.
+    in_flight: u64,
+    pace: Pace,
     path: Path,
     /// What an earlier connection measured, until this one has tried it.
     recalled: Option<Measured>,
@@ -151,14 +117,23 @@ pub(super) struct Bbr {
 
 impl Bbr {
     /// The control of a connection over this path, whose round trip is `trip`.
-    pub(super) fn new(now: Instant, trip: Duration, window: u64, mtu: u16, path: &Path) -> Self {
+    pub(super) fn new(
+        now: Instant,
+        trip: Duration,
+        window: u64,
+        mtu: u16,
+        path: &Path,
+        pace: &Pace,
+    ) -> Self {
         let recalled = path.recall(now, trip);
         let half = recalled.map_or(0, |known| bytes_in(known.rate, known.trip.min(trip)) / 2);
+        let fresh = Self::fresh(now, window, mtu);
         Self {
-            window: window.max(half),
+            window: fresh.window.max(half),
             recalled,
             path: path.clone(),
-            ..Self::fresh(now, window, mtu)
+            pace: pace.clone(),
+            ..fresh
         }
     }
 
@@ -168,7 +143,7 @@ impl Bbr {
                 best: 0,
                 rounds_without_growth: 0,
             },
-            window,
+            window: window.max(Gain::new().least_window(mtu.into())),
             first_window: window,
             mtu: mtu.into(),
             gain: Gain::new(),
@@ -184,6 +159,8 @@ impl Bbr {
             ended: false,
             acked: 0,
             smoothed: Duration::ZERO,
+            in_flight: 0,
+            pace: Pace::default(),
             path: Path::default(),
             recalled: None,
         }
@@ -234,6 +211,23 @@ impl Bbr {
             self.start(now, acked, limited);
         }
         self.adjust_window(acked, limited);
+        self.in_flight = in_flight;
+        self.set_pace(now);
+    }
+
+    /// Sets the pace, if the bandwidth is known.
+    fn set_pace(&self, now: Instant) {
+        let rate = match self.phase {
+            Phase::Cruise | Phase::Drain { .. } if self.measured => {
+                self.bandwidth() / 100 * self.gain.pace_percent()
+            }
+            // Startup finds the bandwidth with quinn's bursts.
+            _ => self
+                .recalled
+                .filter(|known| known.is_full)
+                .map_or(0, |known| known.rate),
+        };
+        self.pace.set(now, rate, self.mtu);
     }
 
     /// Grows the window, or ends startup.
@@ -311,8 +305,10 @@ impl Bbr {
         let delivered = self.delivered - round.delivered;
         let elapsed = now.saturating_duration_since(round.began);
         let rate = per_second(delivered, elapsed);
-        // A round with too little data gives only a lower bound of the bandwidth.
-        if !round.limited || rate > self.bandwidth() {
+        // A round with too little data, or with a window that is reduced on purpose, gives only a
+        // lower bound of the bandwidth.
+        let is_bound = round.limited || self.gain.is_experiment();
+        if !is_bound || rate > self.bandwidth() {
             while self.rates.len() >= ROUNDS {
                 self.rates.pop_front();
             }
@@ -425,7 +421,7 @@ impl Bbr {
         let stretch = Stretch {
             rate: per_second(all.delivered, all.elapsed),
             lost: all.lost as f64 / (all.delivered + all.lost) as f64,
-            lost_packets: all.lost / self.mtu,
+            packets: (all.delivered + all.lost) as f64 / self.mtu as f64,
             is_empty: queue < (self.min_rtt / 16).min(JITTER * 3 / 2) + JITTER / 2,
             has_room: min_rtt < self.min_rtt + self.min_rtt / 12 + JITTER / 2,
             others_queue: self.is_others_queue(min_rtt),
@@ -482,7 +478,15 @@ impl Bbr {
         (bdp / 5 * 4 + 3 * self.mtu).max(self.gain.least_window(self.mtu))
     }
 
+    /// Whether so much less is in flight than the path holds that quinn's pacer, whose rate follows
+    /// from the window, would be too slow with a window that is what is in flight.
+    fn is_ramp(&self) -> bool {
+        let bdp = self.bdp();
+        bdp > RAMP_PACKETS * self.mtu && self.in_flight < bdp / 5 * 4
+    }
+
     fn lost(&mut self, now: Instant, bytes: u64, persistent: bool) {
+        self.in_flight = self.in_flight.saturating_sub(bytes);
         if let Some(round) = &mut self.round {
             round.lost += bytes;
         }
@@ -490,7 +494,10 @@ impl Bbr {
             // The path is not what it was.
             self.recalled = None;
             self.path.forget();
-            self.window = (self.window / 2).max(self.first_window);
+            self.window = (self.window / 2).min(self.first_window);
+        }
+        if !self.measured && self.is_mostly_lost() {
+            self.window = self.gain.least_window(self.mtu);
         }
         if persistent {
             // Nothing arrived for a long time: discard the measurements.
@@ -499,8 +506,11 @@ impl Bbr {
             *self = Self {
                 window: fresh.gain.least_window(self.mtu),
                 path: self.path.clone(),
+                pace: self.pace.clone(),
+                in_flight: self.in_flight,
                 ..fresh
             };
+            self.set_pace(now);
         }
     }
 }
@@ -510,6 +520,11 @@ fn per_second(bytes: u64, elapsed: Duration) -> u64 {
 }
 
 impl Controller for Bbr {
+    fn on_sent(&mut self, now: Instant, bytes: u64, _last_packet_number: u64) {
+        self.in_flight += bytes;
+        self.pace.sent(now, bytes);
+    }
+
     fn on_ack(
         &mut self,
         now: Instant,
@@ -544,12 +559,23 @@ impl Controller for Bbr {
 
     fn on_mtu_update(&mut self, new_mtu: u16) {
         self.mtu = new_mtu.into();
+        // Nothing would be sent with a window of less than a packet.
+        self.window = self.window.max(self.gain.least_window(self.mtu));
     }
 
     fn window(&self) -> u64 {
-        match self.room() {
+        let window = match self.room() {
             Some(bdp) if self.idle => self.window.min(self.resumed_window(bdp)),
             _ => self.window,
+        };
+        match self.pace.allows() {
+            // quinn sends while what is in flight is less than the window.
+            Some(bytes) if !self.is_ramp() => {
+                // quinn sends no acknowledgement either while other frames wait for the window.
+                // Those of a receiver need less than a packet in flight.
+                window.min((self.in_flight + bytes + 1).max(2 * self.mtu))
+            }
+            _ => window,
         }
     }
 

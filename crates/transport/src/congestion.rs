@@ -16,6 +16,7 @@ use quinn::congestion::{Controller, ControllerFactory, ControllerMetrics, CubicC
 use quinn_proto::RttEstimator;
 
 use super::bbr::Bbr;
+use super::pace::Pace;
 use super::path::Path;
 use crate::Congestion;
 
@@ -34,10 +35,13 @@ const FIRST_WINDOW_MAX: u64 = 32 * 1200;
 /// The first window of a short connection, which slow start doubles immediately.
 const SHORT_WINDOW: u64 = 128 << 10;
 
-/// The configured congestion control of a connection. It can change while the connection is open.
-/// Cheap to clone.
+/// The configured congestion control of a connection, and the pace that it sets. The configuration
+/// can change while the connection is open. Cheap to clone.
 #[derive(Debug, Clone)]
-pub(super) struct Choice(Arc<AtomicU8>);
+pub(super) struct Choice {
+    configured: Arc<AtomicU8>,
+    pace: Pace,
+}
 
 const AUTO: u8 = 0;
 const BBR: u8 = 1;
@@ -45,7 +49,10 @@ const CUBIC: u8 = 2;
 
 impl Choice {
     pub(super) fn new(congestion: Congestion) -> Self {
-        let choice = Self(Arc::default());
+        let choice = Self {
+            configured: Arc::default(),
+            pace: Pace::default(),
+        };
         choice.set(congestion);
         choice
     }
@@ -56,12 +63,17 @@ impl Choice {
             Congestion::Bbr => BBR,
             Congestion::Cubic => CUBIC,
         };
-        self.0.store(value, Ordering::Relaxed);
+        self.configured.store(value, Ordering::Relaxed);
+    }
+
+    /// The pace of the connection, which its owner must keep.
+    pub(super) fn pace(&self) -> &Pace {
+        &self.pace
     }
 
     #[cfg(any(test, feature = "testing"))]
     pub(super) fn get(&self) -> Congestion {
-        match self.0.load(Ordering::Relaxed) {
+        match self.configured.load(Ordering::Relaxed) {
             BBR => Congestion::Bbr,
             CUBIC => Congestion::Cubic,
             _ => Congestion::Auto,
@@ -71,7 +83,7 @@ impl Choice {
     /// Whether a connection with this round trip counts as long. With `auto`, a connection that was
     /// found to be short stays short.
     fn is_long(&self, rtt: Duration, before: Chosen) -> bool {
-        match self.0.load(Ordering::Relaxed) {
+        match self.configured.load(Ordering::Relaxed) {
             BBR => true,
             CUBIC => false,
             _ => rtt >= LONG_RTT && before != Chosen::Short,
@@ -148,11 +160,19 @@ impl Fitting {
         match (self.chosen, self.choice.is_long(rtt, self.chosen)) {
             (Chosen::Long, true) | (Chosen::Short, false) => {}
             (_, true) => {
-                self.inner = Box::new(Bbr::new(now, rtt, first_window(rtt), self.mtu, &self.path));
+                self.inner = Box::new(Bbr::new(
+                    now,
+                    rtt,
+                    first_window(rtt),
+                    self.mtu,
+                    &self.path,
+                    self.choice.pace(),
+                ));
                 self.chosen = Chosen::Long;
             }
             (_, false) => {
                 let window = self.inner.window().max(SHORT_WINDOW);
+                self.choice.pace().set(now, 0, self.mtu.into());
                 self.inner = Arc::new(cubic(window)).build(now, self.mtu);
                 self.chosen = Chosen::Short;
             }

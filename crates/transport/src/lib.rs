@@ -26,6 +26,7 @@ mod hello;
 pub mod identity;
 mod listen;
 mod mux;
+mod pace;
 mod path;
 mod proxy;
 mod quic;
@@ -538,6 +539,8 @@ impl Link {
     }
 }
 
+#[cfg(test)]
+mod paced_tests;
 #[cfg(test)]
 mod routes_tests;
 #[cfg(test)]

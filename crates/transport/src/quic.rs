@@ -12,6 +12,7 @@ use quinn::{
 use rustls::pki_types::CertificateDer;
 
 use super::congestion::{self, Choice};
+use super::pace::Pace;
 use super::path::{self, Path};
 use super::socket::Socket;
 use super::tls::Shown;
@@ -301,10 +302,11 @@ pub(super) struct SendRoom {
 
 impl SendRoom {
     /// Adjusts the buffer to the bandwidth until the connection ends, and at each call of
-    /// [`SendRoom::fit`]. `room` returns the current limit and is called often. `guard` is dropped
+    /// [`SendRoom::fit`]. Also wakes the connection at its pace. `room` returns the current limit and is called often. `guard` is dropped
     /// when the connection ends.
     pub(super) fn keep(
         connection: quinn::Connection,
+        pace: &Pace,
         room: impl Fn() -> u64 + Send + Sync + 'static,
         guard: impl Send + 'static,
     ) -> Arc<Self> {
@@ -313,7 +315,7 @@ impl SendRoom {
             room: Box::new(room),
             current: Mutex::new((CONNECTION_SEND_BYTES_MIN, Instant::now())),
         });
-        let kept = this.clone();
+        let (kept, pace) = (this.clone(), pace.clone());
         tokio::spawn(async move {
             let mut tick = tokio::time::interval(CONNECTION_FIT_EVERY);
             tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -321,6 +323,7 @@ impl SendRoom {
                 tokio::select! {
                     _ = kept.connection.closed() => break,
                     _ = tick.tick() => kept.adjust(),
+                    () = pace.filled() => kept.wake(),
                 }
             }
             drop(guard);
@@ -333,6 +336,13 @@ impl SendRoom {
         if self.current.lock().1.elapsed() >= CONNECTION_SEND_FIT_EVERY {
             self.adjust();
         }
+    }
+
+    /// Lets the connection send what its congestion control allows by now.
+    fn wake(&self) {
+        // Setting the size wakes the connection.
+        let current = self.current.lock().0;
+        self.connection.set_send_window(current);
     }
 
     fn adjust(&self) {

@@ -21,15 +21,28 @@ const MOST: u64 = 16;
 /// It halves each time when a larger window causes no loss, and doubles when it does.
 const CLEAN_FIRST: u32 = 16;
 const CLEAN_MOST: u32 = 64;
-/// The number of stretches for which the result of an experiment is believed.
-const BELIEVED: u32 = 40;
+/// The number of stretches for which the result of an experiment is believed. It doubles when the
+/// next one has the same result.
+const BELIEVED: u32 = 16;
+const BELIEVED_MOST: u32 = 320;
+/// The pace in percent of the bandwidth: as quinn's pacer; where more caused loss; when more is
+/// tried.
+const PACE_PERCENT: u64 = 125;
+const PACE_PERCENT_LIMITED: u64 = 101;
+const PACE_PERCENT_PROBE: u64 = 112;
 /// The first stretches still see the losses of startup.
 const HOLD_AFTER_STARTUP: u8 = 2;
 /// The window during an experiment, in percent.
 const EXPERIMENT_PERCENT: u64 = 80;
 /// The part of the packets, and their number, whose loss is an accident.
 const ACCIDENT: f64 = 0.02;
-const ACCIDENT_PACKETS: u64 = 2;
+const ACCIDENT_PACKETS: f64 = 2.5;
+/// A larger random loss is examined again.
+const DOUBTFUL: f64 = 0.04;
+/// No larger loss counts as random.
+const RANDOM_MAX: f64 = 0.3;
+/// No path loses as much at random.
+const LOST_MAX: f64 = 0.4;
 /// The smallest window, in packets. One packet less is in flight.
 const PACKETS: u64 = 4;
 const PACKETS_LEAST: u64 = 2;
@@ -39,9 +52,9 @@ const PACKETS_LEAST: u64 = 2;
 pub(super) struct Stretch {
     /// Bytes per second.
     pub(super) rate: u64,
-    /// The lost part of the packets, and their number.
+    /// The lost part of the packets, and the number of packets.
     pub(super) lost: f64,
-    pub(super) lost_packets: u64,
+    pub(super) packets: f64,
     /// No packet waited in a queue, on average.
     pub(super) is_empty: bool,
     /// Some packets did not wait: the path is not full, or the machines at its ends are too busy to
@@ -80,6 +93,8 @@ pub(super) struct Gain {
     /// The number of stretches without congestion, and after how many the limit is raised.
     clean: u32,
     clean_for: u32,
+    /// The limit was raised.
+    is_probe: bool,
     /// The gain is high because the path had no queue, not because of other senders.
     is_for_room: bool,
     /// So many more stretches see the losses of the window before.
@@ -88,6 +103,7 @@ pub(super) struct Gain {
     random: f64,
     experiment: Option<Experiment>,
     believed: u32,
+    believed_for: u32,
     packets: u64,
 }
 
@@ -98,11 +114,13 @@ impl Gain {
             limit: None,
             clean: 0,
             clean_for: CLEAN_FIRST,
+            is_probe: false,
             is_for_room: false,
             hold: HOLD_AFTER_STARTUP,
             random: 0.0,
             experiment: None,
             believed: 0,
+            believed_for: BELIEVED,
             packets: PACKETS,
         }
     }
@@ -125,6 +143,20 @@ impl Gain {
     pub(super) fn least_window(&self, mtu: u64) -> u64 {
         let less = u64::from(self.experiment.is_some());
         (self.packets - less).max(PACKETS_LEAST) * mtu
+    }
+
+    /// The pace, in percent of the bandwidth.
+    pub(super) fn pace_percent(&self) -> u64 {
+        let percent = if self.experiment.is_some() {
+            EXPERIMENT_PERCENT
+        } else if self.limit.is_none() {
+            PACE_PERCENT
+        } else if self.is_probe {
+            PACE_PERCENT_PROBE
+        } else {
+            PACE_PERCENT_LIMITED
+        };
+        (percent as f64 / (1.0 - self.random)) as u64
     }
 
     pub(super) fn is_most(&self) -> bool {
@@ -166,12 +198,14 @@ impl Gain {
             return Verdict::Nothing;
         }
         self.believed = self.believed.saturating_sub(1);
-        let excess =
-            stretch.lost > 2.0 * self.random + ACCIDENT && stretch.lost_packets > ACCIDENT_PACKETS;
+        let chance = 2.5 * (self.random * (1.0 - self.random) / stretch.packets).sqrt();
+        let excess = stretch.lost > self.random + chance + ACCIDENT
+            && stretch.lost * stretch.packets > ACCIDENT_PACKETS;
+        let is_doubtful = self.random > DOUBTFUL && stretch.lost > self.random / 2.0;
         let shows_no_queue = stretch.is_empty
             || stretch.window <= stretch.bdp + 3 * stretch.mtu
             || self.is_least(stretch);
-        if excess && shows_no_queue && self.believed == 0 {
+        if (excess || is_doubtful) && shows_no_queue && self.believed == 0 {
             self.experiment = Some(Experiment {
                 rate: stretch.rate,
                 lost: stretch.lost,
@@ -186,13 +220,14 @@ impl Gain {
                 1
             };
             self.eighths = self.eighths.saturating_sub(step).max(LEAST);
-            self.reduce(stretch.window / 8 * (8 - step));
+            self.reduce((stretch.window / 8 * (8 - step)).max(stretch.bdp + 3 * stretch.mtu));
             return Verdict::Nothing;
         }
-        if stretch.is_empty || stretch.lost < self.random {
-            self.random = (3.0 * self.random + stretch.lost.min(0.5)) / 4.0;
+        if stretch.is_empty || stretch.lost < self.random.max(ACCIDENT) {
+            self.random = (3.0 * self.random + stretch.lost.min(RANDOM_MAX)) / 4.0;
         }
         self.clean += 1;
+        self.is_probe = self.clean >= self.clean_for;
         if self.clean >= self.clean_for {
             self.clean = 0;
             self.clean_for = (self.clean_for / 2).max(1);
@@ -217,18 +252,21 @@ impl Gain {
     }
 
     fn conclude(&mut self, before: &Experiment, stretch: &Stretch) -> Verdict {
+        let chance = 2.0 * (before.lost / stretch.packets).sqrt();
+        let is_less_lost = stretch.lost < before.lost * 0.6 && before.lost - stretch.lost > chance;
         let is_congestion =
-            stretch.lost < before.lost * 0.6 || stretch.rate > before.rate / 100 * 93;
+            before.lost > LOST_MAX || is_less_lost || stretch.rate > before.rate / 100 * 93;
         if is_congestion {
             if self.is_least(stretch) {
                 self.packets = (self.packets - 1).max(PACKETS_LEAST);
             }
-            (self.eighths, self.random) = (LEAST, 0.0);
+            (self.eighths, self.random, self.believed_for) = (LEAST, 0.0, BELIEVED);
             self.reduce(stretch.bdp + 3 * stretch.mtu);
             Verdict::Bandwidth(stretch.rate.max(before.rate))
         } else {
-            self.random = ((before.lost + stretch.lost) / 2.0).min(0.5);
-            (self.limit, self.believed, self.hold) = (None, BELIEVED, 1);
+            self.random = ((before.lost + stretch.lost) / 2.0).min(RANDOM_MAX);
+            (self.limit, self.believed, self.hold) = (None, self.believed_for, 1);
+            self.believed_for = (self.believed_for * 2).min(BELIEVED_MOST);
             self.eighths = self.eighths.max(NORMAL);
             Verdict::Bandwidth(before.rate)
         }
@@ -236,7 +274,7 @@ impl Gain {
 
     fn reduce(&mut self, limit: u64) {
         self.limit = Some(limit);
-        (self.clean, self.hold) = (0, 1);
+        (self.clean, self.hold, self.is_probe) = (0, 1, false);
         self.clean_for = (self.clean_for * 2).clamp(CLEAN_FIRST, CLEAN_MOST);
     }
 

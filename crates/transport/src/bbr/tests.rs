@@ -127,6 +127,14 @@ fn a_long_path_is_full_and_its_queue_is_not() {
 }
 
 #[test]
+fn a_window_holds_several_of_the_largest_packets() {
+    let mut bbr = Bbr::fresh(Instant::now(), 12_000, 1200);
+    bbr.on_mtu_update(16_250);
+    assert!(bbr.window() >= 2 * 16_250, "{}", bbr.window());
+    assert!(Bbr::fresh(Instant::now(), 12_000, 16_250).window() >= 2 * 16_250);
+}
+
+#[test]
 fn a_busy_machine_keeps_the_path_full() {
     for stall in [50, 150, 250] {
         let (used, dropped) = Bench { stall, ..PATH }.run(1_250_000, Duration::from_secs(9));
