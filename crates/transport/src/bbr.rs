@@ -3,15 +3,16 @@
 //!
 //! It uses the model of BBR: the bandwidth is the best delivery rate of recent rounds, regardless
 //! of loss. It differs from the published BBR as follows:
-//! - It sets only the window. It has no pacing gains and no ProbeBW cycle: quinn's pacer sends at
-//!   1.25 windows per round trip.
+//! - It sets the window. It has no ProbeBW cycle: quinn's pacer sends at 1.25 windows per round
+//!   trip. Below 5 Mbit/s it also sets a pace, for which quinn's bursts are too long (module `pace`).
 //! - Startup begins with 10 to 32 packets and doubles the window per round. It ends when the
 //!   bandwidth stops growing, when the round trip increases, or when the window reaches what the
 //!   spacing of acknowledgements tells of the path (module `bursts`). Loss alone does not end it.
 //! - The gain in normal operation begins at 1.125. It rises to 1.5, and to 2 while the path has no
 //!   queue or while other senders keep one. It falls when packets are lost that a smaller window
 //!   would not have lost (module `gain`).
-//! - After an idle time, the first round is sent at the measured bandwidth, not faster.
+//! - After an idle time, the first round is sent at the measured bandwidth, not faster. A new
+//!   connection starts from half of the bandwidth that the last one measured (module `path`).
 //! - Instead of ProbeRTT with 4 packets, it halves the window for two rounds when the smallest
 //!   round trip was not seen for 10 s, or when the path seems to have changed.
 //!

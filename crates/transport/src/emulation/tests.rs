@@ -69,12 +69,12 @@ fn deliveries(line: &Line, count: usize) -> Vec<Delivery> {
 
 /// Fetches many answers of 1 MiB for this time after a warm-up. Returns the used part of the rate,
 /// and the share of packets that the queue or the policer dropped.
-fn bulk(path: &mut Emulation, rate: u64, warm_up: u64, seconds: u64) -> (f64, f64) {
-    path.fetch(0, 10_000, MIB, 60);
+fn bulk(path: &mut Emulation, pair: usize, rate: u64, warm_up: u64, seconds: u64) -> (f64, f64) {
+    path.fetch(pair, 10_000, MIB, 60);
     path.run_for(Duration::from_secs(warm_up));
-    let (before, fetched) = (path.seen(0), path.fetched(0));
+    let (before, fetched) = (path.seen(0), path.fetched(pair));
     path.run_for(Duration::from_secs(seconds));
-    let bytes = path.fetched(0) - fetched;
+    let bytes = path.fetched(pair) - fetched;
     (
         bytes as f64 * 8.0 / seconds as f64 / rate as f64,
         (path.seen(0) - before).dropped_share(),
@@ -100,7 +100,7 @@ fn a_long_connection_is_used() {
     ] {
         let mut path = connected(&line, &line);
         let seconds = if line.rate < 1_000_000 { 100 } else { 10 };
-        let (used, _) = bulk(&mut path, line.rate, 0, seconds);
+        let (used, _) = bulk(&mut path, 0, line.rate, 0, seconds);
         assert!(used >= least, "{line:?}: {used}");
     }
 }
@@ -142,7 +142,7 @@ fn policed(bits: u64, packets: u64) -> Line {
 fn a_policer_is_found() {
     for rate in [256_000, 512_000, 1_000_000] {
         let mut path = connected(&policed(rate, 20), &Line::new(200_000, 100, 100));
-        let (used, dropped) = bulk(&mut path, rate, 10, 20);
+        let (used, dropped) = bulk(&mut path, 0, rate, 10, 20);
         assert!(
             used > 0.9 && dropped < 0.1,
             "{rate} bit/s: {used} used, {dropped} dropped"
@@ -159,6 +159,26 @@ fn a_new_connection_starts_from_the_rate_of_the_last_one() {
         assert!(all[0].time > 1.2, "{line:?}: {all:?}");
         assert!(all[1..].iter().all(|d| d.time < 1.0), "{line:?}: {all:?}");
     }
+}
+
+/// The same for a new connection over a path that is known.
+fn bulk_again(line: &Line, seconds: u64) -> (f64, f64) {
+    let mut path = Emulation::new(line.clone(), line.clone());
+    let remembered = Path::default();
+    let first = connect(&mut path, &remembered);
+    path.fetch(first, 100, MIB, 60);
+    path.run_until(Duration::from_secs(60), |path| {
+        path.fetched(first) == 100 * MIB
+    })
+    .unwrap();
+    let second = connect(&mut path, &remembered);
+    bulk(&mut path, second, line.rate, 0, seconds)
+}
+
+#[test]
+fn a_known_path_is_used_at_once() {
+    let (used, dropped) = bulk_again(&Line::new(200_000, 100, 100), 10);
+    assert!(used > 0.93 && dropped == 0.0, "{used}, {dropped}");
 }
 
 #[test]
@@ -191,6 +211,15 @@ fn the_complete_matrix_is_printed_on_request() {
     };
     let w9 = Line::new(200_000, 100, 100);
     let (lossy, very_lossy) = (w9.clone().lossy(0.01), w9.clone().lossy(0.1));
+    for line in [&w9, &lossy, &very_lossy] {
+        let (used, dropped) = bulk_again(line, 10);
+        println!(
+            "{:>28}: {:>5.1} % used, {:>5.1} % dropped",
+            format!("W9, {} % loss, known", line.loss * 100.0),
+            used * 100.0,
+            dropped * 100.0
+        );
+    }
     let thin = Line::new(20_000, 40, 100).lossy(0.1);
     let satellite = Line::new(2000, 800, 500).lossy(0.01);
     let (down, up) = (Line::new(8_000, 60, 500), Line::new(64, 60, 500));
@@ -215,7 +244,7 @@ fn the_complete_matrix_is_printed_on_request() {
     ] {
         let mut path = connected(down, up);
         let rate = down.police.map_or(down.rate, |(rate, _)| rate);
-        let (used, dropped) = bulk(&mut path, rate, warm_up, seconds);
+        let (used, dropped) = bulk(&mut path, 0, rate, warm_up, seconds);
         println!(
             "{name:>28}: {:>5.1} % used, {:>5.1} % dropped",
             used * 100.0,
