@@ -2,14 +2,17 @@
 //! measured bandwidth times the smallest round trip (BDP), times a gain, normally 1.5.
 //!
 //! It uses the model of BBR: the bandwidth is the best delivery rate of recent rounds, regardless
-//! of loss. It differs from the published BBR (v1) as follows:
-//! - It sets only the window. It has no pacing gains and no ProbeBW cycle: quinn's pacer sends at
-//!   1.25 windows per round trip.
-//! - The window gain in normal operation is 1.5, not 2. It is 2 if the path has no queue, rises
-//!   towards 2 if other senders keep a queue, and falls to 1 and then 1.25 after more than 1/12 of
-//!   a round was lost.
-//! - Startup grows by the acknowledged bytes up to 1.75 BDP, and also ends when the round trip
-//!   increases or 1/8 of a round is lost.
+//! of loss. It differs from the published BBR as follows:
+//! - It sets the window. It has no ProbeBW cycle: quinn's pacer sends at 1.25 windows per round
+//!   trip. Below 5 Mbit/s it also sets a pace, for which quinn's bursts are too long (module `pace`).
+//! - Startup begins with 10 to 32 packets and doubles the window per round. It ends when the
+//!   bandwidth stops growing, when the round trip increases, or when the window reaches what the
+//!   spacing of acknowledgements tells of the path (module `bursts`). Loss alone does not end it.
+//! - The gain in normal operation begins at 1.125. It rises to 1.5, and to 2 while the path has no
+//!   queue or while other senders keep one. It falls when packets are lost that a smaller window
+//!   would not have lost (module `gain`).
+//! - After an idle time, the first round is sent at the measured bandwidth, not faster. A new
+//!   connection starts from half of the bandwidth that the last one measured (module `path`).
 //! - Instead of ProbeRTT with 4 packets, it halves the window for two rounds when the smallest
 //!   round trip was not seen for 10 s, or when the path seems to have changed.
 //!
@@ -18,8 +21,13 @@
 //! with half a round trip of queue, also between busy machines, and uses bandwidth that becomes
 //! free.
 //!
-//! The module only computes with the times and bytes that quinn reports. No state is kept across
-//! connections.
+//! The module only computes with the times and bytes that quinn reports.
+
+mod bursts;
+mod gain;
+mod round;
+#[cfg(test)]
+mod tests;
 
 use std::any::Any;
 use std::collections::VecDeque;
@@ -28,53 +36,54 @@ use std::time::{Duration, Instant};
 use quinn::congestion::Controller;
 use quinn_proto::RttEstimator;
 
+use super::pace::Pace;
+use super::path::{Measured, Path};
+use bursts::{Bursts, bytes_in};
+use gain::{Gain, Stretch, Verdict};
+use round::{Round, Rounds};
+
 /// The bandwidth is the best rate of this many rounds.
 const ROUNDS: usize = 10;
-/// The normal window, in quarters of a BDP.
-const GAIN_QUARTERS: u64 = 6;
-/// The window after a short queue was detected, in quarters of a BDP.
-const GAIN_QUARTERS_SHORT_QUEUE: u64 = 5;
-/// The largest window, in quarters of a BDP. It is used while the path has no queue, because more
-/// bandwidth may be available, and while other senders keep a queue, because a sender with a
-/// smaller share of the queue gets no bandwidth.
-const GAIN_QUARTERS_MAX: u64 = 8;
-/// The largest window during startup, in quarters of a BDP. A last doubling would overfill the
-/// queue of most paths.
-const START_QUARTERS: u64 = 7;
 /// The smallest round trip is measured again if it was not seen for this long.
 const LEAST_FOR: Duration = Duration::from_secs(10);
 /// The number of rounds with an empty queue for that measurement.
 const DRAIN_ROUNDS: u8 = 2;
-/// The number of rounds with a reduced gain after one in twelve packets was lost, which indicates a
-/// short queue.
-const CAREFUL_ROUNDS: u8 = 20;
 /// The number of rounds without growth that end startup.
 const FLAT_ROUNDS: u8 = 2;
+/// The number of rounds with an unchanged window after startup has found the bandwidth.
+const SETTLE_ROUNDS: u8 = 2;
 /// The delay that a busy machine may add to a round trip.
 const JITTER: Duration = Duration::from_millis(4);
+/// The delay that shows a queue during startup: an eighth of the round trip, but within these.
+const QUEUE_MIN: Duration = JITTER;
+const QUEUE_MAX: Duration = Duration::from_millis(16);
+/// The round trip is compared after this part of the window.
+const COMPARED_PART: u64 = 2;
+/// An eighth of the gain makes a queue of an eighth of the round trip, but at most of this length.
+const EIGHTH_MAX: Duration = Duration::from_micros(12_500);
+/// Fewer lost packets of a round are an accident.
+const LOST_PACKETS: u64 = 4;
+/// A gain is judged after this many packets, the result of an experiment after the second number.
+const JUDGED_PACKETS: u64 = 32;
+const JUDGED_PACKETS_EXPERIMENT: u64 = 64;
+/// A path that holds fewer packets is paced from the first one.
+const RAMP_PACKETS: u64 = 60;
+/// Startup more than doubles the window while bursts show room for this many times the window.
+const MUCH_ROOM: u64 = 2;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Phase {
-    /// Nearly doubles the window per round, until the bandwidth stops growing or a queue builds up.
+    /// Doubles the window per round, until the bandwidth stops growing or a queue builds up.
     Start {
         best: u64,
         rounds_without_growth: u8,
     },
+    /// Measures the bandwidth of the window that startup has reached, for this many more rounds.
+    Settle { rounds: u8 },
     /// The normal phase, at full bandwidth.
     Cruise,
     /// Empties the queue for this many more rounds, to measure the round trip without a queue.
     Drain { rounds: u8 },
-}
-
-/// One round trip. It ends with the first acknowledgement of a packet that was sent after its
-/// start.
-#[derive(Debug, Clone, Copy)]
-struct Round {
-    began: Instant,
-    delivered: u64,
-    lost: u64,
-    limited: bool,
-    min_rtt: Duration,
 }
 
 #[derive(Debug, Clone)]
@@ -83,47 +92,78 @@ pub(super) struct Bbr {
     window: u64,
     first_window: u64,
     mtu: u64,
-    gain_quarters: u64,
-    /// Whether the gain is high because the path had no queue, rather than because of other
-    /// senders.
-    gain_is_for_empty_queue: bool,
-    /// The number of rounds for which a short queue is remembered.
-    careful_rounds: u8,
+    gain: Gain,
+    bursts: Bursts,
     /// Whether a round with enough data was measured. Until then, the first window is used.
     measured: bool,
+    /// Whether nothing is in flight, or was until a round trip ago.
+    idle: bool,
     delivered: u64,
     /// The rates of the last rounds in bytes per second.
     rates: VecDeque<u64>,
     min_rtt: Duration,
     min_rtt_seen: Instant,
     round: Option<Round>,
+    rounds: Rounds,
     ended: bool,
     acked: u64,
     smoothed: Duration,
+    /// What is in flight, as of the last acknowledgement, and what was sent and lost since.
+    in_flight: u64,
+    pace: Pace,
+    path: Path,
+    /// What an earlier connection measured, until this one has tried it.
+    recalled: Option<Measured>,
 }
 
 impl Bbr {
-    pub(super) fn new(now: Instant, window: u64, mtu: u16) -> Self {
+    /// The control of a connection over this path, whose round trip is `trip`.
+    pub(super) fn new(
+        now: Instant,
+        trip: Duration,
+        window: u64,
+        mtu: u16,
+        path: &Path,
+        pace: &Pace,
+    ) -> Self {
+        let recalled = path.recall(now, trip);
+        let half = recalled.map_or(0, |known| bytes_in(known.rate, known.trip.min(trip)) / 2);
+        let fresh = Self::fresh(now, window, mtu);
+        Self {
+            window: fresh.window.max(half),
+            recalled,
+            path: path.clone(),
+            pace: pace.clone(),
+            ..fresh
+        }
+    }
+
+    fn fresh(now: Instant, window: u64, mtu: u16) -> Self {
         Self {
             phase: Phase::Start {
                 best: 0,
                 rounds_without_growth: 0,
             },
-            window,
+            window: window.max(Gain::new().least_window(mtu.into())),
             first_window: window,
             mtu: mtu.into(),
-            gain_quarters: GAIN_QUARTERS,
-            gain_is_for_empty_queue: false,
-            careful_rounds: 0,
+            gain: Gain::new(),
+            bursts: Bursts::default(),
             measured: false,
+            idle: false,
             delivered: 0,
             rates: VecDeque::with_capacity(ROUNDS),
             min_rtt: Duration::MAX,
             min_rtt_seen: now,
             round: None,
+            rounds: Rounds::default(),
             ended: false,
             acked: 0,
             smoothed: Duration::ZERO,
+            in_flight: 0,
+            pace: Pace::default(),
+            path: Path::default(),
+            recalled: None,
         }
     }
 
@@ -140,9 +180,14 @@ impl Bbr {
             self.min_rtt_seen = now;
             self.min_rtt = self.min_rtt.min(trip);
         }
+        if matches!(self.phase, Phase::Start { .. }) {
+            self.bursts.acked(now, sent, bytes, self.mtu);
+        }
         match &mut self.round {
             Some(round) => {
                 round.min_rtt = round.min_rtt.min(trip);
+                round.trips = round.trips.saturating_add(trip);
+                round.packets += 1;
                 round.limited |= limited;
                 self.ended |= sent >= round.began;
             }
@@ -151,40 +196,99 @@ impl Bbr {
     }
 
     /// Called after all packets of one acknowledgement were processed.
-    fn end_acks(&mut self, now: Instant, limited: bool, smoothed: Duration) {
+    fn end_acks(&mut self, now: Instant, in_flight: u64, limited: bool) {
         let acked = std::mem::take(&mut self.acked);
         if std::mem::take(&mut self.ended) {
-            let next = Round {
-                began: now,
-                delivered: self.delivered,
-                lost: 0,
-                limited,
-                min_rtt: Duration::MAX,
-            };
+            let resumed = std::mem::take(&mut self.idle);
+            let next = Round::new(now, self.delivered, limited, resumed);
             if let Some(round) = self.round.replace(next) {
                 self.end_round(now, &round);
             }
         }
+        if in_flight == 0 && limited {
+            self.idle = true;
+        }
         if let Phase::Start { .. } = self.phase {
-            let queued = smoothed
-                > self
-                    .min_rtt
-                    .saturating_add(self.min_rtt / 4)
-                    .saturating_add(JITTER);
-            if queued && self.measured && !limited {
-                self.phase = Phase::Cruise;
-                self.add_partial_round(now);
-            } else if !limited {
-                let most = if !self.measured {
-                    u64::MAX
-                } else {
-                    self.bdp() / 4 * START_QUARTERS
-                };
-                self.window = (self.window + acked).min(most.max(self.window));
-                return;
-            }
+            self.start(now, acked, limited);
         }
         self.adjust_window(acked, limited);
+        self.in_flight = in_flight;
+        self.set_pace(now);
+    }
+
+    /// Sets the pace, if the bandwidth is known.
+    fn set_pace(&self, now: Instant) {
+        let rate = match self.phase {
+            Phase::Cruise | Phase::Drain { .. } if self.measured => {
+                self.bandwidth() / 100 * self.gain.pace_percent()
+            }
+            // Startup finds the bandwidth with quinn's bursts.
+            _ => self
+                .recalled
+                .filter(|known| known.is_full)
+                .map_or(0, |known| known.rate),
+        };
+        self.pace.set(now, rate, self.mtu);
+    }
+
+    /// Grows the window, or ends startup.
+    fn start(&mut self, now: Instant, acked: u64, limited: bool) {
+        if limited {
+            return;
+        }
+        if self.has_queue() || self.is_mostly_lost() {
+            if self.measured {
+                self.phase = Phase::Cruise;
+                self.add_partial_round(now);
+            }
+            return;
+        }
+        let room = self.room();
+        let most = room.map_or(u64::MAX, |room| {
+            (room + 3 * self.mtu).max(self.gain.least_window(self.mtu))
+        });
+        let has_much_room = self
+            .bursts
+            .typical(self.min_rtt)
+            .is_some_and(|room| room >= MUCH_ROOM * self.window);
+        let step = if has_much_room { 3 * acked } else { acked };
+        if self.window + step >= most {
+            self.window = most;
+            self.phase = Phase::Settle {
+                rounds: SETTLE_ROUNDS,
+            };
+        } else {
+            self.window += step;
+        }
+    }
+
+    /// The bytes that the path holds without a queue, as far as that is known before it is full.
+    fn room(&self) -> Option<u64> {
+        let recalled = self.recalled.filter(|known| known.is_full);
+        recalled
+            .map(|known| bytes_in(known.rate, self.min_rtt))
+            .or_else(|| self.bursts.most(self.min_rtt))
+    }
+
+    /// Whether all packets of this round waited in a queue, or the recent ones in a long queue.
+    fn has_queue(&self) -> bool {
+        let long = self.min_rtt.saturating_add(self.min_rtt / 4 + JITTER);
+        if self.smoothed > long {
+            return true;
+        }
+        let queue = (self.min_rtt / 8).clamp(QUEUE_MIN, QUEUE_MAX);
+        self.round.is_some_and(|round| {
+            let packets = self.window / self.mtu / COMPARED_PART;
+            u64::from(round.packets) >= packets
+                && round.min_rtt > self.min_rtt.saturating_add(queue)
+        })
+    }
+
+    /// Whether more packets of this round were lost than arrived. No path loses as many at random.
+    fn is_mostly_lost(&self) -> bool {
+        self.round.is_some_and(|round| {
+            round.lost > (self.delivered - round.delivered).max(LOST_PACKETS * self.mtu)
+        })
     }
 
     /// Startup ends in the middle of a round. The rate of this round is that of the path; the rate
@@ -200,15 +304,28 @@ impl Bbr {
 
     fn end_round(&mut self, now: Instant, round: &Round) {
         let delivered = self.delivered - round.delivered;
-        let rate = per_second(delivered, now.saturating_duration_since(round.began));
-        // A round with too little data gives only a lower bound of the bandwidth.
-        if !round.limited || rate > self.bandwidth() {
+        let elapsed = now.saturating_duration_since(round.began);
+        let rate = per_second(delivered, elapsed);
+        // A round with too little data, or with a window that is reduced on purpose, gives only a
+        // lower bound of the bandwidth.
+        let is_bound = round.limited || self.gain.is_experiment();
+        if !is_bound || rate > self.bandwidth() {
             while self.rates.len() >= ROUNDS {
                 self.rates.pop_front();
             }
             self.rates.push_back(rate);
         }
         self.measured |= !round.limited;
+        if self.bandwidth() > 0 {
+            self.path.remember(
+                now,
+                Measured {
+                    rate: self.bandwidth(),
+                    trip: self.min_rtt,
+                    is_full: self.phase == Phase::Cruise,
+                },
+            );
+        }
         match &mut self.phase {
             Phase::Start {
                 best,
@@ -218,42 +335,40 @@ impl Bbr {
                     (*best, *rounds_without_growth) = (rate, 0);
                 } else {
                     *rounds_without_growth += 1;
+                    // The path drops what it does not deliver.
+                    if round.lost > delivered / 8 {
+                        *rounds_without_growth = FLAT_ROUNDS;
+                    }
                 }
-                if *rounds_without_growth >= FLAT_ROUNDS || round.lost > delivered / 8 {
+                if *rounds_without_growth >= FLAT_ROUNDS {
                     self.phase = Phase::Cruise;
                 }
             }
             Phase::Start { .. } => {}
+            Phase::Settle { rounds } => {
+                if !round.limited || delivered >= self.window / 5 * 4 {
+                    *rounds -= 1;
+                    if *rounds == 0 {
+                        self.phase = Phase::Cruise;
+                    }
+                }
+            }
             Phase::Cruise => {
-                let quarters = |n: u64| self.min_rtt / 20 * (n * 5 + 7) as u32 + JITTER;
-                // The queue is longer than that of this end: other senders keep a queue.
-                let others_keep_queue =
-                    round.min_rtt > quarters(self.gain_quarters.max(GAIN_QUARTERS));
-                // The queue is shorter than that of this end: the path is not full, or the machines
-                // at its ends are too busy to keep it full with a window that just fits.
-                let no_queue = round.min_rtt < self.min_rtt + self.min_rtt / 12 + JITTER / 2;
-                self.careful_rounds = if round.lost > delivered / 12 {
-                    CAREFUL_ROUNDS
+                // A round with too little data tells only of its losses.
+                let tells = if round.limited {
+                    round.lost > LOST_PACKETS * self.mtu && !self.gain.is_experiment()
                 } else {
-                    self.careful_rounds.saturating_sub(1)
+                    !round.resumed
                 };
-                self.gain_quarters = if round.lost > delivered / 12 {
-                    4
-                } else if self.careful_rounds > 0 {
-                    GAIN_QUARTERS_SHORT_QUEUE
-                } else if no_queue {
-                    GAIN_QUARTERS_MAX
-                } else if others_keep_queue {
-                    (self.gain_quarters + 1).clamp(GAIN_QUARTERS, GAIN_QUARTERS_MAX)
-                } else if self.gain_is_for_empty_queue {
-                    GAIN_QUARTERS
-                } else {
-                    self.gain_quarters.max(GAIN_QUARTERS)
-                };
-                self.gain_is_for_empty_queue = no_queue;
-                let path_changed = others_keep_queue
-                    && self.gain_quarters == GAIN_QUARTERS_MAX
-                    && round.min_rtt > self.min_rtt * 5 / 2;
+                if round.resumed {
+                    self.gain.resume();
+                }
+                if tells {
+                    self.judge(round, delivered, elapsed);
+                }
+                let path_changed = self.gain.is_most()
+                    && round.min_rtt > self.min_rtt * 5 / 2
+                    && self.is_others_queue(round.min_rtt);
                 if path_changed || now.saturating_duration_since(self.min_rtt_seen) > LEAST_FOR {
                     self.min_rtt = round.min_rtt;
                     self.phase = Phase::Drain {
@@ -265,9 +380,61 @@ impl Bbr {
                 self.min_rtt = self.min_rtt.min(round.min_rtt);
                 *rounds -= 1;
                 if *rounds == 0 {
-                    (self.min_rtt_seen, self.gain_quarters) = (now, GAIN_QUARTERS);
+                    self.min_rtt_seen = now;
+                    self.gain.restart();
+                    self.rounds = Rounds::default();
                     self.phase = Phase::Cruise;
                 }
+            }
+        }
+    }
+
+    /// Whether the queue is longer than that of this end.
+    fn is_others_queue(&self, trip: Duration) -> bool {
+        trip > self.min_rtt / 20 * 27 + self.eighth() * self.gain.queue_eighths() + JITTER
+    }
+
+    /// The queue that an eighth of the gain makes.
+    fn eighth(&self) -> Duration {
+        (self.min_rtt / 8).min(EIGHTH_MAX)
+    }
+
+    /// Adjusts the gain when enough packets were measured.
+    fn judge(&mut self, round: &Round, delivered: u64, elapsed: Duration) {
+        let all = &mut self.rounds;
+        all.delivered += delivered;
+        all.lost += round.lost;
+        all.elapsed += elapsed;
+        all.trips = all.trips.saturating_add(round.trips);
+        all.packets += round.packets;
+        all.min_rtt = Some(all.min_rtt.unwrap_or(Duration::MAX).min(round.min_rtt));
+        let packets = if self.gain.is_experiment() {
+            JUDGED_PACKETS_EXPERIMENT
+        } else {
+            JUDGED_PACKETS
+        };
+        if all.delivered + all.lost < packets * self.mtu {
+            return;
+        }
+        let all = std::mem::take(&mut self.rounds);
+        let queue = (all.trips / all.packets.max(1)).saturating_sub(self.min_rtt);
+        let min_rtt = all.min_rtt.unwrap_or(self.min_rtt);
+        let stretch = Stretch {
+            rate: per_second(all.delivered, all.elapsed),
+            lost: all.lost as f64 / (all.delivered + all.lost) as f64,
+            packets: (all.delivered + all.lost) as f64 / self.mtu as f64,
+            is_empty: queue < (self.min_rtt / 16).min(JITTER * 3 / 2) + JITTER / 2,
+            has_room: min_rtt < self.min_rtt + self.min_rtt / 12 + JITTER / 2,
+            others_queue: self.is_others_queue(min_rtt),
+            window: self.window,
+            bdp: self.bdp(),
+            mtu: self.mtu,
+        };
+        match self.gain.adjust(&stretch) {
+            Verdict::Nothing => {}
+            Verdict::Bandwidth(rate) => {
+                self.rates.clear();
+                self.rates.push_back(rate);
             }
         }
     }
@@ -278,46 +445,73 @@ impl Bbr {
 
     /// The estimated BDP: the bytes that the path holds without a queue.
     fn bdp(&self) -> u64 {
-        let min_rtt = if self.min_rtt == Duration::MAX {
-            0
-        } else {
-            self.min_rtt.as_nanos()
-        };
-        u64::try_from(u128::from(self.bandwidth()) * min_rtt / 1_000_000_000).unwrap_or(u64::MAX)
+        if self.min_rtt == Duration::MAX {
+            return 0;
+        }
+        bytes_in(self.bandwidth(), self.min_rtt)
     }
 
     /// Adjusts the window to the BDP.
     fn adjust_window(&mut self, acked: u64, limited: bool) {
         let bdp = self.bdp();
-        if bdp == 0 || !self.measured || matches!(self.phase, Phase::Start { .. }) {
+        let may_adjust = matches!(self.phase, Phase::Cruise | Phase::Drain { .. });
+        if bdp == 0 || !self.measured || !may_adjust {
             return;
         }
-        let target = match self.phase {
-            Phase::Drain { .. } => bdp / 2,
-            _ => bdp / 4 * self.gain_quarters + 4 * self.mtu,
-        };
-        let target = target.max(self.min_window());
+        let eighth = bytes_in(self.bandwidth(), self.eighth());
+        let mut target = self.gain.window(bdp, eighth, self.mtu);
+        if let Phase::Drain { .. } = self.phase {
+            target = bdp / 2;
+        } else if self.idle {
+            target = target.min(self.resumed_window(bdp));
+        }
+        let target = target.max(self.gain.least_window(self.mtu));
         if target <= self.window {
             self.window = target;
         } else if !limited {
-            self.window = target.min(self.window + acked);
+            // quinn sends up to ten packets at once: a slower growth does not double such a burst.
+            self.window = target.min(self.window + acked.div_ceil(2));
         }
     }
 
-    fn min_window(&self) -> u64 {
-        16 * self.mtu
+    /// The window after an idle time, which quinn's pacer sends at the bandwidth of the path.
+    fn resumed_window(&self, bdp: u64) -> u64 {
+        (bdp / 5 * 4 + 3 * self.mtu).max(self.gain.least_window(self.mtu))
+    }
+
+    /// Whether so much less is in flight than the path holds that quinn's pacer, whose rate follows
+    /// from the window, would be too slow with a window that is what is in flight.
+    fn is_ramp(&self) -> bool {
+        let bdp = self.bdp();
+        bdp > RAMP_PACKETS * self.mtu && self.in_flight < bdp / 5 * 4
     }
 
     fn lost(&mut self, now: Instant, bytes: u64, persistent: bool) {
+        self.in_flight = self.in_flight.saturating_sub(bytes);
         if let Some(round) = &mut self.round {
             round.lost += bytes;
         }
+        if self.recalled.is_some() && self.is_mostly_lost() {
+            // The path is not what it was.
+            self.recalled = None;
+            self.path.forget();
+            self.window = (self.window / 2).min(self.first_window);
+        }
+        if !self.measured && self.is_mostly_lost() {
+            self.window = self.gain.least_window(self.mtu);
+        }
         if persistent {
             // Nothing arrived for a long time: discard the measurements.
+            let fresh = Self::fresh(now, self.first_window, self.mtu as u16);
+            self.path.forget();
             *self = Self {
-                window: self.min_window(),
-                ..Self::new(now, self.first_window, self.mtu as u16)
+                window: fresh.gain.least_window(self.mtu),
+                path: self.path.clone(),
+                pace: self.pace.clone(),
+                in_flight: self.in_flight,
+                ..fresh
             };
+            self.set_pace(now);
         }
     }
 }
@@ -327,6 +521,11 @@ fn per_second(bytes: u64, elapsed: Duration) -> u64 {
 }
 
 impl Controller for Bbr {
+    fn on_sent(&mut self, now: Instant, bytes: u64, _last_packet_number: u64) {
+        self.in_flight += bytes;
+        self.pace.sent(now, bytes);
+    }
+
     fn on_ack(
         &mut self,
         now: Instant,
@@ -342,11 +541,11 @@ impl Controller for Bbr {
     fn on_end_acks(
         &mut self,
         now: Instant,
-        _in_flight: u64,
+        in_flight: u64,
         app_limited: bool,
         _largest_packet_num_acked: Option<u64>,
     ) {
-        self.end_acks(now, app_limited, self.smoothed);
+        self.end_acks(now, in_flight, app_limited);
     }
 
     fn on_congestion_event(
@@ -361,10 +560,24 @@ impl Controller for Bbr {
 
     fn on_mtu_update(&mut self, new_mtu: u16) {
         self.mtu = new_mtu.into();
+        // Nothing would be sent with a window of less than a packet.
+        self.window = self.window.max(self.gain.least_window(self.mtu));
     }
 
     fn window(&self) -> u64 {
-        self.window
+        let window = match self.room() {
+            Some(bdp) if self.idle => self.window.min(self.resumed_window(bdp)),
+            _ => self.window,
+        };
+        match self.pace.allows() {
+            // quinn sends while what is in flight is less than the window.
+            Some(bytes) if !self.is_ramp() => {
+                // quinn sends no acknowledgement either while other frames wait for the window.
+                // Those of a receiver need less than a packet in flight.
+                window.min((self.in_flight + bytes + 1).max(2 * self.mtu))
+            }
+            _ => window,
+        }
     }
 
     fn clone_box(&self) -> Box<dyn Controller> {
@@ -377,185 +590,5 @@ impl Controller for Bbr {
 
     fn into_any(self: Box<Self>) -> Box<dyn Any> {
         self
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// A path in virtual time, whose queue drops what does not fit, and a sender that behaves like
-    /// quinn.
-    struct Bench {
-        rate: u64,
-        trip: Duration,
-        queue: u64,
-        /// One packet in this number is lost.
-        loss: u64,
-        /// The round trip in the second half of the run.
-        later_trip: Duration,
-        /// The number of steps of 200 µs after which the sender processes received
-        /// acknowledgements.
-        stall: u64,
-    }
-
-    const PACKET: u64 = 1450;
-
-    impl Bench {
-        /// Sends for this long. Returns the used share of the bandwidth, and the share of packets
-        /// that the queue dropped.
-        fn run(&self, first_window: u64, time: Duration) -> (f64, f64) {
-            let start = Instant::now();
-            let mut bbr = Bbr::new(start, first_window, PACKET as u16);
-            let mut smoothed = self.trip;
-            // Time sent, time acknowledged (`None`: lost). In the order of sending.
-            let mut flying: VecDeque<(Instant, Option<Instant>)> = VecDeque::new();
-            let (mut in_flight, mut sent, mut dropped, mut arrived) = (0u64, 0u64, 0u64, 0u64);
-            let mut free_at = start;
-            let mut next_send = start;
-            let mut now = start;
-            let step = Duration::from_micros(200);
-            let mut seed = 7u64;
-            let mut steps = 0;
-            while now < start + time {
-                now += step;
-                steps += 1;
-                let mut acks = Vec::new();
-                let mut lost = 0;
-                while let Some(&(at, back)) = flying.front().filter(|_| steps % self.stall == 0) {
-                    let gone = back.is_none()
-                        && flying
-                            .iter()
-                            .skip(3)
-                            .find_map(|f| f.1)
-                            .is_some_and(|b| b <= now);
-                    match back {
-                        Some(back) if back <= now => acks.push(at),
-                        None if gone => lost += PACKET,
-                        _ => break,
-                    }
-                    in_flight -= PACKET;
-                    flying.pop_front();
-                }
-                if lost > 0 {
-                    bbr.lost(now, lost, false);
-                }
-                if !acks.is_empty() {
-                    for at in &acks {
-                        arrived += 1;
-                        smoothed = smoothed * 7 / 8 + (now - *at) / 8;
-                        bbr.acked(now, *at, PACKET, false);
-                    }
-                    bbr.end_acks(now, false, smoothed);
-                }
-                // quinn's pacer: 1.25 windows per round trip.
-                while next_send <= now && in_flight + PACKET <= bbr.window {
-                    next_send = next_send.max(now - step)
-                        + smoothed.mul_f64(PACKET as f64 / (1.25 * bbr.window as f64));
-                    sent += 1;
-                    in_flight += PACKET;
-                    seed = seed
-                        .wrapping_mul(6364136223846793005)
-                        .wrapping_add(1442695040888963407);
-                    free_at = free_at.max(now);
-                    let waits = (free_at - now).as_secs_f64() * self.rate as f64;
-                    let trip = if now - start > time / 2 {
-                        self.later_trip
-                    } else {
-                        self.trip
-                    };
-                    let back = if waits > self.queue as f64 {
-                        dropped += 1;
-                        None
-                    } else {
-                        free_at += Duration::from_secs_f64(PACKET as f64 / self.rate as f64);
-                        (self.loss == 0 || !(seed >> 33).is_multiple_of(self.loss))
-                            .then_some(free_at + trip)
-                    };
-                    flying.push_back((now, back));
-                }
-            }
-            (
-                arrived as f64 * PACKET as f64 / (self.rate as f64 * time.as_secs_f64()),
-                dropped as f64 / sent as f64,
-            )
-        }
-    }
-
-    const PATH: Bench = Bench {
-        rate: 25_000_000,
-        trip: Duration::from_millis(100),
-        queue: 2_500_000,
-        loss: 0,
-        later_trip: Duration::from_millis(100),
-        stall: 1,
-    };
-
-    #[test]
-    fn a_long_path_is_full_and_its_queue_is_not() {
-        for loss in [0, 1000, 100] {
-            let (used, dropped) = Bench { loss, ..PATH }.run(1_250_000, Duration::from_secs(9));
-            let delivers = if loss == 100 { 0.99 } else { 1.0 };
-            assert!(
-                used > 0.96 * delivers,
-                "one in {loss} lost: {used:.3} of the bandwidth is used"
-            );
-            assert!(
-                dropped < 0.01,
-                "one in {loss} lost: {dropped:.3} dropped by the queue"
-            );
-        }
-    }
-
-    #[test]
-    fn a_busy_machine_keeps_the_path_full() {
-        for stall in [50, 150, 250] {
-            let (used, dropped) = Bench { stall, ..PATH }.run(1_250_000, Duration::from_secs(9));
-            assert!(
-                used > 0.9 && dropped < 0.03,
-                "a look each {} ms: {used:.3} used, {dropped:.3} dropped",
-                stall / 5
-            );
-        }
-    }
-
-    #[test]
-    fn a_bandwidth_far_from_the_estimate_is_found() {
-        let (used, _) = Bench {
-            rate: 250_000_000,
-            queue: 25_000_000,
-            ..PATH
-        }
-        .run(1_250_000, Duration::from_secs(9));
-        assert!(used > 0.9, "a fast path: {used:.3}");
-        let (used, dropped) = Bench {
-            rate: 1_250_000,
-            queue: 125_000,
-            ..PATH
-        }
-        .run(1_250_000, Duration::from_secs(20));
-        assert!(
-            used > 0.9 && dropped < 0.1,
-            "a slow path: {used:.3}, {dropped:.3} dropped"
-        );
-    }
-
-    #[test]
-    fn a_shallow_queue_and_a_longer_path_are_handled() {
-        let (used, dropped) = Bench {
-            queue: 250_000,
-            ..PATH
-        }
-        .run(1_250_000, Duration::from_secs(20));
-        assert!(
-            used > 0.85 && dropped < 0.1,
-            "a shallow queue: {used:.3}, {dropped:.3} dropped"
-        );
-        let (used, _) = Bench {
-            later_trip: Duration::from_millis(250),
-            ..PATH
-        }
-        .run(1_250_000, Duration::from_secs(60));
-        assert!(used > 0.85, "a longer path: {used:.3}");
     }
 }

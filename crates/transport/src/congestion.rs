@@ -16,6 +16,8 @@ use quinn::congestion::{Controller, ControllerFactory, ControllerMetrics, CubicC
 use quinn_proto::RttEstimator;
 
 use super::bbr::Bbr;
+use super::pace::Pace;
+use super::path::Path;
 use crate::Congestion;
 
 /// The round trip that quinn assumes before it has measured one. An estimate of exactly this value
@@ -23,21 +25,23 @@ use crate::Congestion;
 pub(super) const UNKNOWN_RTT: Duration = Duration::from_millis(333);
 /// The shortest round trip of a connection that counts as long.
 pub(super) const LONG_RTT: Duration = Duration::from_millis(5);
-/// A long connection is assumed to carry 100 Mbit/s until the bandwidth is measured: the first
-/// window is this rate times the round trip. On a slower connection this sends too much for one
-/// round trip; on a faster one it saves three doublings.
-const FIRST_RATE_BYTES_PER_SECOND: u64 = 100_000_000 / 8;
-/// The smallest first window of a long connection: 200 packets.
-const FIRST_WINDOW_MIN: u64 = 200 * 1200;
-/// The largest first window of a long connection.
-const FIRST_WINDOW_MAX: u64 = 4 << 20;
+/// The first window of a long connection is this rate times the round trip, within the bounds
+/// below: 4 Mbit/s.
+const FIRST_RATE_BYTES_PER_SECOND: u64 = 4_000_000 / 8;
+/// The smallest first window of a long connection: 10 packets, as RFC 9002 recommends.
+const FIRST_WINDOW_MIN: u64 = 10 * 1200;
+/// The largest first window of a long connection: 32 packets, paced over a round trip.
+const FIRST_WINDOW_MAX: u64 = 32 * 1200;
 /// The first window of a short connection, which slow start doubles immediately.
 const SHORT_WINDOW: u64 = 128 << 10;
 
-/// The configured congestion control of a connection. It can change while the connection is open.
-/// Cheap to clone.
+/// The configured congestion control of a connection, and the pace that it sets. The configuration
+/// can change while the connection is open. Cheap to clone.
 #[derive(Debug, Clone)]
-pub(super) struct Choice(Arc<AtomicU8>);
+pub(super) struct Choice {
+    configured: Arc<AtomicU8>,
+    pace: Pace,
+}
 
 const AUTO: u8 = 0;
 const BBR: u8 = 1;
@@ -45,7 +49,10 @@ const CUBIC: u8 = 2;
 
 impl Choice {
     pub(super) fn new(congestion: Congestion) -> Self {
-        let choice = Self(Arc::default());
+        let choice = Self {
+            configured: Arc::default(),
+            pace: Pace::default(),
+        };
         choice.set(congestion);
         choice
     }
@@ -56,12 +63,17 @@ impl Choice {
             Congestion::Bbr => BBR,
             Congestion::Cubic => CUBIC,
         };
-        self.0.store(value, Ordering::Relaxed);
+        self.configured.store(value, Ordering::Relaxed);
+    }
+
+    /// The pace of the connection, which its owner must keep.
+    pub(super) fn pace(&self) -> &Pace {
+        &self.pace
     }
 
     #[cfg(any(test, feature = "testing"))]
     pub(super) fn get(&self) -> Congestion {
-        match self.0.load(Ordering::Relaxed) {
+        match self.configured.load(Ordering::Relaxed) {
             BBR => Congestion::Bbr,
             CUBIC => Congestion::Cubic,
             _ => Congestion::Auto,
@@ -71,7 +83,7 @@ impl Choice {
     /// Whether a connection with this round trip counts as long. With `auto`, a connection that was
     /// found to be short stays short.
     fn is_long(&self, rtt: Duration, before: Chosen) -> bool {
-        match self.0.load(Ordering::Relaxed) {
+        match self.configured.load(Ordering::Relaxed) {
             BBR => true,
             CUBIC => false,
             _ => rtt >= LONG_RTT && before != Chosen::Short,
@@ -79,9 +91,12 @@ impl Choice {
     }
 }
 
-/// The factory for one connection.
-pub(super) fn factory(choice: &Choice) -> Arc<dyn ControllerFactory + Send + Sync> {
-    Arc::new(FittingFactory(choice.clone()))
+/// The factory for one connection over this path.
+pub(super) fn factory(choice: &Choice, path: &Path) -> Arc<dyn ControllerFactory + Send + Sync> {
+    Arc::new(FittingFactory {
+        choice: choice.clone(),
+        path: path.clone(),
+    })
 }
 
 fn cubic(window: u64) -> CubicConfig {
@@ -97,11 +112,19 @@ fn first_window(rtt: Duration) -> u64 {
         .clamp(FIRST_WINDOW_MIN, FIRST_WINDOW_MAX)
 }
 
-struct FittingFactory(Choice);
+struct FittingFactory {
+    choice: Choice,
+    path: Path,
+}
 
 impl ControllerFactory for FittingFactory {
     fn build(self: Arc<Self>, now: Instant, current_mtu: u16) -> Box<dyn Controller> {
-        Box::new(Fitting::new(self.0.clone(), now, current_mtu))
+        Box::new(Fitting::new(
+            self.choice.clone(),
+            self.path.clone(),
+            now,
+            current_mtu,
+        ))
     }
 }
 
@@ -115,16 +138,18 @@ enum Chosen {
 /// Delegates to the controller that fits the connection.
 struct Fitting {
     choice: Choice,
+    path: Path,
     inner: Box<dyn Controller>,
     chosen: Chosen,
     mtu: u16,
 }
 
 impl Fitting {
-    fn new(choice: Choice, now: Instant, mtu: u16) -> Self {
+    fn new(choice: Choice, path: Path, now: Instant, mtu: u16) -> Self {
         let inner = Arc::new(CubicConfig::default()).build(now, mtu);
         Self {
             choice,
+            path,
             inner,
             chosen: Chosen::Nothing,
             mtu,
@@ -135,11 +160,19 @@ impl Fitting {
         match (self.chosen, self.choice.is_long(rtt, self.chosen)) {
             (Chosen::Long, true) | (Chosen::Short, false) => {}
             (_, true) => {
-                self.inner = Box::new(Bbr::new(now, first_window(rtt), self.mtu));
+                self.inner = Box::new(Bbr::new(
+                    now,
+                    rtt,
+                    first_window(rtt),
+                    self.mtu,
+                    &self.path,
+                    self.choice.pace(),
+                ));
                 self.chosen = Chosen::Long;
             }
             (_, false) => {
                 let window = self.inner.window().max(SHORT_WINDOW);
+                self.choice.pace().set(now, 0, self.mtu.into());
                 self.inner = Arc::new(cubic(window)).build(now, self.mtu);
                 self.chosen = Chosen::Short;
             }
@@ -206,6 +239,7 @@ impl Controller for Fitting {
     fn clone_box(&self) -> Box<dyn Controller> {
         Box::new(Self {
             choice: self.choice.clone(),
+            path: self.path.clone(),
             inner: self.inner.clone_box(),
             chosen: self.chosen,
             mtu: self.mtu,
@@ -226,7 +260,8 @@ mod tests {
     use super::*;
 
     fn fitting(congestion: Congestion) -> Fitting {
-        Fitting::new(Choice::new(congestion), Instant::now(), 1200)
+        let choice = Choice::new(congestion);
+        Fitting::new(choice, Path::default(), Instant::now(), 1200)
     }
 
     fn chosen_after(rtts: &[u64]) -> (Chosen, u64) {
@@ -255,22 +290,22 @@ mod tests {
     #[test]
     fn the_round_trip_decides() {
         assert_eq!(chosen_after(&[1]), (Chosen::Short, SHORT_WINDOW));
-        assert_eq!(chosen_after(&[100]), (Chosen::Long, 1_250_000));
-        assert_eq!(chosen_after(&[20]), (Chosen::Long, 250_000));
+        assert_eq!(chosen_after(&[50]), (Chosen::Long, 25_000));
+        assert_eq!(chosen_after(&[10]), (Chosen::Long, FIRST_WINDOW_MIN));
         assert_eq!(chosen_after(&[5000]), (Chosen::Long, FIRST_WINDOW_MAX));
     }
 
     #[test]
-    fn a_delayed_first_measurement_is_corrected_and_the_window_is_kept() {
-        assert_eq!(chosen_after(&[60, 30, 2]), (Chosen::Short, 750_000));
+    fn a_delayed_first_measurement_is_corrected() {
+        assert_eq!(chosen_after(&[60, 30, 2]), (Chosen::Short, SHORT_WINDOW));
         assert_eq!(chosen_after(&[1, 60]).0, Chosen::Short);
     }
 
     #[test]
     fn a_copy_for_a_new_path_keeps_the_choice() {
         let mut first = fitting(Congestion::Auto);
-        first.choose(Instant::now(), Duration::from_millis(100));
+        first.choose(Instant::now(), Duration::from_millis(50));
         let copy = first.clone_box().into_any().downcast::<Fitting>().unwrap();
-        assert_eq!((copy.chosen, copy.window()), (Chosen::Long, 1_250_000));
+        assert_eq!((copy.chosen, copy.window()), (Chosen::Long, 25_000));
     }
 }

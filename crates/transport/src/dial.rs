@@ -277,7 +277,7 @@ impl Call<'_> {
             endpoint,
         } = connecting.map_err(|e| Failure::of(&e, self.address))?;
         let room = self.memory.min(CONNECTION_SEND_BYTES_MAX);
-        let send_room = quic::SendRoom::keep(connection.clone(), move || room, ());
+        let send_room = quic::SendRoom::keep(connection.clone(), choice.pace(), move || room, ());
         self.reached(
             Wire::Quic {
                 connection,

@@ -22,6 +22,8 @@ use quinn_proto::{
     ServerConfig, TransportConfig,
 };
 
+use crate::congestion::Choice;
+use crate::pace::Pace;
 use crate::quic;
 use crate::testing::{hub_in, site_of};
 use app::App;
@@ -40,6 +42,7 @@ struct End {
     server: Option<Arc<ServerConfig>>,
     remote: SocketAddr,
     adjusted: Instant,
+    pace: Pace,
 }
 
 impl End {
@@ -98,6 +101,7 @@ impl End {
             ));
         }
         app.work(connection);
+        self.pace.fill(now);
         let mut buffer = Vec::new();
         while let Some(transmit) = connection.poll_transmit(now, 10, &mut buffer) {
             let segment = transmit.segment_size.unwrap_or(transmit.size);
@@ -108,7 +112,8 @@ impl End {
 
     /// When the end wants to act next.
     fn wants(&mut self) -> Option<Instant> {
-        self.connection.as_mut().and_then(|(_, c)| c.poll_timeout())
+        let timer = self.connection.as_mut().and_then(|(_, c)| c.poll_timeout());
+        timer.into_iter().chain(self.pace.due()).min()
     }
 }
 
@@ -129,8 +134,21 @@ pub(crate) struct Emulation {
     number: u64,
 }
 
-/// The transport settings of an emulated connection.
-pub(crate) type Settings = Arc<TransportConfig>;
+/// The transport settings of one end of an emulated connection, and the pace that they set.
+#[derive(Clone)]
+pub(crate) struct Settings {
+    transport: Arc<TransportConfig>,
+    pace: Pace,
+}
+
+impl Settings {
+    pub(crate) fn new(choice: &Choice, path: &crate::path::Path, window: u64) -> Self {
+        Self {
+            transport: quic::transport(choice, path, PACKET, window).unwrap(),
+            pace: choice.pace().clone(),
+        }
+    }
+}
 
 impl Emulation {
     pub(crate) fn new(down: Line, up: Line) -> Self {
@@ -155,14 +173,14 @@ impl Emulation {
         let tls = crate::tls::server(&identity).unwrap();
         let mut server =
             ServerConfig::with_crypto(Arc::new(QuicServerConfig::try_from(tls).unwrap()));
-        server.transport_config(hub);
+        server.transport_config(hub.transport);
         let server = Arc::new(server);
         let tls = crate::tls::client(&site_identity).unwrap();
         let mut client = ClientConfig::new(Arc::new(QuicClientConfig::try_from(tls).unwrap()));
-        client.transport_config(site);
+        client.transport_config(site.transport);
         let seed = Some([number as u8 + 1; 32]);
         let address = |port| SocketAddr::from(([10, 0, 0, 1], port));
-        let end = |server: Option<Arc<ServerConfig>>, remote| End {
+        let end = |server: Option<Arc<ServerConfig>>, remote, pace| End {
             endpoint: Endpoint::new(
                 Arc::new(EndpointConfig::default()),
                 server.clone(),
@@ -173,8 +191,9 @@ impl Emulation {
             server,
             remote: address(remote),
             adjusted: self.now,
+            pace,
         };
-        let mut site_end = end(None, 1);
+        let mut site_end = end(None, 1, site.pace);
         site_end.connection = Some(
             site_end
                 .endpoint
@@ -187,7 +206,7 @@ impl Emulation {
                 .unwrap(),
         );
         self.pairs.push(Pair {
-            ends: [end(Some(server), 2), site_end],
+            ends: [end(Some(server), 2, hub.pace), site_end],
             apps: [App::hub(), App::site()],
         });
         self.drive(number, 1);
@@ -290,12 +309,14 @@ impl Emulation {
     pub(crate) fn deliver(&mut self, pair: usize, bytes: u64, limit: Duration) -> Option<Duration> {
         let before = self.pairs[pair].apps[0].reports();
         self.pairs[pair].apps[0].announce(bytes);
+        self.drive(pair, 0);
         self.run_until(limit, |this| this.pairs[pair].apps[0].reports() > before)
     }
 
     /// Begins to fetch `answers` answers of `bytes`, `at_once` at a time.
     pub(crate) fn fetch(&mut self, pair: usize, answers: u64, bytes: u64, at_once: usize) {
         self.pairs[pair].apps[1].fetch(answers, bytes, at_once);
+        self.drive(pair, 1);
     }
 
     /// The bytes of answers that the site has read.

@@ -26,6 +26,8 @@ mod hello;
 pub mod identity;
 mod listen;
 mod mux;
+mod pace;
+mod path;
 mod proxy;
 mod quic;
 mod redial;
@@ -546,6 +548,8 @@ impl Link {
     }
 }
 
+#[cfg(test)]
+mod paced_tests;
 #[cfg(test)]
 mod routes_tests;
 #[cfg(test)]

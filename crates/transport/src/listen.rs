@@ -569,7 +569,7 @@ impl Admission {
             current_window.fit();
             this.send_room()
         };
-        let send_room = quic::SendRoom::keep(connection.clone(), room, seat);
+        let send_room = quic::SendRoom::keep(connection.clone(), choice.pace(), room, seat);
         self.enter(
             newcomer,
             Wire::Quic {

@@ -12,6 +12,8 @@ use quinn::{
 use rustls::pki_types::CertificateDer;
 
 use super::congestion::{self, Choice};
+use super::pace::Pace;
+use super::path::{self, Path};
 use super::socket::Socket;
 use super::tls::Shown;
 use super::{CLOSE_REFUSED, CLOSE_VIOLATION, Ended};
@@ -59,9 +61,10 @@ fn packet_bytes_max(remote: SocketAddr) -> u16 {
         .clamp(PACKET_BYTES_MIN, CONNECTION_PACKET_BYTES_MAX)
 }
 
-/// The settings of a connection on whose path packets of `largest` bytes are tried.
+/// The settings of a connection over `path`, on which packets of `largest` bytes are tried.
 pub(super) fn transport(
     choice: &Choice,
+    path: &Path,
     largest: u16,
     window: u64,
 ) -> Result<Arc<TransportConfig>, Fault> {
@@ -87,7 +90,7 @@ pub(super) fn transport(
         .initial_rtt(congestion::UNKNOWN_RTT)
         .keep_alive_interval(Some(CONNECTION_KEEP_ALIVE))
         .max_idle_timeout(Some(idle))
-        .congestion_controller_factory(congestion::factory(choice));
+        .congestion_controller_factory(congestion::factory(choice, path));
     Ok(Arc::new(config))
 }
 
@@ -201,6 +204,7 @@ pub(super) async fn accept(
     let mut config = config.clone();
     config.transport_config(transport(
         choice,
+        &path::to(incoming.remote_address().ip()),
         packet_bytes_max(incoming.remote_address()),
         CONNECTION_WINDOW_FIRST_BYTES,
     )?);
@@ -231,6 +235,7 @@ pub(super) async fn connect(
     config.transport_config(
         transport(
             choice,
+            &path::to(remote.ip()),
             packet_bytes_max(remote),
             CONNECTION_WINDOW_BYTES.into(),
         )
@@ -297,10 +302,11 @@ pub(super) struct SendRoom {
 
 impl SendRoom {
     /// Adjusts the buffer to the bandwidth until the connection ends, and at each call of
-    /// [`SendRoom::fit`]. `room` returns the current limit and is called often. `guard` is dropped
+    /// [`SendRoom::fit`]. Also wakes the connection at its pace. `room` returns the current limit and is called often. `guard` is dropped
     /// when the connection ends.
     pub(super) fn keep(
         connection: quinn::Connection,
+        pace: &Pace,
         room: impl Fn() -> u64 + Send + Sync + 'static,
         guard: impl Send + 'static,
     ) -> Arc<Self> {
@@ -309,7 +315,7 @@ impl SendRoom {
             room: Box::new(room),
             current: Mutex::new((CONNECTION_SEND_BYTES_MIN, Instant::now())),
         });
-        let kept = this.clone();
+        let (kept, pace) = (this.clone(), pace.clone());
         tokio::spawn(async move {
             let mut tick = tokio::time::interval(CONNECTION_FIT_EVERY);
             tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -317,6 +323,7 @@ impl SendRoom {
                 tokio::select! {
                     _ = kept.connection.closed() => break,
                     _ = tick.tick() => kept.adjust(),
+                    () = pace.filled() => kept.wake(),
                 }
             }
             drop(guard);
@@ -329,6 +336,13 @@ impl SendRoom {
         if self.current.lock().1.elapsed() >= CONNECTION_SEND_FIT_EVERY {
             self.adjust();
         }
+    }
+
+    /// Lets the connection send what its congestion control allows by now.
+    fn wake(&self) {
+        // Setting the size wakes the connection.
+        let current = self.current.lock().0;
+        self.connection.set_send_window(current);
     }
 
     fn adjust(&self) {

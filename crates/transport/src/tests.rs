@@ -715,7 +715,7 @@ async fn tcp_is_used_while_udp_is_blocked_and_quic_later() {
             }
         };
         let endpoint = None;
-        let send_room = quic::SendRoom::keep(connection.clone(), || MEMORY, ());
+        let send_room = quic::SendRoom::keep(connection.clone(), choice.pace(), || MEMORY, ());
         let link = Link::new(
             Wire::Quic {
                 connection,
