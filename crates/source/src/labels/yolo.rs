@@ -174,9 +174,10 @@ impl Folder<'_> {
             .iter()
             .find(|label| exists_in_any_case(self.inside, label, "txt"))
         {
-            // Of two images with one name the labels belong to the first.
+            // Of two images with one name the labels belong to the first that can be read. For
+            // `.jpg`, which is almost always that one, `label` reports it, which looks for it anyway.
             if !name.ends_with(".jpg")
-                && let Image::Found(other, ..) = self.image_of(label)
+                && let (Image::Found(other, ..), _) = self.image_of(label)
                 && other != name
             {
                 collector
@@ -221,7 +222,8 @@ impl Folder<'_> {
     }
 
     fn label(&mut self, name: &str, collector: &mut Collector) -> Result<(), Fault> {
-        let (image, width, height) = match self.image_of(name) {
+        let (found, passed) = self.image_of(name);
+        let (image, width, height) = match found {
             Image::Found(image, width, height) => (image, width, height),
             Image::Unreadable(image) => {
                 let detail = format!("the width and height of its image {image} cannot be read");
@@ -235,6 +237,12 @@ impl Folder<'_> {
                 return Ok(());
             }
         };
+        if let Some(passed) = passed {
+            collector.omitted.add(
+                Category::SameName,
+                format!("{passed}: the labels of {image}"),
+            );
+        }
         let Some(path) = collector.path(name, &image) else {
             return Ok(());
         };
@@ -357,8 +365,9 @@ impl Folder<'_> {
         Ok(())
     }
 
-    /// The image that a text file belongs to. Of several, the first whose size can be read.
-    fn image_of(&self, name: &str) -> Image {
+    /// The image that a text file belongs to: of several, the first whose size can be read. And the
+    /// `.jpg` of the same name, if it was passed over for another.
+    fn image_of(&self, name: &str) -> (Image, Option<String>) {
         let stem = without_extension(name);
         let mut unreadable = None;
         for stem in swap_folder(stem, "labels", "images")
@@ -366,7 +375,9 @@ impl Folder<'_> {
             .chain([stem.to_owned()])
         {
             if let Some((path, width, height)) = self.sizes.get(&stem).cloned() {
-                return Image::Found(path, width, height);
+                let jpg = format!("{stem}.jpg");
+                let passed = jpg != path && self.inside.is_file(&jpg);
+                return (Image::Found(path, width, height), passed.then_some(jpg));
             }
             let found = with_extension(&stem, |image| {
                 let size = size::of_file(self.inside, image);
@@ -376,10 +387,10 @@ impl Folder<'_> {
                 size.map(|(width, height)| Image::Found(image.to_owned(), width, height))
             });
             if let Some(found) = found {
-                return found;
+                return (found, unreadable.filter(|image| image.ends_with(".jpg")));
             }
         }
-        unreadable.map_or(Image::None, Image::Unreadable)
+        (unreadable.map_or(Image::None, Image::Unreadable), None)
     }
 }
 

@@ -179,6 +179,13 @@ fn yolo_folders_of_every_tool() {
         notes(&twice, Category::SameName),
         ["a.png: the labels of a.jpg"]
     );
+    // An image that cannot be read is passed over for another of its name, and reported.
+    let passed = yolo(row, &[yaml, ("a.jpg", b"GIF")]);
+    assert_eq!(passed.read().unwrap().sample_rows(), ["a.png 640 480 -"]);
+    assert_eq!(
+        notes(&passed, Category::SameName),
+        ["a.jpg: the labels of a.png"]
+    );
     // No image, and one whose size cannot be read, are told apart.
     for (file, said) in [
         ("b.png", "no image that it belongs to was found"),
