@@ -4,6 +4,8 @@
 //! address of the request. A program that listens on the daemon's port in its place cannot answer,
 //! because the key is derived from the token. The answer reveals nothing about the token.
 
+use std::net::SocketAddr;
+
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
@@ -47,6 +49,14 @@ impl Proof {
         };
         // In constant time.
         hash(token, &challenge, &self.address) == proof
+    }
+
+    /// Whether the request reached the daemon at this address.
+    pub(crate) fn is_of(&self, address: SocketAddr) -> bool {
+        let canonical = |address: SocketAddr| (address.ip().to_canonical(), address.port());
+        self.address
+            .parse()
+            .is_ok_and(|theirs| canonical(theirs) == canonical(address))
     }
 }
 

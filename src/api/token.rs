@@ -2,6 +2,7 @@
 //! and the command line reads.
 
 use std::fmt;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -29,24 +30,26 @@ impl ApiToken {
     }
 
     /// The daemon's token; created at the first start, durable and with mode 0600 before its first
-    /// use.
+    /// use. A file that was read and holds no token is replaced: no client could use it.
     pub fn open_or_create(data_dir: &Path) -> Result<Self, Fault> {
         let path = Self::path(data_dir);
         match Self::read(&path) {
             Err(fault) if fault.code == Code::NotFound => {}
-            Err(fault) => {
-                return Err(Fault::config(fault.message).with_next(
-                    "let the daemon's user read this file, or remove it and start the daemon again: it writes a new token, which commands read from there",
-                ));
+            Err(_) if is_readable(&path) => {
+                tracing::warn!(file = %path.display(), "the API token was damaged; the daemon has a new one: give it to the programs that had the old one");
             }
-            Ok(token) => return Ok(token),
+            other => return other,
         }
+        Self::create(&path)
+    }
+
+    fn create(path: &Path) -> Result<Self, Fault> {
         let mut bits = [0; 32];
         rand::rngs::OsRng
             .try_fill_bytes(&mut bits)
             .map_err(|e| Fault::internal(format!("no random bits from the system: {e}")))?;
         let token = hex::encode(bits);
-        durable::replace_secret(&path, format!("{token}\n").as_bytes())?;
+        durable::replace_secret(path, format!("{token}\n").as_bytes())?;
         Self::parse(&token)
     }
 
@@ -72,7 +75,12 @@ impl ApiToken {
     /// Reads the token of the daemon with this state folder again. If the file is gone, a new token
     /// is created. Returns whether it is another one now.
     pub fn reload(&self, data_dir: &Path) -> Result<bool, Fault> {
-        let new = Self::open_or_create(data_dir)?.secret();
+        let path = Self::path(data_dir);
+        let new = match Self::read(&path) {
+            Err(fault) if fault.code == Code::NotFound => Self::create(&path),
+            other => other,
+        }?
+        .secret();
         let mut current = self.0.write();
         let is_other = *current != new;
         *current = new;
@@ -84,6 +92,13 @@ impl ApiToken {
     pub fn is(&self, presented: &[u8]) -> bool {
         blake3::hash(self.secret().as_bytes()) == blake3::hash(presented)
     }
+}
+
+/// Whether this is a regular file whose start can be read.
+fn is_readable(path: &Path) -> bool {
+    let is_file = std::fs::metadata(path).is_ok_and(|meta| meta.is_file());
+    let reads = |file: std::fs::File| std::io::copy(&mut file.take(4096), &mut std::io::sink());
+    is_file && std::fs::File::open(path).and_then(reads).is_ok()
 }
 
 #[cfg(test)]
@@ -112,20 +127,33 @@ mod tests {
         assert!(!format!("{first:?}").contains(&*first.secret()));
         // A file that cannot be used changes nothing; one that is gone is made anew.
         let old = first.secret();
-        for damaged in [&b"short"[..], b"\xff\xfe\x00"] {
-            durable::replace(&ApiToken::path(dir.path()), damaged).unwrap();
-            let fault = first.reload(dir.path()).unwrap_err();
-            assert_eq!(fault.code, Code::Config, "{fault}");
-            assert!(
-                fault.message.contains("api-token") && fault.next.contains("remove it"),
-                "{fault}"
-            );
-            assert_eq!(first.secret(), old);
-        }
+        durable::replace(&ApiToken::path(dir.path()), b"short").unwrap();
+        first.reload(dir.path()).unwrap_err();
+        assert_eq!(first.secret(), old);
         std::fs::remove_file(ApiToken::path(dir.path())).unwrap();
         let clone = first.clone();
         let reload = move || clone.reload(dir.path()).unwrap();
         assert!(reload());
         assert!(!first.is(old.as_bytes()) && !reload());
+    }
+
+    #[test]
+    fn a_damaged_token_is_replaced_at_the_start() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = ApiToken::path(dir.path());
+        for damaged in [
+            &b"\xff\xfe\0binary"[..],
+            b"",
+            b"short",
+            &b"a".repeat(1 << 20),
+        ] {
+            durable::replace(&path, damaged).unwrap();
+            let token = ApiToken::open_or_create(dir.path()).unwrap();
+            assert_eq!(token.secret(), ApiToken::read(&path).unwrap().secret());
+            assert_eq!(token.secret().len(), 64);
+        }
+        std::fs::remove_file(&path).unwrap();
+        std::fs::create_dir(&path).unwrap();
+        ApiToken::open_or_create(dir.path()).unwrap_err();
     }
 }

@@ -34,8 +34,8 @@ enum Trust {
     Socket(SocketPath),
     /// TLS authenticates the server.
     Tls,
-    /// The daemon proves before each request that it holds the token; at this address, if it is
-    /// known.
+    /// The daemon proves before each request that it holds the token; at this address if it is
+    /// known, else at the dialled one if that is of this machine.
     Proof(Option<SocketAddr>),
 }
 
@@ -282,6 +282,11 @@ impl Client {
             .timeout(API_REPLY_MAX);
         let response = request.send().await.map_err(|e| self.unreachable(&e))?;
         let version = response.headers().get(VERSION_HEADER).is_some();
+        // Another user's program on this machine must not pass the proof of the daemon on. Between
+        // machines the address may be translated on the way.
+        let dialled = response
+            .remote_addr()
+            .filter(|address| address.ip().to_canonical().is_loopback());
         let body = response.bytes().await.map_err(|e| self.unreachable(&e))?;
         let Ok(proof) = serde_json::from_slice::<Proof>(&body) else {
             if version {
@@ -298,11 +303,18 @@ impl Client {
             ))
             .with_next("stop that program and start the daemon with 'packhorse serve --config FILE', or correct the URL"));
         };
-        if !proof.is_by(&self.token, &query)
-            || address.is_some_and(|address| proof.address != address.to_string())
-        {
+        if !proof.is_by(&self.token, &query) {
             return Err(Fault::not_allowed(format!("the API token is wrong, or another daemon answers at {}", self.base))
                 .with_next("check the URL, and give the token of that daemon with --token-file or --config; no token was sent"));
+        }
+        if let Some(address) = address.or(dialled)
+            && !proof.is_of(address)
+        {
+            return Err(Fault::not_allowed(format!(
+                "the program that answers at {} is not the daemon, which listens at {}; the token was not sent to it",
+                self.base, proof.address
+            ))
+            .with_next("give --config FILE of the daemon, or --api with the address at which it listens; through a tunnel or a proxy use https://"));
         }
         Ok(())
     }

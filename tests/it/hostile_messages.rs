@@ -1,6 +1,6 @@
 //! Random bytes and malformed messages on any stream. The daemon that receives them from an
 //! enrolled site, a publisher or a hub stays within that peer's share of memory, writes nothing
-//! outside its folders, and answers all other peers within a second.
+//! outside its folders, and answers all other peers within [`ANSWER_MAX`].
 //!
 //! The messages are real ones that a seeded generator changed: a value is replaced by an extreme
 //! one, or bytes are flipped, cut or repeated.

@@ -2,7 +2,7 @@
 //! learns.
 
 use std::io::{Read, Write};
-use std::net::TcpListener;
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::unix::fs::PermissionsExt;
 use std::sync::{Arc, Mutex};
 
@@ -204,6 +204,47 @@ fn the_token_is_not_sent_to_another_program_on_the_api_port() {
     );
     assert!(
         !seen.contains(std::fs::read_to_string(token_file).unwrap().trim()),
+        "it received the token"
+    );
+}
+
+#[test]
+fn the_token_is_not_sent_to_a_program_that_relays_the_proof() {
+    let _limit = limit(secs(60));
+    let scratch = Scratch::new();
+    let hub = Hub::start_new(scratch.path());
+    let token = hub.data_dir.join("api-token");
+    let sites = |address: SocketAddr| {
+        let (api, token) = (format!("http://{address}"), token.to_str().unwrap());
+        packhorse(&["sites", "--api", &api, "--token-file", token])
+    };
+    sites(hub.api).expect(0);
+    // The relay passes each connection on to the daemon, unchanged, and keeps what it read.
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let relay = listener.local_addr().unwrap();
+    let seen = Arc::new(Mutex::new(Vec::new()));
+    let (heard, daemon) = (seen.clone(), hub.api);
+    std::thread::spawn(move || {
+        for mut client in listener.incoming().flatten() {
+            let mut server = TcpStream::connect(daemon).unwrap();
+            let (mut back, mut from) = (client.try_clone().unwrap(), server.try_clone().unwrap());
+            std::thread::spawn(move || std::io::copy(&mut from, &mut back));
+            let mut bytes = vec![0; 64 << 10];
+            while let Ok(read @ 1..) = client.read(&mut bytes) {
+                heard.lock().unwrap().extend_from_slice(&bytes[..read]);
+                if server.write_all(&bytes[..read]).is_err() {
+                    break;
+                }
+            }
+        }
+    });
+    sites(relay)
+        .expect(4)
+        .says(&["is not the daemon", &hub.api.to_string()]);
+    let seen = String::from_utf8_lossy(&seen.lock().unwrap()).into_owned();
+    assert!(seen.contains("GET /v1/proof?challenge="), "{seen}");
+    assert!(
+        !seen.contains(std::fs::read_to_string(&token).unwrap().trim()),
         "it received the token"
     );
 }
