@@ -36,6 +36,7 @@ mod hostile_requests;
 mod idle;
 mod images;
 mod interruption;
+mod largest_messages;
 mod logs;
 mod many_sites;
 mod nas;

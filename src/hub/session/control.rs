@@ -169,6 +169,10 @@ impl Sessions {
         certificate: &mut Option<Certificate>,
     ) -> Result<(), Fault> {
         let (site, unstored) = (control.site, &control.unstored);
+        // Each of these is written to the catalogue and to the log as a whole.
+        if matches!(message, FromSite::Hello { .. } | FromSite::Changed(_)) {
+            self.inner.budgets.change(peer).await;
+        }
         match message {
             FromSite::Hello {
                 version,

@@ -189,6 +189,25 @@ fn is_spoken_for<T>(field: usize, chosen: &[Option<T>; FIELD_COUNT]) -> bool {
     }
 }
 
+/// The header as an error shows it. The first line of a file that is no table of labels is not
+/// shown: the source may be a link to a file that only the daemon may read.
+fn shown(header: &[String]) -> String {
+    let is_known = |column: &String| {
+        let mut names = FIELDS
+            .iter()
+            .flat_map(|(field, names)| std::iter::once(*field).chain(names.iter().copied()));
+        names.any(|name| column.eq_ignore_ascii_case(name))
+    };
+    if header.iter().any(is_known) {
+        format!("the header has {}", header.join(", "))
+    } else {
+        format!(
+            "none of the {} columns of its first line has a known name",
+            header.len()
+        )
+    }
+}
+
 /// The column of each field.
 pub(super) fn map_columns(
     header: &[String],
@@ -204,10 +223,7 @@ pub(super) fn map_columns(
             .get(field)
             .filter(|name| !name.is_empty() && find(name).is_none())
         {
-            let detail = format!(
-                "there is no column {name:?} for {field}; the header has {}",
-                header.join(", ")
-            );
+            let detail = format!("there is no column {name:?} for {field}; {}", shown(header));
             return Err(
                 Fault::integrity(detail).with_next("correct the column mapping or the header")
             );
@@ -215,10 +231,7 @@ pub(super) fn map_columns(
     }
     let mut mapping = choose(columns, find);
     if mapping[SAMPLE_PATH].is_none() {
-        let detail = format!(
-            "no column holds the sample's path; the header has {}",
-            header.join(", ")
-        );
+        let detail = format!("no column holds the sample's path; {}", shown(header));
         return Err(Fault::integrity(detail)
             .with_next("map one by sample_path=COLUMN; the first row must be the header"));
     }

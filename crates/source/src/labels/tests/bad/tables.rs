@@ -32,7 +32,11 @@ fn tables() {
         ),
         (
             b"a.png,dent,1\n".to_vec(),
-            "no column holds the sample's path; the header has a.png, dent, 1",
+            "no column holds the sample's path; none of the 3 columns of its first line has a known name",
+        ),
+        (
+            b"class,frame\n".to_vec(),
+            "no column holds the sample's path; the header has class, frame",
         ),
         (b"".to_vec(), "it is empty; a header is needed"),
         (
