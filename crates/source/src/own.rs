@@ -6,7 +6,7 @@
 //! ([`Own::of`]), because state files change.
 //!
 //! The private keys of other daemons and of publishers on this machine are recognised by their
-//! names only ([`IDENTITY`]): this process does not know where they are.
+//! names only (`IDENTITY`): this process does not know where they are.
 
 use std::collections::HashSet;
 use std::fs::{self, File, Metadata, ReadDir};
