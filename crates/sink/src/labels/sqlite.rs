@@ -490,9 +490,13 @@ impl Engine for Sqlite {
 
     async fn remove(&self, set: &str, version: &str) -> Result<(), Fault> {
         let _one_writer = self.writer.lock().await;
-        let Some(mut conn) = self.connect_existing().await? else {
+        let Some(conn) = self.connect_existing().await? else {
             return Ok(());
         };
+        self.close(conn).await;
+        // An earlier program may have written the rows, and nothing was delivered since.
+        self.migrate().await?;
+        let mut conn = self.connect().await?;
         let failed = |e: sqlx::Error| self.fault("remove the rows", &e);
         let mut transaction = conn.begin_with("BEGIN IMMEDIATE").await.map_err(failed)?;
         if let Some((id, _)) = self.held_on(&mut transaction, set, version).await? {

@@ -473,6 +473,8 @@ impl Engine for Postgres {
         if !self.has_schema(&mut conn).await? {
             return Ok(());
         }
+        // An earlier program may have written the rows, and nothing was delivered since.
+        self.migrate(&mut conn).await?;
         self.lock_set(&mut conn, set).await?;
         // An earlier removal may have hidden and therefore renamed it.
         let query = sqlx::query_as::<_, (i64, String)>(

@@ -25,6 +25,7 @@ crate::on_both!(
     activates_and_removes,
     the_version_that_was_requested_last_is_active,
     rows_that_were_deleted_are_noticed_without_reading_them,
+    rows_of_an_earlier_program_are_removed_before_anything_is_delivered,
     exports_the_original_bytes,
     exports_an_empty_set,
     verify_finds_changed_rows,
@@ -508,6 +509,26 @@ async fn the_version_that_was_requested_last_is_active(bench: Bench) {
     assert_eq!(bench.leftovers().await, 0);
     assert_eq!(
         bench.number("SELECT count(*) FROM {}label_request").await,
+        0
+    );
+}
+
+async fn rows_of_an_earlier_program_are_removed_before_anything_is_delivered(bench: Bench) {
+    let set = Set::new(1, 20, 4, 0);
+    commit(&bench, &set, "v1").await;
+    let migrations = match &bench.db {
+        Db::Postgres(..) => "packhorse.schema_migration WHERE version > 5",
+        Db::Sqlite(_) => "_sqlx_migrations WHERE version > 2",
+    };
+    bench
+        .sql(&format!(
+            "DROP TABLE {{}}label_request; DELETE FROM {migrations}"
+        ))
+        .await;
+    let removed = set.incoming("v1").artifact;
+    bench.sink.remove(&removed, None).await.unwrap();
+    assert_eq!(
+        bench.number("SELECT count(*) FROM {}label_version").await,
         0
     );
 }
