@@ -3,6 +3,22 @@
 use super::*;
 use transport::identity::HubIdentity;
 
+/// Makes this machine a publisher of a hub at this address.
+fn enrol(hub: &HubIdentity, state: &Path, address: &str) {
+    let request = CertificateRequest::new().unwrap();
+    let cert = hub
+        .issue_as(
+            &Peer::Publisher("office".parse().unwrap()),
+            request.csr_der(),
+        )
+        .unwrap();
+    request
+        .complete(&cert, hub.ca_der())
+        .unwrap()
+        .save(&state.join(folder_of(address)))
+        .unwrap();
+}
+
 #[test]
 fn work_folders_are_used_once_and_emptied() {
     let dir = tempfile::tempdir().unwrap();
@@ -45,18 +61,7 @@ async fn a_full_hub_is_waited_for() {
     .unwrap();
     let address = listener.local_addr().to_string();
     // This machine is a publisher of that hub already.
-    let request = CertificateRequest::new().unwrap();
-    let cert = hub
-        .issue_as(
-            &Peer::Publisher("office".parse().unwrap()),
-            request.csr_der(),
-        )
-        .unwrap();
-    request
-        .complete(&cert, hub.ca_der())
-        .unwrap()
-        .save(&state.join(folder_of(&address)))
-        .unwrap();
+    enrol(&hub, &state, &address);
 
     let answers = tokio::spawn(async move {
         for room in [false, false, true] {
@@ -154,18 +159,7 @@ async fn a_hub_that_is_not_known_is_not_called() {
     // This machine is a publisher of another hub: that may be the one that was meant.
     let hub =
         HubIdentity::open_or_create(&dir.path().join("hub"), &"hub".parse().unwrap()).unwrap();
-    let request = CertificateRequest::new().unwrap();
-    let cert = hub
-        .issue_as(
-            &Peer::Publisher("office".parse().unwrap()),
-            request.csr_der(),
-        )
-        .unwrap();
-    request
-        .complete(&cert, hub.ca_der())
-        .unwrap()
-        .save(&state.join(folder_of("hub.example.com:7443")))
-        .unwrap();
+    enrol(&hub, &state, "hub.example.com:7443");
     let fault = publish(ask("hub.example.com:7433"), Arc::default())
         .await
         .unwrap_err();
