@@ -10,7 +10,7 @@ use tokio::runtime::Handle;
 
 use crate::api::types::SourceOptions;
 use crate::config::{self, Config};
-use base::blocking::{blocking, blocking_at};
+use base::blocking::{blocking_at, cancellable};
 use base::durable;
 use base::fault::{Code, Fault, IoContext};
 use base::job_progress::JobProgress;
@@ -18,7 +18,7 @@ use base::names::{ArtifactRef, Kind, RelPath};
 use base::omitted::Omitted;
 use content::ingest::Ingested;
 use content::manifest::{
-    DatasetBinding, EntryBody, FORMAT_MAX, FileInfo, Root, Step, Walk, same_but_times,
+    DatasetBinding, EntryBody, FORMAT_MAX, FileInfo, Root, Step, Until, Walk, same_but_times,
 };
 use content::store::Store;
 use exchange::in_place::InPlace;
@@ -525,7 +525,11 @@ pub async fn as_published(
         return Ok(None);
     }
     let (store, new, old) = (store.clone(), new.clone(), row.root);
-    blocking(move || Ok(same_but_times(&old, &new, &store)?.then_some(old))).await
+    cancellable((), move |stop| {
+        let is_same = same_but_times(&old, &new, &Until::new(&store, stop))?;
+        Ok(is_same.then_some(old))
+    })
+    .await
 }
 
 /// The note of such a publish.

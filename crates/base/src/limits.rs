@@ -80,6 +80,9 @@ pub const ROOT_VALUES_MAX: usize = 16 << 10;
 /// The manifests of one site or publisher that the hub accepts at once; others wait. Each is in
 /// memory until its pages have arrived.
 pub const OFFERS_AT_ONCE_MAX: usize = 8;
+/// The checks of manifests that run at once for one peer, each with at most 4 MiB of tables; others
+/// wait.
+pub const MANIFEST_CHECKS_MAX: usize = 2;
 /// The approximate number of raw bytes that one fetch request asks for; it fits in the window of a
 /// stream.
 pub const FETCH_BATCH_BYTES: u64 = 1 << 20;
@@ -676,7 +679,7 @@ pub const HARD_LINKED_FILES_KEPT_MAX: usize = 7 << 17;
 pub const XATTRS_BYTES_MAX: usize = 32 << 10;
 pub const XATTR_NAME_BYTES_MAX: usize = 255;
 /// The paths of the files of one artifact that have several names, in bytes, with the memory of
-/// each.
+/// each, that a publish keeps. The files beyond are published as separate files.
 pub const HARD_LINK_BYTES_MAX: usize = 32 << 20;
 /// The versions that one list of the answer of `adopt` names, and those that it looks for.
 pub const ADOPT_LISTED_MAX: usize = 1000;
@@ -698,8 +701,5 @@ pub const REGISTRY_REDIRECTS_MAX: usize = 10;
 /// transfer names, and those of one range of a request. A site requests at most this many refused
 /// chunks of a transfer again.
 pub const REFUSED_CHUNKS_MAX: usize = 16;
-/// The paths of directories that the links of one artifact leave by `..`, and of those links, in
-/// bytes.
-pub const LINK_FOLDERS_BYTES_MAX: usize = 8 << 20;
 /// How long one `doctor` checks manifests before it leaves the rest to the next call.
 pub const DOCTOR_MANIFESTS_MAX: Duration = Duration::from_secs(10);

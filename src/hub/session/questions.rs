@@ -201,7 +201,8 @@ impl Sessions {
         // Until the artifact is in the catalogue, no garbage collection removes its pages.
         let store = inner.store.leased_with(reserved.clone());
         fetcher.pages(&root, None, &store).await?;
-        inner.manifests.check(&artifact, &root).await?;
+        let places = inner.budgets.check(&peer).await;
+        inner.manifests.check(&artifact, &root, places).await?;
         // If this digest was opened before the artifact was known here, it must be opened again.
         inner.library.forget(digest);
         let added = match run {

@@ -33,12 +33,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::Mutex;
-use tokio::sync::{Notify, mpsc, oneshot, watch};
+use tokio::sync::{Notify, Semaphore, mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument as _;
 
 use base::fault::{Code, Fault};
+use base::limits::MANIFEST_CHECKS_MAX;
 use base::locks::Locks;
 use base::names::{ArtifactRef, Kind, SiteName, TransferId};
 use base::spans;
@@ -127,6 +128,8 @@ struct Inner {
     link: watch::Receiver<Option<Link>>,
     check_requests: mpsc::Sender<CheckRequest>,
     slots: [Slots; SINKS],
+    /// Places for checks of manifests, which the hub chooses.
+    checks: Arc<Semaphore>,
     running: Mutex<HashMap<TransferId, Running>>,
     /// Transfers that are being paused or cancelled, each with its generation.
     ending: Mutex<HashMap<(TransferId, i64, Want), JoinHandle<()>>>,
@@ -193,6 +196,7 @@ impl Runner {
             link,
             check_requests,
             slots,
+            checks: Arc::new(Semaphore::new(MANIFEST_CHECKS_MAX)),
             running,
             ending,
             leftovers,
