@@ -43,6 +43,7 @@ use base::limits::MANIFEST_CHECKS_MAX;
 use base::locks::Locks;
 use base::names::{ArtifactRef, Kind, SiteName, TransferId};
 use base::spans;
+use base::tally::Tally;
 use content::manifest::{Digest, Root};
 use model::protocol::Desired;
 use model::transfer::{Bytes, Effect, State};
@@ -141,6 +142,8 @@ struct Inner {
     alone: Locks<ArtifactRef>,
     /// Root manifests that the hub pushed, each with its bytes on the wire.
     pushed: Mutex<Vec<(Digest, Root, u64)>>,
+    /// Those that could not be used.
+    bad_pushed: Tally,
     /// The last rate of a transfer, bytes per second.
     last_rate: AtomicU64,
     /// Rows that the catalogue could not store.
@@ -203,6 +206,7 @@ impl Runner {
             staging,
             alone,
             pushed,
+            bad_pushed: Tally::new("a manifest that the hub pushed cannot be used"),
             last_rate,
             unwritten,
             stop,

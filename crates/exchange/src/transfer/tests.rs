@@ -9,11 +9,13 @@ use tokio::sync::Semaphore;
 use super::*;
 use crate::chunk_index::ChunkIndex;
 use base::fault::Reason;
+use base::limits::PUSHED_MANIFESTS_MAX;
 use base::names::RelPath;
 use base::workers::Workers;
 use content::chunk::DEFAULT_CHUNKING;
 use content::manifest::{FileInfo, KindInfo, Totals};
 use content::store::Store;
+use model::protocol::PushedManifest;
 use sink::files::FilesSink;
 use sink::{Committed, StorageLocation, Threads, Verification, images, labels};
 use transport::Transport;
@@ -719,4 +721,22 @@ async fn a_file_whose_time_was_put_back_is_read_and_one_with_another_mode_is_int
     write(bytes[0]);
     assert_eq!(look().await, None);
     bench.stop().await;
+}
+
+#[tokio::test]
+async fn bad_pushed_manifests_write_one_line() {
+    let (log, _captured) = base::tally::Log::capture();
+    let bench = Bench::new().await;
+    for n in 0..100_u32 {
+        let bad = (0..1000_u32).map(|m| PushedManifest {
+            digest: Digest::of(&[n.to_le_bytes(), m.to_le_bytes()].concat()),
+            frames: base::text::Exact::new("!".into()).unwrap(),
+        });
+        bench.runner.accept_pushed(bad.collect()).await;
+    }
+    let lines = log.lines_with("a manifest that the hub pushed cannot be used");
+    assert_eq!(lines.len(), 1, "{} lines", lines.len());
+    // Those beyond the number that is kept are not looked at.
+    let waiting = bench.runner.inner.bad_pushed.waiting();
+    assert_eq!(waiting, 100 * PUSHED_MANIFESTS_MAX as u64 - 1);
 }
