@@ -375,7 +375,7 @@ pub fn open(
             )));
         }
         let reference: Reference = source.parse()?;
-        let image = image_options(options, access)?;
+        let image = image_options(options, access, scratch.progress.stop())?;
         if image.compress {
             return Err(Fault::usage(format!(
                 "{source}: --compress is for archives of docker save"
@@ -444,7 +444,7 @@ pub fn open(
         Kind::Image => {
             let (path, tag) = split_tag(source);
             absolute(&path)?;
-            let image = image_options(options, access)?;
+            let image = image_options(options, access, scratch.progress.stop())?;
             let opened = ImageSource::open_for(&path, &scratch.folder, tag, &image, &access.own)
                 .map_err(|fault| missing_image(fault, true))?;
             Ok(Box::new(

@@ -204,6 +204,19 @@ pub const UNPACKED_BYTES_MAX: u64 = 64 << 30;
 pub const BOMB_RATIO: u64 = 256;
 /// The layers of an image that are checked at once.
 pub const IMAGE_CHECKS_MAX: usize = 4;
+/// The memory of all decoders of layers and archives in a process: one with the largest window, and
+/// three usual ones.
+pub const DECODERS_BYTES_MAX: u64 = 160 << 20;
+/// What one of them takes at least: a window of 8 MiB, which every decoder of zstd supports.
+pub const DECODER_BYTES_MIN: u64 = 9 << 20;
+/// The largest window or dictionary of an archive or a layer: zstd writes it with `--ultra -22`, and
+/// `xz -9` has 64 MiB.
+pub const DECODER_WINDOW_BYTES_MAX: u64 = 128 << 20;
+/// The compressed bytes that may be read before anything is decompressed from them; a third of the
+/// bytes behind them must be content.
+pub const DECODER_EMPTY_BYTES_MAX: u64 = 2 << 20;
+/// The values in a JSON document of an image.
+pub const IMAGE_JSON_VALUES_MAX: usize = 64 << 10;
 /// The connections of sites and publishers at the hub. Publishers get at most three quarters of
 /// them.
 pub const SITE_CONNECTIONS_MAX: usize = 4096;

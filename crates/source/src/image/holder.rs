@@ -17,15 +17,22 @@ use serde::Deserialize;
 use sha2::{Digest as _, Sha256};
 
 use super::archive::TarIndex;
+use super::decoders::DECODERS;
 use super::decompress::{BUFFER, Caps, Compression, SNIFFED_BYTES, why_damaged};
 use super::refuse;
 use crate::own::{self, Own};
 use crate::{Content, FileIdentity};
+use base::blocking::Stop;
 use base::durable;
 use base::fault::{Fault, IoContext as _};
-use base::limits::{IMAGE_CHECKS_MAX, IMAGE_JSON_BYTES_MAX, SCRATCH_SPARE_BYTES};
+use base::job_progress::cancelled;
+use base::limits::{
+    DECODER_BYTES_MIN, IMAGE_CHECKS_MAX, IMAGE_JSON_BYTES_MAX, IMAGE_JSON_VALUES_MAX,
+    SCRATCH_SPARE_BYTES,
+};
 use base::names::RelPath;
 use base::space::Reservation;
+use base::text::check_values;
 
 /// The level of `docker push`, which weighs size against time.
 const GZIP_LEVEL: flate2::Compression = flate2::Compression::new(6);
@@ -124,6 +131,8 @@ pub(super) struct Holder {
     place: Container,
     /// The top manifest of a directory without `blobs/`, as `skopeo copy … dir:` writes it.
     flat: Option<BlobDigest>,
+    /// Ends the reading of layers.
+    stop: Stop,
 }
 
 impl Holder {
@@ -132,6 +141,7 @@ impl Holder {
             shown: path.to_path_buf(),
             place: Container::Folder(own),
             flat: None,
+            stop: Stop::default(),
         }
     }
 
@@ -141,6 +151,7 @@ impl Holder {
             shown: shown.to_path_buf(),
             place: Container::Tar(TarIndex::open(path, shown)?),
             flat: None,
+            stop: Stop::default(),
         })
     }
 
@@ -155,6 +166,11 @@ impl Holder {
             format_args!("read {member} of {}", self.shown.display()),
             error,
         )
+    }
+
+    /// Reading layers ends when `stop` is set.
+    pub(super) fn set_stop(&mut self, stop: Stop) {
+        self.stop = stop;
     }
 
     /// Blobs are read from files named by their digest at the top, as in `dir:`; the top manifest is
@@ -261,6 +277,12 @@ impl Holder {
         member: &str,
         bytes: &[u8],
     ) -> Result<T, Fault> {
+        check_values(bytes, IMAGE_JSON_VALUES_MAX).map_err(|values| {
+            self.refuse(
+                member,
+                format!("this JSON has {values} values; {IMAGE_JSON_VALUES_MAX} are allowed"),
+            )
+        })?;
         serde_json::from_slice(bytes)
             .map_err(|e| self.refuse(member, format!("it is malformed JSON: {e}")))
     }
@@ -302,7 +324,8 @@ impl Holder {
         loop {
             match input.read(&mut buffer) {
                 Ok(0) => break,
-                Ok(n) => writer.write_all(&buffer[..n]).at(what())?,
+                Ok(n) if !self.stop.is_set() => writer.write_all(&buffer[..n]).at(what())?,
+                Ok(_) => return Err(cancelled()),
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Err(e) => return Err(read(e)),
             }
@@ -334,13 +357,19 @@ impl Holder {
             input: check.piece.open().map_err(io)?,
             sha: Sha256::new(),
             bytes: 0,
+            stop: &self.stop,
         };
         let compression = self.compression(&check.piece)?;
         let mut diff = None;
+        // Without a decoder too: it limits the layers that are hashed at once.
+        let room = match compression {
+            Compression::None => Some(DECODERS.take(DECODER_BYTES_MIN, &self.stop).map_err(io)?),
+            _ => None,
+        };
         if check.diff_id.is_some() && compression != Compression::None {
             let mut raw = Sha256::new();
             let read = compression
-                .reader(&mut blob, caps)
+                .reader(&mut blob, caps, &self.stop)
                 .and_then(|reader| drain(reader, |bytes| raw.update(bytes)));
             match read {
                 Ok(()) => diff = Some(hex::encode(raw.finalize())),
@@ -349,6 +378,7 @@ impl Holder {
             }
         }
         drain(&mut blob, |_| {}).map_err(io)?;
+        drop(room);
         let digest = BlobDigest(hex::encode(blob.sha.finalize()));
         if blob.bytes != check.piece.size {
             return Err(refuse(format!(
@@ -420,14 +450,18 @@ pub(super) struct Check {
     pub(super) diff_id: Option<BlobDigest>,
 }
 
-struct Hashing<R> {
+struct Hashing<'a, R> {
     input: R,
     sha: Sha256,
     bytes: u64,
+    stop: &'a Stop,
 }
 
-impl<R: Read> Read for Hashing<R> {
+impl<R: Read> Read for Hashing<'_, R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if self.stop.is_set() {
+            return Err(io::Error::other("the job was cancelled"));
+        }
         let n = self.input.read(buffer)?;
         self.sha.update(&buffer[..n]);
         self.bytes += n as u64;

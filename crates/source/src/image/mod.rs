@@ -24,6 +24,7 @@
 //! count; other images do not count if a tag selects one.
 
 mod archive;
+mod decoders;
 mod decompress;
 mod directory;
 mod docker;
@@ -50,8 +51,10 @@ use self::oci::{Chosen, Descriptor, Image, ImageError};
 use self::referrers::Referrers;
 use super::{Content, FileIdentity, Source, SourceBody, SourceEntry};
 use crate::own::Own;
+use base::blocking::Stop;
 use base::durable;
 use base::fault::{Fault, IoContext};
+use base::job_progress::cancelled;
 use base::omitted::{Category, Omitted};
 use base::platform::Platform;
 use content::manifest::{Attributes, ImageInfo, KindInfo};
@@ -87,6 +90,8 @@ pub struct ImageOptions {
     pub compress: bool,
     /// The bytes that a layer or an archive may have after decompression, whatever the ratio.
     pub unpacked_bytes_max: Option<u64>,
+    /// Ends the reading: set when the job is cancelled.
+    pub stop: Stop,
 }
 
 /// How the parts of an image are read.
@@ -95,6 +100,7 @@ struct Reading<'a> {
     caps: Caps,
     platforms: &'a [Platform],
     layers: docker::Layers<'a>,
+    stop: &'a Stop,
 }
 
 impl<'a> Reading<'a> {
@@ -104,12 +110,26 @@ impl<'a> Reading<'a> {
         Self {
             caps,
             platforms: &options.platforms,
+            stop: &options.stop,
             layers: if options.compress {
                 docker::Layers::Compressed(scratch)
             } else {
                 docker::Layers::AsTheyAre
             },
         }
+    }
+}
+
+impl Reading<'_> {
+    /// A fault after the cancellation is a consequence of it.
+    fn or_cancelled<T>(self, read: Result<T, Fault>) -> Result<T, Fault> {
+        read.map_err(|fault| {
+            if self.stop.is_set() {
+                cancelled()
+            } else {
+                fault
+            }
+        })
     }
 }
 
@@ -150,16 +170,14 @@ impl ImageSource {
         own: &Arc<Own>,
     ) -> Result<Self, Fault> {
         let reading = Reading::new(options, scratch);
-        open(path, scratch, tag, reading, own)
+        reading.or_cancelled(open(path, scratch, tag, reading, own))
     }
 
     /// Opens the only image of a layout directory, for example one that was pulled from a registry.
     pub fn open_layout(folder: &Path, options: &ImageOptions) -> Result<Self, Fault> {
-        from_holder(
-            Holder::folder(folder, Arc::default()),
-            None,
-            Reading::new(options, folder),
-        )
+        let reading = Reading::new(options, folder);
+        let holder = Holder::folder(folder, Arc::default());
+        reading.or_cancelled(from_holder(holder, None, reading))
     }
 
     /// Like [`ImageSource::open_layout`], for a layout in the scratch directory: each blob is
@@ -265,7 +283,7 @@ fn open(
         }
         known => {
             let copy = scratch.join(DECOMPRESSED);
-            decompress::to_scratch(path, known, &copy, reading.caps)?;
+            decompress::to_scratch(path, known, &copy, reading.caps, reading.stop)?;
             Holder::tar(&copy, path)?
         }
     };
@@ -286,6 +304,7 @@ fn from_holder(
         None => oci::top_descriptors(&holder)?,
     };
     let is_directory = directory.is_some();
+    holder.set_stop(reading.stop.clone());
     if let Some((digest, _)) = directory {
         holder.set_flat(digest);
     }

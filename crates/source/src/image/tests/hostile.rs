@@ -140,7 +140,39 @@ fn an_xz_archive_does_not_choose_the_memory_of_the_daemon() {
     let mut crc = flate2::Crc::new();
     crc.update(&archive[header..header + len - 4]);
     archive[header + len - 4..header + len].copy_from_slice(&crc.sum().to_le_bytes());
-    refused(case.open(&archive), &["cannot be decompressed", "memory"]);
+    refused(
+        case.open(&archive),
+        &["cannot be decompressed", "4096 MiB of memory"],
+    );
+}
+
+/// A value of one byte takes some hundred bytes when it is parsed.
+#[test]
+fn a_json_document_with_very_many_values_is_refused() {
+    let case = Case::new();
+    let layers = vec!["\"a\""; 100_000].join(",");
+    let mut parts = docker_save(&["app:v1"]);
+    *parts.get("manifest.json") =
+        format!(r#"[{{"Config":"c","RepoTags":null,"Layers":[{layers}]}}]"#).into_bytes();
+    refused(case.open(&parts.tar()), &["manifest.json", "values"]);
+}
+
+#[test]
+fn a_cancelled_job_reads_no_image() {
+    let case = Case::new();
+    let options = ImageOptions::default();
+    options.stop.set();
+    for bytes in [
+        docker_save(&["app:v1"]).tar(),
+        gzip(&docker_save(&["app:v1"]).tar()),
+    ] {
+        let fault = case.open_with(&bytes, None, &options).unwrap_err();
+        assert_eq!(
+            fault.reason,
+            base::fault::Reason::CancelledByUser,
+            "{fault}"
+        );
+    }
 }
 
 /// Runtimes unpack no such layer.

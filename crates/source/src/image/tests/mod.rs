@@ -225,7 +225,8 @@ impl Case {
             caps: SMALL_CAPS,
             ..Reading::new(options, &scratch)
         };
-        open(&self.file(bytes), &scratch, tag, reading, &Arc::default())
+        let path = self.file(bytes);
+        reading.or_cancelled(open(&path, &scratch, tag, reading, &Arc::default()))
     }
 }
 
