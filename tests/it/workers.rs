@@ -79,6 +79,7 @@ fn a_hub_and_a_site_list_their_background_workers() {
             "index-sweep",
             "runs",
             "scrub",
+            "sink-tend",
             "watch",
             "watch-requests",
         ],
