@@ -283,6 +283,12 @@ pub trait Sink: Send + Sync {
         Ok(())
     }
 
+    /// Makes this version the active one if its switch was lost: a network filesystem may lose the
+    /// last change when its server loses power.
+    async fn restore_switch(&self, _artifact: &ArtifactRef) -> Result<(), Fault> {
+        Ok(())
+    }
+
     /// The version of this artifact's series that readers use, if it is known.
     async fn active(&self, _artifact: &ArtifactRef) -> Result<Option<String>, Fault> {
         Ok(None)

@@ -239,6 +239,7 @@ impl Runner {
             if wrong.is_some() {
                 return Ok(plain(PresenceState::Damaged, wrong));
             }
+            sink.restore_switch(artifact).await?;
             Ok::<_, Fault>(Presence {
                 state: PresenceState::Intact,
                 detail: None,
