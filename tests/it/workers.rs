@@ -62,6 +62,7 @@ fn a_hub_and_a_site_list_their_background_workers() {
             "relay-cache",
             "relay-evict",
             "relay-flush",
+            "reload",
             "runs",
         ],
     );
@@ -77,6 +78,8 @@ fn a_hub_and_a_site_list_their_background_workers() {
             "idle-release",
             "index-rebuild",
             "index-sweep",
+            "reload",
+            "reload-certificate",
             "runs",
             "scrub",
             "sink-tend",
