@@ -482,12 +482,8 @@ pub(super) async fn token(
     State(app): State<App>,
     B(request): B<TokenRequest>,
 ) -> Result<Response, ApiError> {
-    let token = app.backend.token(request).await?;
-    Ok((
-        [(header::CACHE_CONTROL, "no-store")],
-        Json(TokenReply { token }),
-    )
-        .into_response())
+    let reply = app.backend.token(request).await?;
+    Ok(([(header::CACHE_CONTROL, "no-store")], Json(reply)).into_response())
 }
 
 /// Verifies an artifact. The job's result is an array of findings, empty when it is intact; its

@@ -340,7 +340,8 @@ pub(super) struct TokenCreate {
     #[arg(long = "label", value_name = "KEY=VALUE", value_parser = key_value)]
     pub(super) labels: Vec<(String, String)>,
     /// What the publisher can publish, separated by commas: KIND/NAME with * for any characters, such
-    /// as dataset/line3-*,model/* [default: anything].
+    /// as dataset/line3-*,model/*. A publisher that joined before keeps its limit without this option;
+    /// */* lifts it [default: anything].
     #[arg(
         long,
         value_name = "PATTERN",
@@ -349,7 +350,8 @@ pub(super) struct TokenCreate {
     )]
     pub(super) artifacts: Vec<String>,
     /// Where the publisher can deliver what it publishes: names separated by commas, `all`, a label
-    /// selector, or `none` [default: all].
+    /// selector, or `none`. A publisher that joined before keeps its limit without this option
+    /// [default: all].
     #[arg(long, value_name = "SITES", requires = "publisher")]
     pub(super) deliver_to: Option<String>,
     /// How long the token is valid.

@@ -87,7 +87,23 @@ pub(super) async fn token_create(global: &Global, create: TokenCreate) -> Result
     };
     let reply: TokenReply = Client::new(global)?.post("/v1/tokens", &request).await?;
     // The token is alone on stdout, for TOKEN=$(packhorse token create …).
-    one(global.output, &reply, |reply| format!("{}\n", reply.token))
+    one(global.output, &reply, |reply| format!("{}\n", reply.token))?;
+    if let Some(limits) = &reply.limits {
+        eprintln!("{}", limits_text(limits));
+    }
+    Ok(())
+}
+
+/// What a publisher may do with the token that was made for it.
+fn limits_text(limits: &TokenLimits) -> String {
+    let artifacts = match &limits.artifacts {
+        Some(patterns) => patterns.join(", "),
+        None => "any artifact".into(),
+    };
+    let sites = limits.deliver_to.as_deref().unwrap_or("all");
+    format!(
+        "note: after it used this token, the publisher may publish {artifacts} and deliver to: {sites}"
+    )
 }
 
 /// `publish`

@@ -24,6 +24,17 @@ use model::publisher_scope::{PATTERNS_MAX, PublisherScope};
 use state::{Changed, EventRow, SiteRow, what_changed};
 use transport::identity::JoinToken;
 
+/// The limits of a publisher as the API shows them.
+fn limits(scope: &PublisherScope) -> TokenLimits {
+    TokenLimits {
+        artifacts: scope
+            .artifacts
+            .as_ref()
+            .map(|patterns| patterns.iter().map(ToString::to_string).collect()),
+        deliver_to: scope.deliver_to.as_ref().map(ToString::to_string),
+    }
+}
+
 fn parse_refs(artifacts: &[String]) -> Result<Vec<ArtifactRef>, Fault> {
     if artifacts.is_empty() {
         return Err(no_artifact_named());
@@ -261,7 +272,7 @@ impl Backend for Hub {
             .await
     }
 
-    async fn token(&self, request: TokenRequest) -> Result<String, Fault> {
+    async fn token(&self, request: TokenRequest) -> Result<TokenReply, Fault> {
         let holder = match (&request.site, &request.publisher) {
             (Some(site), None) => Peer::Site(site.parse()?),
             (None, Some(publisher)) if request.labels.is_empty() => {
@@ -321,7 +332,17 @@ impl Backend for Hub {
         if is_limited {
             self.inner.catalogue.limit_token(token.id(), &scope).await?;
         }
-        Ok(token.to_string())
+        let limits = match &holder {
+            Peer::Publisher(name) => {
+                let earlier = self.inner.catalogue.publisher_scope(name).await?;
+                Some(limits(&scope.over(earlier.unwrap_or_default())))
+            }
+            Peer::Site(_) | Peer::Hub(_) => None,
+        };
+        Ok(TokenReply {
+            token: token.to_string(),
+            limits,
+        })
     }
 
     async fn verify(&self, request: VerifyRequest) -> Result<Job, Fault> {
