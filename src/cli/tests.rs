@@ -594,12 +594,20 @@ fn sites_and_plans() {
         missing: 20 << 20,
         needs: 20 << 20,
         free,
+        inodes: None,
+        free_inodes: None,
         seconds: None,
         left_out: Vec::new(),
     };
-    insta::assert_snapshot!(status::plan(&[row("chengdu", true, Some(1 << 20)), row("xian", false, None)], false), @r"
+    let few_inodes = PlanRow {
+        inodes: Some(300),
+        free_inodes: Some(200),
+        ..row("hefei", true, Some(30 << 20))
+    };
+    insta::assert_snapshot!(status::plan(&[row("chengdu", true, Some(1 << 20)), few_inodes, row("xian", false, None)], false), @r"
     ARTIFACT   SITE        SIZE  TO MOVE     FREE  TIME  NOTE
     model/m:1  chengdu  2.0 GiB   20 MiB  1.0 MiB     -  no space
+    model/m:1  hefei    2.0 GiB   20 MiB   30 MiB     -  no space: too few inodes
     model/m:1  xian     2.0 GiB   20 MiB        -     -  no answer: assumes that the site has no content
     ");
     let left = |site: &str| LeftOut {
