@@ -480,6 +480,7 @@ impl Backend for Fake {
                 request.ttl_seconds
             ),
             limits,
+            notes: Vec::new(),
         })
     }
     async fn verify(&self, _request: VerifyRequest) -> Result<Job, Fault> {

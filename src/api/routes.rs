@@ -111,6 +111,7 @@ pub(super) fn router(app: App) -> Router {
         .route("/readyz", get(readyz))
         .route("/v1/proof", get(proof))
         .route("/openapi.json", get(openapi::document))
+        .route_layer(middleware::from_fn_with_state(app.clone(), check_query))
         .merge(guarded)
         .fallback(no_such_route)
         .method_not_allowed_fallback(no_such_method)

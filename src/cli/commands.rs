@@ -89,7 +89,10 @@ pub(super) async fn token_create(global: &Global, create: TokenCreate) -> Result
     // The token is alone on stdout, for TOKEN=$(packhorse token create …).
     one(global.output, &reply, |reply| format!("{}\n", reply.token))?;
     if let Some(limits) = &reply.limits {
-        eprintln!("{}", limits_text(limits));
+        output::note(&format!("note: {}", human::clean(&limits_text(limits))));
+    }
+    for note in &reply.notes {
+        output::note(&format!("note: {}", human::clean(note)));
     }
     Ok(())
 }
@@ -102,7 +105,7 @@ fn limits_text(limits: &TokenLimits) -> String {
     };
     let sites = limits.deliver_to.as_deref().unwrap_or("all");
     format!(
-        "note: after it used this token, the publisher may publish {artifacts} and deliver to: {sites}"
+        "after it used this token, the publisher may publish {artifacts} and deliver to: {sites}"
     )
 }
 
@@ -112,6 +115,9 @@ pub(super) async fn publish(global: &Global, publish: Publish) -> Result<(), Fau
         return Box::pin(list::publish(global, publish, &file)).await;
     }
     let from = source(&publish)?;
+    if publish.all {
+        return Box::pin(list::publish_all(global, publish, from)).await;
+    }
     let options = source_options(&publish)?;
     if let Some(hub) = publish.hub.clone() {
         return Box::pin(remote::publish(global, publish, from, hub, options)).await;

@@ -80,6 +80,7 @@ fn every_command_of_the_manual_parses() {
         "publish registry://h/r:t --as image/x:1 --hub h:1 --ca-file c --realm-host t:1 --insecure",
         "publish /i.tar --as image/x:1 --repository ops/team/x --tag V1 --platform linux/amd64,linux/arm64 --compress",
         "publish --list images.txt --to all --wait --platform linux/amd64",
+        "publish /data/images.tar --all --to all --compress",
         "deliver dataset/x:1 model/y:2 --to region=west,line!=3 --wait",
         "status",
         "status t1 --watch --since 5 -o ndjson",

@@ -64,6 +64,9 @@ pub struct TokenReply {
     /// What the publisher may do after it used the token; absent for a site.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub limits: Option<TokenLimits>,
+    /// What may be a mistake in the request.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub notes: Vec<String>,
 }
 
 /// What a publisher may publish, and where it may deliver that.

@@ -114,6 +114,19 @@ async fn a_publisher_stays_within_the_scope_of_its_token() {
         .publish_to(&source, "model/b:v2", Some("west"), None)
         .await
         .unwrap();
+    let mut misspelled = TokenRequest {
+        site: None,
+        publisher: Some("lab".into()),
+        labels: Default::default(),
+        artifacts: Vec::new(),
+        deliver_to: Some("west,wset".into()),
+        ttl_seconds: 60,
+    };
+    let notes = bench.hub.token(misspelled.clone()).await.unwrap().notes;
+    assert_eq!(notes.len(), 1, "{notes:?}");
+    assert!(notes[0].contains("the name wset"), "{notes:?}");
+    misspelled.deliver_to = Some("west".into());
+    assert!(bench.hub.token(misspelled).await.unwrap().notes.is_empty());
     let request = |artifacts: &[&str], site: Option<&str>| TokenRequest {
         site: site.map(Into::into),
         publisher: site.is_none().then(|| "other".into()),
