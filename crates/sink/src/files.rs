@@ -45,8 +45,8 @@ use crate::stage::StagingRoot;
 use base::durable;
 use base::fault::{Code, Fault, IoContext};
 use base::limits::{SINK_ANSWER_MAX, SINK_THREADS_MAX};
-use base::names::{ArtifactRef, RelPath};
 use base::mounts::are_apart;
+use base::names::{ArtifactRef, RelPath};
 use base::space::Space;
 use content::manifest::KindInfo;
 use root::{Root, STAGING};
@@ -493,7 +493,7 @@ impl Sink for FilesSink {
                     )));
                 }
                 let free = space.bytes.map_or("free space unknown".into(), |bytes| {
-                    format!("{} GiB free", bytes >> 30)
+                    format!("{} free", base::text::size(bytes))
                 });
                 let others = this.root.others()?;
                 let shared = if others.is_empty() {

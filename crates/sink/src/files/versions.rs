@@ -164,7 +164,11 @@ impl FilesSink {
             return Ok(());
         }
         let series = self.series(&incoming.artifact);
-        let near = series.join(format!("{}{:08x}", self.own_copies(), rand::random::<u32>()));
+        let near = series.join(format!(
+            "{}{:08x}",
+            self.own_copies(),
+            rand::random::<u32>()
+        ));
         self.copying.lock().insert(near.clone());
         let placed = || {
             self.remove_left_copies(&series)?;
