@@ -281,6 +281,13 @@ impl Connection {
             .pages(&root, base.as_ref(), &opened.shared.store)
             .await?;
         let sink = opened.sinks.of(artifact.kind).clone();
+        // As a delivery does: what others removed is found in the versions that share it.
+        let removed = opened
+            .runner
+            .find_removed_versions(&artifact, sink.as_ref());
+        if let Err(fault) = removed.await {
+            tracing::warn!(%artifact, error = %fault, "versions that were removed could not be looked for");
+        }
         let threads = sink.threads().clone();
         let assembly = Assembly {
             shared: opened.shared.clone(),

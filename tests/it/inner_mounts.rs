@@ -41,7 +41,10 @@ fn the_space_of_the_filesystem_of_the_target_is_planned() {
 
     // Larger than what is free there, smaller than what is free in the root.
     let large = scratch.join("large");
-    data::write(&large.join("c"), &data::noise(&mut data::rng("c"), 40 << 20));
+    data::write(
+        &large.join("c"),
+        &data::noise(&mut data::rng("c"), 40 << 20),
+    );
     hub.publish(&large, "model/lnk:v2", &[]);
     let id = hub.deliver(&["model/lnk:v2"], "chengdu").remove(0);
     let waiting = hub.wait_transfer(&id, "full", secs(30), |t| {
@@ -57,7 +60,9 @@ fn the_space_of_the_filesystem_of_the_target_is_planned() {
     }
     hub.publish(&many, "model/lnk:v3", &[]);
     assert_eq!(plan("model/lnk:v3"), (false, true));
-    let shown = hub.cli(&["plan", "model/lnk:v3", "--to", "chengdu"]).expect(0);
+    let shown = hub
+        .cli(&["plan", "model/lnk:v3", "--to", "chengdu"])
+        .expect(0);
     assert!(shown.out.contains("too few inodes"), "{}", shown.out);
 
     // The copy that a crash left takes the room that the next attempt needs.

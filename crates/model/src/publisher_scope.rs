@@ -224,9 +224,16 @@ mod tests {
                 r#"{"artifacts":["dataset/*"],"deliver_to":"all"}"#,
             ),
         ] {
-            assert_eq!(scope(token).over(earlier.clone()), scope(expected), "{token}");
+            assert_eq!(
+                scope(token).over(earlier.clone()),
+                scope(expected),
+                "{token}"
+            );
         }
-        assert_eq!(scope("{}").over(PublisherScope::default()), PublisherScope::default());
+        assert_eq!(
+            scope("{}").over(PublisherScope::default()),
+            PublisherScope::default()
+        );
     }
 
     #[test]

@@ -58,7 +58,8 @@ impl Room {
 
     /// Each quantity of the filesystem that has less of it to spare.
     fn tightest(self, other: Self) -> Self {
-        let spare = |free: Option<u64>, needs: u64| free.map(|free| i128::from(free) - i128::from(needs));
+        let spare =
+            |free: Option<u64>, needs: u64| free.map(|free| i128::from(free) - i128::from(needs));
         let less = |one: Option<i128>, other: Option<i128>| match (one, other) {
             (Some(one), Some(other)) => other < one,
             (one, other) => one.is_none() && other.is_some(),
@@ -95,7 +96,7 @@ impl Assembly {
                     StorageLocation::Folder { path } => {
                         !are_apart(path, self.sink.staging_root()).unwrap_or(true)
                     }
-                    _ => false,
+                    StorageLocation::Registry { .. } => false,
                 })
             })
         };
@@ -273,7 +274,10 @@ mod tests {
         let staged = room(10, Some(100), 5, Some(50));
         for (other, expected) in [
             (room(20, Some(15), 9, None), room(20, Some(15), 5, Some(50))),
-            (room(20, Some(500), 9, Some(8)), room(10, Some(100), 9, Some(8))),
+            (
+                room(20, Some(500), 9, Some(8)),
+                room(10, Some(100), 9, Some(8)),
+            ),
             (room(20, None, 9, Some(500)), staged),
         ] {
             assert_eq!(staged.tightest(other), expected, "{other:?}");
