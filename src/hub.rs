@@ -15,7 +15,6 @@ mod manifests;
 mod peer_budgets;
 mod planning;
 mod quota;
-mod rate_limiter;
 mod refused;
 mod relay;
 mod runs;

@@ -36,6 +36,7 @@ pub(in crate::hub) fn hello(changes: bool) -> FromSite {
         congestion: Default::default(),
         changes,
         manifest_format: FORMAT_MAX,
+        reason: None,
     }
 }
 
