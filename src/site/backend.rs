@@ -354,7 +354,7 @@ impl Backend for Site {
         }]))
     }
 
-    async fn token(&self, _request: TokenRequest) -> Result<String, Fault> {
+    async fn token(&self, _request: TokenRequest) -> Result<TokenReply, Fault> {
         Err(wrong_role("token create", "hub"))
     }
 

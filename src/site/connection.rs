@@ -24,14 +24,13 @@ use base::budget::Budget;
 use base::fault::Fault;
 use base::limits::{
     ANSWER_MAX, FETCH_STREAMS_MAX, QUESTIONS_AT_ONCE_MAX, QUESTIONS_BYTES_MAX, SILENCE_MAX,
-    SINK_ANSWER_MAX,
 };
 use base::names::{ArtifactRef, TransferId};
 use base::peer::Peer;
 use base::workers::Worker;
 use content::manifest::Digest;
 use exchange::fetch::{self, Fetcher};
-use exchange::transfer::{Assembly, free_room};
+use exchange::transfer::Assembly;
 use exchange::wire;
 use model::actor::Actor;
 use model::policy::{self, Object, Verb};
@@ -363,11 +362,13 @@ impl Connection {
             .pages(&root, base.as_ref(), &opened.shared.store)
             .await?;
         let sink = opened.sinks.of(artifact.kind).clone();
-        let looked = sink.clone();
-        let free = sink
-            .threads()
-            .run_for(SINK_ANSWER_MAX, move || Ok(free_room(looked.as_ref())))
-            .await?;
+        // As a delivery does: what others removed is found in the versions that share it.
+        let removed = opened
+            .runner
+            .find_removed_versions(&artifact, sink.as_ref());
+        if let Err(fault) = removed.await {
+            tracing::warn!(%artifact, error = %fault, "versions that were removed could not be looked for");
+        }
         let threads = sink.threads().clone();
         let assembly = Assembly {
             shared: opened.shared.clone(),
@@ -385,11 +386,17 @@ impl Connection {
             stop: opened.stop.clone(),
             staging: None,
         };
-        let estimate = threads.run(move || assembly.estimate(None)).await?;
+        let look = move || {
+            let estimate = assembly.estimate(None)?;
+            Ok((estimate.missing, assembly.room(estimate)?))
+        };
+        let (missing, room) = threads.run(look).await?;
         Ok(Planned {
-            missing: estimate.missing,
-            needs: estimate.needs,
-            free,
+            missing,
+            needs: room.needs,
+            free: room.free,
+            inodes: Some(room.inodes),
+            free_inodes: room.free_inodes,
             rate: opened.runner.last_rate(),
         })
     }

@@ -45,6 +45,7 @@ use crate::stage::StagingRoot;
 use base::durable;
 use base::fault::{Code, Fault, IoContext};
 use base::limits::{SINK_ANSWER_MAX, SINK_THREADS_MAX};
+use base::mounts::are_apart;
 use base::names::{ArtifactRef, RelPath};
 use base::space::Space;
 use content::manifest::KindInfo;
@@ -243,6 +244,21 @@ impl Sink for FilesSink {
         })
     }
 
+    fn copies_to(&self, artifact: &ArtifactRef) -> Option<PathBuf> {
+        // What is there already is repaired in place.
+        if std::fs::symlink_metadata(self.folder(artifact)).is_ok() {
+            return None;
+        }
+        let series = self.series(artifact);
+        let target = series
+            .ancestors()
+            .take_while(|path| *path != self.root.path())
+            .find(|path| path.is_dir())?;
+        are_apart(target, self.root.path())
+            .is_ok_and(|apart| apart)
+            .then(|| target.to_owned())
+    }
+
     fn fixed_modes(&self) -> bool {
         self.mount().fixed_modes
     }
@@ -269,7 +285,12 @@ impl Sink for FilesSink {
             this.root.ensure_mounted()?;
             durable::create_dir_all(&this.staging)?;
             this.probe_mount()?;
-            this.is_committed(&incoming).map(|_| ())
+            this.is_committed(&incoming)?;
+            // They take the room of the copy that is still to be made.
+            match this.copies_to(&incoming.artifact) {
+                Some(_) => this.remove_left_copies(&this.series(&incoming.artifact)),
+                None => Ok(()),
+            }
         })
         .await
     }
@@ -491,7 +512,7 @@ impl Sink for FilesSink {
                     )));
                 }
                 let free = space.bytes.map_or("free space unknown".into(), |bytes| {
-                    format!("{} GiB free", bytes >> 30)
+                    format!("{} free", base::text::size(bytes))
                 });
                 let others = this.root.others()?;
                 let shared = if others.is_empty() {

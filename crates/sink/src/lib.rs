@@ -153,6 +153,12 @@ pub trait Sink: Send + Sync {
         None
     }
 
+    /// The directory into which a commit copies the whole version, because it is on another mount than
+    /// the staging directory; `None`: a commit renames it. May block.
+    fn copies_to(&self, _artifact: &ArtifactRef) -> Option<PathBuf> {
+        None
+    }
+
     /// Whether permission bits cannot be changed in the staging directory; files then keep those
     /// that they get there.
     fn fixed_modes(&self) -> bool {

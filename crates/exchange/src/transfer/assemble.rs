@@ -62,7 +62,7 @@ use super::memory::{Memory, UNIT_BYTES};
 use super::stopped;
 use begin_finish::HeldBySink;
 use committer::Committer;
-pub use estimate::{Estimate, free_room};
+pub use estimate::{Estimate, Room};
 use failure::{Ending, Failure};
 use growing::{Arrival, Growing};
 use producer::Producer;

@@ -218,20 +218,14 @@ impl FilesSink {
             return Ok(());
         }
         let series = self.series(&incoming.artifact);
-        let own = format!(".packhorse-{}-", self.root.owner());
-        let near = series.join(format!("{own}{:08x}", rand::random::<u32>()));
+        let near = series.join(format!(
+            "{}{:08x}",
+            self.own_copies(),
+            rand::random::<u32>()
+        ));
         self.copying.lock().insert(near.clone());
         let placed = || {
-            // What an attempt left that a crash ended, of this and of other versions.
-            for entry in std::fs::read_dir(&series).at(series.display())? {
-                let entry = entry.at(series.display())?;
-                let path = entry.path();
-                let is_left = entry.file_name().to_string_lossy().starts_with(&own)
-                    && (path == near || !self.copying.lock().contains(&path));
-                if is_left {
-                    durable::remove_all(&path)?;
-                }
-            }
+            self.remove_left_copies(&series)?;
             copy::tree(staged, &near)
                 .and_then(|()| durable::rename_noreplace(&near, &folder))
                 .inspect_err(|_| drop(durable::remove_all(&near)))
@@ -239,6 +233,30 @@ impl FilesSink {
         let placed = placed();
         self.copying.lock().remove(&near);
         placed
+    }
+
+    /// How the names of copies of this daemon begin that are not complete.
+    fn own_copies(&self) -> String {
+        format!(".packhorse-{}-", self.root.owner())
+    }
+
+    /// Removes the copies that an attempt left that a crash ended, of all versions of a series.
+    pub(super) fn remove_left_copies(&self, series: &Path) -> Result<(), Fault> {
+        let own = self.own_copies();
+        let entries = match std::fs::read_dir(series) {
+            Err(e) if e.kind() == ErrorKind::NotFound => return Ok(()),
+            entries => entries.at(series.display())?,
+        };
+        for entry in entries {
+            let entry = entry.at(series.display())?;
+            let path = entry.path();
+            let is_left = entry.file_name().to_string_lossy().starts_with(&own)
+                && !self.copying.lock().contains(&path);
+            if is_left {
+                durable::remove_all(&path)?;
+            }
+        }
+        Ok(())
     }
 
     /// Of the existing versions of the same series, the one that was requested last.

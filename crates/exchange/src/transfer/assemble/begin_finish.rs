@@ -17,6 +17,7 @@ use base::durable;
 use base::fault::{Fault, Retry};
 use base::names::RelPath;
 use base::private::umask;
+use base::space::Space;
 use content::chunk::Hash;
 use content::manifest::{Entry, EntryBody, FileInfo, KindInfo, Step};
 use sink::StorageLocation;
@@ -153,6 +154,7 @@ impl Assembly {
             }
         }
         self.check_inodes(&stage, &journal, space.inodes)?;
+        self.check_target()?;
         Ok((place, journal, Arc::new(stage)))
     }
 
@@ -246,6 +248,24 @@ impl Assembly {
             self.incoming.artifact,
             self.sink.staging_root().display()
         )))
+    }
+
+    /// Fails when the version would be copied to another mount, which lacks room for it.
+    fn check_target(&self) -> Result<(), Fault> {
+        let Some(copy) = self.copy_at_commit()? else {
+            return Ok(());
+        };
+        let (bytes, inodes) = (
+            copy.bytes.saturating_add(SPARE_BYTES),
+            copy.inodes.saturating_add(INODES_SPARE),
+        );
+        Space::check(
+            &copy.to,
+            bytes,
+            inodes,
+            format_args!("{} is copied to another mount", self.incoming.artifact),
+        )
+        .map_err(Fault::of_sink)
     }
 
     /// Bytes of staged files that are reserved and not journaled: large files are reserved when
