@@ -37,6 +37,8 @@ mod database;
 mod database_tests;
 mod kept;
 mod options;
+#[cfg(test)]
+mod registry_tests;
 
 pub use options::{check_bad_out, check_image_name};
 use options::{check_files_options, image_options, label_options};
@@ -172,8 +174,8 @@ pub async fn dataset_of(
     let name: ArtifactRef = name.parse()?;
     if name.kind != Kind::Dataset {
         return Err(Fault::usage(format!(
-            "--for takes a dataset, and {name} is a {}",
-            name.kind
+            "--for takes a dataset, and {name} is {}",
+            name.kind.with_article()
         )));
     }
     let row = catalogue.artifact(&name).await?;
@@ -246,8 +248,26 @@ impl Access {
         }
     }
 
-    /// How a registry is accessed. Reads files.
+    /// How a registry is accessed, and the reference with TLS if the settings need it. Reads files.
     fn to_registry(
+        &self,
+        mut reference: Reference,
+        options: &SourceOptions,
+    ) -> Result<(Reference, registry::Access), Fault> {
+        let access = self.settings_of(&reference, options)?;
+        let own = match &self.site {
+            Some(site) => site.own(&reference)?,
+            None => None,
+        };
+        let has_own_tls = own.is_some_and(|own| own.url.starts_with("https://"));
+        if has_own_tls || access.ca_file.is_some() || access.insecure {
+            reference.prefer_tls();
+        }
+        Ok((reference, access))
+    }
+
+    /// The settings of a registry.
+    fn settings_of(
         &self,
         reference: &Reference,
         options: &SourceOptions,
@@ -371,7 +391,8 @@ pub fn open(
     if is_reference(source) {
         if kind != Kind::Image {
             return Err(Fault::usage(format!(
-                "{source}: a registry holds images, and this is to be a {kind}"
+                "{source}: a registry holds images, and this is to be {}",
+                kind.with_article()
             )));
         }
         let reference: Reference = source.parse()?;
@@ -382,7 +403,7 @@ pub fn open(
             ))
             .with_next("leave --compress out: the layers of a registry keep their digests"));
         }
-        let access = access.to_registry(&reference, options)?;
+        let (reference, access) = access.to_registry(reference, options)?;
         let (layout, wanted) = (scratch.folder.join("pulled"), &scratch.progress.wanted);
         let kept = kept::open(&scratch.folder, &reference)?;
         let referrers = match &kept {

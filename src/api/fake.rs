@@ -308,6 +308,8 @@ impl Backend for Fake {
             missing: 20 << 20,
             needs: 20 << 20,
             free: Some(1 << 40),
+            inodes: Some(30),
+            free_inodes: None,
             seconds: Some(75),
             left_out: Vec::new(),
         };
@@ -459,6 +461,7 @@ impl Backend for Fake {
             labels: [("region".to_owned(), "west".to_owned())].into(),
             online: true,
             line: Some("quic".into()),
+            line_reason: None,
             rtt_ms: Some(42.25),
             joined_at: "2026-11-23T10:00:00.000Z".into(),
             last_seen: None,
@@ -466,12 +469,20 @@ impl Backend for Fake {
             open_transfers: 2,
         }]))
     }
-    async fn token(&self, request: TokenRequest) -> Result<String, Fault> {
-        Ok(format!(
-            "id.secret-for-{}-{}s",
-            request.site.or(request.publisher).unwrap_or_default(),
-            request.ttl_seconds
-        ))
+    async fn token(&self, request: TokenRequest) -> Result<TokenReply, Fault> {
+        let limits = request.publisher.is_some().then(|| TokenLimits {
+            artifacts: (!request.artifacts.is_empty()).then_some(request.artifacts),
+            deliver_to: request.deliver_to,
+        });
+        Ok(TokenReply {
+            token: format!(
+                "id.secret-for-{}-{}s",
+                request.site.or(request.publisher).unwrap_or_default(),
+                request.ttl_seconds
+            ),
+            limits,
+            notes: Vec::new(),
+        })
     }
     async fn verify(&self, _request: VerifyRequest) -> Result<Job, Fault> {
         self.job("verify").await

@@ -117,7 +117,7 @@ pub trait Backend: Send + Sync {
     /// All sites (at a site: itself).
     async fn sites(&self, behind: Option<&str>, room: Room) -> Result<Page<Site>, Fault>;
     /// Creates a join token (hub only).
-    async fn token(&self, request: TokenRequest) -> Result<String, Fault>;
+    async fn token(&self, request: TokenRequest) -> Result<TokenReply, Fault>;
     /// The token of a training run whose trainer runs here now; `None`: there is none.
     async fn run_token(&self, _run: &RunName) -> Option<RunToken> {
         None

@@ -111,6 +111,7 @@ pub(super) fn router(app: App) -> Router {
         .route("/readyz", get(readyz))
         .route("/v1/proof", get(proof))
         .route("/openapi.json", get(openapi::document))
+        .route_layer(middleware::from_fn_with_state(app.clone(), check_query))
         .merge(guarded)
         .fallback(no_such_route)
         .method_not_allowed_fallback(no_such_method)
@@ -482,12 +483,8 @@ pub(super) async fn token(
     State(app): State<App>,
     B(request): B<TokenRequest>,
 ) -> Result<Response, ApiError> {
-    let token = app.backend.token(request).await?;
-    Ok((
-        [(header::CACHE_CONTROL, "no-store")],
-        Json(TokenReply { token }),
-    )
-        .into_response())
+    let reply = app.backend.token(request).await?;
+    Ok(([(header::CACHE_CONTROL, "no-store")], Json(reply)).into_response())
 }
 
 /// Verifies an artifact. The job's result is an array of findings, empty when it is intact; its

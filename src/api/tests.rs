@@ -532,6 +532,9 @@ async fn an_unknown_key_of_a_query_is_refused() {
         "/v1/jobs?id=j-1&wait=1&all=true",
         "/v1/sites?limt=1",
         "/metrics?site=b",
+        "/healthz?x=1",
+        "/readyz?x=1",
+        "/openapi.json?x=1",
     ] {
         let answer = d.get(path).await;
         assert_eq!(answer.status(), 400, "{path}");

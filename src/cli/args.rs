@@ -30,6 +30,13 @@ pub struct Args {
     pub(super) command: Command,
 }
 
+impl Args {
+    /// Whether this runs a daemon, which SIGHUP does not end.
+    pub fn is_daemon(&self) -> bool {
+        matches!(self.command, Command::Serve { .. })
+    }
+}
+
 /// The options of every command.
 #[derive(Debug, Clone, clap::Args)]
 pub(super) struct Global {
@@ -340,7 +347,8 @@ pub(super) struct TokenCreate {
     #[arg(long = "label", value_name = "KEY=VALUE", value_parser = key_value)]
     pub(super) labels: Vec<(String, String)>,
     /// What the publisher can publish, separated by commas: KIND/NAME with * for any characters, such
-    /// as dataset/line3-*,model/* [default: anything].
+    /// as dataset/line3-*,model/*. A publisher that joined before keeps its limit without this option;
+    /// */* lifts it [default: anything].
     #[arg(
         long,
         value_name = "PATTERN",
@@ -349,7 +357,8 @@ pub(super) struct TokenCreate {
     )]
     pub(super) artifacts: Vec<String>,
     /// Where the publisher can deliver what it publishes: names separated by commas, `all`, a label
-    /// selector, or `none` [default: all].
+    /// selector, or `none`. A publisher that joined before keeps its limit without this option
+    /// [default: all].
     #[arg(long, value_name = "SITES", requires = "publisher")]
     pub(super) deliver_to: Option<String>,
     /// How long the token is valid.
@@ -387,7 +396,7 @@ pub(super) struct Publish {
     #[arg(
         long = "as",
         value_name = "KIND/NAME:VERSION",
-        required_unless_present = "list",
+        required_unless_present_any = ["list", "all"],
         default_value = "",
         hide_default_value = true
     )]
@@ -400,6 +409,12 @@ pub(super) struct Publish {
         conflicts_with_all = ["source", "as_ref", "hub", "repository", "tag", "compress", "for_dataset", "run"]
     )]
     pub(super) list: Option<PathBuf>,
+    /// Publish all images of an archive or OCI layout, each under its own name and tag.
+    #[arg(
+        long,
+        conflicts_with_all = ["as_ref", "list", "hub", "repository", "tag", "for_dataset", "run"]
+    )]
+    pub(super) all: bool,
     /// Deliver at once to these sites: names separated by commas, `all`, or a label selector
     /// (`region=west,line!=3`).
     #[arg(long, value_name = "SITES")]

@@ -14,7 +14,7 @@ use base::blocking::blocking;
 use base::clock::rfc3339_ms;
 use base::fault::{Code, Fault, Reason};
 use base::limits::API_PAGE_BYTES;
-use base::names::{ArtifactRef, check_label};
+use base::names::{ArtifactRef, SiteSelector, check_label};
 use base::peer::Peer;
 use base::text;
 use content::bundle::Member;
@@ -23,6 +23,36 @@ use model::paging::{Budget, Page, Pager, Room};
 use model::publisher_scope::{PATTERNS_MAX, PublisherScope};
 use state::{Changed, EventRow, SiteRow, what_changed};
 use transport::identity::JoinToken;
+
+impl Hub {
+    /// A note on each site that a scope names and that has not joined: the name may be misspelled.
+    async fn unknown_sites(&self, scope: &PublisherScope) -> Result<Vec<String>, Fault> {
+        let sites = scope.deliver_to.as_ref().and_then(|to| to.sites());
+        let Some(SiteSelector::Names(names)) = sites else {
+            return Ok(Vec::new());
+        };
+        let mut notes = Vec::new();
+        for name in names {
+            if self.inner.catalogue.site(name.as_str()).await?.is_none() {
+                notes.push(format!(
+                    "no site has joined with the name {name}; 'packhorse sites' lists the sites"
+                ));
+            }
+        }
+        Ok(notes)
+    }
+}
+
+/// The limits of a publisher as the API shows them.
+fn limits(scope: &PublisherScope) -> TokenLimits {
+    TokenLimits {
+        artifacts: scope
+            .artifacts
+            .as_ref()
+            .map(|patterns| patterns.iter().map(ToString::to_string).collect()),
+        deliver_to: scope.deliver_to.as_ref().map(ToString::to_string),
+    }
+}
 
 fn parse_refs(artifacts: &[String]) -> Result<Vec<ArtifactRef>, Fault> {
     if artifacts.is_empty() {
@@ -40,6 +70,7 @@ impl Hub {
             let heard_ms = self.inner.links.heard_ms(&site.name).max(row.seen_ms);
             site.last_seen = heard_ms.map(rfc3339_ms);
             site.line = Some(link.transport().into());
+            site.line_reason = link.reason();
             site.rtt_ms = Some(link.rtt().as_secs_f64() * 1000.0);
         }
         site
@@ -81,7 +112,7 @@ impl Hub {
                     view.last_seen = then.seen_ms.map(rfc3339_ms);
                     view.version = then.version;
                     if !then.online {
-                        (view.line, view.rtt_ms) = (None, None);
+                        (view.line, view.line_reason, view.rtt_ms) = (None, None, None);
                     }
                 }
                 serde_json::to_value(view).ok()
@@ -261,7 +292,7 @@ impl Backend for Hub {
             .await
     }
 
-    async fn token(&self, request: TokenRequest) -> Result<String, Fault> {
+    async fn token(&self, request: TokenRequest) -> Result<TokenReply, Fault> {
         let holder = match (&request.site, &request.publisher) {
             (Some(site), None) => Peer::Site(site.parse()?),
             (None, Some(publisher)) if request.labels.is_empty() => {
@@ -321,7 +352,18 @@ impl Backend for Hub {
         if is_limited {
             self.inner.catalogue.limit_token(token.id(), &scope).await?;
         }
-        Ok(token.to_string())
+        let limits = match &holder {
+            Peer::Publisher(name) => {
+                let earlier = self.inner.catalogue.publisher_scope(name).await?;
+                Some(limits(&scope.clone().over(earlier.unwrap_or_default())))
+            }
+            Peer::Site(_) | Peer::Hub(_) => None,
+        };
+        Ok(TokenReply {
+            token: token.to_string(),
+            limits,
+            notes: self.unknown_sites(&scope).await?,
+        })
     }
 
     async fn verify(&self, request: VerifyRequest) -> Result<Job, Fault> {

@@ -262,8 +262,8 @@ impl Uploads {
         let root = manifest.root().await?;
         if root.kind != artifact.kind {
             return Err(Fault::integrity(format!(
-                "{artifact} has the manifest of a {}",
-                root.kind
+                "{artifact} has the manifest of {}",
+                root.kind.with_article()
             )));
         }
         if let Ok(row) = inner.catalogue.artifact(&artifact).await

@@ -34,7 +34,8 @@ pub(super) fn check_files_options(kind: Kind, options: &SourceOptions) -> Result
     }
     match given.iter().find(|(is_given, _)| *is_given) {
         Some((_, option)) if !kind.is_files() => Err(Fault::usage(format!(
-            "{option} is for datasets, operator projects and models, and this is to be a {kind}"
+            "{option} is for datasets, operator projects and models, and this is to be {}",
+            kind.with_article()
         ))),
         _ => Ok(()),
     }

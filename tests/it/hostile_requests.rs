@@ -161,9 +161,7 @@ fn gc_and_publish_do_not_wait_for_a_silent_peer_or_a_pipe() {
     ))
     .unwrap();
     let mut asked = silent.open(b"Q");
-    asked
-        .write(&framed(&question))
-        .unwrap();
+    asked.write(&framed(&question)).unwrap();
     let (kind, _root_wanted) = silent.accept(secs(20));
     assert_eq!(
         kind, b'F',

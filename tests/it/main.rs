@@ -35,6 +35,7 @@ mod hostile_peers;
 mod hostile_requests;
 mod idle;
 mod images;
+mod inner_mounts;
 mod interruption;
 mod largest_messages;
 mod logs;

@@ -185,12 +185,16 @@ pub const IMAGE_JSON_BYTES_MAX: u64 = 4 << 20;
 pub const IMAGE_JSON_TOTAL_BYTES_MAX: u64 = 64 << 20;
 /// The JSON of a layout that is read to distinguish referrers from images, in bytes.
 pub const IMAGE_REFERRERS_JSON_BYTES_MAX: u64 = 16 << 20;
+/// The entries of a directory of OCI layouts that are looked at for layouts with the same blobs.
+pub const LAYOUTS_SEARCHED_MAX: usize = 20_000;
 /// The deepest nesting of indexes.
 pub const IMAGE_INDEX_DEPTH_MAX: usize = 4;
 /// The largest number of members of an image archive.
 pub const ARCHIVE_MEMBERS_MAX: usize = 65_536;
 /// All member names of an image archive, in bytes.
 pub const ARCHIVE_NAMES_BYTES_MAX: usize = 16 << 20;
+/// The largest number of parts of a sparse member of an image archive.
+pub const ARCHIVE_SPARSE_PARTS_MAX: usize = 65_536;
 /// The largest extended header (a long name) in an archive, in bytes.
 pub const ARCHIVE_HEADER_BYTES_MAX: u64 = 64 << 10;
 /// The most images in a list of images to publish.

@@ -136,6 +136,17 @@ impl Kind {
         }
     }
 
+    /// The word in a sentence, with its article.
+    pub fn with_article(self) -> &'static str {
+        match self {
+            Kind::Dataset => "a dataset",
+            Kind::Labels => "labels",
+            Kind::Operator => "an operator",
+            Kind::Image => "an image",
+            Kind::Model => "a model",
+        }
+    }
+
     /// Whether artifacts of this kind are stored as a directory of files.
     pub fn is_files(self) -> bool {
         matches!(self, Kind::Dataset | Kind::Operator | Kind::Model)
@@ -576,6 +587,18 @@ impl crate::text::FromText for SiteSelector {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_kind_has_the_article_of_its_word() {
+        for kind in Kind::ALL {
+            let article = match kind {
+                Kind::Labels => "",
+                _ if kind.as_str().starts_with(['a', 'e', 'i', 'o', 'u']) => "an ",
+                _ => "a ",
+            };
+            assert_eq!(kind.with_article(), format!("{article}{kind}"));
+        }
+    }
 
     #[test]
     fn references_parse_and_print() {

@@ -46,6 +46,7 @@ pub use transfers::{
     WorkRow,
 };
 pub use transfers::{new_delivery_id, new_id, new_run_id};
+use wake::Waits;
 pub use wake::{Subject, Watch};
 
 use engine::Common;
@@ -89,12 +90,17 @@ impl Catalogue {
     /// Watches one subject from now on. A task that reads the catalogue and then waits for the
     /// watch misses no change.
     pub fn watch(&self, subject: Subject) -> Watch {
-        self.common.wakes.watch(Some(subject))
+        self.common.wakes.watch(Waits::One(subject))
     }
 
     /// Watches everything from now on.
     pub fn watch_all(&self) -> Watch {
-        self.common.wakes.watch(None)
+        self.common.wakes.watch(Waits::All)
+    }
+
+    /// Watches everything but the progress of transfers from now on.
+    pub fn watch_decisions(&self) -> Watch {
+        self.common.wakes.watch(Waits::Decisions)
     }
 
     /// Wakes the tasks that wait for any change, after a change outside the catalogue.

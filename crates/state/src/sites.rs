@@ -129,8 +129,8 @@ pub trait Sites: Send + Sync {
         ttl_seconds: u64,
     ) -> Result<(), Fault>;
 
-    /// Limits what the publisher of a join token may do. The publisher gets the limits, or none, of the
-    /// token that it used last.
+    /// Limits what the publisher of a join token may do once it used the token. Limits that the token
+    /// does not name stay as they are.
     async fn limit_token(&self, id: &str, scope: &PublisherScope) -> Result<(), Fault>;
 
     /// What a publisher may do; `None`: this hub does not know it.

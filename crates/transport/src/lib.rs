@@ -24,6 +24,7 @@ mod dial;
 mod emulation;
 mod hello;
 pub mod identity;
+mod limited;
 mod listen;
 mod mux;
 mod pace;
@@ -43,7 +44,7 @@ mod window;
 mod write_order;
 
 pub use addresses::check as check_addresses;
-pub use dial::{clock_difference, dial, join, probe_quic};
+pub use dial::{clock_difference, dial, join, probe};
 pub use listen::{Arrival, JoinRequest, Listener};
 pub use proxy::{Proxy, ProxySettings};
 pub use redial::Redial;
@@ -200,6 +201,8 @@ struct Inner {
     hub_clock: OnceLock<(u64, std::time::Instant)>,
     /// The newest format of manifests that the hub and all its sites read, according to its welcome.
     manifest_format: AtomicU32,
+    /// Why the connection is over TCP, if it may be over QUIC.
+    reason: Mutex<Option<String>>,
     /// The reason with which this end closed a QUIC connection; quinn does not store it.
     last_words: Mutex<Option<String>>,
     /// Bytes of streams that this end wrote.
@@ -331,6 +334,7 @@ impl Link {
                 write_order: WriteOrder::default(),
                 hub_clock: OnceLock::new(),
                 manifest_format: AtomicU32::new(1),
+                reason: Mutex::new(None),
                 last_words: Mutex::new(None),
                 written: AtomicU64::new(0),
                 read: window
@@ -443,6 +447,25 @@ impl Link {
     /// of the hub. A hub of an earlier version reads the first format.
     pub fn manifest_format(&self) -> u32 {
         self.inner.manifest_format.load(Ordering::Relaxed)
+    }
+
+    /// The rate above which the path drops what this end sends, in bytes per second; `None` if it
+    /// does not, and on TCP.
+    pub fn limited_rate(&self) -> Option<u64> {
+        match &self.inner.wire {
+            Wire::Quic { choice, .. } => choice.limited(std::time::Instant::now()),
+            Wire::Tcp { .. } => None,
+        }
+    }
+
+    /// Why the connection is over TCP although QUIC is allowed.
+    pub fn reason(&self) -> Option<String> {
+        self.inner.reason.lock().clone()
+    }
+
+    /// Sets [`Link::reason`]. The end that dials knows it.
+    pub fn set_reason(&self, reason: impl Into<String>) {
+        *self.inner.reason.lock() = Some(reason.into());
     }
 
     /// Closes the connection and waits briefly until the close message is sent. The connecting side

@@ -42,6 +42,7 @@ impl Sessions {
                 | AskHub::Transfers { .. }
                 | AskHub::ShowRun(_)
                 | AskHub::ListRuns { .. }
+                | AskHub::LimitedRate
         ) {
             self.inner.budgets.change(&peer).await;
         }
@@ -101,6 +102,10 @@ impl Sessions {
                 &Peer::Site(site.clone()),
                 request.as_str(),
             ),
+            AskHub::LimitedRate => {
+                let link = self.inner.links.of(site);
+                as_json(link.and_then(|link| link.limited_rate()))
+            }
             AskHub::Delivery(id) => self.delivery_for(actor, &id).await,
             AskHub::Transfers { id, since, wait } => {
                 self.transfers_for(actor, &id, since, wait).await

@@ -30,7 +30,7 @@ impl Bench {
         let listener = Listener::bind(
             ([127, 0, 0, 1], 0).into(),
             hub.clone(),
-            &config::ConnectionSettings::default(),
+            &ConnectionSettings::default(),
             64 << 20,
             &base::workers::Workers::default(),
         )

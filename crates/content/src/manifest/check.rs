@@ -100,10 +100,11 @@ enum Kinds {
 impl<'a> Rules<'a> {
     fn new(kind: Kind, root: &'a Root) -> Result<Self, Fault> {
         if root.kind != kind {
-            return Err(
-                Fault::integrity(format!("its manifest is that of a {}", root.kind))
-                    .with_next("publish the artifact again"),
-            );
+            return Err(Fault::integrity(format!(
+                "its manifest is that of {}",
+                root.kind.with_article()
+            ))
+            .with_next("publish the artifact again"));
         }
         let kind = match &root.info {
             KindInfo::Files if kind.is_files() => Kinds::Files,
@@ -146,7 +147,8 @@ impl<'a> Rules<'a> {
             }
             _ => {
                 return Err(malformed_manifest(&format!(
-                    "its metadata is not that of a {kind}"
+                    "its metadata is not that of {}",
+                    kind.with_article()
                 )));
             }
         };
@@ -213,8 +215,8 @@ impl<'a> Rules<'a> {
             Ok(())
         } else {
             Err(malformed_manifest(&format!(
-                "the entry {path:?} is not allowed in a {}",
-                self.root.kind
+                "the entry {path:?} is not allowed in {}",
+                self.root.kind.with_article()
             )))
         }
     }

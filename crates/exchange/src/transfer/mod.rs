@@ -52,7 +52,7 @@ use state::{Adopted, Body, Catalogue, TransferRow, Want};
 use transport::Link;
 use transport::identity::SiteIdentity;
 
-pub use assemble::{Assembly, AssemblyContext, Counters, Estimate, free_room};
+pub use assemble::{Assembly, AssemblyContext, Counters, Estimate, Room};
 pub use kept::Registered;
 pub use memory::Memory;
 pub use scrub::{Scrub, Scrubbed};

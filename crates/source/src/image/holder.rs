@@ -16,7 +16,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use serde::Deserialize;
 use sha2::{Digest as _, Sha256};
 
-use super::archive::TarIndex;
+use super::archive::{Place, TarIndex};
 use super::decoders::DECODERS;
 use super::decompress::{BUFFER, Caps, Compression, SNIFFED_BYTES, why_damaged};
 use super::refuse;
@@ -146,10 +146,15 @@ impl Holder {
     }
 
     /// The tar at `path`, which is `shown` or its decompressed copy.
-    pub(super) fn tar(path: &Path, shown: &Path) -> Result<Self, Fault> {
+    pub(super) fn tar(
+        path: &Path,
+        shown: &Path,
+        scratch: &Path,
+        caps: Caps,
+    ) -> Result<Self, Fault> {
         Ok(Self {
             shown: shown.to_path_buf(),
-            place: Container::Tar(TarIndex::open(path, shown)?),
+            place: Container::Tar(TarIndex::open(path, shown, scratch, caps)?),
             flat: None,
             stop: Stop::default(),
         })
@@ -196,14 +201,22 @@ impl Holder {
 
     fn find_member(&self, name: &str) -> Result<Option<Piece>, Fault> {
         match &self.place {
-            Container::Tar(index) => Ok(index.find(name).map(|extent| Piece {
-                name: name.to_owned(),
-                size: extent.size,
-                content: Content::Range {
-                    file: Arc::clone(&index.file),
-                    offset: extent.offset,
+            Container::Tar(index) => Ok(index.find(name).map(|place| match place {
+                Place::Archive(extent) => Piece {
+                    name: name.to_owned(),
+                    size: extent.size,
+                    content: Content::Range {
+                        file: Arc::clone(&index.file),
+                        offset: extent.offset,
+                    },
+                    identity: Some(index.identity.clone()),
                 },
-                identity: Some(index.identity.clone()),
+                Place::Scratch(file, size) => Piece {
+                    name: name.to_owned(),
+                    size,
+                    content: Content::Scratch(file.to_owned()),
+                    identity: None,
+                },
             })),
             Container::Folder(own) => {
                 let rel: RelPath = name.parse().map_err(|why| self.refuse(name, why))?;

@@ -15,7 +15,7 @@
 //! a crash leaves only that file, and the next start removes it.
 //!
 //! `oci` reads layouts, `docker` reads `manifest.json`, `directory` the form `dir:`, `holder` finds and reads pieces, `archive`
-//! reads tar headers, `decompress` enforces the limit against decompression bombs, `listing`
+//! reads tar headers, `sparse` sparse members, `decompress` enforces the limit against decompression bombs, `listing`
 //! selects among several images, `referrers` finds what refers to an image.
 //!
 //! Parts of the image in the source that the layout does not contain are counted
@@ -23,6 +23,7 @@
 //! additional names. Blobs that nothing in the source references belong to no image and do not
 //! count; other images do not count if a tag selects one.
 
+mod all;
 mod archive;
 mod decoders;
 mod decompress;
@@ -32,6 +33,7 @@ mod holder;
 mod listing;
 mod oci;
 mod referrers;
+mod sparse;
 #[cfg(test)]
 mod tests;
 
@@ -44,6 +46,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
+pub use self::all::{ContainedImage, images};
 use self::decompress::{Caps, Compression, SNIFFED_BYTES};
 use self::holder::{Holder, Piece};
 pub use self::listing::split_tag;
@@ -251,11 +254,21 @@ fn open(
     reading: Reading<'_>,
     own: &Arc<Own>,
 ) -> Result<ImageSource, Fault> {
+    from_holder(holder_of(path, scratch, reading, own)?, tag, reading)
+}
+
+/// The pieces of the archive or layout directory at `path`.
+fn holder_of(
+    path: &Path,
+    scratch: &Path,
+    reading: Reading<'_>,
+    own: &Arc<Own>,
+) -> Result<Holder, Fault> {
     let path = &fs::canonicalize(path).at(format_args!("open image {}", path.display()))?;
     own.check_path(path)?;
     let meta = fs::metadata(path).at(format_args!("open image {}", path.display()))?;
     if meta.is_dir() {
-        return from_holder(Holder::folder(path, own.clone()), tag, reading);
+        return Ok(Holder::folder(path, own.clone()));
     }
     if !meta.is_file() {
         return Err(refuse(
@@ -268,26 +281,29 @@ fn open(
     durable::open_regular(path)
         .and_then(|f| f.take(SNIFFED_BYTES as u64).read_to_end(&mut first))
         .at(format_args!("read image {}", path.display()))?;
-    let holder = match Compression::of(&first) {
-        Compression::None if first.is_empty() => {
-            return Err(refuse(path, "the archive", "it is empty"));
-        }
-        Compression::None => Holder::tar(path, path)?,
-        Compression::Foreign(name) => {
-            return Err(refuse(
-                path,
-                "the archive",
-                format!("it is compressed with {name}, which is not supported"),
-            )
-            .with_next("decompress it, or use gzip, zstd, xz or bzip2"));
-        }
+    match Compression::of(&first) {
+        Compression::None if first.is_empty() => Err(refuse(path, "the archive", "it is empty")),
+        Compression::None => Holder::tar(path, path, scratch, reading.caps),
+        Compression::Foreign(name) => Err(refuse(
+            path,
+            "the archive",
+            format!("it is compressed with {name}, which is not supported"),
+        )
+        .with_next("decompress it, or use gzip, zstd, xz or bzip2")),
         known => {
             let copy = scratch.join(DECOMPRESSED);
             decompress::to_scratch(path, known, &copy, reading.caps, reading.stop)?;
-            Holder::tar(&copy, path)?
+            Holder::tar(&copy, path, scratch, reading.caps)
         }
-    };
-    from_holder(holder, tag, reading)
+    }
+}
+
+/// The image of a directory without `blobs/`, whose blobs the holder then finds.
+fn top_of_directory(holder: &mut Holder) -> Result<Option<Descriptor>, Fault> {
+    Ok(directory::top(holder)?.map(|(digest, top)| {
+        holder.set_flat(digest);
+        top
+    }))
 }
 
 fn from_holder(
@@ -298,16 +314,13 @@ fn from_holder(
     let Reading {
         caps, platforms, ..
     } = reading;
-    let directory = directory::top(&holder)?;
-    let tops = match &directory {
-        Some((_, top)) => Some(vec![top.clone()]),
+    let directory = top_of_directory(&mut holder)?;
+    let is_directory = directory.is_some();
+    let tops = match directory {
+        Some(top) => Some(vec![top]),
         None => oci::top_descriptors(&holder)?,
     };
-    let is_directory = directory.is_some();
     holder.set_stop(reading.stop.clone());
-    if let Some((digest, _)) = directory {
-        holder.set_flat(digest);
-    }
     let holder = &holder;
     let saved = if is_directory {
         None
@@ -439,7 +452,7 @@ fn oci_from_saved(
             }
             Ok(_) => {}
             Err(ImageError::Disagrees(fault)) => why = Some(fault.message),
-            Err(ImageError::Refused(fault)) => return Err(fault),
+            Err(ImageError::Refused(fault) | ImageError::Absent(fault)) => return Err(fault),
         }
     }
     tracing::warn!(

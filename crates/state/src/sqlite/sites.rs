@@ -101,6 +101,24 @@ impl Sqlite {
     }
 }
 
+/// The limits of a publisher.
+const SCOPE: &str = "SELECT scope FROM publisher WHERE name = $1";
+
+/// The limits in a row of `table`; `None`: there is no row. Limits that cannot be read allow nothing.
+fn read_scope(
+    table: &str,
+    key: &str,
+    row: Option<(Option<String>,)>,
+) -> Result<Option<PublisherScope>, Fault> {
+    match row {
+        None => Ok(None),
+        Some((None,)) => Ok(Some(PublisherScope::default())),
+        Some((Some(scope),)) => serde_json::from_str(&scope)
+            .map(Some)
+            .map_err(|e| malformed(table, key, e)),
+    }
+}
+
 #[async_trait]
 impl Sites for Sqlite {
     async fn add_token(
@@ -154,20 +172,12 @@ impl Sites for Sqlite {
     }
 
     async fn publisher_scope(&self, name: &PublisherName) -> Result<Option<PublisherScope>, Fault> {
-        let row: Option<(Option<String>,)> =
-            sqlx::query_as("SELECT scope FROM publisher WHERE name = $1")
-                .bind(name.as_str())
-                .fetch_optional(self.read())
-                .await
-                .map_err(fault)?;
-        match row {
-            None => Ok(None),
-            Some((None,)) => Ok(Some(PublisherScope::default())),
-            // A scope that cannot be read allows nothing.
-            Some((Some(scope),)) => serde_json::from_str(&scope)
-                .map(Some)
-                .map_err(|e| malformed("publisher", name.as_str(), e)),
-        }
+        let row = sqlx::query_as(SCOPE)
+            .bind(name.as_str())
+            .fetch_optional(self.read())
+            .await
+            .map_err(fault)?;
+        read_scope("publisher", name.as_str(), row)
     }
 
     async fn redeem_token(
@@ -218,14 +228,29 @@ impl Sites for Sqlite {
                 write.note("site", name, state, Subject::Other).await?;
             }
             Peer::Publisher(_) | Peer::Hub(_) => {
+                let of_token = "SELECT scope FROM token WHERE id = $1";
+                let of_token: Option<(Option<String>,)> = sqlx::query_as(of_token)
+                    .bind(id)
+                    .fetch_optional(write.db())
+                    .await
+                    .map_err(fault)?;
+                let earlier: Option<(Option<String>,)> = sqlx::query_as(SCOPE)
+                    .bind(name)
+                    .fetch_optional(write.db())
+                    .await
+                    .map_err(fault)?;
+                let scope = read_scope("token", id, of_token)?;
+                let scope = match read_scope("publisher", name, earlier)? {
+                    Some(earlier) => scope.unwrap_or_default().over(earlier),
+                    None => scope.unwrap_or_default(),
+                };
                 sqlx::query(
-                    "INSERT INTO publisher (name, joined_ms, scope)
-                     VALUES ($1, $2, (SELECT scope FROM token WHERE id = $3))
+                    "INSERT INTO publisher (name, joined_ms, scope) VALUES ($1, $2, $3)
                      ON CONFLICT (name) DO UPDATE SET joined_ms = excluded.joined_ms, scope = excluded.scope",
                 )
                 .bind(name)
                 .bind(now)
-                .bind(id)
+                .bind(json("scope", &scope)?)
                 .execute(write.db())
                 .await
                 .map_err(fault)?;
@@ -302,7 +327,7 @@ impl Sites for Sqlite {
     async fn sites_heard(&self, heard: &[(SiteName, i64)]) -> Result<(), Fault> {
         let mut write = self.begin().await?;
         for (site, at_ms) in heard {
-            sqlx::query("UPDATE site SET seen_ms = MAX(COALESCE(seen_ms, 0), $1) WHERE name = $2")
+            sqlx::query("UPDATE site SET seen_ms = $1 WHERE name = $2 AND (seen_ms IS NULL OR seen_ms < $1)")
                 .bind(at_ms)
                 .bind(site.as_str())
                 .execute(write.db())

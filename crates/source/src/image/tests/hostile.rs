@@ -12,17 +12,38 @@ use content::store::Store;
 fn an_archive_truncated_anywhere_is_refused() {
     let case = Case::new();
     let tar = docker_save(&["app:v1"]).tar();
+    // Without the blocks that end it, it ends as well as at the end of each member.
     let body = tar.len() - 1024;
-    for cut in (0..=body).step_by(256) {
-        let why = if cut == 0 { "it is empty" } else { "truncated" };
+    let ends = ends_of_members(&tar);
+    assert_eq!(ends.last(), Some(&body));
+    for cut in (0..body).step_by(256) {
+        let why = match cut {
+            0 => "it is empty",
+            cut if ends.contains(&cut) => "is missing",
+            _ => "truncated",
+        };
         refused(case.open(&tar[..cut]), &[why]);
     }
+    case.open(&tar[..body]).unwrap();
     let packed = gzip(&tar);
     refused(case.open(&packed[..packed.len() / 2]), &["truncated"]);
     assert!(
         !case.path("scratch/image.tar").exists(),
         "the scratch file is removed"
     );
+}
+
+/// Where the members of a tar end.
+fn ends_of_members(tar: &[u8]) -> Vec<usize> {
+    tar::Archive::new(tar)
+        .entries()
+        .unwrap()
+        .map(|entry| {
+            let entry = entry.unwrap();
+            let end = entry.raw_file_position() + entry.size();
+            end.next_multiple_of(512) as usize
+        })
+        .collect()
 }
 
 #[test]
@@ -61,18 +82,6 @@ fn hostile_names_and_links_are_refused() {
     refused(
         case.open(&with("pipe", Part::Fifo)),
         &["pipe", "neither a file"],
-    );
-    refused(
-        case.open(&with("aa/layer.tar", file())),
-        &["aa/layer.tar", "twice with different content"],
-    );
-    let (mut twice, again) = (
-        docker_save(&[]),
-        docker_save(&[]).get("aa/layer.tar").clone(),
-    );
-    assert!(
-        case.open(&twice.file("aa/layer.tar", again).tar()).is_ok(),
-        "the same content twice is accepted"
     );
 }
 

@@ -7,6 +7,7 @@ mod hostile;
 mod layout;
 mod platforms;
 mod referrers;
+mod sparse;
 mod tools;
 
 use std::io::Write;
