@@ -143,7 +143,7 @@ mod tests {
         let places = std::sync::Arc::new(tokio::sync::Semaphore::new(1));
         let place = places.clone().acquire_owned().await.unwrap();
         let (begun, has_begun) = tokio::sync::oneshot::channel();
-        let (go_on, may_go_on) = std::sync::mpsc::channel::<()>();
+        let (go_on, may_go_on) = std::sync::mpsc::sync_channel::<()>(1);
         let work = cancellable(place, move |stop| {
             begun.send(()).unwrap();
             while !stop.is_set() {
@@ -169,8 +169,11 @@ mod tests {
             .max_blocking_threads(1)
             .build()
             .unwrap();
-        let (free, is_free) = std::sync::mpsc::channel::<()>();
-        let busy = runtime.spawn(blocking(move || Ok(is_free.recv().unwrap())));
+        let (free, is_free) = std::sync::mpsc::sync_channel::<()>(1);
+        let busy = runtime.spawn(blocking(move || {
+            is_free.recv().unwrap();
+            Ok(())
+        }));
         let has_run = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
         let held = std::sync::Arc::new(());
         let (runs, holds) = (has_run.clone(), held.clone());
