@@ -138,17 +138,20 @@ impl HubLink {
     }
 
     /// Requests a new certificate over `link` when the current one is old.
-    pub(super) async fn renew(&self, link: &Link) {
-        let identity = self.identity();
-        if !identity.needs_renewal() {
+    pub(super) async fn renew_if_due(&self, link: &Link) {
+        if !self.identity().needs_renewal() {
             return;
         }
-        match self.request_renewal(&identity, link).await {
-            Ok(()) => tracing::info!("the certificate was renewed"),
-            Err(fault) => {
-                tracing::warn!(error = %fault, "the certificate could not be renewed; retrying in an hour");
-            }
+        if let Err(fault) = self.renew(link).await {
+            tracing::warn!(error = %fault, "the certificate could not be renewed; retrying in an hour");
         }
+    }
+
+    /// Requests a new certificate over `link`. It is stored before it is used.
+    pub(super) async fn renew(&self, link: &Link) -> Result<(), Fault> {
+        self.request_renewal(&self.identity(), link).await?;
+        tracing::info!("the certificate was renewed");
+        Ok(())
     }
 
     async fn request_renewal(&self, identity: &SiteIdentity, link: &Link) -> Result<(), Fault> {

@@ -54,7 +54,8 @@ impl Bench {
             )
             .await
             .unwrap();
-        hub.inner
+        let (peer, serial) = hub
+            .inner
             .catalogue
             .redeem_token("t", &[1; 32], &Claim::Site(site.clone()), &[7; 32])
             .await
@@ -63,7 +64,7 @@ impl Bench {
         let cert = hub
             .inner
             .identity
-            .issue_for(&site, request.csr_der())
+            .issue_as(&peer, request.csr_der(), &serial)
             .unwrap();
         let identity = request
             .complete(&cert, hub.inner.identity.ca_der())
