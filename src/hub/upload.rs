@@ -185,6 +185,12 @@ impl Uploads {
             .membership
             .may_enter(&peer, link)
             .await?
+            // Another process of this publisher may have renewed its certificate since this
+            // connection was opened.
+            .or_else(|refusal| match refusal {
+                Refusal::Superseded => Ok(()),
+                refusal => Err(refusal),
+            })
             .and_then(|()| policy::may(&actor, verb_of(&question), &Object::Daemon));
         let answer = match (may, question) {
             (Err(Refusal::Unknown), _) => {

@@ -8,10 +8,12 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use jiff::SignedDuration;
 use parking_lot::Mutex;
 use tokio::sync::watch;
 
 use base::blocking::blocking;
+use base::clock;
 use base::fault::{Fault, Retry};
 use exchange::wire;
 use model::protocol::{AskHub, renewal};
@@ -137,9 +139,12 @@ impl HubLink {
         Ok(true)
     }
 
-    /// Requests a new certificate over `link` when the current one is old.
+    /// Requests a new certificate over `link` when the current one is old, by the clock of the hub: it
+    /// is the one that counts.
     pub(super) async fn renew_if_due(&self, link: &Link) {
-        if !self.identity().needs_renewal() {
+        let ahead = SignedDuration::from_millis(link.hub_clock_ahead_ms().unwrap_or(0));
+        let now = clock::now().saturating_add(ahead).unwrap_or_else(|_| clock::now());
+        if !self.identity().needs_renewal_at(now) {
             return;
         }
         if let Err(fault) = self.renew(link).await {

@@ -106,7 +106,7 @@ async fn after_another_enrolment_the_old_certificate_is_cut_off() {
     }
     let new = joined(&bench, "east").await;
     for link in &open {
-        let closed = tokio::time::timeout(Duration::from_secs(1), link.closed()).await;
+        let closed = timeout(Duration::from_secs(1), link.closed()).await;
         closed.expect("it is closed within a second");
     }
     for over in BOTH {
@@ -173,7 +173,7 @@ async fn a_revocation_closes_every_connection_and_restore_lets_in_again() {
         .await
         .unwrap();
     for link in &links {
-        let closed = tokio::time::timeout(Duration::from_secs(1), link.closed()).await;
+        let closed = timeout(Duration::from_secs(1), link.closed()).await;
         closed.expect("it is closed within a second");
     }
     assert_eq!(

@@ -15,6 +15,7 @@ use base::names::{ArtifactRef, Kind, TransferId, WorkIds};
 use content::chunk::DEFAULT_CHUNKING;
 use content::manifest::{Digest, KindInfo, Root, Totals};
 use exchange::wire;
+use model::actor::Actor;
 use model::paging;
 use model::protocol::{Desired, FromSite, Report};
 use model::receipt::Receipt;

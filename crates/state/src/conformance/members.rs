@@ -25,7 +25,8 @@ async fn enrol(catalogue: &Catalogue, id: &str, site: &SiteName, key: u8) -> Ser
         .await
         .unwrap();
     let claim = Claim::Site(site.clone());
-    let redeemed = catalogue.redeem_token(id, &[1; 32], &claim, &[key; 32]);
+    let key_hash = [key; 32];
+    let redeemed = catalogue.redeem_token(id, &[1; 32], &claim, &key_hash);
     redeemed.await.unwrap().1
 }
 

@@ -128,7 +128,8 @@ impl SiteIdentity {
         self.needs_renewal_at(clock::now())
     }
 
-    pub(super) fn needs_renewal_at(&self, now: jiff::Timestamp) -> bool {
+    /// The same at the time `now`.
+    pub fn needs_renewal_at(&self, now: jiff::Timestamp) -> bool {
         let part = renewal_part(&self.cert_der);
         self.validity()
             .is_ok_and(|v| v.has_used(part, now) || now < v.from)
