@@ -17,7 +17,6 @@ mod membership;
 mod peer_budgets;
 mod planning;
 mod quota;
-mod rate_limiter;
 mod refused;
 mod relay;
 mod runs;

@@ -459,6 +459,7 @@ impl Backend for Fake {
             labels: [("region".to_owned(), "west".to_owned())].into(),
             online: true,
             line: Some("quic".into()),
+            line_reason: None,
             rtt_ms: Some(42.25),
             joined_at: "2026-11-23T10:00:00.000Z".into(),
             last_seen: None,

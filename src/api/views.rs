@@ -102,6 +102,7 @@ impl View for SiteRow {
             labels: self.labels.clone(),
             online: false,
             line: None,
+            line_reason: None,
             rtt_ms: None,
             joined_at: rfc3339_ms(self.joined_ms),
             last_seen: self.seen_ms.map(rfc3339_ms),

@@ -39,9 +39,7 @@ pub(super) enum SiteCommand {
     },
     /// Close the connections of a site at once, and refuse it from now on. Its transfers and receipts
     /// are kept.
-    #[command(
-        after_help = "Example:\n  packhorse site revoke chengdu --why 'its server was stolen'"
-    )]
+    #[command(after_help = "Example:\n  packhorse site revoke chengdu --why stolen")]
     Revoke {
         /// The site.
         name: String,
@@ -80,9 +78,7 @@ pub(super) enum PublisherCommand {
         name: String,
     },
     /// Close the connections of a publisher at once, and refuse it from now on.
-    #[command(
-        after_help = "Example:\n  packhorse publisher revoke office --why 'the laptop was lost'"
-    )]
+    #[command(after_help = "Example:\n  packhorse publisher revoke office --why lost")]
     Revoke {
         /// The publisher.
         name: String,

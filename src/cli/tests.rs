@@ -690,6 +690,15 @@ fn a_tracker_reports_each_change_once_and_ignores_older_answers() {
         "an older answer came late"
     );
     assert_eq!(tracker.absorb(transfer("other", "x", State::Done)), None);
+    let mut of_hub = Tracker::new(&["t1".into()]);
+    let moving = transfer("t1", "chengdu", State::Transferring);
+    assert_eq!(of_hub.absorb(at(CURSOR_OF_HUB | 900, moving)), None);
+    assert!(
+        of_hub
+            .absorb(at(7, transfer("t1", "chengdu", State::Done)))
+            .is_some(),
+        "the site counts fewer events than the hub"
+    );
     assert_eq!(
         tracker
             .absorb(at(5, transfer("t2", "xian", State::Done)))

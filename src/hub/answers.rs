@@ -25,6 +25,7 @@ pub(super) fn verb_of(question: &AskHub) -> Verb {
         AskHub::ShowRun(_) | AskHub::ListRuns { .. } => Verb::Read,
         AskHub::StartRun(_) => Verb::Train,
         AskHub::ActOnRun(request) => verb_of_run(request.action),
+        AskHub::LimitedRate => Verb::Control,
     }
 }
 

@@ -44,6 +44,7 @@ impl Hub {
             let heard_ms = self.inner.links.heard_ms(&site.name).max(row.seen_ms);
             site.last_seen = heard_ms.map(rfc3339_ms);
             site.line = Some(link.transport().into());
+            site.line_reason = link.reason();
             site.rtt_ms = Some(link.rtt().as_secs_f64() * 1000.0);
         }
         site
@@ -85,7 +86,7 @@ impl Hub {
                     view.last_seen = then.seen_ms.map(rfc3339_ms);
                     view.version = then.version;
                     if !then.online {
-                        (view.line, view.rtt_ms) = (None, None);
+                        (view.line, view.line_reason, view.rtt_ms) = (None, None, None);
                     }
                 }
                 serde_json::to_value(view).ok()

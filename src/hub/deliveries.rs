@@ -568,7 +568,10 @@ mod tests {
         assert_eq!(first.notes, Vec::<String>::new());
         let id: TransferId = first.transfers[0].as_str().parse().unwrap();
         let row = inner.catalogue.transfer(&id).await.unwrap();
-        let receipt = Receipt::sign(&row, site.cert_der(), |text| site.sign(text)).unwrap();
+        let receipt = Receipt::sign(&row, base::clock::now_ms(), site.cert_der(), |text| {
+            site.sign(text)
+        })
+        .unwrap();
         let arrived = Body {
             receipt: Some(receipt),
             ..row.body.clone()

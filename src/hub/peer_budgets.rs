@@ -5,7 +5,6 @@
 
 use tokio::sync::OwnedSemaphorePermit;
 
-use super::rate_limiter::RateLimiter;
 use base::budget::{Budget, Seat, Share, WorkPlaces};
 use base::fault::Fault;
 use base::limits::{
@@ -13,6 +12,7 @@ use base::limits::{
     PEER_WORK_MAX, QUESTIONS_BYTES_MAX, REPORTS_AT_ONCE_MAX, REPORTS_PER_SECOND_MAX,
 };
 use base::peer::Peer;
+use base::rate_limiter::RateLimiter;
 
 /// What one site may have of the budget for content, bytes: enough answers to keep a fast line
 /// full.
@@ -32,8 +32,8 @@ pub(super) struct PeerBudgets {
     work: WorkPlaces,
     /// Manifests that are accepted.
     offers: WorkPlaces,
-    reports: RateLimiter,
-    changes: RateLimiter,
+    reports: RateLimiter<Peer>,
+    changes: RateLimiter<Peer>,
 }
 
 impl PeerBudgets {

@@ -1,12 +1,14 @@
 //! The site's side of the connection: connects, keeps the connection, answers questions, and moves
-//! from TCP to QUIC when QUIC works again. `control` is the control stream.
+//! between QUIC and TCP. `control` is the control stream, `transports` decides about the moves.
 
 mod control;
 mod reporter;
+mod transports;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use parking_lot::Mutex;
 use tokio::sync::Semaphore;
 use tokio::time::timeout;
 use tracing::Instrument as _;
@@ -15,6 +17,8 @@ use super::Opened;
 use super::hub_link::HubLink;
 use super::publish::Publications;
 use super::runs::RunKeeper;
+use transports::{LOOK_EVERY, Transports};
+
 use crate::config::Transport;
 use base::budget::Budget;
 use base::fault::{Code, Fault};
@@ -31,11 +35,9 @@ use exchange::transfer::{Assembly, free_room};
 use exchange::wire;
 use model::actor::Actor;
 use model::policy::{self, Object, Verb};
-use model::protocol::{AskSite, FETCH, Planned, QUESTION};
-use transport::{self, Link, RecvHalf, Redial, SendHalf};
+use model::protocol::{AskHub, AskSite, FETCH, Planned, QUESTION};
+use transport::{self, ConnectionSettings, Link, RecvHalf, Redial, SendHalf};
 
-/// How often a site on TCP checks whether QUIC works again.
-const QUIC_PROBE_EVERY: Duration = Duration::from_secs(60);
 /// The pause between attempts to connect with a renewed certificate.
 const RENEWED_RETRY_EVERY: Duration = Duration::from_secs(60);
 /// Connects to the hub, executes the desired state, reports, and answers questions.
@@ -47,6 +49,7 @@ pub(super) struct Connection {
     runs: RunKeeper,
     /// The bytes that a connection may buffer for sending.
     send_bytes: u64,
+    transports: Arc<Mutex<Transports>>,
 }
 
 impl Connection {
@@ -65,6 +68,7 @@ impl Connection {
             publications,
             runs,
             send_bytes,
+            transports: Arc::new(Mutex::new(Transports::new(Instant::now()))),
         }
     }
 
@@ -77,9 +81,8 @@ impl Connection {
         }
         let mut redial = Redial::default();
         while !opened.stop.is_cancelled() {
-            let identity = self.hub.identity();
             let dialled = tokio::select! {
-                dialled = transport::dial(address, &identity, &opened.config.line, self.send_bytes) => dialled,
+                dialled = self.dial(address) => dialled,
                 () = opened.stop.cancelled() => return Ok(()),
             };
             match dialled {
@@ -146,9 +149,7 @@ impl Connection {
             return std::future::pending().await;
         }
         loop {
-            let identity = self.hub.identity();
-            let (line, send_bytes) = (&self.opened.config.line, self.send_bytes);
-            match transport::dial(address, &identity, line, send_bytes).await {
+            match self.dial(address).await {
                 Ok(newer) if !newer.is_for_renewal() => return newer,
                 Ok(_) => {}
                 Err(fault) => {
@@ -160,6 +161,28 @@ impl Connection {
                 _ = link.closed() => return std::future::pending().await,
             }
         }
+    }
+
+    /// Connects, over TCP first while QUIC is limited.
+    async fn dial(&self, address: &str) -> Result<Link, Fault> {
+        let (identity, line) = (self.hub.identity(), &self.opened.config.line);
+        let dial = |settings: ConnectionSettings| {
+            let identity = identity.clone();
+            async move { transport::dial(address, &identity, &settings, self.send_bytes).await }
+        };
+        let limited = self.transports.lock().limited_rate(Instant::now());
+        if let Some(rate) = limited {
+            let settings = ConnectionSettings {
+                transport: Transport::Tcp,
+                ..line.clone()
+            };
+            if let Ok(link) = dial(settings).await {
+                link.set_reason(udp_is_limited(rate));
+                return Ok(link);
+            }
+            self.transports.lock().moved_to_quic();
+        }
+        dial(line.clone()).await
     }
 
     /// Uses a connection until it ends. A better one that becomes available replaces it.
@@ -178,20 +201,21 @@ impl Connection {
                         None
                     }
                     () = self.answer(&link) => None,
-                    better = self.wait_for_quic(&link, address) => {
-                        tracing::info!("moved from TCP to QUIC");
-                        Some(better)
-                    }
-                    newer = self.wait_for_renewal(&link, address) => {
-                        tracing::info!("moved to a connection with the renewed certificate");
-                        Some(newer)
-                    }
+                    better = self.wait_for_better(&link, address) => Some((better, false)),
+                    newer = self.wait_for_renewal(&link, address) => Some((newer, true)),
                     () = opened.stop.cancelled() => None,
                 }
             };
             let better = use_it.instrument(span.clone()).await;
-            if let Some(better) = better {
+            if let Some((better, is_renewed)) = better {
                 // New requests use the new one; the hub closes the old one.
+                span.in_scope(|| match (is_renewed, better.reason()) {
+                    (true, _) => {
+                        tracing::info!("moved to a connection with the renewed certificate")
+                    }
+                    (false, Some(why)) => tracing::info!(why, "moved from QUIC to TCP"),
+                    (false, None) => tracing::info!("moved from TCP to QUIC"),
+                });
                 link = better;
                 continue;
             }
@@ -221,24 +245,77 @@ impl Connection {
         }
     }
 
-    async fn wait_for_quic(&self, link: &Link, address: &str) -> Link {
-        if link.transport() != "tcp" || self.opened.config.line.transport != Transport::Auto {
+    /// Waits until the other transport should be used and is connected.
+    async fn wait_for_better(&self, link: &Link, address: &str) -> Link {
+        if self.opened.config.line.transport != Transport::Auto {
             return std::future::pending().await;
         }
+        let total = || {
+            let (sent, received) = link.bytes();
+            sent + received
+        };
+        let over_tcp = link.transport() == "tcp";
+        if over_tcp {
+            self.transports.lock().began_tcp(Instant::now());
+        }
+        let mut before = total();
         loop {
-            tokio::time::sleep(QUIC_PROBE_EVERY).await;
-            let identity = self.hub.identity();
-            if let Ok(better) = transport::probe_quic(
-                address,
-                &identity,
-                &self.opened.config.line,
-                self.send_bytes,
-            )
-            .await
-            {
+            tokio::time::sleep(LOOK_EVERY).await;
+            let moved = total() - std::mem::replace(&mut before, total());
+            let better = match over_tcp {
+                true => self.look_at_tcp(moved, address).await,
+                false => self.look_at_quic(link, moved, address).await,
+            };
+            if let Some((better, is_renewed)) = better {
                 return better;
             }
         }
+    }
+
+    async fn look_at_tcp(&self, moved: u64, address: &str) -> Option<Link> {
+        let tries = self.transports.lock().look_at_tcp(Instant::now(), moved);
+        if !tries {
+            return None;
+        }
+        let better = self.connect_over(Transport::Quic, address).await.ok()?;
+        self.transports.lock().moved_to_quic();
+        Some(better)
+    }
+
+    async fn look_at_quic(&self, link: &Link, moved: u64, address: &str) -> Option<Link> {
+        if !Transports::is_busy(moved) {
+            return None;
+        }
+        let rate = match link.limited_rate() {
+            Some(rate) => Some(rate),
+            // A hub of an earlier version does not know the question.
+            None => wire::ask::<_, Option<u64>>(link, &AskHub::LimitedRate)
+                .await
+                .ok()
+                .flatten(),
+        };
+        let now = Instant::now();
+        let tries = self.transports.lock().look_at_quic(now, moved, rate);
+        let rate = rate.filter(|_| tries)?;
+        match self.connect_over(Transport::Tcp, address).await {
+            Ok(better) => {
+                better.set_reason(udp_is_limited(rate));
+                let mut transports = self.transports.lock();
+                transports.moved_to_tcp(Instant::now(), rate);
+                Some(better)
+            }
+            Err(fault) => {
+                tracing::info!(error = %fault, rate, "the network limits UDP, and TCP does not connect");
+                let mut transports = self.transports.lock();
+                transports.stay_on_quic(Instant::now());
+                None
+            }
+        }
+    }
+
+    async fn connect_over(&self, over: Transport, address: &str) -> Result<Link, Fault> {
+        let (identity, line) = (self.hub.identity(), &self.opened.config.line);
+        transport::probe(over, address, &identity, line, self.send_bytes).await
     }
 
     /// Answers the streams that the hub opens.
@@ -377,6 +454,14 @@ impl Connection {
             rate: opened.runner.last_rate(),
         })
     }
+}
+
+/// Why a connection is over TCP: the network lets UDP pass at this rate, in bytes per second.
+fn udp_is_limited(rate: u64) -> String {
+    format!(
+        "the network limits UDP to about {:.1} Mbit/s; QUIC is tried again within an hour",
+        rate as f64 * 8.0 / 1e6
+    )
 }
 
 /// The fault of a hub that refuses this site after the welcome: its catalogue is from before the

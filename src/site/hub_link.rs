@@ -143,7 +143,9 @@ impl HubLink {
     /// is the one that counts.
     pub(super) async fn renew_if_due(&self, link: &Link) {
         let ahead = SignedDuration::from_millis(link.hub_clock_ahead_ms().unwrap_or(0));
-        let now = clock::now().saturating_add(ahead).unwrap_or_else(|_| clock::now());
+        let now = clock::now()
+            .saturating_add(ahead)
+            .unwrap_or_else(|_| clock::now());
         if !self.identity().needs_renewal_at(now) {
             return;
         }

@@ -64,6 +64,11 @@ pub const PEER_WORK_MAX: usize = 8;
 pub const REPORTS_PER_SECOND_MAX: u32 = 1_000;
 /// The reports that the hub accepts from one site at once after a pause.
 pub const REPORTS_AT_ONCE_MAX: u32 = 20_000;
+/// The connections per second that the hub accepts from one site, and at once after a pause. Each
+/// writes lines to the log and a row to the catalogue.
+pub const SITE_CONNECTIONS_PER_SECOND_MAX: (u32, u32) = (1, 60);
+/// The same for one publisher: each publish is a connection or two.
+pub const PUBLISHER_CONNECTIONS_PER_SECOND_MAX: (u32, u32) = (10, 200);
 /// The publishes, deliveries, actions and runs per second that one site or publisher may request.
 pub const CHANGES_PER_SECOND_MAX: u32 = 50;
 /// The same, at once after a pause.

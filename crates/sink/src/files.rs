@@ -395,6 +395,20 @@ impl Sink for FilesSink {
         self.run(move |this| this.claim(&incoming)).await
     }
 
+    async fn restore_switch(&self, artifact: &ArtifactRef) -> Result<(), Fault> {
+        let (this, artifact) = (self.clone(), artifact.clone());
+        self.threads
+            .run(move || {
+                let _switching = this.switching.lock();
+                if this.is_switch_lost(&artifact)? {
+                    tracing::warn!(%artifact, "CURRENT did not name this version, because the file server lost the last change; it does now");
+                    this.set_current(&artifact)?;
+                }
+                Ok(())
+            })
+            .await
+    }
+
     async fn active(&self, artifact: &ArtifactRef) -> Result<Option<String>, Fault> {
         let (this, artifact) = (self.clone(), artifact.clone());
         self.threads.run(move || this.current(&artifact)).await
@@ -417,8 +431,13 @@ impl Sink for FilesSink {
             // Without a mount, everything would be reported missing.
             this.root.ensure_mounted()?;
             let folder = this.folder(&incoming.artifact);
+            let lost = || this.is_switch_lost(&incoming.artifact);
             Ok(match this.note(&incoming.artifact)? {
                 _ if !is_folder(&folder)? => vec![format!("{} is missing", folder.display())],
+                Some(note) if note.digest == incoming.digest && lost()? => vec![format!(
+                    "CURRENT does not name {}, although it was delivered last: the file server lost the last change",
+                    incoming.artifact.version()
+                )],
                 Some(note) if note.digest == incoming.digest => vec![],
                 _ => vec![format!(
                     "the note with the digest of {} is missing",

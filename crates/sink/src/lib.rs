@@ -175,6 +175,14 @@ pub trait Sink: Send + Sync {
         Ok(())
     }
 
+    /// Keeps what was committed readable for others. Called at start and regularly.
+    async fn tend(&self) -> Result<(), Fault> {
+        Ok(())
+    }
+
+    /// Leaves what was committed readable for others. Called once, before the daemon ends.
+    async fn leave(&self) {}
+
     /// Whether this sink has set aside the entry of this name in [`Sink::staging_root`] for
     /// removal.
     fn may_remove(&self, name: &str) -> bool {
@@ -272,6 +280,12 @@ pub trait Sink: Send + Sync {
 
     /// Registers that folder, whose content was verified.
     async fn register(&self, _incoming: &Incoming) -> Result<(), Fault> {
+        Ok(())
+    }
+
+    /// Makes this version the active one if its switch was lost: a network filesystem may lose the
+    /// last change when its server loses power.
+    async fn restore_switch(&self, _artifact: &ArtifactRef) -> Result<(), Fault> {
         Ok(())
     }
 

@@ -175,6 +175,10 @@ impl Call<'_> {
                     "no answer over QUIC; trying TCP"
                 );
                 match tcp().await {
+                    Ok((link, shown)) => {
+                        link.set_reason(clean(&format!("QUIC: {over_quic}")));
+                        Ok((link, shown))
+                    }
                     Err(Failure::NoAnswer(why)) => Err(unreachable(
                         self.address,
                         &format!("QUIC: {over_quic}; TCP: {why}"),
@@ -183,7 +187,7 @@ impl Call<'_> {
                         message: format!("{}; QUIC: {over_quic}", fault.message),
                         ..fault
                     }),
-                    other => other.map_err(|e| e.into_fault(self.address)),
+                    Err(failure) => Err(failure.into_fault(self.address)),
                 }
             }
         }
@@ -447,9 +451,10 @@ pub async fn dial(
     Ok(link)
 }
 
-/// Connects over QUIC only, within 4 s. A site with a TCP connection calls this periodically, and
-/// changes to the QUIC connection if it succeeds.
-pub async fn probe_quic(
+/// Connects over this transport only, within 4 s. A site with a connection over the other transport
+/// calls this, and changes to the new connection if it succeeds.
+pub async fn probe(
+    transport: Transport,
     address: &str,
     identity: &SiteIdentity,
     settings: &ConnectionSettings,
@@ -463,7 +468,7 @@ pub async fn probe_quic(
         welcomed: true,
     };
     let (link, _) = call
-        .over(Transport::Quic, CONNECTION_QUIC_ANSWER_MAX)
+        .over(transport, CONNECTION_QUIC_ANSWER_MAX)
         .await
         .map_err(|e| e.into_fault(address))?;
     Ok(link)

@@ -25,6 +25,7 @@ mod emulation;
 mod gate;
 mod hello;
 pub mod identity;
+mod limited;
 mod listen;
 mod mux;
 mod pace;
@@ -44,7 +45,7 @@ mod window;
 mod write_order;
 
 pub use addresses::check as check_addresses;
-pub use dial::{REVOKED, clock_difference, dial, join, next_after_refusal, probe_quic};
+pub use dial::{REVOKED, clock_difference, dial, join, next_after_refusal, probe};
 pub use gate::{Certificate, Gate, Verdict};
 pub use listen::{Arrival, JoinRequest, Listener};
 pub use proxy::{Proxy, ProxySettings};
@@ -209,6 +210,8 @@ struct Inner {
     certificate: Option<Certificate>,
     /// At the other end: the hub said that this connection is for a renewal only.
     renew_only: AtomicBool,
+    /// Why the connection is over TCP, if it may be over QUIC.
+    reason: Mutex<Option<String>>,
     /// The reason with which this end closed a QUIC connection; quinn does not store it.
     last_words: Mutex<Option<String>>,
     /// Bytes of streams that this end wrote.
@@ -349,6 +352,7 @@ impl Link {
                 manifest_format: AtomicU32::new(1),
                 certificate,
                 renew_only: AtomicBool::new(false),
+                reason: Mutex::new(None),
                 last_words: Mutex::new(None),
                 written: AtomicU64::new(0),
                 read: window
@@ -483,6 +487,25 @@ impl Link {
     /// of the hub. A hub of an earlier version reads the first format.
     pub fn manifest_format(&self) -> u32 {
         self.inner.manifest_format.load(Ordering::Relaxed)
+    }
+
+    /// The rate above which the path drops what this end sends, in bytes per second; `None` if it
+    /// does not, and on TCP.
+    pub fn limited_rate(&self) -> Option<u64> {
+        match &self.inner.wire {
+            Wire::Quic { choice, .. } => choice.limited(std::time::Instant::now()),
+            Wire::Tcp { .. } => None,
+        }
+    }
+
+    /// Why the connection is over TCP although QUIC is allowed.
+    pub fn reason(&self) -> Option<String> {
+        self.inner.reason.lock().clone()
+    }
+
+    /// Sets [`Link::reason`]. The end that dials knows it.
+    pub fn set_reason(&self, reason: impl Into<String>) {
+        *self.inner.reason.lock() = Some(reason.into());
     }
 
     /// Closes the connection and waits briefly until the close message is sent. The connecting side

@@ -697,7 +697,7 @@ async fn tcp_is_used_while_udp_is_blocked_and_quic_later() {
         took >= Duration::from_secs(4) && took < Duration::from_secs(8),
         "{took:?}"
     );
-    let fault = probe_quic(&hub.address, &site, &wanted, MEMORY)
+    let fault = probe(Transport::Quic, &hub.address, &site, &wanted, MEMORY)
         .await
         .unwrap_err();
     assert_eq!(
@@ -743,7 +743,10 @@ async fn tcp_is_used_while_udp_is_blocked_and_quic_later() {
         hello::send(&mut send, &welcome).await.unwrap();
         link
     };
-    let (moved, _held) = tokio::join!(probe_quic(&hub.address, &site, &wanted, MEMORY), welcome);
+    let (moved, _held) = tokio::join!(
+        probe(Transport::Quic, &hub.address, &site, &wanted, MEMORY),
+        welcome
+    );
     assert_eq!(moved.unwrap().transport(), "quic");
     assert!(!link.is_closed());
 }

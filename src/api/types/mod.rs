@@ -27,7 +27,7 @@ pub use model::run::{RunActionRequest, RunInput, RunRequest, RunState, RunVerb};
 pub use model::transfer::{Action, Bytes, State, TransferQuery};
 pub use runs::{ModelLineage, Run, RunModel, RunQuery, RunTrainer};
 pub use sites::{Site, TokenReply, TokenRequest};
-pub use transfers::{ActionRequest, Transfer};
+pub use transfers::{ActionRequest, CURSOR_OF_HUB, Transfer};
 pub use workers::{Worker, WorkerError};
 
 use base::fault::Fault;

@@ -20,6 +20,9 @@ pub struct Site {
     pub online: bool,
     /// `quic` or `tcp`, while connected.
     pub line: Option<String>,
+    /// Why the connection is over TCP although QUIC is allowed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub line_reason: Option<String>,
     /// Round trip, milliseconds, while connected.
     pub rtt_ms: Option<f64>,
     /// When it joined.

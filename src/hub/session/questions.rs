@@ -43,6 +43,7 @@ impl Sessions {
                 | AskHub::Transfers { .. }
                 | AskHub::ShowRun(_)
                 | AskHub::ListRuns { .. }
+                | AskHub::LimitedRate
         ) {
             self.inner.budgets.change(&peer).await;
         }
@@ -106,6 +107,7 @@ impl Sessions {
                     .renew(peer, link, request.as_str())
                     .await
             }
+            AskHub::LimitedRate => as_json(link.limited_rate()),
             AskHub::Delivery(id) => self.delivery_for(actor, &id).await,
             AskHub::Transfers { id, since, wait } => {
                 self.transfers_for(actor, &id, since, wait).await

@@ -126,9 +126,12 @@ impl Bench {
     fn signed(&self, row: &TransferRow) -> Body {
         Body {
             receipt: Some(
-                Receipt::sign(row, self.identity.cert_der(), |statement| {
-                    self.identity.sign(statement)
-                })
+                Receipt::sign(
+                    row,
+                    clock::now_ms(),
+                    self.identity.cert_der(),
+                    |statement| self.identity.sign(statement),
+                )
                 .unwrap(),
             ),
             ..Body::default()

@@ -35,6 +35,7 @@ pub(in crate::hub) fn hello(changes: bool) -> FromSite {
         congestion: Default::default(),
         changes,
         manifest_format: FORMAT_MAX,
+        reason: None,
     }
 }
 

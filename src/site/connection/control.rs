@@ -134,6 +134,7 @@ impl Connection {
                 congestion,
                 changes: true,
                 manifest_format: FORMAT_MAX,
+                reason: link.reason().map(|reason| reason.as_str().into()),
             },
         )
         .await?;

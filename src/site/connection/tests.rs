@@ -31,7 +31,7 @@ impl Bench {
             ([127, 0, 0, 1], 0).into(),
             hub.clone(),
             Arc::new(transport::testing::AdmitAll),
-            &config::ConnectionSettings::default(),
+            &ConnectionSettings::default(),
             64 << 20,
             &base::workers::Workers::default(),
         )

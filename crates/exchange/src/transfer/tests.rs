@@ -631,6 +631,15 @@ async fn what_is_thrown_away_is_not_committed_any_more() {
         "nothing of it counts, so a transfer that fails like this makes no progress"
     );
     assert_eq!(stage.size(&"large".parse().unwrap()).unwrap(), None);
+    // What cannot be removed now is removed later: writes to it could fail for ever.
+    let there = stage.path().join("large");
+    std::fs::create_dir_all(there.join("not-a-file")).unwrap();
+    assembly.counters.damaged.lock().insert(0);
+    assert!(assembly.begin().is_err());
+    std::fs::remove_dir_all(&there).unwrap();
+    stage.write_file(&"large".parse().unwrap(), &bytes).unwrap();
+    let (_, _, stage) = assembly.begin().unwrap();
+    assert_eq!(stage.size(&"large".parse().unwrap()).unwrap(), None);
     bench.stop().await;
 }
 

@@ -97,6 +97,9 @@ pub enum AskHub {
         /// Wait so many seconds for that.
         wait: u64,
     },
+    /// The rate above which the path drops what the hub sends to the site over QUIC, in bytes per
+    /// second, or `null`.
+    LimitedRate,
 }
 
 /// A certificate request, DER, in the form of [`AskHub::Renew`].

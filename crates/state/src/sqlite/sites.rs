@@ -331,7 +331,7 @@ impl Sites for Sqlite {
     async fn sites_heard(&self, heard: &[(SiteName, i64)]) -> Result<(), Fault> {
         let mut write = self.begin().await?;
         for (site, at_ms) in heard {
-            sqlx::query("UPDATE site SET seen_ms = MAX(COALESCE(seen_ms, 0), $1) WHERE name = $2")
+            sqlx::query("UPDATE site SET seen_ms = $1 WHERE name = $2 AND (seen_ms IS NULL OR seen_ms < $1)")
                 .bind(at_ms)
                 .bind(site.as_str())
                 .execute(write.db())

@@ -97,9 +97,8 @@ impl Assembly {
             )?;
         }
         let noted = RwLock::new(journal);
-        for damaged in self.clear_damaged(place, &noted)? {
-            stage.remove_file(&damaged)?;
-        }
+        let damaged = self.clear_damaged(place, &noted)?;
+        self.remove_damaged(&stage, damaged)?;
         let journal = noted.into_inner();
         let mut resumed = 0;
         if journal.count() > 0 {
@@ -331,7 +330,7 @@ impl Assembly {
         &self,
         place: u32,
         journal: &RwLock<Journal>,
-    ) -> Result<Vec<RelPath>, Fault> {
+    ) -> Result<Vec<(u64, RelPath)>, Fault> {
         let damaged = std::mem::take(&mut *self.counters.damaged.lock());
         if damaged.is_empty() {
             return Ok(Vec::new());
@@ -340,19 +339,37 @@ impl Assembly {
             .inspect_err(|_| self.counters.damaged.lock().extend(damaged))
     }
 
+    /// Removes staged files that could not be written. What cannot be removed now, because the
+    /// filesystem is read-only for example, is removed by the next attempt: a filesystem may report
+    /// an earlier error at each later write to that file.
+    pub(super) fn remove_damaged(
+        &self,
+        stage: &Stage,
+        files: Vec<(u64, RelPath)>,
+    ) -> Result<(), Fault> {
+        let mut failure = None;
+        for (number, path) in files {
+            if let Err(fault) = stage.remove_file(&path) {
+                self.counters.damaged.lock().insert(number);
+                failure.get_or_insert(fault);
+            }
+        }
+        failure.map_or(Ok(()), Err)
+    }
+
     fn clear_bits(
         &self,
         place: u32,
         journal: &RwLock<Journal>,
         damaged: &HashSet<u64>,
-    ) -> Result<Vec<RelPath>, Fault> {
+    ) -> Result<Vec<(u64, RelPath)>, Fault> {
         let (mut paths, mut ordinals, mut bytes, mut is_one) = (Vec::new(), Vec::new(), 0, false);
         for step in self.walk() {
             match step? {
                 Step::Entry { number, entry, .. } => {
                     is_one = damaged.contains(&number);
                     if is_one {
-                        paths.push(entry.path);
+                        paths.push((number, entry.path));
                     }
                 }
                 Step::Chunk(chunk, spot) if is_one && journal.read().has(spot.ordinal) => {
