@@ -314,7 +314,7 @@ impl Members for Sqlite {
         .await
         .map_err(fault)?;
         sqlx::query(
-            "UPDATE token SET expires_ms = $1 WHERE role = $2 AND site = $3 AND expires_ms > $1",
+            "UPDATE token SET expires_ms = $1 WHERE role = $2 AND site = $3 AND expires_ms > $1 AND used_ms IS NULL",
         )
         .bind(now.saturating_sub(1))
         .bind(role_of(who))
