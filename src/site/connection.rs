@@ -266,7 +266,7 @@ impl Connection {
                 true => self.look_at_tcp(moved, address).await,
                 false => self.look_at_quic(link, moved, address).await,
             };
-            if let Some((better, is_renewed)) = better {
+            if let Some(better) = better {
                 return better;
             }
         }
