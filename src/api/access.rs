@@ -27,6 +27,9 @@ fn verb_of(method: &Method, path: &str) -> Option<Verb> {
         ("POST", "/v1/runs/action") => Verb::Finish,
         ("POST", "/v1/plan") => Verb::Plan,
         ("POST", "/v1/tokens") => Verb::CreateToken,
+        ("POST", "/v1/sites/set" | "/v1/sites/action" | "/v1/publishers/action") => {
+            Verb::ManageSites
+        }
         ("POST", "/v1/verify") => Verb::Verify,
         ("POST", "/v1/pin") => Verb::Pin,
         ("POST", "/v1/export" | "/v1/labels/export") => Verb::Export,

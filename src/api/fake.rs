@@ -467,6 +467,9 @@ impl Backend for Fake {
             last_seen: None,
             version: Some("0.1.0".into()),
             open_transfers: 2,
+            certificate: None,
+            revoked: None,
+            changed: None,
         }]))
     }
     async fn token(&self, request: TokenRequest) -> Result<TokenReply, Fault> {

@@ -28,7 +28,7 @@ use super::server::Connection;
 use super::types::*;
 use super::{
     ApiToken, Backend, CURSOR_HEADER, TOKEN_HEADER, VERSION, VERSION_HEADER, access, body, events,
-    lists, openapi, run_token,
+    lists, members, openapi, run_token,
 };
 use base::fault::Fault;
 use base::limits::{
@@ -89,6 +89,12 @@ pub(super) fn router(app: App) -> Router {
         .route("/v1/runs/action", post(act_on_run))
         .route("/v1/plan", post(plan))
         .route("/v1/sites", get(lists::sites))
+        .route("/v1/sites/show", get(members::site))
+        .route("/v1/sites/set", post(members::set_site))
+        .route("/v1/sites/action", post(members::act_on_site))
+        .route("/v1/publishers", get(lists::publishers))
+        .route("/v1/publishers/show", get(members::publisher))
+        .route("/v1/publishers/action", post(members::act_on_publisher))
         .route("/v1/tokens", post(token))
         .route("/v1/verify", post(verify))
         .route("/v1/pin", post(pin))
@@ -169,7 +175,8 @@ async fn authenticate(
     // Held until the response was made: what the body became takes as much memory.
     let memory = body::Memory::default();
     request.extensions_mut().insert(memory.clone());
-    let request = access::check(&app, &actor, request).await?;
+    let mut request = access::check(&app, &actor, request).await?;
+    request.extensions_mut().insert(actor.clone());
     let is_publish = request.uri().path() == "/v1/artifacts";
     let response = log_change(&actor, &connection, request, next).await;
     drop(memory);

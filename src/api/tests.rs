@@ -557,7 +557,7 @@ async fn the_description_names_every_route() {
     let d = daemon().await;
     let document: Value = d.get("/openapi.json").await.json().await.unwrap();
     let paths: Vec<&String> = document["paths"].as_object().unwrap().keys().collect();
-    assert_eq!(paths.len(), 28, "{paths:?}");
+    assert_eq!(paths.len(), 34, "{paths:?}");
     assert_eq!(document["servers"][0]["url"], ".");
     for schema in [
         "Transfer",

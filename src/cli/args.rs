@@ -8,6 +8,7 @@ use std::time::Duration;
 use clap::{Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 
+use super::members::{PublisherCommand, SiteCommand};
 use super::train::{TrainCommand, Trainer};
 use crate::config::{self, Config};
 use base::fault::Fault;
@@ -156,6 +157,18 @@ pub(super) enum Command {
     /// List the sites.
     #[command(after_help = "Example:\n  packhorse sites")]
     Sites,
+    /// Show, relabel, revoke, restore or remove a site, at the hub.
+    #[command(
+        subcommand,
+        after_help = "Examples:\n  packhorse site set chengdu --label region=west\n  packhorse site revoke chengdu"
+    )]
+    Site(SiteCommand),
+    /// Show, revoke, restore or remove a publisher, at the hub.
+    #[command(
+        subcommand,
+        after_help = "Example:\n  packhorse publisher revoke office"
+    )]
+    Publisher(PublisherCommand),
     /// Hold a transfer; its progress is kept.
     #[command(after_help = "Example:\n  packhorse pause t-1a22c0d36922fc2d20c")]
     Pause {
@@ -361,7 +374,7 @@ pub(super) struct TokenCreate {
     /// [default: all].
     #[arg(long, value_name = "SITES", requires = "publisher")]
     pub(super) deliver_to: Option<String>,
-    /// How long the token is valid.
+    /// How long the token is valid, at most 30d.
     #[arg(long, default_value = "24h", value_name = "DURATION", value_parser = config::parse_duration)]
     pub(super) ttl: Duration,
 }
@@ -579,7 +592,7 @@ pub(super) struct Status {
     pub(super) limit: u32,
 }
 
-fn key_value(text: &str) -> Result<(String, String), String> {
+pub(super) fn key_value(text: &str) -> Result<(String, String), String> {
     match text.split_once('=') {
         Some((key, value)) if !key.is_empty() => Ok((key.into(), value.into())),
         _ => Err("write it as KEY=VALUE".into()),

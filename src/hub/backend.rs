@@ -1,6 +1,7 @@
 //! The hub's implementation of the API.
 
 use std::fmt::Write as _;
+use std::time::Duration;
 
 use async_trait::async_trait;
 
@@ -61,9 +62,12 @@ fn parse_refs(artifacts: &[String]) -> Result<Vec<ArtifactRef>, Fault> {
     artifacts.iter().map(|a| Ok(a.parse()?)).collect()
 }
 
+/// The longest validity of a join token.
+const TOKEN_TTL_MAX: Duration = Duration::from_secs(30 * 24 * 3600);
+
 impl Hub {
     /// A site as the API shows it, with the state of its connection.
-    fn site_view(&self, row: &SiteRow) -> Site {
+    pub(super) fn site_view(&self, row: &SiteRow) -> Site {
         let mut site = row.view();
         if let Some(link) = self.inner.links.of(&site.name) {
             site.online = true;
@@ -292,6 +296,38 @@ impl Backend for Hub {
             .await
     }
 
+    async fn site(&self, name: &str) -> Result<Site, Fault> {
+        self.show_site(name).await
+    }
+
+    async fn set_site(&self, actor: &Actor, request: SetSiteRequest) -> Result<Site, Fault> {
+        self.relabel(actor, request).await
+    }
+
+    async fn act_on_site(
+        &self,
+        actor: &Actor,
+        request: MemberActionRequest,
+    ) -> Result<Site, Fault> {
+        self.change_site(actor, request).await
+    }
+
+    async fn publishers(&self, behind: Option<&str>, room: Room) -> Result<Page<Publisher>, Fault> {
+        self.publisher_page(behind, room).await
+    }
+
+    async fn publisher(&self, name: &str) -> Result<Publisher, Fault> {
+        self.show_publisher(name).await
+    }
+
+    async fn act_on_publisher(
+        &self,
+        actor: &Actor,
+        request: MemberActionRequest,
+    ) -> Result<Publisher, Fault> {
+        self.change_publisher(actor, request).await
+    }
+
     async fn token(&self, request: TokenRequest) -> Result<TokenReply, Fault> {
         let holder = match (&request.site, &request.publisher) {
             (Some(site), None) => Peer::Site(site.parse()?),
@@ -332,6 +368,10 @@ impl Backend for Hub {
             return Err(Fault::usage(
                 "the validity of a token must be longer than 0",
             ));
+        }
+        if request.ttl_seconds > TOKEN_TTL_MAX.as_secs() {
+            return Err(Fault::usage("a join token is valid for at most 30 days")
+                .with_next("create the token when it is needed"));
         }
         request
             .labels
@@ -468,9 +508,15 @@ impl Backend for Hub {
         let mut joined = Vec::new();
         for row in self.inner.catalogue.sites().await? {
             let site = self.site_view(&row);
-            let word = if site.online { "ok" } else { "fault" };
-            let line = site.line.unwrap_or_else(|| "not connected".into());
-            out.push(format!("{word} site {}: {line}", site.name));
+            let line = match (&site.revoked, site.line) {
+                (Some(revoked), _) => format!(
+                    "ok site {}: revoked at {} by {}",
+                    site.name, revoked.at, revoked.by
+                ),
+                (None, Some(line)) => format!("ok site {}: {line}", site.name),
+                (None, None) => format!("fault site {}: not connected", site.name),
+            };
+            out.push(line);
             joined.push(site.name);
         }
         let allow = self.inner.config.share.allow.as_deref();

@@ -28,6 +28,7 @@ use super::deliveries::Deliveries;
 use super::entitlement::Entitlement;
 use super::library::HubLibrary;
 use super::manifests::Manifests;
+use super::membership::Membership;
 use super::peer_budgets::PeerBudgets;
 use super::quota::QuotaLedger;
 use crate::api::types::Published;
@@ -52,7 +53,6 @@ use model::actor::Actor;
 use model::policy::{self, Object, Refusal, Verb};
 use model::protocol::{AskHub, CONTROL, FETCH, QUESTION, Wanted};
 use state::Catalogue;
-use transport::identity::HubIdentity;
 use transport::{Link, PRIORITY_BULK, RecvHalf, SendHalf};
 
 /// Streams of one publisher's connection that are answered at once.
@@ -94,7 +94,7 @@ struct Inner {
 pub(super) struct UploadParts {
     pub(super) catalogue: Catalogue,
     pub(super) store: Store,
-    pub(super) identity: Arc<HubIdentity>,
+    pub(super) membership: Membership,
     pub(super) entitlement: Entitlement,
     pub(super) budgets: Arc<PeerBudgets>,
     pub(super) library: HubLibrary,
@@ -179,8 +179,18 @@ impl Uploads {
         let (question, share) =
             wire::receive_question(&mut recv, self.parts().budgets.questions(), &peer).await?;
         // A publisher that was removed may still have its certificate.
-        let known = self.parts().catalogue.publisher_seen(name).await?;
-        let may = policy::may(&actor, Verb::Connect, &Object::Membership { known })
+        self.parts().catalogue.publisher_seen(name).await?;
+        let may = self
+            .parts()
+            .membership
+            .may_enter(&peer, link)
+            .await?
+            // Another process of this publisher may have renewed its certificate since this
+            // connection was opened.
+            .or_else(|refusal| match refusal {
+                Refusal::Superseded => Ok(()),
+                refusal => Err(refusal),
+            })
             .and_then(|()| policy::may(&actor, verb_of(&question), &Object::Daemon));
         let answer = match (may, question) {
             (Err(Refusal::Unknown), _) => {
@@ -207,7 +217,9 @@ impl Uploads {
                 }
                 answer
             }
-            (Ok(()), AskHub::Renew { request }) => answers::renew(&self.parts().identity, &peer, request.as_str()),
+            (Ok(()), AskHub::Renew { request }) => {
+                self.parts().membership.renew(&peer, link, request.as_str()).await
+            }
             (Ok(()), _) => Err(Fault::internal("a publisher's question has no answer")),
         };
         if let Err(fault) = self.flush_uploaded().await {

@@ -351,6 +351,9 @@ impl Backend for Site {
             last_seen: None,
             version: Some(crate::api::VERSION.into()),
             open_transfers: open as u64,
+            certificate: None,
+            revoked: None,
+            changed: None,
         }]))
     }
 

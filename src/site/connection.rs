@@ -6,7 +6,7 @@ mod reporter;
 mod transports;
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use tokio::sync::Semaphore;
@@ -21,7 +21,7 @@ use transports::{LOOK_EVERY, Transports};
 
 use crate::config::Transport;
 use base::budget::Budget;
-use base::fault::Fault;
+use base::fault::{Code, Fault};
 use base::limits::{
     ANSWER_MAX, FETCH_STREAMS_MAX, QUESTIONS_AT_ONCE_MAX, QUESTIONS_BYTES_MAX, SILENCE_MAX,
 };
@@ -37,6 +37,8 @@ use model::policy::{self, Object, Verb};
 use model::protocol::{AskHub, AskSite, FETCH, Planned, QUESTION};
 use transport::{self, ConnectionSettings, Link, RecvHalf, Redial, SendHalf};
 
+/// The pause between attempts to connect with a renewed certificate.
+const RENEWED_RETRY_EVERY: Duration = Duration::from_secs(60);
 /// Connects to the hub, executes the desired state, reports, and answers questions.
 #[derive(Clone)]
 pub(super) struct Connection {
@@ -83,6 +85,10 @@ impl Connection {
                 () = opened.stop.cancelled() => return Ok(()),
             };
             match dialled {
+                Ok(link) if link.is_for_renewal() => {
+                    worker.count();
+                    self.renew_expired(&link).await;
+                }
                 Ok(link) => {
                     worker.count();
                     let began = Instant::now();
@@ -91,6 +97,9 @@ impl Connection {
                 }
                 Err(fault) => {
                     worker.count_error(&fault);
+                    if self.has_other_certificate(&fault).await {
+                        redial = Redial::default();
+                    }
                     if self.hub.failed(&fault) {
                         tracing::warn!(hub = %address, error = %fault, next = %fault.next, "no connection to the hub");
                     }
@@ -103,6 +112,54 @@ impl Connection {
             }
         }
         Ok(())
+    }
+
+    /// Whether 'packhorse join' stored another certificate since the start, after the hub has refused
+    /// this one. The next attempt uses it.
+    async fn has_other_certificate(&self, fault: &Fault) -> bool {
+        if fault.code != Code::NotAllowed {
+            return false;
+        }
+        match self.hub.reload_certificate().await {
+            Ok(changed) => changed,
+            Err(fault) => {
+                tracing::warn!(error = %fault, "the certificate could not be read again");
+                false
+            }
+        }
+    }
+
+    /// Renews an expired certificate: the hub admits it for nothing else.
+    async fn renew_expired(&self, link: &Link) {
+        let renewed = self.hub.renew(link).await;
+        link.close_and_flush("the certificate was renewed").await;
+        if let Err(fault) = renewed {
+            let fault = fault.context("the certificate has expired and could not be renewed");
+            self.hub.failed(&fault);
+        }
+        self.opened.catalogue.notify();
+    }
+
+    /// Connects with a certificate that was renewed, so that the hub sees it, and does not accept the
+    /// one before it any more.
+    async fn wait_for_renewal(&self, link: &Link, address: &str) -> Link {
+        let mut current = self.hub.watch_identity();
+        if current.changed().await.is_err() {
+            return std::future::pending().await;
+        }
+        loop {
+            match self.dial(address).await {
+                Ok(newer) if !newer.is_for_renewal() => return newer,
+                Ok(_) => {}
+                Err(fault) => {
+                    tracing::warn!(error = %fault, "no connection with the renewed certificate yet; the current one continues");
+                }
+            }
+            tokio::select! {
+                () = tokio::time::sleep(RENEWED_RETRY_EVERY) => {}
+                _ = link.closed() => return std::future::pending().await,
+            }
+        }
     }
 
     /// Connects, over TCP first while QUIC is limited.
@@ -143,16 +200,20 @@ impl Connection {
                         None
                     }
                     () = self.answer(&link) => None,
-                    better = self.wait_for_better(&link, address) => Some(better),
+                    better = self.wait_for_better(&link, address) => Some((better, false)),
+                    newer = self.wait_for_renewal(&link, address) => Some((newer, true)),
                     () = opened.stop.cancelled() => None,
                 }
             };
             let better = use_it.instrument(span.clone()).await;
-            if let Some(better) = better {
-                // Running fetches complete over the old connection; new requests use the new one.
-                span.in_scope(|| match better.reason() {
-                    Some(why) => tracing::info!(why, "moved from QUIC to TCP"),
-                    None => tracing::info!("moved from TCP to QUIC"),
+            if let Some((better, is_renewed)) = better {
+                // New requests use the new one; the hub closes the old one.
+                span.in_scope(|| match (is_renewed, better.reason()) {
+                    (true, _) => {
+                        tracing::info!("moved to a connection with the renewed certificate")
+                    }
+                    (false, Some(why)) => tracing::info!(why, "moved from QUIC to TCP"),
+                    (false, None) => tracing::info!("moved from TCP to QUIC"),
                 });
                 link = better;
                 continue;
@@ -413,9 +474,13 @@ fn udp_is_limited(rate: u64) -> String {
 /// The fault of a hub that refuses this site after the welcome: its catalogue is from before the
 /// site joined, or the site was removed there.
 fn refused_by_hub(why: &str) -> Fault {
-    Fault::not_allowed(format!("the hub refused this site: {why}")).with_next(
-        "at the hub: packhorse token create --site NAME; then here, with the daemon stopped: packhorse join",
-    )
+    let fault = Fault::not_allowed(format!("the hub refused this site: {why}"));
+    match why.contains(transport::REVOKED) {
+        true => fault.with_next(transport::next_after_refusal(why)),
+        false => fault.with_next(
+            "at the hub: packhorse token create --site NAME; then here, with the daemon stopped: packhorse join",
+        ),
+    }
 }
 
 #[cfg(test)]

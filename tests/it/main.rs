@@ -40,6 +40,7 @@ mod interruption;
 mod largest_messages;
 mod logs;
 mod many_sites;
+mod members;
 mod nas;
 mod offline;
 mod omitted;

@@ -23,6 +23,7 @@ use crate::changed::InPlace;
 use crate::deliveries::Deliveries;
 use crate::events::Events;
 use crate::malformed::MalformedRows;
+use crate::members::Members;
 use crate::relay::Relay;
 use crate::runs::Runs;
 use crate::sites::Sites;
@@ -41,7 +42,7 @@ pub(crate) struct Common {
 /// A database that holds a catalogue.
 #[async_trait]
 pub trait Engine:
-    Artifacts + InPlace + Sites + Transfers + Deliveries + Relay + Runs + Events
+    Artifacts + InPlace + Sites + Members + Transfers + Deliveries + Relay + Runs + Events
 {
     /// Closes the database.
     async fn close(&self);

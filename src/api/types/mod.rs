@@ -5,6 +5,7 @@
 
 mod artifacts;
 mod deliveries;
+mod members;
 mod runs;
 mod sites;
 mod transfers;
@@ -18,6 +19,10 @@ pub use artifacts::{
     PublishRequest, Published, ShowQuery, SourceOptions, VerifyRequest,
 };
 pub use deliveries::{DeliverRequest, Delivered, Delivery, DeliveryQuery, LeftOut, PlanRow};
+pub use members::{
+    MemberAction, MemberActionRequest, MemberCertificate, MemberChange, MemberQuery,
+    MemberRevocation, Publisher, SetSiteRequest,
+};
 pub use model::run::{RunActionRequest, RunInput, RunRequest, RunState, RunVerb};
 pub use model::transfer::{Action, Bytes, State, TransferQuery};
 pub use runs::{ModelLineage, Run, RunModel, RunQuery, RunTrainer};

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use super::{MemberCertificate, MemberChange, MemberRevocation};
 use base::names::SiteName;
 
 /// One site.
@@ -32,6 +33,15 @@ pub struct Site {
     pub version: Option<String>,
     /// Transfers that have not ended.
     pub open_transfers: u64,
+    /// Its newest certificate (at the hub); absent: an earlier version issued it, and recorded nothing.
+    #[serde(default)]
+    pub certificate: Option<MemberCertificate>,
+    /// Its revocation, if it is revoked.
+    #[serde(default)]
+    pub revoked: Option<MemberRevocation>,
+    /// The last change by a person.
+    #[serde(default)]
+    pub changed: Option<MemberChange>,
 }
 
 /// A request for a join token for one site or one publisher.

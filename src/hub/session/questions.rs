@@ -24,7 +24,7 @@ use model::paging::Room;
 use model::policy::{self, Object};
 use model::protocol::AskHub;
 use state::no_delivery;
-use transport::{RecvHalf, SendHalf};
+use transport::{Link, RecvHalf, SendHalf};
 
 impl Sessions {
     pub(super) async fn question(
@@ -32,6 +32,7 @@ impl Sessions {
         mut send: SendHalf,
         mut recv: RecvHalf,
         site: &SiteName,
+        link: &Link,
     ) -> Result<(), Fault> {
         let peer = Peer::Site(site.clone());
         let (question, share) =
@@ -71,7 +72,7 @@ impl Sessions {
                 })
             }
             (Ok(()), question) => {
-                let answer = timeout(ANSWER_MAX, self.answer(site, &actor, question)).await;
+                let answer = timeout(ANSWER_MAX, self.answer(link, &actor, question)).await;
                 answer.unwrap_or_else(|_| {
                     Err(Fault::unreachable("the hub did not answer in time")
                         .with_next("ask again later"))
@@ -84,7 +85,7 @@ impl Sessions {
 
     async fn answer(
         &self,
-        site: &SiteName,
+        link: &Link,
         actor: &Actor,
         question: AskHub,
     ) -> Result<serde_json::Value, Fault> {
@@ -97,15 +98,16 @@ impl Sessions {
             AskHub::Deliver { artifacts, to } => {
                 as_json(deliveries.deliver(actor, &artifacts, &to, false).await?)
             }
-            AskHub::Renew { request } => answers::renew(
-                &self.inner.identity,
-                &Peer::Site(site.clone()),
-                request.as_str(),
-            ),
-            AskHub::LimitedRate => {
-                let link = self.inner.links.of(site);
-                as_json(link.and_then(|link| link.limited_rate()))
+            AskHub::Renew { request } => {
+                let peer = link
+                    .peer()
+                    .ok_or_else(|| Fault::internal("a connection without a peer"))?;
+                self.inner
+                    .membership
+                    .renew(peer, link, request.as_str())
+                    .await
             }
+            AskHub::LimitedRate => as_json(link.limited_rate()),
             AskHub::Delivery(id) => self.delivery_for(actor, &id).await,
             AskHub::Transfers { id, since, wait } => {
                 self.transfers_for(actor, &id, since, wait).await

@@ -42,8 +42,8 @@ pub(in crate::hub) fn hello(changes: bool) -> FromSite {
 
 pub(in crate::hub) struct Bench {
     pub(in crate::hub) hub: Hub,
-    address: String,
-    dir: tempfile::TempDir,
+    pub(in crate::hub) address: String,
+    pub(in crate::hub) dir: tempfile::TempDir,
 }
 
 impl Bench {

@@ -30,6 +30,7 @@ impl Bench {
         let listener = Listener::bind(
             ([127, 0, 0, 1], 0).into(),
             hub.clone(),
+            Arc::new(transport::testing::AdmitAll),
             &ConnectionSettings::default(),
             64 << 20,
             &base::workers::Workers::default(),

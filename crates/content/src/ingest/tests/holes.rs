@@ -23,7 +23,7 @@ fn a_hole_has_the_chunks_of_its_zeros() {
     let store = Store::open(&dir.path().join("store")).unwrap();
     let piece = noise("piece", 300_001);
     let (mib, last) = (1 << 20, [7]);
-    let sets: [(u64, Vec<Piece>); 7] = [
+    let sets: [(u64, Vec<Piece<'_>>); 7] = [
         (64 * mib, vec![]),
         (40 * mib + 5, vec![(0, &piece)]),
         (40 * mib, vec![(20 * mib + 1234, &piece)]),
