@@ -296,14 +296,18 @@ impl Sink for FilesSink {
     }
 
     fn refuse_path(&self, path: &RelPath) -> Option<String> {
-        if !self.mount().windows_names {
-            return None;
-        }
+        let Mount {
+            windows_names,
+            no_backslash,
+            renames_reserved,
+            ..
+        } = self.mount();
         path.components().find_map(|name| {
-            if let Some(c) = name
-                .chars()
-                .find(|c| "<>:\"|?*\\".contains(*c) || c.is_control())
-            {
+            let is_refused = |c: &char| match windows_names {
+                true => "<>:\"|?*\\".contains(*c) || c.is_control(),
+                false => no_backslash && *c == '\\',
+            };
+            if let Some(c) = name.chars().find(is_refused) {
                 return Some(format!("the NAS does not allow {c:?} in names"));
             }
             let stem = name.split('.').next().unwrap_or(name).to_ascii_uppercase();
@@ -311,7 +315,8 @@ impl Sink for FilesSink {
                 || (stem.len() == 4
                     && (stem.starts_with("COM") || stem.starts_with("LPT"))
                     && stem.ends_with(|c: char| c.is_ascii_digit()));
-            if name.ends_with(['.', ' ']) || reserved {
+            let reserved = reserved && (windows_names || renames_reserved);
+            if windows_names && name.ends_with(['.', ' ']) || reserved {
                 return Some(
                     "the NAS does not allow reserved names or names that end in a dot or a space"
                         .into(),
