@@ -217,7 +217,7 @@ fn entries_of(source: &str, images: &[ContainedImage]) -> Result<Vec<Entry>, Fau
                 selected,
                 &of_file,
                 None,
-                format!("sha256-{digits}"),
+                &format!("sha256-{digits}"),
             )?);
             continue;
         }
@@ -231,7 +231,7 @@ fn entries_of(source: &str, images: &[ContainedImage]) -> Result<Vec<Entry>, Fau
                 selected.clone(),
                 repository,
                 Some(tag.to_owned()),
-                tag.to_lowercase(),
+                &tag.to_lowercase(),
             )?);
         }
     }
@@ -283,7 +283,7 @@ impl Entry {
         source: String,
         repository: &str,
         tag: Option<String>,
-        version: String,
+        version: &str,
     ) -> Result<Self, Fault> {
         let name = repository.replace('/', "-");
         let artifact = format!("image/{name}:{version}");
@@ -295,7 +295,7 @@ impl Entry {
             source,
             artifact,
             repository: Some(repository.to_owned()).filter(|repository| *repository != name),
-            tag: tag.filter(|tag| *tag != version),
+            tag: tag.filter(|tag| tag != version),
             platform: None,
         })
     }

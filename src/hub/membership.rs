@@ -142,9 +142,8 @@ impl Membership {
         tracing::info!("the certificate of this peer is expired; it may only renew it");
         let work = timeout(RENEWAL_MAX, self.answer_renewals(who, link, budgets));
         tokio::select! {
-            served = work => match served {
-                Ok(Err(fault)) => tracing::debug!(error = %fault, "a renewal ended"),
-                Ok(Ok(())) | Err(_) => {}
+            served = work => if let Ok(Err(fault)) = served {
+                tracing::debug!(error = %fault, "a renewal ended");
             },
             () = stop.cancelled() => {}
         }

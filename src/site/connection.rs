@@ -210,7 +210,7 @@ impl Connection {
                 // New requests use the new one; the hub closes the old one.
                 span.in_scope(|| match (is_renewed, better.reason()) {
                     (true, _) => {
-                        tracing::info!("moved to a connection with the renewed certificate")
+                        tracing::info!("moved to a connection with the renewed certificate");
                     }
                     (false, Some(why)) => tracing::info!(why, "moved from QUIC to TCP"),
                     (false, None) => tracing::info!("moved from TCP to QUIC"),

@@ -59,7 +59,7 @@ fn names_that_windows_rejects_are_rejected_if_the_nas_rejects_them() {
         assert!(refused(&smb, bad), "{bad:?}");
         assert!(!refused(&linux, bad), "{bad:?}");
     }
-    let mapped = linux.clone().assuming(Mount {
+    let mapped = linux.assuming(Mount {
         no_backslash: true,
         renames_reserved: true,
         ..Mount::default()

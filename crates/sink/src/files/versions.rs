@@ -542,9 +542,9 @@ mod tests {
         assert_eq!(current().as_deref(), Some("v1\n"));
         // What a lost switch left is removed by a later one.
         durable::replace(&left, b"v0\n").unwrap();
-        let hour_ago = std::time::SystemTime::now() - Duration::from_secs(3600);
+        let long_ago = std::time::SystemTime::UNIX_EPOCH + Duration::from_secs(3600);
         let file = fs::File::options().write(true).open(&left).unwrap();
-        file.set_modified(hour_ago).unwrap();
+        file.set_modified(long_ago).unwrap();
         sink.activate(&two.artifact).await.unwrap();
         assert!(!left.exists());
     }

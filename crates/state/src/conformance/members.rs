@@ -215,7 +215,7 @@ pub(crate) async fn labels_are_changed_and_selected_by_at_once(catalogue: Catalo
             .select_sites(&"line=4".parse().unwrap())
             .await
             .unwrap(),
-        [site.clone()]
+        std::slice::from_ref(&site)
     );
     // The same labels again are no change.
     let cursor = catalogue.cursor().await.unwrap();
