@@ -37,6 +37,12 @@ pub(crate) struct Fake {
     pub(crate) workers: Workers,
     /// The pages of a query with ids, which may repeat rows.
     pub(crate) repeating: Mutex<Option<Vec<Vec<Transfer>>>>,
+    /// Whether an id that does not exist is refused, as the daemons do.
+    pub(crate) strict: std::sync::atomic::AtomicBool,
+    /// Sites besides `chengdu`, with their regions.
+    pub(crate) more_sites: Mutex<Vec<(String, String)>>,
+    /// The token of the trainer of the run `r`.
+    pub(crate) trainer: super::RunToken,
     changed: Arc<Notify>,
     /// How often somebody asked for transfers or events.
     asks: tokio::sync::watch::Sender<u64>,
@@ -138,6 +144,9 @@ impl Default for Fake {
             artifacts: Mutex::new(vec![artifact("dataset/line3:v1")]),
             workers: Workers::default(),
             repeating: Mutex::default(),
+            strict: Default::default(),
+            more_sites: Mutex::default(),
+            trainer: super::RunToken::new("r".parse().unwrap()).unwrap(),
             changed: Arc::default(),
             asks: tokio::sync::watch::Sender::default(),
         }
@@ -260,7 +269,10 @@ impl Fake {
         };
         let task = tokio::spawn(async move {
             let token = ApiToken::parse(TOKEN).unwrap();
-            super::serve(&listener, None, backend, token, shutdown).await
+            let dir = tempfile::tempdir().unwrap();
+            let catalogue = state::Catalogue::open(dir.path()).await.unwrap();
+            let access = super::AccessTokens::open(catalogue, false).await.unwrap();
+            super::serve(&listener, None, backend, token, Arc::new(access), shutdown).await
         });
         (base, stop, task)
     }
@@ -320,6 +332,16 @@ impl Backend for Fake {
         room: Room,
     ) -> Result<(Page<Transfer>, u64), Fault> {
         self.asks.send_modify(|asks| *asks += 1);
+        let known = |id: &str| {
+            let world = self.world.lock();
+            world.transfers.iter().any(|t| t.id == id || t.delivery == id)
+        };
+        if let (None, Some(ids)) = (&*self.repeating.lock(), &query.id)
+            && let Some(unknown) = ids.split(',').find(|id| !known(id))
+            && self.strict.load(std::sync::atomic::Ordering::Relaxed)
+        {
+            return Err(state::no_work(unknown));
+        }
         if let (Some(pages), Some(_)) = (&*self.repeating.lock(), &query.id) {
             let at = behind.map_or(0, |at| at.parse().unwrap());
             let page = Page {
@@ -453,10 +475,22 @@ impl Backend for Fake {
             |t| t.id.clone(),
         ))
     }
+    async fn open_by_artifact(
+        &self,
+    ) -> Result<Vec<(base::names::SiteName, base::names::ArtifactRef, u64)>, Fault> {
+        let transfers = &self.world.lock().transfers;
+        let open = transfers.iter().filter(|t| !t.state.is_final());
+        Ok(open
+            .map(|t| (t.site.clone(), t.artifact.clone(), 1))
+            .collect())
+    }
+    async fn run_token(&self, run: &base::names::RunName) -> Option<super::RunToken> {
+        (run == self.trainer.run()).then(|| self.trainer.clone())
+    }
     async fn sites(&self, _behind: Option<&str>, _room: Room) -> Result<Page<Site>, Fault> {
-        Ok(Page::whole(vec![Site {
-            name: "chengdu".parse()?,
-            labels: [("region".to_owned(), "west".to_owned())].into(),
+        let site = |name: &str, region: &str| Site {
+            name: name.parse().unwrap(),
+            labels: [("region".to_owned(), region.to_owned())].into(),
             online: true,
             line: Some("quic".into()),
             rtt_ms: Some(42.25),
@@ -464,7 +498,15 @@ impl Backend for Fake {
             last_seen: None,
             version: Some("0.1.0".into()),
             open_transfers: 2,
-        }]))
+        };
+        let mut sites = vec![site("chengdu", "west")];
+        sites.extend(
+            self.more_sites
+                .lock()
+                .iter()
+                .map(|(name, region)| site(name, region)),
+        );
+        Ok(Page::whole(sites))
     }
     async fn token(&self, request: TokenRequest) -> Result<String, Fault> {
         Ok(format!(

@@ -7,6 +7,7 @@
 //! crash loses open connections, and a client resumes from its cursor.
 
 mod access;
+mod access_tokens;
 mod body;
 mod error;
 mod events;
@@ -16,9 +17,12 @@ mod openapi;
 mod proof;
 mod routes;
 mod run_token;
+mod scoped;
 mod server;
+mod started;
 mod starting;
 mod token;
+mod tokens;
 pub mod types;
 mod views;
 
@@ -34,6 +38,7 @@ pub(crate) use proof::{Proof, ProofQuery};
 pub use run_token::RunToken;
 pub use starting::serve_starting;
 pub use token::ApiToken;
+pub use tokens::{AccessTokens, USE_STORE_EVERY};
 pub use views::{View, malformed_lines};
 
 use std::future::Future;
@@ -47,7 +52,7 @@ use tokio_util::sync::CancellationToken;
 
 use base::fault::Fault;
 use base::limits::{API_LISTS_AT_ONCE_MAX, DRAIN_MAX};
-use base::names::RunName;
+use base::names::{ArtifactRef, RunName, SiteName};
 use base::tally::Tally;
 use base::workers::Workers;
 use model::paging::{Page, Pager, Room};
@@ -114,14 +119,14 @@ pub trait Backend: Send + Sync {
         behind: Option<&str>,
         room: Room,
     ) -> Result<Page<Transfer>, Fault>;
+    /// The number of open transfers of each artifact to each site.
+    async fn open_by_artifact(&self) -> Result<Vec<(SiteName, ArtifactRef, u64)>, Fault>;
     /// All sites (at a site: itself).
     async fn sites(&self, behind: Option<&str>, room: Room) -> Result<Page<Site>, Fault>;
     /// Creates a join token (hub only).
     async fn token(&self, request: TokenRequest) -> Result<String, Fault>;
     /// The token of a training run whose trainer runs here now; `None`: there is none.
-    async fn run_token(&self, _run: &RunName) -> Option<RunToken> {
-        None
-    }
+    async fn run_token(&self, run: &RunName) -> Option<RunToken>;
     /// Starts a verification; the result is a list of findings, empty when the artifact is intact.
     async fn verify(&self, request: VerifyRequest) -> Result<Job, Fault>;
     /// Keeps an artifact's relayed bytes at any age, or ends that (hub only).
@@ -166,6 +171,7 @@ pub async fn serve(
     local: Option<&LocalSocket>,
     backend: Arc<dyn Backend>,
     token: ApiToken,
+    access: Arc<AccessTokens>,
     shutdown: impl Future<Output = ()> + Send + 'static,
 ) -> Result<(), Fault> {
     let stop = CancellationToken::new();
@@ -175,7 +181,9 @@ pub async fn serve(
         backend,
         token: Arc::new(token),
         queries: Arc::new(openapi::Queries::documented()),
-        run_jobs: Arc::default(),
+        access,
+        scoped: Arc::default(),
+        started: Arc::default(),
         stop: stop.clone(),
         wrong_tokens,
         lists,

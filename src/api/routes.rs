@@ -5,7 +5,7 @@ use std::future::Future;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use axum::body::Body;
+use axum::body::{Body, HttpBody as _};
 use axum::extract::{
     DefaultBodyLimit, Extension, FromRequest, FromRequestParts, Query, Request, State,
 };
@@ -15,6 +15,7 @@ use axum::middleware::{self, Next};
 use axum::response::{Html, IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
+use futures::StreamExt as _;
 use futures::future::BoxFuture;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -26,11 +27,14 @@ use super::error::{ApiError, ErrorBody};
 use super::proof::{Proof, ProofQuery};
 use super::server::Connection;
 use super::types::*;
+use super::scoped::{self, Scoped};
+use super::started::StartedJobs;
+use super::tokens::{Held, Invalid};
 use super::{
-    ApiToken, Backend, CURSOR_HEADER, TOKEN_HEADER, VERSION, VERSION_HEADER, access, body, events,
-    lists, openapi, run_token,
+    AccessTokens, ApiToken, Backend, CURSOR_HEADER, TOKEN_HEADER, VERSION, VERSION_HEADER, access,
+    access_tokens, body, events, lists, openapi, run_token,
 };
-use base::fault::Fault;
+use base::fault::{Fault, Retry};
 use base::limits::{
     API_AUDIT_CHARS_MAX, API_BODY_BYTES_MAX, API_LOOK_EVERY, API_ROWS_DEFAULT, API_ROWS_MAX,
     LONG_POLL_MAX,
@@ -45,8 +49,12 @@ pub(super) struct App {
     pub(super) token: Arc<ApiToken>,
     /// The query keys of every route.
     pub(super) queries: Arc<openapi::Queries>,
-    /// The jobs that trainers started.
-    pub(super) run_jobs: Arc<run_token::RunJobs>,
+    /// The access tokens.
+    pub(super) access: Arc<AccessTokens>,
+    /// What the requests of tokens with a scope share.
+    pub(super) scoped: Arc<scoped::Shared>,
+    /// Who started the jobs.
+    pub(super) started: Arc<StartedJobs>,
     /// Cancelled when the daemon stops: waits end early, streams end.
     pub(super) stop: CancellationToken,
     /// Requests with a wrong token.
@@ -70,6 +78,20 @@ impl App {
     }
 }
 
+/// The daemon for the actor of a request: what it may not see does not exist. [`authenticate`] makes
+/// it. The state of the guarded routes is empty, so their handlers reach the daemon through this
+/// only.
+#[derive(Clone)]
+pub(super) struct For(pub(super) App);
+
+impl<S: Send + Sync> FromRequestParts<S> for For {
+    type Rejection = ApiError;
+    async fn from_request_parts(parts: &mut Parts, _state: &S) -> Result<Self, ApiError> {
+        let own = parts.extensions.get::<Self>().cloned();
+        own.ok_or_else(|| Fault::internal("a request without an actor reached a handler").into())
+    }
+}
+
 /// The change that a request asks for, for the log: set when its body has been read.
 #[derive(Clone, Default)]
 struct Asked(Arc<OnceLock<String>>);
@@ -77,7 +99,16 @@ struct Asked(Arc<OnceLock<String>>);
 /// All routes. Everything under `/v1/` and the metrics require a token ([`authenticate`]); the
 /// dashboard will replace [`home`].
 pub(super) fn router(app: App) -> Router {
-    let guarded = Router::new()
+    // Without state: a handler of these cannot reach the daemon but through `For`.
+    let guarded = Router::<()>::new()
+        .route(
+            "/v1/access",
+            get(access_tokens::list)
+                .post(access_tokens::create)
+                .delete(access_tokens::revoke),
+        )
+        .route("/v1/access/show", get(access_tokens::show))
+        .route("/v1/access/rotate", post(access_tokens::rotate))
         .route("/v1/artifacts", get(lists::artifacts).post(publish))
         .route("/v1/artifacts/show", get(lists::show))
         .route("/v1/transfers", get(lists::transfers).post(deliver))
@@ -111,12 +142,12 @@ pub(super) fn router(app: App) -> Router {
         .route("/readyz", get(readyz))
         .route("/v1/proof", get(proof))
         .route("/openapi.json", get(openapi::document))
+        .with_state(app)
         .merge(guarded)
         .fallback(no_such_route)
         .method_not_allowed_fallback(no_such_method)
         .layer(DefaultBodyLimit::max(API_BODY_BYTES_MAX))
         .layer(middleware::from_fn(stamp))
-        .with_state(app)
 }
 
 /// Adds the version to every reply, including errors.
@@ -149,41 +180,125 @@ async fn authenticate(
     mut request: Request,
     next: Next,
 ) -> Result<Response, ApiError> {
-    let (actor, why) = match presented(&headers) {
-        None => (None, "the API wants a token"),
-        Some(presented) => (actor_of(&app, presented).await, "the API token is wrong"),
+    let caller = match presented(&headers) {
+        None => return Err(no_token("the API wants a token")),
+        Some(presented) => caller(&app, presented).await,
     };
-    let Some(actor) = actor else {
-        if presented(&headers).is_some() {
-            let (peer, path) = (&connection.peer, clipped(request.uri().path()));
-            app.wrong_tokens
-                .note(format_args!("{peer}: {} {path}", request.method()));
-        }
-        let fault = Fault::not_allowed(why).with_next(
-            "send the content of <data_dir>/api-token in X-Packhorse-Token, or use --config or --token-file",
-        );
-        return Err(ApiError::with_status(fault, StatusCode::UNAUTHORIZED));
-    };
+    let caller = caller.map_err(|invalid| {
+        let (peer, path) = (&connection.peer, clipped(request.uri().path()));
+        app.wrong_tokens
+            .note(format_args!("{peer}: {} {path}{}", request.method(), invalid.for_log()));
+        refusal(&app, &invalid)
+    })?;
     connection.finish();
     // Held until the response was made: what the body became takes as much memory.
     let memory = body::Memory::default();
     request.extensions_mut().insert(memory.clone());
+    let actor = caller.actor;
     let request = access::check(&app, &actor, request).await?;
-    let is_publish = request.uri().path() == "/v1/artifacts";
-    let response = log_change(&actor, &connection, request, next).await;
+    let is_read = matches!(*request.method(), Method::GET | Method::HEAD);
+    let work = respond(&app, &actor, &connection, request, next);
+    let response = match caller.held {
+        None => work.await,
+        // A change that has begun is not stopped in the middle.
+        Some(_) if !is_read => work.await,
+        Some(held) => {
+            let response = tokio::select! {
+                response = work => response,
+                () = held.ended() => return Err(no_token("the access token has ended")),
+            };
+            ending_with(held, response)
+        }
+    };
     drop(memory);
-    match &actor {
-        Actor::Trainer(run) if is_publish => Ok(run_token::note_job(&app, run, response).await),
-        _ => Ok(response),
+    Ok(response)
+}
+
+/// Passes a request on to its handler, which sees the daemon as the actor may.
+async fn respond(
+    app: &App,
+    actor: &Actor,
+    connection: &Connection,
+    mut request: Request,
+    next: Next,
+) -> Response {
+    let mut own = app.clone();
+    if let Actor::Token(grant) = actor
+        && grant.scope.is_limited()
+    {
+        let (backend, grant) = (app.backend.clone(), grant.clone());
+        let (shared, started) = (app.scoped.clone(), app.started.clone());
+        own.backend = Arc::new(Scoped::new(backend, grant, shared, started));
+    }
+    request.extensions_mut().insert(For(own));
+    request.extensions_mut().insert(actor.clone());
+    let response = log_change(actor, connection, request, next).await;
+    match actor {
+        Actor::Trainer(_) | Actor::Token(_) => app.started.note_response(actor, response).await,
+        _ => response,
     }
 }
 
-/// Who holds this token. `None`: nobody.
-async fn actor_of(app: &App, presented: &[u8]) -> Option<Actor> {
-    if app.token.is(presented) {
-        return Some(Actor::Admin);
+/// A response that ends with the token, if its body is still being made.
+fn ending_with(held: Arc<Held>, response: Response) -> Response {
+    if response.body().size_hint().exact().is_some() {
+        return response;
     }
-    run_token::run_of(app, presented).await.map(Actor::Trainer)
+    let (parts, body) = response.into_parts();
+    let ended = Box::pin(async move { held.ended().await });
+    let body = body.into_data_stream().take_until(ended);
+    Response::from_parts(parts, Body::from_stream(body))
+}
+
+/// Who makes a request.
+struct Caller {
+    actor: Actor,
+    /// The access token that it holds.
+    held: Option<Arc<Held>>,
+}
+
+/// Who holds this token.
+async fn caller(app: &App, presented: &[u8]) -> Result<Caller, Invalid> {
+    if app.token.is(presented) {
+        return Ok(Caller {
+            actor: Actor::Admin,
+            held: None,
+        });
+    }
+    if let Some(run) = run_token::run_of(app, presented).await {
+        return Ok(Caller {
+            actor: Actor::Trainer(run),
+            held: None,
+        });
+    }
+    let held = app.access.find(presented)?;
+    Ok(Caller {
+        actor: Actor::Token(held.grant.clone()),
+        held: Some(held),
+    })
+}
+
+/// The answer to an invalid token.
+fn refusal(app: &App, invalid: &Invalid) -> ApiError {
+    if let Some(pause) = app.access.refuse(invalid.id()) {
+        let ms = u64::try_from(pause.as_millis()).unwrap_or(u64::MAX);
+        let fault = Fault::not_allowed("too many requests with an invalid token")
+            .with_next("send requests with a valid token: they are not limited")
+            .with_retry(Retry::AfterMs(ms));
+        return ApiError::with_status(fault, StatusCode::TOO_MANY_REQUESTS);
+    }
+    match invalid {
+        Invalid::Unknown(_) => no_token("the API token is wrong"),
+        Invalid::Expired(_) => no_token("the access token has expired"),
+        Invalid::Revoked(_) => no_token("the access token is revoked"),
+    }
+}
+
+fn no_token(why: &str) -> ApiError {
+    let fault = Fault::not_allowed(why).with_next(
+        "send the content of <data_dir>/api-token, or an access token, in X-Packhorse-Token, or use --config or --token-file",
+    );
+    ApiError::with_status(fault, StatusCode::UNAUTHORIZED)
 }
 
 /// Passes a request on. A change is logged: who requested what from where, and the status.
@@ -375,9 +490,12 @@ pub(super) async fn proof(
         .local
         .map(|address| address.to_string())
         .unwrap_or_default();
-    // A client with a trainer's token requests a proof with that token.
-    let of_run = run_token::of_query(&app, &query).await;
-    let token = of_run.as_ref().unwrap_or(&app.token);
+    // A client with another token than the daemon's own requests a proof with that token.
+    let other = match &query.token {
+        Some(id) => app.access.proof_key(id),
+        None => run_token::of_query(&app, &query).await,
+    };
+    let token = other.as_ref().unwrap_or(&app.token);
     let proof = Proof::make(token, &query, address)
         .ok_or_else(|| Fault::usage("the challenge is not 32 bytes in hex"))?;
     Ok(Json(proof))
@@ -385,8 +503,9 @@ pub(super) async fn proof(
 
 /// Metrics in Prometheus text form.
 #[utoipa::path(get, path = "/metrics", tag = "daemon", responses((status = 200, description = "text", content_type = "text/plain")))]
-pub(super) async fn metrics(State(app): State<App>) -> Result<Response, ApiError> {
-    let text = app.listed(app.backend.metrics()).await?;
+pub(super) async fn metrics(For(app): For) -> Result<Response, ApiError> {
+    let mut text = app.listed(app.backend.metrics()).await?;
+    text.push_str(&app.access.metrics());
     Ok((
         [(
             header::CONTENT_TYPE,
@@ -403,7 +522,7 @@ pub(super) async fn metrics(State(app): State<App>) -> Result<Response, ApiError
     (status = "default", description = "an error", body = ErrorBody),
 ))]
 pub(super) async fn publish(
-    State(app): State<App>,
+    For(app): For,
     B(request): B<PublishRequest>,
 ) -> Result<Response, ApiError> {
     Ok(accepted(app.backend.publish(request).await?))
@@ -415,7 +534,7 @@ pub(super) async fn publish(
     (status = "default", description = "an error", body = ErrorBody),
 ))]
 pub(super) async fn deliver(
-    State(app): State<App>,
+    For(app): For,
     B(request): B<DeliverRequest>,
 ) -> Result<Response, ApiError> {
     Ok(accepted(app.backend.deliver(request).await?))
@@ -428,7 +547,7 @@ pub(super) async fn deliver(
     (status = "default", description = "an error", body = ErrorBody),
 ))]
 pub(super) async fn run(
-    State(app): State<App>,
+    For(app): For,
     Q(query): Q<RunQuery>,
 ) -> Result<Json<Run>, ApiError> {
     let look = || app.backend.run(&query.name);
@@ -443,7 +562,7 @@ pub(super) async fn run(
     (status = "default", description = "an error", body = ErrorBody),
 ))]
 pub(super) async fn train(
-    State(app): State<App>,
+    For(app): For,
     B(request): B<RunRequest>,
 ) -> Result<Response, ApiError> {
     Ok(accepted(app.backend.train(request).await?))
@@ -455,7 +574,7 @@ pub(super) async fn train(
     (status = "default", description = "an error", body = ErrorBody),
 ))]
 pub(super) async fn act_on_run(
-    State(app): State<App>,
+    For(app): For,
     B(request): B<RunActionRequest>,
 ) -> Result<Json<Run>, ApiError> {
     Ok(Json(app.backend.act_on_run(request).await?))
@@ -467,7 +586,7 @@ pub(super) async fn act_on_run(
     (status = "default", description = "an error", body = ErrorBody),
 ))]
 pub(super) async fn plan(
-    State(app): State<App>,
+    For(app): For,
     B(request): B<DeliverRequest>,
 ) -> Result<Json<Vec<PlanRow>>, ApiError> {
     Ok(Json(app.backend.plan(request).await?))
@@ -479,7 +598,7 @@ pub(super) async fn plan(
     (status = "default", description = "an error", body = ErrorBody),
 ))]
 pub(super) async fn token(
-    State(app): State<App>,
+    For(app): For,
     B(request): B<TokenRequest>,
 ) -> Result<Response, ApiError> {
     let token = app.backend.token(request).await?;
@@ -497,7 +616,7 @@ pub(super) async fn token(
     (status = "default", description = "an error", body = ErrorBody),
 ))]
 pub(super) async fn verify(
-    State(app): State<App>,
+    For(app): For,
     B(request): B<VerifyRequest>,
 ) -> Result<Response, ApiError> {
     Ok(accepted(app.backend.verify(request).await?))
@@ -509,7 +628,7 @@ pub(super) async fn verify(
     (status = "default", description = "an error", body = ErrorBody),
 ))]
 pub(super) async fn pin(
-    State(app): State<App>,
+    For(app): For,
     B(request): B<PinRequest>,
 ) -> Result<Json<Artifact>, ApiError> {
     Ok(Json(
@@ -524,7 +643,7 @@ pub(super) async fn pin(
     (status = "default", description = "an error", body = ErrorBody),
 ))]
 pub(super) async fn export_labels(
-    State(app): State<App>,
+    For(app): For,
     B(request): B<ExportLabelsRequest>,
 ) -> Result<Response, ApiError> {
     Ok(accepted(app.backend.export_labels(request).await?))
@@ -536,7 +655,7 @@ pub(super) async fn export_labels(
     (status = "default", description = "an error", body = ErrorBody),
 ))]
 pub(super) async fn export(
-    State(app): State<App>,
+    For(app): For,
     B(request): B<ExportRequest>,
 ) -> Result<Response, ApiError> {
     Ok(accepted(
@@ -550,7 +669,7 @@ pub(super) async fn export(
     (status = "default", description = "an error", body = ErrorBody),
 ))]
 pub(super) async fn import(
-    State(app): State<App>,
+    For(app): For,
     B(request): B<ImportRequest>,
 ) -> Result<Response, ApiError> {
     Ok(accepted(app.backend.import(request.file).await?))
@@ -562,7 +681,7 @@ pub(super) async fn import(
     (status = 202, description = "begun", body = Job),
     (status = "default", description = "an error", body = ErrorBody),
 ))]
-pub(super) async fn adopt(State(app): State<App>) -> Result<Response, ApiError> {
+pub(super) async fn adopt(For(app): For) -> Result<Response, ApiError> {
     Ok(accepted(app.backend.adopt().await?))
 }
 
@@ -571,7 +690,7 @@ pub(super) async fn adopt(State(app): State<App>) -> Result<Response, ApiError> 
     (status = 202, description = "begun", body = Job),
     (status = "default", description = "an error", body = ErrorBody),
 ))]
-pub(super) async fn gc(State(app): State<App>) -> Result<Response, ApiError> {
+pub(super) async fn gc(For(app): For) -> Result<Response, ApiError> {
     Ok(accepted(app.backend.gc().await?))
 }
 
@@ -580,8 +699,10 @@ pub(super) async fn gc(State(app): State<App>) -> Result<Response, ApiError> {
     (status = 200, description = "a line for each check: `ok …` or `fault …`", body = Vec<String>),
     (status = "default", description = "an error", body = ErrorBody),
 ))]
-pub(super) async fn doctor(State(app): State<App>) -> Result<Json<Vec<String>>, ApiError> {
-    Ok(Json(app.backend.doctor().await?))
+pub(super) async fn doctor(For(app): For) -> Result<Json<Vec<String>>, ApiError> {
+    let mut lines = app.backend.doctor().await?;
+    lines.extend(app.access.doctor());
+    Ok(Json(lines))
 }
 
 /// A job, at its end or after `wait` seconds (50 at most), whichever is first.
@@ -591,7 +712,7 @@ pub(super) async fn doctor(State(app): State<App>) -> Result<Json<Vec<String>>, 
     (status = "default", description = "an error", body = ErrorBody),
 ))]
 pub(super) async fn job(
-    State(app): State<App>,
+    For(app): For,
     Q(query): Q<JobQuery>,
 ) -> Result<Json<Job>, ApiError> {
     let look = || app.backend.job(&query.id);
@@ -608,7 +729,7 @@ pub(super) async fn job(
     (status = "default", description = "an error", body = ErrorBody),
 ))]
 pub(super) async fn cancel_job(
-    State(app): State<App>,
+    For(app): For,
     Q(query): Q<JobQuery>,
 ) -> Result<Json<Job>, ApiError> {
     app.backend.cancel_job(&query.id).await?;

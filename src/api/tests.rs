@@ -14,6 +14,10 @@ use base::limits::{API_BODY_BYTES_MAX, API_CONNECTIONS_MAX, API_HEAD_MAX, API_PA
 use base::tally::Log;
 use base::workers::Pace;
 
+mod rights;
+mod scope;
+mod tokens;
+
 struct Daemon {
     fake: Arc<Fake>,
     base: String,
@@ -707,7 +711,11 @@ async fn the_local_socket_serves_the_same() {
         let token = token.clone();
         async move {
             let stopped = async { stopped.await.unwrap() };
-            super::serve(&listener, Some(&local), fake, token, stopped).await
+            let data = tempfile::tempdir().unwrap();
+            let catalogue = state::Catalogue::open(data.path()).await.unwrap();
+            let access = super::AccessTokens::open(catalogue, false).await.unwrap();
+            let access = Arc::new(access);
+            super::serve(&listener, Some(&local), fake, token, access, stopped).await
         }
     });
     let socket = super::SocketPath::of_running(dir.path()).unwrap();

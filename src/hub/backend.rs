@@ -7,14 +7,14 @@ use async_trait::async_trait;
 use super::deliveries::no_artifact_named;
 use super::{Hub, sharing};
 use crate::api::types::*;
-use crate::api::{Backend, View, worker_page};
+use crate::api::{Backend, RunToken, View, worker_page};
 use crate::label_export::LabelExport;
 use crate::serve::wrong_role;
 use base::blocking::blocking;
 use base::clock::rfc3339_ms;
 use base::fault::{Code, Fault, Reason};
 use base::limits::API_PAGE_BYTES;
-use base::names::{ArtifactRef, check_label};
+use base::names::{ArtifactRef, RunName, SiteName, check_label};
 use base::peer::Peer;
 use base::text;
 use content::bundle::Member;
@@ -252,6 +252,14 @@ impl Backend for Hub {
                 self.inner.deliveries.view(row)
             })
             .await
+    }
+
+    async fn open_by_artifact(&self) -> Result<Vec<(SiteName, ArtifactRef, u64)>, Fault> {
+        self.inner.catalogue.open_by_artifact().await
+    }
+
+    async fn run_token(&self, _run: &RunName) -> Option<RunToken> {
+        None
     }
 
     async fn sites(&self, behind: Option<&str>, room: Room) -> Result<Page<Site>, Fault> {

@@ -18,7 +18,7 @@ use crate::serve::wrong_role;
 use base::blocking::blocking_at;
 use base::fault::{Code, Fault};
 use base::limits::{API_PAGE_BYTES, ROOM_AWAITED_MAX};
-use base::names::{ArtifactRef, DeliveryId, RunName, WorkId};
+use base::names::{ArtifactRef, DeliveryId, RunName, SiteName, WorkId};
 use hub_transfers::{OF_HUB, cursor_of_hub, is_full, no_such_work};
 use model::paging::{Budget, Page, Pager, Room};
 use model::protocol::AskHub;
@@ -320,6 +320,10 @@ impl Backend for Site {
             .catalogue
             .artifact_transfer_page(&artifact.parse()?, behind, room, |row| row.view())
             .await
+    }
+
+    async fn open_by_artifact(&self) -> Result<Vec<(SiteName, ArtifactRef, u64)>, Fault> {
+        self.inner.opened.catalogue.open_by_artifact().await
     }
 
     async fn sites(&self, _behind: Option<&str>, _room: Room) -> Result<Page<SiteView>, Fault> {

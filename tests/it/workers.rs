@@ -63,6 +63,7 @@ fn a_hub_and_a_site_list_their_background_workers() {
             "relay-evict",
             "relay-flush",
             "runs",
+            "token-use",
         ],
     );
     check(
@@ -79,6 +80,7 @@ fn a_hub_and_a_site_list_their_background_workers() {
             "index-sweep",
             "runs",
             "scrub",
+            "token-use",
             "watch",
             "watch-requests",
         ],

@@ -1,0 +1,758 @@
+//! The daemon as the holder of a token with a scope sees it: what is outside the scope does not
+//! exist.
+//!
+//! `routes` puts [`Scoped`] between the handlers and the daemon's [`Backend`], so no handler can
+//! forget the scope, and a new operation of the trait does not compile before it is decided here
+//! what its scope is. [`view`] decides about rows, [`cursors`] replaces the numbers of events.
+//!
+//! A hidden object and one that does not exist get the same answer, from the same code, at the same
+//! time: an answer that something does not exist is given at a multiple of [`ANSWER_AT`], whatever
+//! was looked at before. Nothing is stored.
+
+mod cursors;
+mod requests;
+mod view;
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use futures::future::BoxFuture;
+use parking_lot::Mutex;
+use tokio::time::Instant;
+
+use super::started::StartedJobs;
+use super::types::*;
+use super::{Backend, RunToken};
+use crate::delivery::Whole;
+use crate::jobs::no_such_job;
+use base::expiring_cache::ExpiringCache;
+use base::fault::{Code, Fault};
+use base::limits::{API_PAGE_BYTES, API_PAGE_ROWS, API_ROWS_DEFAULT};
+use base::names::{ArtifactRef, RunName, SiteName, SiteSelector};
+use cursors::{Cursors, List, begin_again};
+use model::actor::Actor;
+use model::grant::Grant;
+use model::paging::{Page, Room};
+use model::policy::{self, Object, Verb};
+use state::{DeliveryRow, no_artifact, no_delivery, no_work};
+use view::{Sites, View, no_run, sites_of};
+
+/// The answer that something does not exist is given at a multiple of this after the request.
+const ANSWER_AT: Duration = Duration::from_millis(50);
+/// How long the labels of sites, and visible transfers, are remembered.
+const REMEMBERED_FOR: Duration = Duration::from_secs(2);
+
+/// What the requests of all tokens share.
+#[derive(Default)]
+pub(super) struct Shared {
+    cursors: Mutex<Cursors>,
+    /// The sites that a token sees.
+    sites: Mutex<ExpiringCache<String, Sites>>,
+    /// Ids of transfers and deliveries that a token sees.
+    works: Mutex<ExpiringCache<(String, String), ()>>,
+}
+
+/// A daemon, seen through the scope of a token. One request has one.
+pub(super) struct Scoped {
+    inner: Arc<dyn Backend>,
+    actor: Actor,
+    grant: Arc<Grant>,
+    shared: Arc<Shared>,
+    started: Arc<StartedJobs>,
+    /// How far a reader from the beginning has found nothing: it looks again after each change.
+    read_to: Mutex<HashMap<&'static str, u64>>,
+}
+
+impl Scoped {
+    pub(super) fn new(
+        inner: Arc<dyn Backend>,
+        grant: Arc<Grant>,
+        shared: Arc<Shared>,
+        started: Arc<StartedJobs>,
+    ) -> Self {
+        Self {
+            inner,
+            actor: Actor::Token(grant.clone()),
+            grant,
+            shared,
+            started,
+            read_to: Mutex::default(),
+        }
+    }
+
+    fn is_site(&self) -> bool {
+        self.inner.role() == "site"
+    }
+
+    async fn view(&self) -> Result<View, Fault> {
+        Ok(View {
+            actor: self.actor.clone(),
+            sites: self.sites_in_scope().await?,
+            limits_artifacts: self.grant.scope.artifacts.is_some(),
+        })
+    }
+
+    async fn sites_in_scope(&self) -> Result<Sites, Fault> {
+        let Some(selector) = &self.grant.scope.sites else {
+            return Ok(Sites::All);
+        };
+        if self.is_site() {
+            // It knows no labels, and no token of it has a selector with some.
+            let visible = match selector {
+                SiteSelector::Names(names) => names.iter().cloned().collect(),
+                SiteSelector::All | SiteSelector::Labels(_) => Default::default(),
+            };
+            return Ok(Sites::Some {
+                visible,
+                hidden: None,
+            });
+        }
+        if let Some(sites) = self.shared.sites.lock().get(&self.grant.id) {
+            return Ok(sites.clone());
+        }
+        let (mut listed, mut behind) = (Vec::new(), None);
+        loop {
+            let page = self.inner.sites(behind.as_deref(), PAGE).await?;
+            listed.extend(page.rows.into_iter().map(|site| (site.name, site.labels)));
+            behind = page.next;
+            if behind.is_none() {
+                break;
+            }
+        }
+        let sites = sites_of(&self.actor, listed);
+        let mut known = self.shared.sites.lock();
+        known.put(self.grant.id.clone(), sites.clone(), REMEMBERED_FOR);
+        Ok(sites)
+    }
+
+    /// The result of `work`. That something does not exist is answered at a multiple of
+    /// [`ANSWER_AT`]: how long it took says nothing about what is hidden.
+    async fn evenly<T>(&self, work: impl Future<Output = Result<T, Fault>>) -> Result<T, Fault> {
+        let begun = Instant::now();
+        let result = work.await;
+        if matches!(&result, Err(fault) if fault.code == Code::NotFound) {
+            let steps = begun.elapsed().as_millis() / ANSWER_AT.as_millis() + 1;
+            let steps = u32::try_from(steps).unwrap_or(u32::MAX);
+            tokio::time::sleep_until(begun + ANSWER_AT * steps).await;
+        }
+        result
+    }
+
+    /// Reads pages until one has visible rows or is the last.
+    async fn visible_page<'a, T, U>(
+        &self,
+        behind: Option<&str>,
+        read: impl Fn(Option<String>) -> BoxFuture<'a, Result<Page<T>, Fault>>,
+        mut show: impl FnMut(T) -> Option<U>,
+    ) -> Result<Page<U>, Fault> {
+        let mut behind = behind.map(str::to_owned);
+        loop {
+            let page = read(behind).await?;
+            let rows: Vec<U> = page.rows.into_iter().filter_map(&mut show).collect();
+            if !rows.is_empty() || page.next.is_none() {
+                return Ok(Page {
+                    rows,
+                    next: page.next,
+                    repeats: page.repeats,
+                });
+            }
+            behind = page.next;
+        }
+    }
+
+    /// All visible transfers of an id.
+    async fn parts(
+        &self,
+        view: &View,
+        id: &str,
+        mut see: impl FnMut(Transfer) -> bool + Send,
+    ) -> Result<(), Fault> {
+        let query = TransferQuery {
+            id: Some(id.to_owned()),
+            ..TransferQuery::default()
+        };
+        let (mut behind, mut seen) = (None::<String>, std::collections::HashSet::new());
+        loop {
+            let read = self.inner.transfers(&query, behind.as_deref(), PAGE).await;
+            let page = match read {
+                Err(fault) if fault.code == Code::NotFound => return Err(no_work(&printable(id))),
+                read => read?.0,
+            };
+            let was_empty = page.rows.is_empty();
+            for part in page.rows.into_iter().filter_map(|row| view.transfer(row)) {
+                let is_new = !page.repeats || seen.insert(part.id.clone());
+                if is_new && !see(part) {
+                    return Ok(());
+                }
+            }
+            behind = page.next.filter(|_| !was_empty);
+            if behind.is_none() {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Refuses an id with no visible transfer, as one that does not exist.
+    async fn check_work(&self, view: &View, id: &str) -> Result<(), Fault> {
+        let key = (self.grant.id.clone(), id.to_owned());
+        if self.shared.works.lock().get(&key).is_some() {
+            return Ok(());
+        }
+        let mut has_part = false;
+        self.parts(view, id, |_| {
+            has_part = true;
+            false
+        })
+        .await?;
+        if !has_part {
+            return Err(no_work(&printable(id)));
+        }
+        self.shared.works.lock().put(key, (), REMEMBERED_FOR);
+        Ok(())
+    }
+
+    /// A visible artifact of the daemon.
+    async fn artifact(&self, view: &View, name: &str) -> Result<ArtifactDetail, Fault> {
+        let artifact: ArtifactRef = name.parse()?;
+        // Both are looked up, so that both take the same time.
+        let detail = match self.inner.show(name).await {
+            Err(fault) if fault.code == Code::NotFound => return Err(no_artifact(&artifact)),
+            detail => detail?,
+        };
+        let shown = view.artifact(detail.artifact);
+        Ok(ArtifactDetail {
+            artifact: shown.ok_or_else(|| no_artifact(&artifact))?,
+            lineage: detail.lineage.and_then(|lineage| view.lineage(lineage)),
+            transfers: Vec::new(),
+        })
+    }
+
+    async fn visible_run(&self, name: &str) -> Result<Run, Fault> {
+        let view = self.view().await?;
+        match self.inner.run(name).await {
+            Err(fault) if fault.code == Code::NotFound => Err(no_run(name)),
+            run => view.run(run?).ok_or_else(|| no_run(name)),
+        }
+    }
+
+    /// A delivery with its visible parts; `None`: it has none.
+    async fn visible_delivery(
+        &self,
+        view: &View,
+        whole: Delivery,
+        max: usize,
+    ) -> Result<Option<Delivery>, Fault> {
+        let mut shown = Whole::new(max);
+        let mut has_part = false;
+        let note = whole.note.filter(|_| whole.parts_total.is_none());
+        if whole.parts_total.is_none() {
+            for part in whole.parts.into_iter().filter_map(|part| view.transfer(part)) {
+                has_part = true;
+                shown.add(part);
+            }
+        } else {
+            self.parts(view, &whole.id, |part| {
+                has_part = true;
+                shown.add(part);
+                true
+            })
+            .await?;
+        }
+        if !has_part {
+            return Ok(None);
+        }
+        let run = match whole.run {
+            Some(run) => self.visible_run(&run).await.is_ok().then_some(run),
+            None => None,
+        };
+        let shown = shown.end(&DeliveryRow {
+            id: whole.id.parse()?,
+            run,
+            created_ms: 0,
+        });
+        Ok(Some(Delivery {
+            created_at: whole.created_at,
+            note: shown.note.or(view.text(note)),
+            ..shown
+        }))
+    }
+
+    /// The open transfers of each artifact to each site, if the view needs them.
+    async fn open(&self, view: &View) -> Result<Vec<(SiteName, ArtifactRef, u64)>, Fault> {
+        if view.limits_artifacts {
+            self.inner.open_by_artifact().await
+        } else {
+            Ok(Vec::new())
+        }
+    }
+
+    /// The cursor of the daemon from which a reader continues.
+    fn raw_cursor(&self, list: List, since: u64) -> Result<u64, Fault> {
+        let token = &self.grant.id;
+        let found = self.shared.cursors.lock().find(token, list, since)?;
+        let read_to = self.read_to.lock();
+        let own = read_to.get(name_of(list)).filter(|_| since == 0).copied();
+        Ok(own.unwrap_or(found))
+    }
+
+    /// Nothing visible happened up to this cursor of the daemon.
+    fn nothing_up_to(&self, list: List, since: u64, raw: u64) {
+        let mut cursors = self.shared.cursors.lock();
+        cursors.move_to(&self.grant.id, list, since, raw);
+        self.read_to.lock().insert(name_of(list), raw);
+    }
+
+    fn give(&self, raw: u64) -> u64 {
+        self.shared.cursors.lock().give(&self.grant.id, raw)
+    }
+
+    /// The transfers that changed after a cursor: one page of the daemon that has visible rows. It
+    /// is followed by another only if that has visible rows too.
+    async fn changed_transfers(
+        &self,
+        query: &TransferQuery,
+        since: u64,
+        room: Room,
+    ) -> Result<(Page<Transfer>, u64), Fault> {
+        let view = self.view().await?;
+        let mut raw = self.raw_cursor(List::Transfers, since)?;
+        let mut found: Option<(Vec<Transfer>, u64)> = None;
+        loop {
+            let asked = TransferQuery {
+                since: Some(raw),
+                ..query.clone()
+            };
+            let (page, next) = self
+                .inner
+                .transfers(&asked, None, room)
+                .await
+                .map_err(without_numbers)?;
+            let has_more = page.next.is_some() && next > raw;
+            let rows: Vec<Transfer> = page
+                .rows
+                .into_iter()
+                .filter_map(|row| view.transfer(row))
+                .collect();
+            match found {
+                Some((first, at)) if !rows.is_empty() => {
+                    let next = Some(String::new());
+                    let page = Page {
+                        next,
+                        ..Page::whole(first)
+                    };
+                    return Ok((page, self.give(at)));
+                }
+                None if !rows.is_empty() => found = Some((rows, next)),
+                _ => {}
+            }
+            if !has_more {
+                return Ok(match found {
+                    Some((rows, _)) => (Page::whole(rows), self.give(next)),
+                    None => {
+                        self.nothing_up_to(List::Transfers, since, next);
+                        let number = if since == 0 { self.give(next) } else { since };
+                        (Page::whole(Vec::new()), number)
+                    }
+                });
+            }
+            raw = next;
+        }
+    }
+
+    /// Refuses what concerns the daemon as a whole.
+    fn refuse<T>(&self, verb: Verb) -> Result<T, Fault> {
+        policy::may(&self.actor, verb, &Object::Daemon)?;
+        Err(Fault::not_allowed("a token with a scope does not permit this"))
+    }
+
+    /// A job that this token started.
+    fn check_job(&self, id: &str, verb: Verb) -> Result<(), Fault> {
+        let is_own = self.started.is_by(id, &self.actor);
+        let job = Object::Job {
+            starter: is_own.then_some(&self.actor),
+        };
+        policy::may(&self.actor, verb, &job).map_err(|_| no_such_job(&printable(id)))
+    }
+}
+
+/// The largest page of the daemon that is read to find visible rows.
+const PAGE: Room = Room {
+    rows: API_PAGE_ROWS,
+    bytes: API_PAGE_BYTES,
+};
+
+fn name_of(list: List) -> &'static str {
+    match list {
+        List::Transfers => "transfers",
+        List::Events => "events",
+    }
+}
+
+/// A fault about a cursor names numbers of events.
+fn without_numbers(fault: Fault) -> Fault {
+    if fault.code == Code::Conflict {
+        begin_again()
+    } else {
+        fault
+    }
+}
+
+/// A text of a request, as errors name it.
+fn printable(text: &str) -> String {
+    let text: String = text.chars().take(base::limits::ID_BYTES_MAX).collect();
+    text.escape_debug().to_string()
+}
+
+/// How much of a publish was new to the daemon says what others have published.
+fn without_store(mut job: Job) -> Job {
+    if let Some(result) = job.result.as_mut().and_then(serde_json::Value::as_object_mut)
+        && result.contains_key("stored")
+        && let Some(bytes) = result.get("bytes").cloned()
+    {
+        result.insert("stored".into(), bytes);
+    }
+    job
+}
+
+#[async_trait]
+impl Backend for Scoped {
+    fn role(&self) -> &'static str {
+        self.inner.role()
+    }
+
+    fn name(&self) -> String {
+        self.inner.name()
+    }
+
+    async fn ready(&self) -> Result<(), Fault> {
+        self.inner.ready().await
+    }
+
+    async fn publish(&self, request: PublishRequest) -> Result<Job, Fault> {
+        self.evenly(self.publish_in_scope(request)).await
+    }
+
+    async fn deliver(&self, request: DeliverRequest) -> Result<Delivered, Fault> {
+        let work = async {
+            let view = self.view().await?;
+            let request = self.narrow(&view, request).await?;
+            let mut done = self.inner.deliver(request).await?;
+            done.notes.retain(|note| view.text(Some(note.clone())).is_some());
+            Ok(done)
+        };
+        self.evenly(work).await
+    }
+
+    async fn plan(&self, request: DeliverRequest) -> Result<Vec<PlanRow>, Fault> {
+        let work = async {
+            let view = self.view().await?;
+            self.inner.plan(self.narrow(&view, request).await?).await
+        };
+        self.evenly(work).await
+    }
+
+    async fn transfers(
+        &self,
+        query: &TransferQuery,
+        behind: Option<&str>,
+        room: Room,
+    ) -> Result<(Page<Transfer>, u64), Fault> {
+        let work = async {
+            let view = self.view().await?;
+            if behind.is_none()
+                && let Some(ids) = &query.id
+            {
+                for id in ids.split(',') {
+                    self.check_work(&view, id.trim()).await?;
+                }
+            }
+            if let Some(since) = query.since {
+                return self.changed_transfers(query, since, room).await;
+            }
+            let (mut behind, mut cursor) = (behind.map(str::to_owned), None);
+            loop {
+                let (page, raw) = self.inner.transfers(query, behind.as_deref(), room).await?;
+                // A change during the first page must be returned by the next query.
+                let cursor = *cursor.get_or_insert(raw);
+                let rows = page.rows.into_iter();
+                let rows: Vec<Transfer> = rows.filter_map(|row| view.transfer(row)).collect();
+                if !rows.is_empty() || page.next.is_none() {
+                    let page = Page {
+                        rows,
+                        next: page.next,
+                        repeats: page.repeats,
+                    };
+                    return Ok((page, self.give(cursor)));
+                }
+                behind = page.next;
+            }
+        };
+        self.evenly(work).await
+    }
+
+    async fn act(&self, id: &str, action: Action, room: Room) -> Result<Page<Transfer>, Fault> {
+        let work = async {
+            let view = self.view().await?;
+            let mut ids = Vec::new();
+            self.parts(&view, id, |part| {
+                ids.push(part.id);
+                true
+            })
+            .await?;
+            if ids.is_empty() {
+                return Err(no_work(&printable(id)));
+            }
+            // Of a delivery, only the visible parts.
+            for id in ids {
+                self.inner.act(&id, action, room).await?;
+            }
+            let query = TransferQuery {
+                id: Some(id.to_owned()),
+                ..TransferQuery::default()
+            };
+            Ok(self.transfers(&query, None, room).await?.0)
+        };
+        self.evenly(work).await
+    }
+
+    async fn deliveries(&self, behind: Option<&str>, room: Room) -> Result<Page<Delivery>, Fault> {
+        let view = self.view().await?;
+        let mut behind = behind.map(str::to_owned);
+        loop {
+            let page = self.inner.deliveries(behind.as_deref(), room).await?;
+            let mut rows = Vec::new();
+            for whole in page.rows {
+                rows.extend(self.visible_delivery(&view, whole, room.bytes).await?);
+            }
+            if !rows.is_empty() || page.next.is_none() {
+                return Ok(Page {
+                    rows,
+                    next: page.next,
+                    repeats: page.repeats,
+                });
+            }
+            behind = page.next;
+        }
+    }
+
+    async fn delivery(&self, id: &str, max: usize) -> Result<Delivery, Fault> {
+        let work = async {
+            let view = self.view().await?;
+            let whole = match self.inner.delivery(id, max).await {
+                Err(fault) if fault.code == Code::NotFound => {
+                    return Err(no_delivery(&printable(id)));
+                }
+                whole => whole?,
+            };
+            let shown = self.visible_delivery(&view, whole, max).await?;
+            shown.ok_or_else(|| no_delivery(&printable(id)))
+        };
+        self.evenly(work).await
+    }
+
+    async fn runs(&self, behind: Option<&str>, room: Room) -> Result<Page<Run>, Fault> {
+        let view = self.view().await?;
+        let inner = &self.inner;
+        let read = |behind: Option<String>| -> BoxFuture<'_, _> {
+            Box::pin(async move { inner.runs(behind.as_deref(), room).await })
+        };
+        self.visible_page(behind, read, |run| view.run(run)).await
+    }
+
+    async fn run(&self, name: &str) -> Result<Run, Fault> {
+        self.evenly(self.visible_run(name)).await
+    }
+
+    async fn train(&self, request: RunRequest) -> Result<Run, Fault> {
+        let work = async {
+            let view = self.view().await?;
+            self.check_train(&view, &request).await?;
+            self.inner.train(request).await
+        };
+        self.evenly(work).await
+    }
+
+    async fn act_on_run(&self, request: RunActionRequest) -> Result<Run, Fault> {
+        let work = async {
+            self.visible_run(&request.name).await?;
+            let run = self.inner.act_on_run(request).await?;
+            let name = run.name.to_string();
+            self.view().await?.run(run).ok_or_else(|| no_run(&name))
+        };
+        self.evenly(work).await
+    }
+
+    async fn artifacts(&self, behind: Option<&str>, room: Room) -> Result<Page<Artifact>, Fault> {
+        let view = self.view().await?;
+        let inner = &self.inner;
+        let read = |behind: Option<String>| -> BoxFuture<'_, _> {
+            Box::pin(async move { inner.artifacts(behind.as_deref(), room).await })
+        };
+        self.visible_page(behind, read, |row| view.artifact(row)).await
+    }
+
+    async fn show(&self, artifact: &str) -> Result<ArtifactDetail, Fault> {
+        let work = async { self.artifact(&self.view().await?, artifact).await };
+        self.evenly(work).await
+    }
+
+    async fn transfers_of_artifact(
+        &self,
+        artifact: &str,
+        behind: Option<&str>,
+        room: Room,
+    ) -> Result<Page<Transfer>, Fault> {
+        let view = self.view().await?;
+        let inner = &self.inner;
+        let read = |behind: Option<String>| -> BoxFuture<'_, _> {
+            Box::pin(async move {
+                inner
+                    .transfers_of_artifact(artifact, behind.as_deref(), room)
+                    .await
+            })
+        };
+        self.visible_page(behind, read, |row| view.transfer(row)).await
+    }
+
+    async fn open_by_artifact(&self) -> Result<Vec<(SiteName, ArtifactRef, u64)>, Fault> {
+        let view = self.view().await?;
+        let mut open = self.inner.open_by_artifact().await?;
+        open.retain(|(site, artifact, _)| view.has_site(site) && view.has_artifact(artifact));
+        Ok(open)
+    }
+
+    async fn sites(&self, behind: Option<&str>, room: Room) -> Result<Page<Site>, Fault> {
+        let view = self.view().await?;
+        let (inner, open) = (&self.inner, self.open(&view).await?);
+        let read = |behind: Option<String>| -> BoxFuture<'_, _> {
+            Box::pin(async move { inner.sites(behind.as_deref(), room).await })
+        };
+        self.visible_page(behind, read, |site| view.site(site, &open))
+            .await
+    }
+
+    async fn token(&self, _request: TokenRequest) -> Result<String, Fault> {
+        self.refuse(Verb::CreateToken)
+    }
+
+    async fn run_token(&self, _run: &RunName) -> Option<RunToken> {
+        None
+    }
+
+    async fn verify(&self, request: VerifyRequest) -> Result<Job, Fault> {
+        let work = async {
+            self.artifact(&self.view().await?, &request.artifact).await?;
+            self.inner.verify(request).await
+        };
+        self.evenly(work).await
+    }
+
+    async fn pin(&self, artifact: &str, pinned: bool) -> Result<Artifact, Fault> {
+        let work = async {
+            let view = self.view().await?;
+            self.artifact(&view, artifact).await?;
+            let row = self.inner.pin(artifact, pinned).await?;
+            let name = row.artifact.clone();
+            view.artifact(row).ok_or_else(|| no_artifact(&name))
+        };
+        self.evenly(work).await
+    }
+
+    async fn export_labels(&self, request: ExportLabelsRequest) -> Result<Job, Fault> {
+        let work = async {
+            self.artifact(&self.view().await?, &request.artifact).await?;
+            self.inner.export_labels(request).await
+        };
+        self.evenly(work).await
+    }
+
+    async fn export(&self, artifacts: Vec<String>, out: String) -> Result<Job, Fault> {
+        let work = async {
+            let view = self.view().await?;
+            for artifact in &artifacts {
+                self.artifact(&view, artifact).await?;
+            }
+            self.inner.export(artifacts, out).await
+        };
+        self.evenly(work).await
+    }
+
+    async fn import(&self, _file: String) -> Result<Job, Fault> {
+        self.refuse(Verb::Import)
+    }
+
+    async fn adopt(&self) -> Result<Job, Fault> {
+        self.refuse(Verb::Import)
+    }
+
+    async fn gc(&self) -> Result<Job, Fault> {
+        self.refuse(Verb::Collect)
+    }
+
+    async fn doctor(&self) -> Result<Vec<String>, Fault> {
+        self.refuse(Verb::Diagnose)
+    }
+
+    async fn job(&self, id: &str) -> Result<Job, Fault> {
+        let work = async {
+            self.check_job(id, Verb::Read)?;
+            Ok(without_store(self.inner.job(id).await?))
+        };
+        self.evenly(work).await
+    }
+
+    async fn jobs(&self, behind: Option<&str>, room: Room) -> Result<Page<Job>, Fault> {
+        let inner = &self.inner;
+        let read = |behind: Option<String>| -> BoxFuture<'_, _> {
+            Box::pin(async move { inner.jobs(behind.as_deref(), room).await })
+        };
+        let own = |job: Job| self.check_job(&job.id, Verb::Read).ok().map(|()| job);
+        self.visible_page(behind, read, |job| own(job).map(without_store))
+            .await
+    }
+
+    async fn workers(&self, _behind: Option<&str>, _room: Room) -> Result<Page<Worker>, Fault> {
+        self.refuse(Verb::Diagnose)
+    }
+
+    async fn cancel_job(&self, id: &str) -> Result<Job, Fault> {
+        let work = async {
+            self.check_job(id, Verb::CancelJob)?;
+            self.inner.cancel_job(id).await
+        };
+        self.evenly(work).await
+    }
+
+    async fn events(&self, since: u64, limit: u32) -> Result<Vec<Event>, Fault> {
+        let view = self.view().await?;
+        let open = self.open(&view).await?;
+        let mut raw = self.raw_cursor(List::Events, since)?;
+        loop {
+            let read = self.inner.events(raw, API_ROWS_DEFAULT).await;
+            let events = read.map_err(without_numbers)?;
+            let Some(last) = events.last().map(|event| event.seq) else {
+                self.nothing_up_to(List::Events, since, raw);
+                return Ok(Vec::new());
+            };
+            let visible = events.into_iter().filter_map(|event| view.event(event, &open));
+            let mut shown: Vec<Event> = visible.take(limit as usize).collect();
+            if !shown.is_empty() {
+                for event in &mut shown {
+                    event.seq = self.give(event.seq);
+                }
+                return Ok(shown);
+            }
+            raw = last;
+        }
+    }
+
+    fn changed(&self) -> BoxFuture<'static, ()> {
+        self.inner.changed()
+    }
+
+    async fn metrics(&self) -> Result<String, Fault> {
+        self.refuse(Verb::Diagnose)
+    }
+}
