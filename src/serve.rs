@@ -254,15 +254,10 @@ async fn drive(
         },
     );
     drop(of);
-    workers.repeat(
-        "token-use",
-        USE_STORE_EVERY,
-        &access,
-        |access| async move {
-            let stored = access.store_use().await;
-            stored.map_err(|fault| fault.context("store the last use of access tokens"))
-        },
-    );
+    workers.repeat("token-use", USE_STORE_EVERY, &access, |access| async move {
+        let stored = access.store_use().await;
+        stored.map_err(|fault| fault.context("store the last use of access tokens"))
+    });
     let result = work.await;
     if let Err(fault) = access.store_use().await {
         tracing::warn!(error = %fault, "the last use of access tokens is not stored");

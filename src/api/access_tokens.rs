@@ -1,9 +1,9 @@
 //! The routes of access tokens: create, list, show, rotate and revoke them.
 
+use axum::Json;
 use axum::extract::Extension;
 use axum::http::{HeaderValue, header};
 use axum::response::{IntoResponse, Response};
-use axum::Json;
 
 use super::error::{ApiError, ErrorBody};
 use super::routes::{B, For, Q};

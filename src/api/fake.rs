@@ -1,6 +1,6 @@
 //! A backend in memory, for the tests of the API and of the command line.
 
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -8,7 +8,7 @@ use parking_lot::Mutex;
 use tokio::sync::Notify;
 
 use super::types::*;
-use super::{ApiToken, Backend};
+use super::{AccessTokens, ApiToken, Backend};
 use base::fault::{Fault, Reason};
 use base::workers::Workers;
 use model::paging::{Page, Pager, Room};
@@ -46,6 +46,21 @@ pub(crate) struct Fake {
     changed: Arc<Notify>,
     /// How often somebody asked for transfers or events.
     asks: tokio::sync::watch::Sender<u64>,
+}
+
+/// The access tokens of a new catalogue. It is opened by a runtime of its own: the clock of a test
+/// may be paused, and would run ahead meanwhile.
+pub(crate) fn access() -> (Arc<AccessTokens>, tempfile::TempDir) {
+    static OPENS: LazyLock<tokio::runtime::Runtime> =
+        LazyLock::new(|| tokio::runtime::Runtime::new().unwrap());
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().to_owned();
+    let open = async move {
+        let catalogue = state::Catalogue::open(&path).await.unwrap();
+        Arc::new(AccessTokens::open(catalogue, false).await.unwrap())
+    };
+    let opens = std::thread::spawn(|| OPENS.block_on(open));
+    (opens.join().unwrap(), dir)
 }
 
 /// A transfer with plain values.
@@ -269,10 +284,8 @@ impl Fake {
         };
         let task = tokio::spawn(async move {
             let token = ApiToken::parse(TOKEN).unwrap();
-            let dir = tempfile::tempdir().unwrap();
-            let catalogue = state::Catalogue::open(dir.path()).await.unwrap();
-            let access = super::AccessTokens::open(catalogue, false).await.unwrap();
-            super::serve(&listener, None, backend, token, Arc::new(access), shutdown).await
+            let (access, _dir) = access();
+            super::serve(&listener, None, backend, token, access, shutdown).await
         });
         (base, stop, task)
     }
@@ -334,7 +347,10 @@ impl Backend for Fake {
         self.asks.send_modify(|asks| *asks += 1);
         let known = |id: &str| {
             let world = self.world.lock();
-            world.transfers.iter().any(|t| t.id == id || t.delivery == id)
+            world
+                .transfers
+                .iter()
+                .any(|t| t.id == id || t.delivery == id)
         };
         if let (None, Some(ids)) = (&*self.repeating.lock(), &query.id)
             && let Some(unknown) = ids.split(',').find(|id| !known(id))

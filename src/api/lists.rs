@@ -205,10 +205,7 @@ pub(super) async fn artifacts(For(app): For) -> Result<Response, ApiError> {
     (status = 404, description = "there is none", body = ErrorBody),
     (status = "default", description = "an error", body = ErrorBody),
 ))]
-pub(super) async fn show(
-    For(app): For,
-    Q(query): Q<ShowQuery>,
-) -> Result<Response, ApiError> {
+pub(super) async fn show(For(app): For, Q(query): Q<ShowQuery>) -> Result<Response, ApiError> {
     let detail = app.listed(app.backend.show(&query.artifact)).await?;
     let read: Read<Transfer> = Box::new(move |app, behind, room| {
         let artifact = query.artifact.clone();
@@ -286,10 +283,7 @@ pub(super) async fn transfers(
     (status = 200, description = "the transfers after it", body = Vec<Transfer>),
     (status = "default", description = "an error", body = ErrorBody),
 ))]
-pub(super) async fn act(
-    For(app): For,
-    B(request): B<ActionRequest>,
-) -> Result<Response, ApiError> {
+pub(super) async fn act(For(app): For, B(request): B<ActionRequest>) -> Result<Response, ApiError> {
     let query = TransferQuery {
         id: Some(request.id.clone()),
         ..TransferQuery::default()
@@ -363,10 +357,7 @@ pub(super) async fn delivery(
     (status = 200, description = "the runs, newest first", body = Vec<Run>),
     (status = "default", description = "an error", body = ErrorBody),
 ))]
-pub(super) async fn runs(
-    For(app): For,
-    Q(query): Q<LimitQuery>,
-) -> Result<Response, ApiError> {
+pub(super) async fn runs(For(app): For, Q(query): Q<LimitQuery>) -> Result<Response, ApiError> {
     let read: Read<Run> = Box::new(|app, behind, room| {
         Box::pin(async move { app.backend.runs(behind.as_deref(), room).await })
     });

@@ -25,11 +25,11 @@ use tokio_util::sync::CancellationToken;
 
 use super::error::{ApiError, ErrorBody};
 use super::proof::{Proof, ProofQuery};
-use super::server::Connection;
-use super::types::*;
 use super::scoped::{self, Scoped};
+use super::server::Connection;
 use super::started::StartedJobs;
 use super::tokens::{Held, Invalid};
+use super::types::*;
 use super::{
     AccessTokens, ApiToken, Backend, CURSOR_HEADER, TOKEN_HEADER, VERSION, VERSION_HEADER, access,
     access_tokens, body, events, lists, openapi, run_token,
@@ -186,8 +186,11 @@ async fn authenticate(
     };
     let caller = caller.map_err(|invalid| {
         let (peer, path) = (&connection.peer, clipped(request.uri().path()));
-        app.wrong_tokens
-            .note(format_args!("{peer}: {} {path}{}", request.method(), invalid.for_log()));
+        app.wrong_tokens.note(format_args!(
+            "{peer}: {} {path}{}",
+            request.method(),
+            invalid.for_log()
+        ));
         refusal(&app, &invalid)
     })?;
     connection.finish();
@@ -546,10 +549,7 @@ pub(super) async fn deliver(
     (status = 404, description = "there is none", body = ErrorBody),
     (status = "default", description = "an error", body = ErrorBody),
 ))]
-pub(super) async fn run(
-    For(app): For,
-    Q(query): Q<RunQuery>,
-) -> Result<Json<Run>, ApiError> {
+pub(super) async fn run(For(app): For, Q(query): Q<RunQuery>) -> Result<Json<Run>, ApiError> {
     let look = || app.backend.run(&query.name);
     Ok(Json(
         wait_for(&app, query.wait, look, |run: &Run| run.state.is_final()).await?,
@@ -561,10 +561,7 @@ pub(super) async fn run(
     (status = 202, description = "begun", body = Run),
     (status = "default", description = "an error", body = ErrorBody),
 ))]
-pub(super) async fn train(
-    For(app): For,
-    B(request): B<RunRequest>,
-) -> Result<Response, ApiError> {
+pub(super) async fn train(For(app): For, B(request): B<RunRequest>) -> Result<Response, ApiError> {
     Ok(accepted(app.backend.train(request).await?))
 }
 
@@ -711,10 +708,7 @@ pub(super) async fn doctor(For(app): For) -> Result<Json<Vec<String>>, ApiError>
     (status = 404, description = "there is none (a restart forgets them)", body = ErrorBody),
     (status = "default", description = "an error", body = ErrorBody),
 ))]
-pub(super) async fn job(
-    For(app): For,
-    Q(query): Q<JobQuery>,
-) -> Result<Json<Job>, ApiError> {
+pub(super) async fn job(For(app): For, Q(query): Q<JobQuery>) -> Result<Json<Job>, ApiError> {
     let look = || app.backend.job(&query.id);
     Ok(Json(
         wait_for(&app, query.wait, look, |job: &Job| job.state != "running").await?,

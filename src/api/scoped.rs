@@ -248,7 +248,11 @@ impl Scoped {
         let mut has_part = false;
         let note = whole.note.filter(|_| whole.parts_total.is_none());
         if whole.parts_total.is_none() {
-            for part in whole.parts.into_iter().filter_map(|part| view.transfer(part)) {
+            for part in whole
+                .parts
+                .into_iter()
+                .filter_map(|part| view.transfer(part))
+            {
                 has_part = true;
                 shown.add(part);
             }
@@ -364,7 +368,9 @@ impl Scoped {
     /// Refuses what concerns the daemon as a whole.
     fn refuse<T>(&self, verb: Verb) -> Result<T, Fault> {
         policy::may(&self.actor, verb, &Object::Daemon)?;
-        Err(Fault::not_allowed("a token with a scope does not permit this"))
+        Err(Fault::not_allowed(
+            "a token with a scope does not permit this",
+        ))
     }
 
     /// A job that this token started.
@@ -407,7 +413,10 @@ fn printable(text: &str) -> String {
 
 /// How much of a publish was new to the daemon says what others have published.
 fn without_store(mut job: Job) -> Job {
-    if let Some(result) = job.result.as_mut().and_then(serde_json::Value::as_object_mut)
+    if let Some(result) = job
+        .result
+        .as_mut()
+        .and_then(serde_json::Value::as_object_mut)
         && result.contains_key("stored")
         && let Some(bytes) = result.get("bytes").cloned()
     {
@@ -439,7 +448,8 @@ impl Backend for Scoped {
             let view = self.view().await?;
             let request = self.narrow(&view, request).await?;
             let mut done = self.inner.deliver(request).await?;
-            done.notes.retain(|note| view.text(Some(note.clone())).is_some());
+            done.notes
+                .retain(|note| view.text(Some(note.clone())).is_some());
             Ok(done)
         };
         self.evenly(work).await
@@ -590,7 +600,8 @@ impl Backend for Scoped {
         let read = |behind: Option<String>| -> BoxFuture<'_, _> {
             Box::pin(async move { inner.artifacts(behind.as_deref(), room).await })
         };
-        self.visible_page(behind, read, |row| view.artifact(row)).await
+        self.visible_page(behind, read, |row| view.artifact(row))
+            .await
     }
 
     async fn show(&self, artifact: &str) -> Result<ArtifactDetail, Fault> {
@@ -613,7 +624,8 @@ impl Backend for Scoped {
                     .await
             })
         };
-        self.visible_page(behind, read, |row| view.transfer(row)).await
+        self.visible_page(behind, read, |row| view.transfer(row))
+            .await
     }
 
     async fn open_by_artifact(&self) -> Result<Vec<(SiteName, ArtifactRef, u64)>, Fault> {
@@ -643,7 +655,8 @@ impl Backend for Scoped {
 
     async fn verify(&self, request: VerifyRequest) -> Result<Job, Fault> {
         let work = async {
-            self.artifact(&self.view().await?, &request.artifact).await?;
+            self.artifact(&self.view().await?, &request.artifact)
+                .await?;
             self.inner.verify(request).await
         };
         self.evenly(work).await
@@ -662,7 +675,8 @@ impl Backend for Scoped {
 
     async fn export_labels(&self, request: ExportLabelsRequest) -> Result<Job, Fault> {
         let work = async {
-            self.artifact(&self.view().await?, &request.artifact).await?;
+            self.artifact(&self.view().await?, &request.artifact)
+                .await?;
             self.inner.export_labels(request).await
         };
         self.evenly(work).await
@@ -736,7 +750,9 @@ impl Backend for Scoped {
                 self.nothing_up_to(List::Events, since, raw);
                 return Ok(Vec::new());
             };
-            let visible = events.into_iter().filter_map(|event| view.event(event, &open));
+            let visible = events
+                .into_iter()
+                .filter_map(|event| view.event(event, &open));
             let mut shown: Vec<Event> = visible.take(limit as usize).collect();
             if !shown.is_empty() {
                 for event in &mut shown {

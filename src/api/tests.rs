@@ -558,7 +558,7 @@ async fn the_description_names_every_route() {
     let d = daemon().await;
     let document: Value = d.get("/openapi.json").await.json().await.unwrap();
     let paths: Vec<&String> = document["paths"].as_object().unwrap().keys().collect();
-    assert_eq!(paths.len(), 28, "{paths:?}");
+    assert_eq!(paths.len(), 31, "{paths:?}");
     assert_eq!(document["servers"][0]["url"], ".");
     for schema in [
         "Transfer",
@@ -711,10 +711,7 @@ async fn the_local_socket_serves_the_same() {
         let token = token.clone();
         async move {
             let stopped = async { stopped.await.unwrap() };
-            let data = tempfile::tempdir().unwrap();
-            let catalogue = state::Catalogue::open(data.path()).await.unwrap();
-            let access = super::AccessTokens::open(catalogue, false).await.unwrap();
-            let access = Arc::new(access);
+            let (access, _data) = super::fake::access();
             super::serve(&listener, Some(&local), fake, token, access, stopped).await
         }
     });

@@ -270,7 +270,10 @@ impl AccessTokens {
         let _one = self.change.lock().await;
         self.show(name)?;
         let old = self.named(name);
-        let (text, never) = (self.new_text()?, old.as_ref().is_some_and(|old| old.row.expires_ms.is_none()));
+        let (text, never) = (
+            self.new_text()?,
+            old.as_ref().is_some_and(|old| old.row.expires_ms.is_none()),
+        );
         let role = old.as_ref().map_or(Role::Viewer, |old| old.row.role);
         let expires_ms = expiry(role, ttl_seconds, never && ttl_seconds.is_none())?;
         let hash = *text.hash().as_bytes();
@@ -339,8 +342,7 @@ impl AccessTokens {
         }
         let patterns = request.artifacts.iter().map(|pattern| pattern.parse());
         let patterns = patterns.collect::<Result<Vec<_>, _>>()?;
-        let sites: Option<SiteSelector> =
-            request.sites.as_deref().map(str::parse).transpose()?;
+        let sites: Option<SiteSelector> = request.sites.as_deref().map(str::parse).transpose()?;
         if self.is_site && matches!(sites, Some(SiteSelector::Labels(_))) {
             return Err(Fault::usage(
                 "a site does not know the labels of sites: its tokens select sites by name",
@@ -406,7 +408,9 @@ impl AccessTokens {
             if left > 0 {
                 format!("fault access token {name}: it expires in {time}; {next}")
             } else {
-                format!("fault access token {name}: it expired {time} ago; {next}, 'packhorse access revoke {name}' ends this message")
+                format!(
+                    "fault access token {name}: it expired {time} ago; {next}, 'packhorse access revoke {name}' ends this message"
+                )
             }
         };
         self.expiring().into_iter().map(line).collect()

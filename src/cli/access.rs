@@ -111,9 +111,7 @@ pub(super) async fn run(global: &Global, command: AccessCommand) -> Result<(), F
             })
         }
         AccessCommand::Show { name } => {
-            let token: AccessToken = client
-                .get("/v1/access/show", &AccessQuery { name })
-                .await?;
+            let token: AccessToken = client.get("/v1/access/show", &AccessQuery { name }).await?;
             one(global.output, &token, detail)
         }
         AccessCommand::Rotate { name, ttl } => {
@@ -185,7 +183,11 @@ fn detail(token: &AccessToken) -> String {
         ("sites", sites(token)),
         (
             "created",
-            format!("{} by {}", human::local(&token.created_at), token.created_by),
+            format!(
+                "{} by {}",
+                human::local(&token.created_at),
+                token.created_by
+            ),
         ),
     ];
     if let Some(at) = &token.rotated_at {

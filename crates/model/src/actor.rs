@@ -35,7 +35,9 @@ impl Actor {
     pub fn site(&self) -> Option<&SiteName> {
         match self {
             Self::Site(site) => Some(site),
-            Self::Admin | Self::Token(_) | Self::Trainer(_) | Self::Publisher(_) | Self::Hub => None,
+            Self::Admin | Self::Token(_) | Self::Trainer(_) | Self::Publisher(_) | Self::Hub => {
+                None
+            }
         }
     }
 }

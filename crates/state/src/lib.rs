@@ -47,7 +47,7 @@ pub use transfers::{
     Adopted, Body, Counted, Difference, Part, TransferChanges, TransferRow, Transfers, Want,
     WorkRow,
 };
-pub use transfers::{new_delivery_id, no_work, new_id, new_run_id};
+pub use transfers::{new_delivery_id, new_id, new_run_id, no_work};
 pub use wake::{Subject, Watch};
 
 use engine::Common;

@@ -1,8 +1,8 @@
 //! The requests that name artifacts and sites: what is outside the scope does not exist for them.
 
 use super::super::types::*;
-use super::view::{Sites, View};
 use super::Scoped;
+use super::view::{Sites, View};
 use base::fault::Fault;
 use base::names::{ArtifactRef, SiteName, SiteSelector};
 use model::policy::{self, Object, Verb};
@@ -97,17 +97,14 @@ impl Scoped {
     }
 
     /// Refuses a training run that names something hidden, as if it did not exist.
-    pub(super) async fn check_train(
-        &self,
-        view: &View,
-        request: &RunRequest,
-    ) -> Result<(), Fault> {
+    pub(super) async fn check_train(&self, view: &View, request: &RunRequest) -> Result<(), Fault> {
         for input in &request.inputs {
             self.artifact(view, input).await?;
         }
         let expected = request.expect.as_str();
-        let model: Result<ArtifactRef, _> =
-            expected.parse().or_else(|_| format!("{expected}:v").parse());
+        let model: Result<ArtifactRef, _> = expected
+            .parse()
+            .or_else(|_| format!("{expected}:v").parse());
         policy::may(&self.actor, Verb::Publish, &Object::Named(&model?))?;
         for site in [&request.from, &request.on] {
             let site: SiteName = site.parse()?;

@@ -143,7 +143,10 @@ impl View {
         let is_visible = self.has_site(&row.from)
             && self.has_site(&row.on)
             && named.chain([&row.expect]).all(|name| self.has_named(name))
-            && row.model.as_ref().is_none_or(|model| self.has_named(&model.artifact));
+            && row
+                .model
+                .as_ref()
+                .is_none_or(|model| self.has_named(&model.artifact));
         is_visible.then(|| Run {
             message: self.text(row.message),
             next: self.text(row.next),
@@ -155,7 +158,10 @@ impl View {
     pub(super) fn lineage(&self, row: ModelLineage) -> Option<ModelLineage> {
         let is_visible = self.has_site(&row.from)
             && self.has_site(&row.on)
-            && row.inputs.iter().all(|input| self.has_named(&input.artifact));
+            && row
+                .inputs
+                .iter()
+                .all(|input| self.has_named(&input.artifact));
         is_visible.then_some(row)
     }
 

@@ -7,7 +7,9 @@ use super::*;
 /// A daemon with things inside and outside the scope of the token that is returned.
 async fn world(role: &str) -> (Daemon, String) {
     let d = daemon().await;
-    d.fake.strict.store(true, std::sync::atomic::Ordering::Relaxed);
+    d.fake
+        .strict
+        .store(true, std::sync::atomic::Ordering::Relaxed);
     let sites = [("xian", "west"), ("harbin", "north")];
     *d.fake.more_sites.lock() = sites.map(|(a, b)| (a.to_owned(), b.to_owned())).to_vec();
     *d.fake.artifacts.lock() = vec![
@@ -52,7 +54,8 @@ impl Daemon {
 
 fn ids(rows: &Value, field: &str) -> Vec<String> {
     let rows = rows.as_array().unwrap().iter();
-    rows.map(|row| row[field].as_str().unwrap().to_owned()).collect()
+    rows.map(|row| row[field].as_str().unwrap().to_owned())
+        .collect()
 }
 
 #[tokio::test]
@@ -60,14 +63,20 @@ async fn lists_counts_and_events_hold_nothing_from_outside() {
     let (d, text) = world("viewer").await;
     let artifacts = d.json(&text, "/v1/artifacts").await;
     assert_eq!(ids(&artifacts, "artifact"), ["dataset/line3:v1"]);
-    assert_eq!(ids(&d.json(&text, "/v1/sites").await, "name"), ["chengdu", "xian"]);
+    assert_eq!(
+        ids(&d.json(&text, "/v1/sites").await, "name"),
+        ["chengdu", "xian"]
+    );
     let open: Vec<Value> = d.json(&text, "/v1/sites").await.as_array().unwrap().clone();
     assert_eq!(open[0]["open_transfers"], 1, "the fake says 2 of all");
     let transfers = d.json(&text, "/v1/transfers").await;
     assert_eq!(ids(&transfers, "id"), ["t-3a", "t-1a"]);
     let whole = d.json(&text, "/v1/deliveries/show?id=d-1").await;
     assert_eq!(ids(&whole["parts"], "id"), ["t-1a"]);
-    assert_eq!((&whole["sites"], &whole["bytes"]["total"]), (&json!(["chengdu"]), &json!(1000)));
+    assert_eq!(
+        (&whole["sites"], &whole["bytes"]["total"]),
+        (&json!(["chengdu"]), &json!(1000))
+    );
     let events = d.json(&text, "/v1/events?format=json").await;
     let of_events: Vec<&str> = events
         .as_array()
@@ -76,7 +85,11 @@ async fn lists_counts_and_events_hold_nothing_from_outside() {
         .map(|event| event["body"]["id"].as_str().unwrap())
         .collect();
     assert_eq!(of_events, ["t-1a", "t-3a"]);
-    let stream = d.with(&text, Method::GET, "/v1/events").send().await.unwrap();
+    let stream = d
+        .with(&text, Method::GET, "/v1/events")
+        .send()
+        .await
+        .unwrap();
     let frames = read_frames(stream, 2).await.join("\n");
     for (what, text) in [
         ("artifacts", artifacts.to_string()),
@@ -96,18 +109,90 @@ async fn lists_counts_and_events_hold_nothing_from_outside() {
 async fn what_is_hidden_gets_the_answer_for_what_does_not_exist() {
     let (d, text) = world("operator").await;
     let pairs: [(Method, &str, Value, &str, &str); 12] = [
-        (Method::GET, "/v1/artifacts/show?ref=NAME", json!(null), "model/hidden-b:v1", "model/missing:v1"),
-        (Method::GET, "/v1/transfers?id=NAME", json!(null), "t-1b", "t-0b"),
-        (Method::GET, "/v1/transfers?id=t-1a,NAME", json!(null), "t-1c", "t-0c"),
-        (Method::GET, "/v1/transfers?id=NAME", json!(null), "d-2", "d-9"),
-        (Method::GET, "/v1/deliveries/show?id=NAME", json!(null), "d-2", "d-9"),
-        (Method::POST, "/v1/transfers/action", json!({"id": "NAME", "action": "cancel"}), "t-2a", "t-0a"),
-        (Method::POST, "/v1/transfers/action", json!({"id": "NAME", "action": "cancel"}), "d-2", "d-9"),
-        (Method::POST, "/v1/transfers", json!({"artifacts": ["NAME"], "to": "all"}), "model/hidden-b:v1", "model/missing:v1"),
-        (Method::POST, "/v1/transfers", json!({"artifacts": ["dataset/line3:v1"], "to": "xian,NAME"}), "harbin", "nobody"),
-        (Method::POST, "/v1/plan", json!({"artifacts": ["dataset/line3:v1"], "to": "NAME"}), "harbin", "nobody"),
-        (Method::POST, "/v1/verify", json!({"artifact": "NAME"}), "model/hidden-b:v1", "model/missing:v1"),
-        (Method::POST, "/v1/pin", json!({"artifact": "NAME", "pinned": true}), "model/hidden-b:v1", "model/missing:v1"),
+        (
+            Method::GET,
+            "/v1/artifacts/show?ref=NAME",
+            json!(null),
+            "model/hidden-b:v1",
+            "model/missing:v1",
+        ),
+        (
+            Method::GET,
+            "/v1/transfers?id=NAME",
+            json!(null),
+            "t-1b",
+            "t-0b",
+        ),
+        (
+            Method::GET,
+            "/v1/transfers?id=t-1a,NAME",
+            json!(null),
+            "t-1c",
+            "t-0c",
+        ),
+        (
+            Method::GET,
+            "/v1/transfers?id=NAME",
+            json!(null),
+            "d-2",
+            "d-9",
+        ),
+        (
+            Method::GET,
+            "/v1/deliveries/show?id=NAME",
+            json!(null),
+            "d-2",
+            "d-9",
+        ),
+        (
+            Method::POST,
+            "/v1/transfers/action",
+            json!({"id": "NAME", "action": "cancel"}),
+            "t-2a",
+            "t-0a",
+        ),
+        (
+            Method::POST,
+            "/v1/transfers/action",
+            json!({"id": "NAME", "action": "cancel"}),
+            "d-2",
+            "d-9",
+        ),
+        (
+            Method::POST,
+            "/v1/transfers",
+            json!({"artifacts": ["NAME"], "to": "all"}),
+            "model/hidden-b:v1",
+            "model/missing:v1",
+        ),
+        (
+            Method::POST,
+            "/v1/transfers",
+            json!({"artifacts": ["dataset/line3:v1"], "to": "xian,NAME"}),
+            "harbin",
+            "nobody",
+        ),
+        (
+            Method::POST,
+            "/v1/plan",
+            json!({"artifacts": ["dataset/line3:v1"], "to": "NAME"}),
+            "harbin",
+            "nobody",
+        ),
+        (
+            Method::POST,
+            "/v1/verify",
+            json!({"artifact": "NAME"}),
+            "model/hidden-b:v1",
+            "model/missing:v1",
+        ),
+        (
+            Method::POST,
+            "/v1/pin",
+            json!({"artifact": "NAME", "pinned": true}),
+            "model/hidden-b:v1",
+            "model/missing:v1",
+        ),
     ];
     for (method, path, body, hidden, missing) in pairs {
         let mut answers = Vec::new();
@@ -115,13 +200,17 @@ async fn what_is_hidden_gets_the_answer_for_what_does_not_exist() {
             let path = path.replace("NAME", name);
             let mut request = d.with(&text, method.clone(), &path);
             if !body.is_null() {
-                let body: Value = serde_json::from_str(&body.to_string().replace("NAME", name)).unwrap();
+                let body: Value =
+                    serde_json::from_str(&body.to_string().replace("NAME", name)).unwrap();
                 request = request.json(&body);
             }
             let begun = Instant::now();
             let response = request.send().await.unwrap();
             assert_eq!(response.status(), 404, "{path} {name}");
-            assert!(begun.elapsed() >= Duration::from_millis(50), "answered at a fixed time");
+            assert!(
+                begun.elapsed() >= Duration::from_millis(50),
+                "answered at a fixed time"
+            );
             let text = response.text().await.unwrap();
             answers.push(text.replace(name, "NAME"));
         }
@@ -130,12 +219,20 @@ async fn what_is_hidden_gets_the_answer_for_what_does_not_exist() {
     assert!(d.fake.world.lock().delivered.is_empty());
     let open = |id: &str| {
         let world = d.fake.world.lock();
-        world.transfers.iter().any(|t| t.id == id && t.state == State::Queued)
+        world
+            .transfers
+            .iter()
+            .any(|t| t.id == id && t.state == State::Queued)
     };
     assert!(open("t-2a"), "nothing hidden was cancelled");
     // Of a delivery, only the visible parts are.
     let cancel = json!({"id": "d-1", "action": "cancel"});
-    let response = d.with(&text, Method::POST, "/v1/transfers/action").json(&cancel).send().await.unwrap();
+    let response = d
+        .with(&text, Method::POST, "/v1/transfers/action")
+        .json(&cancel)
+        .send()
+        .await
+        .unwrap();
     assert_eq!(ids(&response.json().await.unwrap(), "id"), ["t-1a"]);
     assert!(open("t-1b") && open("t-1c") && !open("t-1a"));
 }
@@ -151,20 +248,51 @@ async fn all_sites_are_those_of_the_scope() {
     ] {
         d.fake.world.lock().delivered.clear();
         let request = json!({"artifacts": ["dataset/line3:v1"], "to": to});
-        let response = d.with(&text, Method::POST, "/v1/transfers").json(&request).send().await.unwrap();
-        assert_eq!(response.status(), if expected.is_some() { 202 } else { 404 }, "{to}");
-        let delivered = d.fake.world.lock().delivered.first().map(|request| request.to.clone());
+        let response = d
+            .with(&text, Method::POST, "/v1/transfers")
+            .json(&request)
+            .send()
+            .await
+            .unwrap();
+        assert_eq!(
+            response.status(),
+            if expected.is_some() { 202 } else { 404 },
+            "{to}"
+        );
+        let delivered = d
+            .fake
+            .world
+            .lock()
+            .delivered
+            .first()
+            .map(|request| request.to.clone());
         assert_eq!(delivered.as_deref(), expected, "{to}");
     }
-    let publish = |body: Value| d.with(&text, Method::POST, "/v1/artifacts").json(&body).send();
-    let ok = publish(json!({"source": "/x", "as": "dataset/line3:v2", "to": "all"})).await.unwrap();
+    let publish = |body: Value| {
+        d.with(&text, Method::POST, "/v1/artifacts")
+            .json(&body)
+            .send()
+    };
+    let ok = publish(json!({"source": "/x", "as": "dataset/line3:v2", "to": "all"}))
+        .await
+        .unwrap();
     // The fake has no job of this name, so the request has reached it.
     error(ok, StatusCode::NOT_FOUND, "not_found").await;
-    assert_eq!(d.fake.world.lock().published[0].to.as_deref(), Some("chengdu,xian"));
-    let outside = publish(json!({"source": "/x", "as": "model/mine:v1"})).await.unwrap();
+    assert_eq!(
+        d.fake.world.lock().published[0].to.as_deref(),
+        Some("chengdu,xian")
+    );
+    let outside = publish(json!({"source": "/x", "as": "model/mine:v1"}))
+        .await
+        .unwrap();
     let message = error(outside, StatusCode::FORBIDDEN, "not_allowed").await;
-    assert!(message.contains("may publish dataset/line3* only"), "{message}");
-    let rows = publish(json!({"source": "db:other:v1", "as": "dataset/line3:v2"})).await.unwrap();
+    assert!(
+        message.contains("may publish dataset/line3* only"),
+        "{message}"
+    );
+    let rows = publish(json!({"source": "db:other:v1", "as": "dataset/line3:v2"}))
+        .await
+        .unwrap();
     error(rows, StatusCode::FORBIDDEN, "not_allowed").await;
 }
 
@@ -174,7 +302,11 @@ async fn cursors_say_nothing_about_what_happens_outside() {
     let cursor = async |path: &str| {
         let response = d.with(&text, Method::GET, path).send().await.unwrap();
         assert_eq!(response.status(), 200, "{path}");
-        let cursor = response.headers()["x-packhorse-cursor"].to_str().unwrap().parse::<u64>().unwrap();
+        let cursor = response.headers()["x-packhorse-cursor"]
+            .to_str()
+            .unwrap()
+            .parse::<u64>()
+            .unwrap();
         assert!(!response.headers().contains_key("x-packhorse-next"));
         (cursor, ids(&response.json().await.unwrap(), "id"))
     };
@@ -205,11 +337,25 @@ async fn cursors_say_nothing_about_what_happens_outside() {
     assert_eq!(all, ["t-1a", "t-3a", "t-9"]);
     let rows = d.json(&text, "/v1/transfers").await;
     // The time of 2026-11-23T10:00:05, of each.
-    assert!(rows.as_array().unwrap().iter().all(|row| row["cursor"] == 1_795_428_005_000_u64), "{rows}");
+    assert!(
+        rows.as_array()
+            .unwrap()
+            .iter()
+            .all(|row| row["cursor"] == 1_795_428_005_000_u64),
+        "{rows}"
+    );
 
     let events = d.json(&text, "/v1/events?format=json").await;
-    let numbers: Vec<u64> = events.as_array().unwrap().iter().map(|event| event["seq"].as_u64().unwrap()).collect();
-    assert!(numbers.windows(2).all(|pair| pair[1] == pair[0] + 1), "{numbers:?}");
+    let numbers: Vec<u64> = events
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|event| event["seq"].as_u64().unwrap())
+        .collect();
+    assert!(
+        numbers.windows(2).all(|pair| pair[1] == pair[0] + 1),
+        "{numbers:?}"
+    );
     let path = format!("/v1/events?format=json&since={}", numbers[1]);
     let rest = d.json(&text, &path).await;
     assert_eq!(rest.as_array().unwrap().len(), 1, "{rest}");
@@ -234,7 +380,12 @@ async fn runs_are_visible_only_as_a_whole() {
     };
     run("all", "xian", "dataset/line3:v1", "dataset/line3-x");
     run("on-hidden", "harbin", "dataset/line3:v1", "dataset/line3-x");
-    run("of-hidden", "xian", "dataset/hidden-a:v1", "dataset/line3-x");
+    run(
+        "of-hidden",
+        "xian",
+        "dataset/hidden-a:v1",
+        "dataset/line3-x",
+    );
     run("to-hidden", "xian", "dataset/line3:v1", "model/hidden-b");
     assert_eq!(ids(&d.json(&text, "/v1/runs").await, "name"), ["all"]);
     let mut answers = Vec::new();
@@ -244,5 +395,8 @@ async fn runs_are_visible_only_as_a_whole() {
         assert_eq!(response.status(), 404);
         answers.push(response.text().await.unwrap().replace(name, "NAME"));
     }
-    assert!(answers.iter().all(|answer| *answer == answers[0]), "{answers:?}");
+    assert!(
+        answers.iter().all(|answer| *answer == answers[0]),
+        "{answers:?}"
+    );
 }

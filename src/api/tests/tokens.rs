@@ -52,7 +52,12 @@ async fn a_token_is_shown_once_and_ends_with_its_rotation_and_revocation() {
     assert_eq!(status_of(&d, second).await, 401);
     assert_eq!(shown(&d, "ci").await["state"], "revoked");
     let none = d.request(Method::DELETE, "/v1/access?name=none");
-    error(none.send().await.unwrap(), StatusCode::NOT_FOUND, "not_found").await;
+    error(
+        none.send().await.unwrap(),
+        StatusCode::NOT_FOUND,
+        "not_found",
+    )
+    .await;
     // Its name is free again.
     let third = token(&d, "ci", "admin", json!({})).await;
     assert_eq!(status_of(&d, &third).await, 200);
@@ -64,13 +69,31 @@ async fn what_a_token_may_not_be_is_refused() {
     for (request, why) in [
         (json!({"name": "A b", "role": "viewer"}), "token name"),
         (json!({"name": "x", "role": "root"}), "root"),
-        (json!({"name": "x", "role": "viewer", "ttl_seconds": 0}), "validity"),
-        (json!({"name": "x", "role": "viewer", "ttl_seconds": u64::MAX}), "validity"),
-        (json!({"name": "x", "role": "viewer", "no_expiry": true}), "must expire"),
-        (json!({"name": "x", "role": "viewer", "artifacts": ["nonsense"]}), "nonsense"),
-        (json!({"name": "x", "role": "viewer", "sites": ""}), "site selection"),
+        (
+            json!({"name": "x", "role": "viewer", "ttl_seconds": 0}),
+            "validity",
+        ),
+        (
+            json!({"name": "x", "role": "viewer", "ttl_seconds": u64::MAX}),
+            "validity",
+        ),
+        (
+            json!({"name": "x", "role": "viewer", "no_expiry": true}),
+            "must expire",
+        ),
+        (
+            json!({"name": "x", "role": "viewer", "artifacts": ["nonsense"]}),
+            "nonsense",
+        ),
+        (
+            json!({"name": "x", "role": "viewer", "sites": ""}),
+            "site selection",
+        ),
         (json!({"name": "x", "role": "viewer", "scope": 1}), "scope"),
-        (json!({"name": "x", "role": "admin", "artifacts": ["model/*"]}), "no scope"),
+        (
+            json!({"name": "x", "role": "admin", "artifacts": ["model/*"]}),
+            "no scope",
+        ),
         (
             json!({"name": "x", "role": "viewer", "artifacts": vec!["model/*"; 101]}),
             "patterns",
@@ -105,7 +128,10 @@ async fn the_expiry_of_a_token_is_reported_two_weeks_before() {
         let start = format!("fault access token {name}: ");
         lines.iter().find(|line| line.starts_with(&start)).cloned()
     };
-    assert!(of("soon").unwrap().contains("it expires in 12 d"), "{lines:?}");
+    assert!(
+        of("soon").unwrap().contains("it expires in 12 d"),
+        "{lines:?}"
+    );
     assert!(of("short").unwrap().contains("it expired"), "{lines:?}");
     assert_eq!(of("later"), None);
     let metrics = d.get("/metrics").await.text().await.unwrap();
@@ -124,8 +150,7 @@ async fn the_expiry_of_a_token_is_reported_two_weeks_before() {
 #[tokio::test]
 async fn streams_and_long_polls_end_with_their_token() {
     let d = daemon().await;
-    d.fake
-        .put(transfer("t1", "chengdu", State::Queued));
+    d.fake.put(transfer("t1", "chengdu", State::Queued));
     for scope in [json!({}), json!({"sites": "chengdu"})] {
         let text = token(&d, "ends", "viewer", scope).await;
         let get = |path: &str| {
@@ -158,16 +183,28 @@ async fn a_flood_of_invalid_tokens_delays_no_valid_caller() {
     let d = daemon().await;
     let valid = token(&d, "ok", "viewer", json!({})).await;
     // An id that exists, with a secret that does not: the checksum is right.
-    let foreign = super::super::tokens::TokenText::generate().unwrap().into_secret();
+    let foreign = super::super::tokens::TokenText::generate()
+        .unwrap()
+        .into_secret();
     let mut seen = std::collections::BTreeMap::<u16, u32>::new();
     for n in 0..300 {
-        let wrong = if n % 2 == 0 { "x".repeat(66) } else { foreign.clone() };
-        *seen.entry(status_of(&d, &wrong).await.as_u16()).or_default() += 1;
+        let wrong = if n % 2 == 0 {
+            "x".repeat(66)
+        } else {
+            foreign.clone()
+        };
+        *seen
+            .entry(status_of(&d, &wrong).await.as_u16())
+            .or_default() += 1;
         if n % 20 == 0 {
             assert_eq!(status_of(&d, &valid).await, 200, "after {n} invalid ones");
         }
     }
-    assert_eq!(seen.keys().copied().collect::<Vec<_>>(), [401, 429], "{seen:?}");
+    assert_eq!(
+        seen.keys().copied().collect::<Vec<_>>(),
+        [401, 429],
+        "{seen:?}"
+    );
     let request = d.client.get(format!("{}/v1/sites", d.base));
     let wrong = request.header("X-Packhorse-Token", "x".repeat(66));
     let answer = wrong.send().await.unwrap();
@@ -189,7 +226,12 @@ async fn the_command_line_proves_the_daemon_before_it_sends_an_access_token() {
     };
     let sites: Value = client(&text).get("/v1/sites", &()).await.unwrap();
     assert_eq!(sites[0]["name"], "chengdu");
-    let foreign = super::super::tokens::TokenText::generate().unwrap().into_secret();
-    let fault = client(&foreign).get::<Value>("/v1/sites", &()).await.unwrap_err();
+    let foreign = super::super::tokens::TokenText::generate()
+        .unwrap()
+        .into_secret();
+    let fault = client(&foreign)
+        .get::<Value>("/v1/sites", &())
+        .await
+        .unwrap_err();
     assert!(fault.next.contains("no token was sent"), "{fault}");
 }

@@ -38,7 +38,9 @@ impl TokenText {
             .try_fill_bytes(&mut random)
             .map_err(|e| Fault::internal(format!("no random bits from the system: {e}")))?;
         let (secret, id) = random.split_at(SECRET_BYTES);
-        let id = id.iter().map(|byte| char::from(ID_DIGITS[usize::from(byte & 31)]));
+        let id = id
+            .iter()
+            .map(|byte| char::from(ID_DIGITS[usize::from(byte & 31)]));
         let mut text: String = PREFIX.chars().chain(id).collect();
         text.push('_');
         text.push_str(&digits::<SECRET_CHARS>(secret));
@@ -144,7 +146,10 @@ mod tests {
             assert_eq!(digits::<6>(number), text);
         }
         let largest = digits::<SECRET_CHARS>(&[0xff; 32]);
-        assert!(largest.starts_with(|c| c != '0'), "all digits are needed: {largest}");
+        assert!(
+            largest.starts_with(|c| c != '0'),
+            "all digits are needed: {largest}"
+        );
         assert_eq!(&digits::<44>(&[0xff; 32])[..1], "0", "and no more");
     }
 }

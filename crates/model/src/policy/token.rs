@@ -42,7 +42,8 @@ pub(super) fn may(grant: &Grant, verb: Verb, object: &Object<'_>) -> Result<(), 
             "use the API of the daemon",
         );
     };
-    let is_permitted = grant.role.includes(least) || grant.role == Role::Wall && verb == Verb::Watch;
+    let is_permitted =
+        grant.role.includes(least) || grant.role == Role::Wall && verb == Verb::Watch;
     if !is_permitted {
         return refuse(
             format!(

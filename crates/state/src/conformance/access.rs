@@ -37,7 +37,10 @@ pub(crate) async fn a_token_is_stored_rotated_and_revoked(catalogue: Catalogue) 
 
     let used = [("aaaa".to_owned(), 55), ("gone".to_owned(), 66)];
     catalogue.access_tokens_used(&used).await.unwrap();
-    assert_eq!(catalogue.access_tokens().await.unwrap()[0].used_ms, Some(55));
+    assert_eq!(
+        catalogue.access_tokens().await.unwrap()[0].used_ms,
+        Some(55)
+    );
 
     let rotated = catalogue
         .rotate_access_token("one", "dddd", &[8; 32], None)

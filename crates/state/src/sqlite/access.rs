@@ -89,12 +89,13 @@ impl Access for Sqlite {
             .execute(write.db())
             .await
             .map_err(fault)?;
-        let (same, all): (i64, i64) =
-            sqlx::query_as("SELECT COUNT(CASE WHEN name = $1 THEN 1 END), COUNT(*) FROM access_token")
-                .bind(&new.name)
-                .fetch_one(write.db())
-                .await
-                .map_err(fault)?;
+        let (same, all): (i64, i64) = sqlx::query_as(
+            "SELECT COUNT(CASE WHEN name = $1 THEN 1 END), COUNT(*) FROM access_token",
+        )
+        .bind(&new.name)
+        .fetch_one(write.db())
+        .await
+        .map_err(fault)?;
         if same > 0 {
             return Err(
                 Fault::conflict(format!("there is an access token {} already", new.name))
@@ -113,7 +114,9 @@ impl Access for Sqlite {
                 return Err(Fault::conflict(format!(
                     "this daemon has {all} access tokens, the largest number"
                 ))
-                .with_next("revoke those that are not used; 'packhorse access list' shows the last use"));
+                .with_next(
+                    "revoke those that are not used; 'packhorse access list' shows the last use",
+                ));
             }
         }
         sqlx::query(
@@ -169,12 +172,14 @@ impl Access for Sqlite {
 
     async fn revoke_access_token(&self, name: &str) -> Result<AccessRow, Fault> {
         let mut write = self.begin().await?;
-        sqlx::query("UPDATE access_token SET revoked_ms = $1 WHERE name = $2 AND revoked_ms IS NULL")
-            .bind(clock::now_ms())
-            .bind(name)
-            .execute(write.db())
-            .await
-            .map_err(fault)?;
+        sqlx::query(
+            "UPDATE access_token SET revoked_ms = $1 WHERE name = $2 AND revoked_ms IS NULL",
+        )
+        .bind(clock::now_ms())
+        .bind(name)
+        .execute(write.db())
+        .await
+        .map_err(fault)?;
         let row = write.access_token(name).await?;
         write.commit().await?;
         Ok(row)
