@@ -9,6 +9,7 @@ use tokio::sync::Notify;
 
 use super::types::*;
 use super::{AccessTokens, ApiToken, Backend};
+use crate::reach::Reach;
 use base::fault::{Fault, Reason};
 use base::workers::Workers;
 use model::paging::{Page, Pager, Room};
@@ -41,6 +42,8 @@ pub(crate) struct Fake {
     pub(crate) strict: std::sync::atomic::AtomicBool,
     /// Sites besides `chengdu`, with their regions.
     pub(crate) more_sites: Mutex<Vec<(String, String)>>,
+    /// The reach of each publish, export and import.
+    pub(crate) reaches: Mutex<Vec<Reach>>,
     /// The token of the trainer of the run `r`.
     pub(crate) trainer: super::RunToken,
     changed: Arc<Notify>,
@@ -161,6 +164,7 @@ impl Default for Fake {
             repeating: Mutex::default(),
             strict: Default::default(),
             more_sites: Mutex::default(),
+            reaches: Mutex::default(),
             trainer: super::RunToken::new("r".parse().unwrap()).unwrap(),
             changed: Arc::default(),
             asks: tokio::sync::watch::Sender::default(),
@@ -302,7 +306,8 @@ impl Backend for Fake {
     async fn ready(&self) -> Result<(), Fault> {
         self.world.lock().ready.clone().map_or(Ok(()), Err)
     }
-    async fn publish(&self, request: PublishRequest) -> Result<Job, Fault> {
+    async fn publish(&self, request: PublishRequest, reach: Reach) -> Result<Job, Fault> {
+        self.reaches.lock().push(reach);
         request.as_ref.parse::<base::names::ArtifactRef>()?;
         self.world.lock().published.push(request);
         Ok(Job {
@@ -540,13 +545,25 @@ impl Backend for Fake {
             ..self.artifact(artifact)?
         })
     }
-    async fn export_labels(&self, _request: ExportLabelsRequest) -> Result<Job, Fault> {
+    async fn export_labels(
+        &self,
+        _request: ExportLabelsRequest,
+        reach: Reach,
+    ) -> Result<Job, Fault> {
+        self.reaches.lock().push(reach);
         self.job("export-labels").await
     }
-    async fn export(&self, _artifacts: Vec<String>, _out: String) -> Result<Job, Fault> {
+    async fn export(
+        &self,
+        _artifacts: Vec<String>,
+        _out: String,
+        reach: Reach,
+    ) -> Result<Job, Fault> {
+        self.reaches.lock().push(reach);
         self.job("export").await
     }
-    async fn import(&self, _file: String) -> Result<Job, Fault> {
+    async fn import(&self, _file: String, reach: Reach) -> Result<Job, Fault> {
+        self.reaches.lock().push(reach);
         self.job("import").await
     }
     async fn adopt(&self) -> Result<Job, Fault> {

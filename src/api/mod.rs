@@ -9,6 +9,7 @@
 mod access;
 mod access_tokens;
 mod body;
+mod caller;
 mod error;
 mod events;
 mod lists;
@@ -50,6 +51,7 @@ use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
+use crate::reach::Reach;
 use base::fault::Fault;
 use base::limits::{API_LISTS_AT_ONCE_MAX, DRAIN_MAX};
 use base::names::{ArtifactRef, RunName, SiteName};
@@ -79,7 +81,7 @@ pub trait Backend: Send + Sync {
     /// `Ok` if it can work; otherwise the fault states what is missing.
     async fn ready(&self) -> Result<(), Fault>;
     /// Starts a publish.
-    async fn publish(&self, request: PublishRequest) -> Result<Job, Fault>;
+    async fn publish(&self, request: PublishRequest, reach: Reach) -> Result<Job, Fault>;
     /// Starts a delivery.
     async fn deliver(&self, request: DeliverRequest) -> Result<Delivered, Fault>;
     /// The cost of a delivery.
@@ -133,12 +135,14 @@ pub trait Backend: Send + Sync {
     async fn pin(&self, artifact: &str, pinned: bool) -> Result<Artifact, Fault>;
     /// Starts an export of labels, in a format of annotation tools, to a directory that the daemon
     /// writes.
-    async fn export_labels(&self, request: ExportLabelsRequest) -> Result<Job, Fault>;
+    async fn export_labels(&self, request: ExportLabelsRequest, reach: Reach)
+    -> Result<Job, Fault>;
 
     /// Starts an export of these artifacts to a file that the daemon writes.
-    async fn export(&self, artifacts: Vec<String>, out: String) -> Result<Job, Fault>;
+    async fn export(&self, artifacts: Vec<String>, out: String, reach: Reach)
+    -> Result<Job, Fault>;
     /// Starts an import of such a file.
-    async fn import(&self, file: String) -> Result<Job, Fault>;
+    async fn import(&self, file: String, reach: Reach) -> Result<Job, Fault>;
     /// Takes up what the NAS of a site already holds (site only).
     async fn adopt(&self) -> Result<Job, Fault>;
     /// Starts a garbage collection.

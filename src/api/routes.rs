@@ -5,7 +5,7 @@ use std::future::Future;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use axum::body::{Body, HttpBody as _};
+use axum::body::Body;
 use axum::extract::{
     DefaultBodyLimit, Extension, FromRequest, FromRequestParts, Query, Request, State,
 };
@@ -15,7 +15,6 @@ use axum::middleware::{self, Next};
 use axum::response::{Html, IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
-use futures::StreamExt as _;
 use futures::future::BoxFuture;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -25,16 +24,16 @@ use tokio_util::sync::CancellationToken;
 
 use super::error::{ApiError, ErrorBody};
 use super::proof::{Proof, ProofQuery};
-use super::scoped::{self, Scoped};
+use super::scoped;
 use super::server::Connection;
 use super::started::StartedJobs;
-use super::tokens::{Held, Invalid};
 use super::types::*;
 use super::{
-    AccessTokens, ApiToken, Backend, CURSOR_HEADER, TOKEN_HEADER, VERSION, VERSION_HEADER, access,
-    access_tokens, body, events, lists, openapi, run_token,
+    AccessTokens, ApiToken, Backend, CURSOR_HEADER, TOKEN_HEADER, VERSION, VERSION_HEADER,
+    access_tokens, body, caller, events, lists, openapi, run_token,
 };
-use base::fault::{Fault, Retry};
+use crate::reach::Reach;
+use base::fault::Fault;
 use base::limits::{
     API_AUDIT_CHARS_MAX, API_BODY_BYTES_MAX, API_LOOK_EVERY, API_ROWS_DEFAULT, API_ROWS_MAX,
     LONG_POLL_MAX,
@@ -78,7 +77,7 @@ impl App {
     }
 }
 
-/// The daemon for the actor of a request: what it may not see does not exist. [`authenticate`] makes
+/// The daemon for the actor of a request: what it may not see does not exist. [`caller::authenticate`] makes
 /// it. The state of the guarded routes is empty, so their handlers reach the daemon through this
 /// only.
 #[derive(Clone)]
@@ -96,7 +95,7 @@ impl<S: Send + Sync> FromRequestParts<S> for For {
 #[derive(Clone, Default)]
 struct Asked(Arc<OnceLock<String>>);
 
-/// All routes. Everything under `/v1/` and the metrics require a token ([`authenticate`]); the
+/// All routes. Everything under `/v1/` and the metrics require a token ([`caller::authenticate`]); the
 /// dashboard will replace [`home`].
 pub(super) fn router(app: App) -> Router {
     // Without state: a handler of these cannot reach the daemon but through `For`.
@@ -135,7 +134,10 @@ pub(super) fn router(app: App) -> Router {
         .route("/v1/events", get(events::events))
         .route("/metrics", get(metrics))
         .route_layer(middleware::from_fn_with_state(app.clone(), check_query))
-        .route_layer(middleware::from_fn_with_state(app.clone(), authenticate));
+        .route_layer(middleware::from_fn_with_state(
+            app.clone(),
+            caller::authenticate,
+        ));
     Router::new()
         .route("/", get(home))
         .route("/healthz", get(healthz))
@@ -171,141 +173,8 @@ pub(super) fn presented(headers: &HeaderMap) -> Option<&[u8]> {
     })
 }
 
-/// Finds the actor of a request by the token in either header, and lets the request through if the
-/// actor has the right.
-async fn authenticate(
-    State(app): State<App>,
-    Extension(connection): Extension<Connection>,
-    headers: HeaderMap,
-    mut request: Request,
-    next: Next,
-) -> Result<Response, ApiError> {
-    let caller = match presented(&headers) {
-        None => return Err(no_token("the API wants a token")),
-        Some(presented) => caller(&app, presented).await,
-    };
-    let caller = caller.map_err(|invalid| {
-        let (peer, path) = (&connection.peer, clipped(request.uri().path()));
-        app.wrong_tokens.note(format_args!(
-            "{peer}: {} {path}{}",
-            request.method(),
-            invalid.for_log()
-        ));
-        refusal(&app, &invalid)
-    })?;
-    connection.finish();
-    // Held until the response was made: what the body became takes as much memory.
-    let memory = body::Memory::default();
-    request.extensions_mut().insert(memory.clone());
-    let actor = caller.actor;
-    let request = access::check(&app, &actor, request).await?;
-    let is_read = matches!(*request.method(), Method::GET | Method::HEAD);
-    let work = respond(&app, &actor, &connection, request, next);
-    let response = match caller.held {
-        None => work.await,
-        // A change that has begun is not stopped in the middle.
-        Some(_) if !is_read => work.await,
-        Some(held) => {
-            let response = tokio::select! {
-                response = work => response,
-                () = held.ended() => return Err(no_token("the access token has ended")),
-            };
-            ending_with(held, response)
-        }
-    };
-    drop(memory);
-    Ok(response)
-}
-
-/// Passes a request on to its handler, which sees the daemon as the actor may.
-async fn respond(
-    app: &App,
-    actor: &Actor,
-    connection: &Connection,
-    mut request: Request,
-    next: Next,
-) -> Response {
-    let mut own = app.clone();
-    if let Actor::Token(grant) = actor
-        && grant.scope.is_limited()
-    {
-        let (backend, grant) = (app.backend.clone(), grant.clone());
-        let (shared, started) = (app.scoped.clone(), app.started.clone());
-        own.backend = Arc::new(Scoped::new(backend, grant, shared, started));
-    }
-    request.extensions_mut().insert(For(own));
-    request.extensions_mut().insert(actor.clone());
-    let response = log_change(actor, connection, request, next).await;
-    match actor {
-        Actor::Trainer(_) | Actor::Token(_) => app.started.note_response(actor, response).await,
-        _ => response,
-    }
-}
-
-/// A response that ends with the token, if its body is still being made.
-fn ending_with(held: Arc<Held>, response: Response) -> Response {
-    if response.body().size_hint().exact().is_some() {
-        return response;
-    }
-    let (parts, body) = response.into_parts();
-    let ended = Box::pin(async move { held.ended().await });
-    let body = body.into_data_stream().take_until(ended);
-    Response::from_parts(parts, Body::from_stream(body))
-}
-
-/// Who makes a request.
-struct Caller {
-    actor: Actor,
-    /// The access token that it holds.
-    held: Option<Arc<Held>>,
-}
-
-/// Who holds this token.
-async fn caller(app: &App, presented: &[u8]) -> Result<Caller, Invalid> {
-    if app.token.is(presented) {
-        return Ok(Caller {
-            actor: Actor::Admin,
-            held: None,
-        });
-    }
-    if let Some(run) = run_token::run_of(app, presented).await {
-        return Ok(Caller {
-            actor: Actor::Trainer(run),
-            held: None,
-        });
-    }
-    let held = app.access.find(presented)?;
-    Ok(Caller {
-        actor: Actor::Token(held.grant.clone()),
-        held: Some(held),
-    })
-}
-
-/// The answer to an invalid token.
-fn refusal(app: &App, invalid: &Invalid) -> ApiError {
-    if let Some(pause) = app.access.refuse(invalid.id()) {
-        let ms = u64::try_from(pause.as_millis()).unwrap_or(u64::MAX);
-        let fault = Fault::not_allowed("too many requests with an invalid token")
-            .with_next("send requests with a valid token: they are not limited")
-            .with_retry(Retry::AfterMs(ms));
-        return ApiError::with_status(fault, StatusCode::TOO_MANY_REQUESTS);
-    }
-    match invalid {
-        Invalid::Unknown(_) => no_token("the API token is wrong"),
-        Invalid::Expired(_) => no_token("the access token has expired"),
-        Invalid::Revoked(_) => no_token("the access token is revoked"),
-    }
-}
-
-fn no_token(why: &str) -> ApiError {
-    let fault = Fault::not_allowed(why).with_next(
-        "send the content of <data_dir>/api-token, or an access token, in X-Packhorse-Token, or use --config or --token-file",
-    );
-    ApiError::with_status(fault, StatusCode::UNAUTHORIZED)
-}
-
 /// Passes a request on. A change is logged: who requested what from where, and the status.
-async fn log_change(
+pub(super) async fn log_change(
     actor: &Actor,
     connection: &Connection,
     mut request: Request,
@@ -317,15 +186,17 @@ async fn log_change(
         return next.run(request).await;
     }
     let (path, asked) = (clipped(request.uri().path()), Asked::default());
+    // A request without a body names its object in the query, which holds no secret.
+    let query = clipped(request.uri().query().unwrap_or_default());
     request.extensions_mut().insert(asked.clone());
     let response = next.run(request).await;
-    let request = asked.0.get().map_or("", String::as_str);
+    let request = asked.0.get().map_or(query.as_str(), String::as_str);
     let who = actor.to_string();
     tracing::info!(who, peer = %connection.peer, path, request, status = response.status().as_u16(), "a change over the API");
     response
 }
 
-fn clipped(text: &str) -> String {
+pub(super) fn clipped(text: &str) -> String {
     text.chars().take(API_AUDIT_CHARS_MAX).collect()
 }
 
@@ -526,9 +397,12 @@ pub(super) async fn metrics(For(app): For) -> Result<Response, ApiError> {
 ))]
 pub(super) async fn publish(
     For(app): For,
+    Extension(actor): Extension<Actor>,
     B(request): B<PublishRequest>,
 ) -> Result<Response, ApiError> {
-    Ok(accepted(app.backend.publish(request).await?))
+    Ok(accepted(
+        app.backend.publish(request, Reach::of(&actor)).await?,
+    ))
 }
 
 /// Delivers.
@@ -641,9 +515,14 @@ pub(super) async fn pin(
 ))]
 pub(super) async fn export_labels(
     For(app): For,
+    Extension(actor): Extension<Actor>,
     B(request): B<ExportLabelsRequest>,
 ) -> Result<Response, ApiError> {
-    Ok(accepted(app.backend.export_labels(request).await?))
+    Ok(accepted(
+        app.backend
+            .export_labels(request, Reach::of(&actor))
+            .await?,
+    ))
 }
 
 /// Writes artifacts to one file, for transport by hand.
@@ -653,10 +532,13 @@ pub(super) async fn export_labels(
 ))]
 pub(super) async fn export(
     For(app): For,
+    Extension(actor): Extension<Actor>,
     B(request): B<ExportRequest>,
 ) -> Result<Response, ApiError> {
     Ok(accepted(
-        app.backend.export(request.artifacts, request.out).await?,
+        app.backend
+            .export(request.artifacts, request.out, Reach::of(&actor))
+            .await?,
     ))
 }
 
@@ -667,9 +549,12 @@ pub(super) async fn export(
 ))]
 pub(super) async fn import(
     For(app): For,
+    Extension(actor): Extension<Actor>,
     B(request): B<ImportRequest>,
 ) -> Result<Response, ApiError> {
-    Ok(accepted(app.backend.import(request.file).await?))
+    Ok(accepted(
+        app.backend.import(request.file, Reach::of(&actor)).await?,
+    ))
 }
 
 /// Takes up what the NAS of a site already holds: registers versions without a record, and records

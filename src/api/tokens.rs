@@ -323,7 +323,13 @@ impl AccessTokens {
                         && held.row.revoked_ms == row.revoked_ms
                         && held.row.expires_ms == row.expires_ms
                 });
+                let used = held
+                    .get(&row.id)
+                    .map(|held| held.used_ms.load(Ordering::Relaxed));
                 let token = same.cloned().unwrap_or_else(|| Held::new(row));
+                token
+                    .used_ms
+                    .fetch_max(used.unwrap_or(0), Ordering::Relaxed);
                 all.insert(token.row.id.clone(), token);
             }
             *held = all;

@@ -3,6 +3,7 @@
 use super::super::types::*;
 use super::Scoped;
 use super::view::{Sites, View};
+use crate::reach::Reach;
 use base::fault::Fault;
 use base::names::{ArtifactRef, SiteName, SiteSelector};
 use model::policy::{self, Object, Verb};
@@ -10,7 +11,11 @@ use state::{no_site, no_site_selected};
 
 impl Scoped {
     /// A publish under a name of the scope.
-    pub(super) async fn publish_in_scope(&self, mut request: PublishRequest) -> Result<Job, Fault> {
+    pub(super) async fn publish_in_scope(
+        &self,
+        mut request: PublishRequest,
+        reach: Reach,
+    ) -> Result<Job, Fault> {
         let artifact: ArtifactRef = request.as_ref.parse()?;
         policy::may(&self.actor, Verb::Publish, &Object::Named(&artifact))?;
         if request.source.starts_with("db:") {
@@ -30,7 +35,7 @@ impl Scoped {
         if let Some(to) = &request.to {
             request.to = Some(self.narrow_sites(&view, to).await?);
         }
-        self.inner.publish(request).await
+        self.inner.publish(request, reach).await
     }
 
     /// A delivery of visible artifacts to the selected sites that are visible.

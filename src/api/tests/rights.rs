@@ -241,3 +241,43 @@ async fn a_publisher_follows_and_cancels_its_own_job_and_an_operator_any() {
     let jobs: Value = list.send().await.unwrap().json().await.unwrap();
     assert_eq!(jobs, json!([]));
 }
+
+#[tokio::test]
+async fn only_the_token_of_the_machine_reaches_every_path() {
+    use crate::reach::Reach;
+    let d = daemon().await;
+    let operator = token(&d, "o", "operator", json!({})).await;
+    let scoped = token(&d, "s", "operator", json!({"artifacts": ["*/*"]})).await;
+    let trainer = d.fake.trainer.text();
+    let publish = json!({"source": "/x", "as": "model/line3:v1", "run": "r"});
+    let own_run = Reach::Run("r".parse().unwrap());
+    for (token, publishes, writes) in [
+        (TOKEN, Some(Reach::Machine), Some(Reach::Machine)),
+        (&operator, Some(Reach::Roots), Some(Reach::Roots)),
+        (&scoped, Some(Reach::Roots), None),
+        (&trainer, Some(own_run), None),
+    ] {
+        let post = async |path: &str, body: &Value| {
+            d.fake.reaches.lock().clear();
+            let request = d.client.post(format!("{}{path}", d.base));
+            let request = request.header("X-Packhorse-Token", token).json(body);
+            request.send().await.unwrap();
+            d.fake.reaches.lock().pop()
+        };
+        // A token with a scope sees no run of this name.
+        let mut publish = publish.clone();
+        if token == scoped {
+            publish["run"] = Value::Null;
+        }
+        assert_eq!(post("/v1/artifacts", &publish).await, publishes);
+        let file = json!({"file": "/x"});
+        assert_eq!(post("/v1/import", &file).await, writes);
+        let out = json!({"artifacts": ["dataset/line3:v1"], "out": "/x"});
+        let exports = if token == scoped {
+            Some(Reach::Roots)
+        } else {
+            writes
+        };
+        assert_eq!(post("/v1/export", &out).await, exports);
+    }
+}

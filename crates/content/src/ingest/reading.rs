@@ -244,7 +244,7 @@ impl Reading<'_, '_> {
             return Ok(());
         }
         let (mut from, mut takes, mut seen) = (
-            open(content, size, |_| {})?.take(size),
+            open(content, size, |_| Ok(()))?.take(size),
             0,
             BloomFilter::default(),
         );
@@ -496,11 +496,11 @@ fn read_all_of(from: &mut dyn Read, buffer: &mut [u8]) -> std::io::Result<usize>
     Ok(filled)
 }
 
-/// Opens the content of an entry. Calls `opened` if the content is a complete file of the source.
+/// Opens the content of an entry. Calls `opened` if the content is, or is in, a file of the source.
 fn open(
     content: &Content,
     size: u64,
-    opened: impl FnOnce(&File),
+    opened: impl FnOnce(&File) -> Result<(), Fault>,
 ) -> Result<Box<dyn Read + '_>, Fault> {
     let open =
         |path: &Path| durable::open_regular(path).at(format_args!("read {}", path.display()));
@@ -508,12 +508,13 @@ fn open(
         Content::Memory(bytes) => Box::new(&bytes[..]),
         Content::File(from) => {
             let file = open(from)?;
-            opened(&file);
+            opened(&file)?;
             Box::new(file)
         }
         Content::Scratch(from) => Box::new(open(from)?),
         Content::Range { file: from, offset } => {
             let mut file = open(from)?;
+            opened(&file)?;
             file.seek(SeekFrom::Start(*offset)).at(from.display())?;
             Box::new(file.take(size))
         }

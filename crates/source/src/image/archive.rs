@@ -16,6 +16,7 @@ use tar::{EntryType, Header, PaxExtensions};
 
 use super::refuse;
 use crate::FileIdentity;
+use crate::own::{self, Own};
 use base::durable;
 use base::fault::{Fault, IoContext};
 use base::limits::{ARCHIVE_HEADER_BYTES_MAX, ARCHIVE_MEMBERS_MAX, ARCHIVE_NAMES_BYTES_MAX};
@@ -60,8 +61,12 @@ struct Extended {
 impl TarIndex {
     /// Reads every header of the tar at `path`. Messages show `shown` instead, because `path` may
     /// be an internal decompressed copy.
-    pub(super) fn open(path: &Path, shown: &Path) -> Result<Self, Fault> {
+    pub(super) fn open(path: &Path, shown: &Path, own: Option<&Own>) -> Result<Self, Fault> {
         let file = durable::open_regular(path).at(format_args!("open {}", path.display()))?;
+        if let Some(own) = own {
+            own.check_opened(&file)
+                .map_err(|error| own::fault(path, &error))?;
+        }
         let meta = file
             .metadata()
             .at(format_args!("read {}", path.display()))?;

@@ -22,7 +22,7 @@ use flate2::read::MultiGzDecoder;
 use lzma_rust2::XzReader;
 
 use super::refuse;
-use base::durable;
+use crate::own::{self, Own};
 use base::fault::{Code, Fault, IoContext};
 use base::limits::{BOMB_RATIO, SCRATCH_LOOK_BYTES, SCRATCH_SPARE_BYTES, UNPACKED_BYTES_MAX};
 use base::space::{Reservation, Space};
@@ -168,8 +168,9 @@ pub(super) fn to_scratch(
     compression: Compression,
     copy: &Path,
     caps: Caps,
+    own: &Own,
 ) -> Result<(), Fault> {
-    let input = durable::open_regular(path).at(format_args!("open {}", path.display()))?;
+    let input = own.open(path).map_err(|error| own::fault(path, &error))?;
     let compressed = input
         .metadata()
         .at(format_args!("read the metadata of {}", path.display()))?

@@ -84,6 +84,8 @@ pub(super) struct Piece {
     pub(super) content: Content,
     /// The identity of the file before anything was read from it.
     pub(super) identity: Option<FileIdentity>,
+    /// The files that are never read; `None`: this program made the piece.
+    pub(super) own: Option<Arc<Own>>,
 }
 
 impl Piece {
@@ -94,14 +96,23 @@ impl Piece {
             size: bytes.len() as u64,
             content: Content::Memory(bytes.into()),
             identity: None,
+            own: None,
         }
+    }
+
+    fn opened(&self, path: &Path) -> io::Result<fs::File> {
+        let file = durable::open_regular(path)?;
+        if let Some(own) = &self.own {
+            own.check_opened(&file)?;
+        }
+        Ok(file)
     }
 
     fn open(&self) -> io::Result<Box<dyn Read + '_>> {
         Ok(match &self.content {
-            Content::File(path) | Content::Scratch(path) => Box::new(durable::open_regular(path)?),
+            Content::File(path) | Content::Scratch(path) => Box::new(self.opened(path)?),
             Content::Range { file, offset } => {
-                let mut file = durable::open_regular(file)?;
+                let mut file = self.opened(file)?;
                 file.seek(SeekFrom::Start(*offset))?;
                 Box::new(file.take(self.size))
             }
@@ -113,7 +124,7 @@ impl Piece {
 #[derive(Debug)]
 enum Container {
     Folder(Arc<Own>),
-    Tar(TarIndex),
+    Tar(TarIndex, Option<Arc<Own>>),
 }
 
 /// All pieces of one archive or directory.
@@ -135,11 +146,13 @@ impl Holder {
         }
     }
 
-    /// The tar at `path`, which is `shown` or its decompressed copy.
-    pub(super) fn tar(path: &Path, shown: &Path) -> Result<Self, Fault> {
+    /// The tar at `path`, which is `shown` or its decompressed copy. `own`: the files that are never
+    /// read; `None` for the copy.
+    pub(super) fn tar(path: &Path, shown: &Path, own: Option<Arc<Own>>) -> Result<Self, Fault> {
+        let index = TarIndex::open(path, shown, own.as_deref())?;
         Ok(Self {
             shown: shown.to_path_buf(),
-            place: Container::Tar(TarIndex::open(path, shown)?),
+            place: Container::Tar(index, own),
             flat: None,
         })
     }
@@ -180,7 +193,7 @@ impl Holder {
 
     fn find_member(&self, name: &str) -> Result<Option<Piece>, Fault> {
         match &self.place {
-            Container::Tar(index) => Ok(index.find(name).map(|extent| Piece {
+            Container::Tar(index, own) => Ok(index.find(name).map(|extent| Piece {
                 name: name.to_owned(),
                 size: extent.size,
                 content: Content::Range {
@@ -188,6 +201,7 @@ impl Holder {
                     offset: extent.offset,
                 },
                 identity: Some(index.identity.clone()),
+                own: own.clone(),
             })),
             Container::Folder(own) => {
                 let rel: RelPath = name.parse().map_err(|why| self.refuse(name, why))?;
@@ -207,6 +221,7 @@ impl Holder {
                             size: meta.len(),
                             content: Content::File(path),
                             identity,
+                            own: Some(own.clone()),
                         }))
                     }
                     Ok(_) => Err(self.refuse(name, "it is not a regular file")),
@@ -220,7 +235,7 @@ impl Holder {
     /// The message if neither `index.json` nor `manifest.json` exists.
     pub(super) fn why_no_image(&self) -> String {
         let folder = match &self.place {
-            Container::Tar(index) => index.only_folder(),
+            Container::Tar(index, _) => index.only_folder(),
             Container::Folder(_) => None,
         };
         match folder {
@@ -322,6 +337,7 @@ impl Holder {
             size,
             content: Content::Scratch(file.to_path_buf()),
             identity: None,
+            own: None,
         };
         Ok((digest, piece))
     }

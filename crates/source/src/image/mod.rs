@@ -49,8 +49,7 @@ pub use self::listing::split_tag;
 use self::oci::{Chosen, Descriptor, Image, ImageError};
 use self::referrers::Referrers;
 use super::{Content, FileIdentity, Source, SourceBody, SourceEntry};
-use crate::own::Own;
-use base::durable;
+use crate::own::{self, Own};
 use base::fault::{Fault, IoContext};
 use base::omitted::{Category, Omitted};
 use base::platform::Platform;
@@ -119,6 +118,8 @@ pub struct ImageSource {
     entries: std::vec::IntoIter<SourceEntry>,
     info: ImageInfo,
     omitted: Omitted,
+    /// The files that are never read; `None`: it reads copies of this program only.
+    own: Option<Arc<Own>>,
 }
 
 impl ImageSource {
@@ -169,6 +170,7 @@ impl ImageSource {
             entries,
             info,
             omitted,
+            ..
         } = Self::open_layout(folder, options)?;
         let owned = entries.map(|mut entry| {
             if let SourceBody::File {
@@ -187,6 +189,7 @@ impl ImageSource {
             entries: owned.collect::<Vec<_>>().into_iter(),
             info,
             omitted,
+            own: None,
         })
     }
 
@@ -213,6 +216,12 @@ impl Source for ImageSource {
         Ok(self.entries.next())
     }
 
+    fn opened(&mut self, file: &fs::File) -> Result<(), Fault> {
+        self.own
+            .as_ref()
+            .map_or(Ok(()), |own| own.allow_opened(file))
+    }
+
     fn total(&self) -> Option<u64> {
         Some(self.entries.as_slice().iter().map(SourceEntry::bytes).sum())
     }
@@ -237,7 +246,11 @@ fn open(
     own.check_path(path)?;
     let meta = fs::metadata(path).at(format_args!("open image {}", path.display()))?;
     if meta.is_dir() {
-        return from_holder(Holder::folder(path, own.clone()), tag, reading);
+        let source = from_holder(Holder::folder(path, own.clone()), tag, reading)?;
+        return Ok(ImageSource {
+            own: Some(own.clone()),
+            ..source
+        });
     }
     if !meta.is_file() {
         return Err(refuse(
@@ -247,14 +260,20 @@ fn open(
         ));
     }
     let mut first = Vec::with_capacity(SNIFFED_BYTES);
-    durable::open_regular(path)
-        .and_then(|f| f.take(SNIFFED_BYTES as u64).read_to_end(&mut first))
+    own.open(path)
+        .map_err(|error| own::fault(path, &error))?
+        .take(SNIFFED_BYTES as u64)
+        .read_to_end(&mut first)
         .at(format_args!("read image {}", path.display()))?;
+    let mut of_source = None;
     let holder = match Compression::of(&first) {
         Compression::None if first.is_empty() => {
             return Err(refuse(path, "the archive", "it is empty"));
         }
-        Compression::None => Holder::tar(path, path)?,
+        Compression::None => {
+            of_source = Some(own.clone());
+            Holder::tar(path, path, of_source.clone())?
+        }
         Compression::Foreign(name) => {
             return Err(refuse(
                 path,
@@ -265,11 +284,14 @@ fn open(
         }
         known => {
             let copy = scratch.join(DECOMPRESSED);
-            decompress::to_scratch(path, known, &copy, reading.caps)?;
-            Holder::tar(&copy, path)?
+            decompress::to_scratch(path, known, &copy, reading.caps, own)?;
+            Holder::tar(&copy, path, None)?
         }
     };
-    from_holder(holder, tag, reading)
+    Ok(ImageSource {
+        own: of_source,
+        ..from_holder(holder, tag, reading)?
+    })
 }
 
 fn from_holder(
@@ -501,5 +523,6 @@ fn into_source(image: Image) -> Result<ImageSource, Fault> {
             .into_iter(),
         info,
         omitted: image.omitted,
+        own: None,
     })
 }
