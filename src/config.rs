@@ -86,6 +86,9 @@ pub struct Config {
     /// The quotas of sites and publishers (hub only).
     #[serde(default)]
     pub quota: Quotas,
+    /// The certificates of sites and publishers (hub only).
+    #[serde(default)]
+    pub identity: Identity,
     /// The log.
     #[serde(default)]
     pub log: Log,
@@ -278,6 +281,24 @@ impl Default for Relay {
         Self {
             budget: 100 << 30,
             keep: Duration::from_secs(7 * 24 * 3600),
+        }
+    }
+}
+
+/// `[identity]`
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Identity {
+    /// How long after its end a certificate can still be renewed, and nothing else be done with it.
+    /// `0s`: not at all.
+    #[serde(deserialize_with = "duration")]
+    pub grace: Duration,
+}
+
+impl Default for Identity {
+    fn default() -> Self {
+        Self {
+            grace: Duration::from_secs(180 * 24 * 3600),
         }
     }
 }

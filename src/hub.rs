@@ -12,10 +12,11 @@ mod library;
 mod links;
 mod manifest_push;
 mod manifests;
+mod members;
+mod membership;
 mod peer_budgets;
 mod planning;
 mod quota;
-mod rate_limiter;
 mod refused;
 mod relay;
 mod runs;
@@ -26,7 +27,7 @@ mod upload;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use parking_lot::Mutex;
@@ -49,8 +50,8 @@ use content::chunk::ShortHash;
 use content::manifest::FORMAT_MAX;
 use content::store::Store;
 use state::Catalogue;
-use transport::identity::{Claim, HubIdentity, Redeemer};
-use transport::{Arrival, Listener};
+use transport::identity::{Claim, HubIdentity, Redeemer, Serial};
+use transport::{Arrival, Link, Listener};
 
 use deliveries::Deliveries;
 use entitlement::Entitlement;
@@ -58,6 +59,7 @@ use jobs::{HubJobs, JobParts};
 use library::HubLibrary;
 use links::Links;
 use manifests::Manifests;
+use membership::Membership;
 use peer_budgets::PeerBudgets;
 use quota::QuotaLedger;
 use relay::{RelayKeeper, RelayParts};
@@ -65,6 +67,9 @@ use runs::RunKeeper;
 pub(crate) use runs::lineage_view;
 use session::{SessionParts, Sessions};
 use upload::{UploadParts, Uploads};
+
+/// How often the hub looks whether its own certificate is to be renewed.
+const CERTIFICATE_CHECK_EVERY: Duration = Duration::from_secs(3600);
 
 /// The hub. Cheap to clone.
 #[derive(Clone)]
@@ -80,6 +85,8 @@ struct Inner {
     identity: Arc<HubIdentity>,
     listener: Listener,
     links: Links,
+    membership: Membership,
+    budgets: Arc<PeerBudgets>,
     /// When it was last stored when something was received from each site.
     heard_stored: Mutex<Instant>,
     deliveries: Deliveries,
@@ -144,9 +151,12 @@ impl Hub {
         let store = blocking(move || Store::open(&dir)).await?;
         let workers = Workers::new(stop.clone());
         let manifest_format = catalogue.manifest_format().await?.unwrap_or(FORMAT_MAX);
+        let membership =
+            Membership::new(catalogue.clone(), identity.clone(), config.identity.grace);
         let listener = Listener::bind(
             config.listen.quic,
             identity.clone(),
+            Arc::new(membership.clone()),
             &config.line,
             config.limits.memory / 2,
             &workers,
@@ -182,6 +192,7 @@ impl Hub {
             relay.clone(),
         );
         let deliveries = Deliveries::new(catalogue.clone(), links.clone(), entitlement.clone());
+        deliveries.read_revoked().await?;
         let runs = RunKeeper::new(
             catalogue.clone(),
             entitlement.clone(),
@@ -204,6 +215,7 @@ impl Hub {
             catalogue: catalogue.clone(),
             store: store.clone(),
             identity: identity.clone(),
+            membership: membership.clone(),
             links: links.clone(),
             entitlement: entitlement.clone(),
             budgets: budgets.clone(),
@@ -224,9 +236,9 @@ impl Hub {
         let uploads = Uploads::new(UploadParts {
             catalogue: catalogue.clone(),
             store: store.clone(),
-            identity: identity.clone(),
+            membership: membership.clone(),
             entitlement: entitlement.clone(),
-            budgets,
+            budgets: budgets.clone(),
             library,
             deliveries: deliveries.clone(),
             quotas: quotas.clone(),
@@ -242,6 +254,8 @@ impl Hub {
                 identity,
                 listener,
                 links,
+                membership,
+                budgets,
                 heard_stored: Mutex::new(Instant::now()),
                 deliveries,
                 runs,
@@ -290,6 +304,17 @@ impl Hub {
             }
             Ok(())
         });
+        workers.repeat(
+            "hub-certificate",
+            CERTIFICATE_CHECK_EVERY,
+            &self.inner.identity,
+            |identity| async move {
+                if blocking(move || identity.renew_if_due()).await? {
+                    tracing::info!("the hub's certificate was renewed");
+                }
+                Ok(())
+            },
+        );
         workers.repeat("idle-release", REST_EVERY, self, |this| async move {
             this.inner.store.rest();
             this.inner.relay.rest();
@@ -332,6 +357,12 @@ impl Hub {
                         }
                     });
                 }
+                Some(Arrival::Publisher { name, link }) if link.is_for_renewal() => {
+                    self.serve_renewal(Peer::Publisher(name), link);
+                }
+                Some(Arrival::Site { name, link, .. }) if link.is_for_renewal() => {
+                    self.serve_renewal(Peer::Site(name), link);
+                }
                 Some(Arrival::Publisher { name, link }) => {
                     let (this, span) = (self.clone(), link.span());
                     let work = async move { this.inner.uploads.welcome(name, link).await };
@@ -344,6 +375,19 @@ impl Hub {
                 }
             }
         }
+    }
+
+    /// Serves a peer whose certificate is expired.
+    fn serve_renewal(&self, who: Peer, link: Link) {
+        let (this, span) = (self.clone(), link.span());
+        let work = async move {
+            let inner = &this.inner;
+            inner
+                .membership
+                .serve_renewal(&who, &link, &inner.budgets, &inner.stop)
+                .await;
+        };
+        self.inner.tasks.spawn(work.instrument(span));
     }
 
     /// Closes every connection, and waits for running work.
@@ -365,11 +409,18 @@ impl Redeemer for Hub {
         secret_hash: &[u8; 32],
         claim: &Claim,
         key_hash: &[u8; 32],
-    ) -> Result<Peer, Fault> {
-        self.inner
+    ) -> Result<(Peer, Serial), Fault> {
+        let redeemed = self
+            .inner
             .catalogue
             .redeem_token(id, secret_hash, claim, key_hash)
-            .await
+            .await;
+        if let Ok((who, serial)) = &redeemed {
+            // Earlier certificates are not accepted from here on.
+            let why = format!("{who} was enrolled again, with a new certificate");
+            self.inner.listener.disconnect(who, Some(serial), &why);
+        }
+        redeemed
     }
 }
 

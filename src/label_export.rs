@@ -37,8 +37,8 @@ impl LabelExport {
         let artifact: ArtifactRef = request.artifact.parse()?;
         if artifact.kind != Kind::Labels {
             return Err(Fault::usage(format!(
-                "{artifact} is a {}, and only labels have these formats",
-                artifact.kind
+                "{artifact} is {}, and only labels have these formats",
+                artifact.kind.with_article()
             )));
         }
         let out = PathBuf::from(&request.out);

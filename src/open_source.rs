@@ -11,7 +11,7 @@ use tokio::runtime::Handle;
 use crate::api::types::SourceOptions;
 use crate::config::{self, Config};
 use crate::reach::Reach;
-use base::blocking::{blocking, blocking_at};
+use base::blocking::{blocking_at, cancellable};
 use base::durable;
 use base::fault::{Code, Fault, IoContext};
 use base::job_progress::JobProgress;
@@ -19,7 +19,7 @@ use base::names::{ArtifactRef, Kind, RelPath};
 use base::omitted::Omitted;
 use content::ingest::Ingested;
 use content::manifest::{
-    DatasetBinding, EntryBody, FORMAT_MAX, FileInfo, Root, Step, Walk, same_but_times,
+    DatasetBinding, EntryBody, FORMAT_MAX, FileInfo, Root, Step, Until, Walk, same_but_times,
 };
 use content::store::Store;
 use exchange::in_place::InPlace;
@@ -38,6 +38,8 @@ mod database;
 mod database_tests;
 mod kept;
 mod options;
+#[cfg(test)]
+mod registry_tests;
 
 pub use options::{check_bad_out, check_image_name};
 use options::{check_files_options, image_options, label_options};
@@ -173,8 +175,8 @@ pub async fn dataset_of(
     let name: ArtifactRef = name.parse()?;
     if name.kind != Kind::Dataset {
         return Err(Fault::usage(format!(
-            "--for takes a dataset, and {name} is a {}",
-            name.kind
+            "--for takes a dataset, and {name} is {}",
+            name.kind.with_article()
         )));
     }
     let row = catalogue.artifact(&name).await?;
@@ -259,8 +261,26 @@ impl Access {
         }
     }
 
-    /// How a registry is accessed. Reads files.
+    /// How a registry is accessed, and the reference with TLS if the settings need it. Reads files.
     fn to_registry(
+        &self,
+        mut reference: Reference,
+        options: &SourceOptions,
+    ) -> Result<(Reference, registry::Access), Fault> {
+        let access = self.settings_of(&reference, options)?;
+        let own = match &self.site {
+            Some(site) => site.own(&reference)?,
+            None => None,
+        };
+        let has_own_tls = own.is_some_and(|own| own.url.starts_with("https://"));
+        if has_own_tls || access.ca_file.is_some() || access.insecure {
+            reference.prefer_tls();
+        }
+        Ok((reference, access))
+    }
+
+    /// The settings of a registry.
+    fn settings_of(
         &self,
         reference: &Reference,
         options: &SourceOptions,
@@ -384,18 +404,19 @@ pub fn open(
     if is_reference(source) {
         if kind != Kind::Image {
             return Err(Fault::usage(format!(
-                "{source}: a registry holds images, and this is to be a {kind}"
+                "{source}: a registry holds images, and this is to be {}",
+                kind.with_article()
             )));
         }
         let reference: Reference = source.parse()?;
-        let image = image_options(options, access)?;
+        let image = image_options(options, access, scratch.progress.stop())?;
         if image.compress {
             return Err(Fault::usage(format!(
                 "{source}: --compress is for archives of docker save"
             ))
             .with_next("leave --compress out: the layers of a registry keep their digests"));
         }
-        let access = access.to_registry(&reference, options)?;
+        let (reference, access) = access.to_registry(reference, options)?;
         let (layout, wanted) = (scratch.folder.join("pulled"), &scratch.progress.wanted);
         let kept = kept::open(&scratch.folder, &reference)?;
         let referrers = match &kept {
@@ -457,7 +478,7 @@ pub fn open(
         Kind::Image => {
             let (path, tag) = split_tag(source);
             absolute(&path)?;
-            let image = image_options(options, access)?;
+            let image = image_options(options, access, scratch.progress.stop())?;
             let opened = ImageSource::open_for(&path, &scratch.folder, tag, &image, &access.own)
                 .map_err(|fault| missing_image(fault, true))?;
             Ok(Box::new(
@@ -538,7 +559,11 @@ pub async fn as_published(
         return Ok(None);
     }
     let (store, new, old) = (store.clone(), new.clone(), row.root);
-    blocking(move || Ok(same_but_times(&old, &new, &store)?.then_some(old))).await
+    cancellable((), move |stop| {
+        let is_same = same_but_times(&old, &new, &Until::new(&store, stop))?;
+        Ok(is_same.then_some(old))
+    })
+    .await
 }
 
 /// The note of such a publish.

@@ -343,8 +343,21 @@ impl Publisher {
             }
             dialled => dialled?,
         };
-        if identity.needs_renewal() {
-            self.renew(&identity, &link).await;
+        if link.is_for_renewal() {
+            // The certificate has expired, and the hub admits it for nothing else.
+            let renewed = self.renew(&identity, &link).await;
+            link.close_and_flush("the certificate was renewed").await;
+            renewed?;
+            let identity = self.identity(false).await?;
+            let link = transport::dial(&self.hub, &identity, &self.line, CONNECTION_SEND_BYTES_MAX)
+                .await?;
+            self.link = Some(link.clone());
+            return Ok(link);
+        }
+        if identity.needs_renewal()
+            && let Err(fault) = self.renew(&identity, &link).await
+        {
+            tracing::warn!(error = %fault, "the certificate could not be renewed; retrying at the next publish");
         }
         self.link = Some(link.clone());
         Ok(link)
@@ -392,24 +405,25 @@ impl Publisher {
         Ok(joined)
     }
 
-    /// Renews an old certificate. A failed renewal is tried again at the next publish.
-    async fn renew(&self, identity: &SiteIdentity, link: &Link) {
-        let work = async {
-            let request = identity.make_renewal_request()?;
-            let answer: String = wire::ask(
-                link,
-                &AskHub::Renew {
-                    request: renewal(request.csr_der())?,
-                },
-            )
-            .await?;
-            let cert = hex::decode(answer)
-                .map_err(|_| Fault::integrity("the hub sent a malformed certificate"))?;
-            request.complete(&cert, identity.ca_der())?.save(&self.dir)
-        };
-        if let Err(fault) = work.await {
-            tracing::warn!(error = %fault, "the certificate could not be renewed");
+    /// Renews an old certificate, unless another publish of this machine has just done it.
+    async fn renew(&self, identity: &SiteIdentity, link: &Link) -> Result<(), Fault> {
+        let dir = self.dir.clone();
+        let _turn = blocking(move || lock(&dir.join("identity.lock"), true)).await?;
+        let dir = self.dir.clone();
+        let stored = blocking(move || SiteIdentity::load(&dir)).await?;
+        if stored.is_some_and(|stored| stored.cert_der() != identity.cert_der()) {
+            return Ok(());
         }
+        let request = identity.make_renewal_request()?;
+        let question = AskHub::Renew {
+            request: renewal(request.csr_der())?,
+        };
+        let answer: String = wire::ask(link, &question).await?;
+        let cert = hex::decode(answer)
+            .map_err(|_| Fault::integrity("the hub sent a malformed certificate"))?;
+        let renewed = request.complete(&cert, identity.ca_der())?;
+        let dir = self.dir.clone();
+        blocking(move || renewed.save(&dir)).await
     }
 
     /// Announces the artifact and answers the hub's fetches, until the hub has everything. A hub

@@ -50,51 +50,86 @@ pub async fn run(config: Config, until_stdin_ends: bool) -> Result<(), Fault> {
     run_until(config, stop, hangups).await
 }
 
-/// At each SIGHUP: reads the API token and the filter of the log again, and counts in `reloads`, by
-/// which a site reads its certificate again. Passwords, and the certificates of `[registry]`, are
-/// read when they are used. What cannot be read stays as it was.
-async fn reload_at(
-    mut hangups: Signal,
+/// What is read again at each SIGHUP.
+struct Reload {
+    hangups: tokio::sync::Mutex<Signal>,
     token: ApiToken,
     config: Config,
-    reloads: watch::Sender<u64>,
-) {
-    while hangups.recv().await.is_some() {
-        let (token, data_dir) = (token.clone(), config.data_dir.clone());
-        match blocking(move || token.reload(&data_dir)).await {
-            Ok(changed) => tracing::info!(changed, "SIGHUP: the API token was read again"),
-            Err(fault) => {
-                tracing::error!(error = %fault, "SIGHUP: the API token cannot be read; the old one is kept");
+    /// Counts the hangups, for what a role reads again.
+    count: watch::Sender<u64>,
+}
+
+impl Reload {
+    /// Reads the API token and the log filter again at each SIGHUP.
+    async fn keep(&self) {
+        while self.hangups.lock().await.recv().await.is_some() {
+            let (token, data_dir) = (self.token.clone(), self.config.data_dir.clone());
+            match blocking(move || token.reload(&data_dir)).await {
+                Ok(changed) => tracing::info!(changed, "SIGHUP: the API token was read again"),
+                Err(fault) => {
+                    tracing::error!(error = %fault, "SIGHUP: the API token cannot be read; the old one is kept");
+                }
             }
+            let file = self.config.file.clone();
+            let filter = blocking(move || match file {
+                Some(file) => {
+                    let filter = crate::config::read(&file)?.log.filter;
+                    log_filter::set_configured(filter.as_deref())
+                }
+                None => Ok(false),
+            });
+            match filter.await {
+                Ok(used) => tracing::info!(used, "SIGHUP: the log filter was read again"),
+                Err(fault) => {
+                    tracing::error!(error = %fault, "SIGHUP: the configuration cannot be read; the log filter stays as it was");
+                }
+            }
+            self.count.send_modify(|count| *count += 1);
         }
-        let file = config.file.clone();
-        let filter = blocking(move || match file {
-            Some(file) => {
-                let filter = crate::config::read(&file)?.log.filter;
-                log_filter::set_configured(filter.as_deref())
-            }
-            None => Ok(false),
-        });
-        match filter.await {
-            Ok(used) => tracing::info!(used, "SIGHUP: the log filter was read again"),
-            Err(fault) => {
-                tracing::error!(error = %fault, "SIGHUP: the configuration cannot be read; the log filter stays as it was");
-            }
-        }
-        reloads.send_modify(|count| *count += 1);
+    }
+
+    /// Starts the worker for it.
+    fn start_worker(self: &Arc<Self>, workers: &Workers) {
+        workers.start(
+            "reload",
+            Pace::Continuous,
+            self,
+            |reload, worker| async move {
+                tokio::select! {
+                    () = reload.keep() => {}
+                    () = worker.stop().cancelled() => {}
+                }
+                Ok(())
+            },
+        );
     }
 }
 
-/// Reads the certificate of a site again at each SIGHUP.
-async fn reload_certificate(site: Site, mut reloads: watch::Receiver<u64>) {
-    while reloads.changed().await.is_ok() {
-        match site.reload_certificate().await {
-            Ok(changed) => tracing::info!(changed, "SIGHUP: the certificate was read again"),
-            Err(fault) => {
-                tracing::error!(error = %fault, "SIGHUP: the certificate cannot be read; the old one is kept");
+/// Starts the worker that reads the certificate of a site again at each SIGHUP.
+fn start_certificate_worker(site: &Site, reloads: watch::Receiver<u64>) {
+    let of = (site.clone(), reloads);
+    site.workers().start(
+        "reload-certificate",
+        Pace::Continuous,
+        &of,
+        |(site, mut reloads), worker| async move {
+            loop {
+                tokio::select! {
+                    changed = reloads.changed() => if changed.is_err() { break },
+                    () = worker.stop().cancelled() => break,
+                }
+                match site.reload_certificate().await {
+                    Ok(changed) => {
+                        tracing::info!(changed, "SIGHUP: the certificate was read again");
+                    }
+                    Err(fault) => {
+                        tracing::error!(error = %fault, "SIGHUP: the certificate cannot be read; the old one is kept");
+                    }
+                }
             }
-        }
-    }
+            Ok(())
+        },
+    );
 }
 
 /// Runs a daemon until `stop`. Unfinished work is recorded and resumes at the next start.
@@ -106,9 +141,13 @@ async fn run_until(config: Config, stop: CancellationToken, hangups: Signal) -> 
     let _lock = Lock::take(&config.data_dir)?;
     let token = ApiToken::open_or_create(&config.data_dir)?;
     log_filter::set_configured(config.log.filter.as_deref())?;
-    let (reloads, reloaded) = watch::channel(0);
-    let reload = reload_at(hangups, token.clone(), config.clone(), reloads);
-    let _reload = tokio_util::task::AbortOnDropHandle::new(tokio::spawn(reload));
+    let (count, reloaded) = watch::channel(0);
+    let reload = Arc::new(Reload {
+        hangups: tokio::sync::Mutex::new(hangups),
+        token: token.clone(),
+        config: config.clone(),
+        count,
+    });
     let listener = TcpListener::bind(config.listen.api).await.map_err(|e| {
         Fault::config(format!(
             "cannot listen on {} for the API: {e}",
@@ -137,6 +176,7 @@ async fn run_until(config: Config, stop: CancellationToken, hangups: Signal) -> 
                 return Ok(());
             };
             private::tighten(&data_dir);
+            reload.start_worker(hub.workers());
             let work = hub.clone();
             let work = Box::pin(async move { work.run().await });
             let access = AccessTokens::open(hub.catalogue().clone(), false).await?;
@@ -159,8 +199,8 @@ async fn run_until(config: Config, stop: CancellationToken, hangups: Signal) -> 
                 return Ok(());
             };
             private::tighten(&data_dir);
-            let reload = reload_certificate(site.clone(), reloaded);
-            let _reload = tokio_util::task::AbortOnDropHandle::new(tokio::spawn(reload));
+            reload.start_worker(site.workers());
+            start_certificate_worker(&site, reloaded);
             let work = site.clone();
             let work = Box::pin(async move { work.run().await });
             let access = AccessTokens::open(site.catalogue().clone(), true).await?;
@@ -356,7 +396,7 @@ pub(crate) fn wrong_role(what: &str, role: &str) -> Fault {
     Fault {
         code: Code::Usage,
         ..Fault::usage(format!(
-            "{what} is asked of the {role}; this daemon is not one"
+            "{what} runs at a {role} only, and this daemon is not a {role}"
         ))
     }
     .with_next(format!("give --api or --config of the {role}"))

@@ -18,8 +18,10 @@ mod scrub;
 mod watch;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::sync::mpsc;
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -46,6 +48,11 @@ use sink::{images, labels};
 use state::Catalogue;
 use transport::identity::SiteIdentity;
 use watch::Watch;
+
+/// How often each sink is asked to keep what it holds readable for others.
+const TEND_EVERY: Duration = Duration::from_secs(60);
+/// How long the end of the daemon waits for the sinks.
+const LEAVE_MAX: Duration = Duration::from_secs(2);
 
 /// The site. Cheap to clone.
 #[derive(Clone)]
@@ -252,6 +259,12 @@ impl Site {
                 trimmed.map_err(|fault| fault.context("remove old events"))
             },
         );
+        workers.repeat("sink-tend", TEND_EVERY, opened, |opened| async move {
+            for sink in opened.sinks.all() {
+                sink.tend().await?;
+            }
+            Ok(())
+        });
         workers.repeat("idle-release", REST_EVERY, opened, |opened| async move {
             opened.shared.store.rest();
             opened.reader.rest();
@@ -287,5 +300,7 @@ impl Site {
         }
         opened.tasks.close();
         opened.tasks.wait().await;
+        let leave = futures::future::join_all(opened.sinks.all().map(|sink| sink.leave()));
+        let _ = timeout(LEAVE_MAX, leave).await;
     }
 }

@@ -338,6 +338,8 @@ impl Backend for Fake {
             missing: 20 << 20,
             needs: 20 << 20,
             free: Some(1 << 40),
+            inodes: Some(30),
+            free_inodes: None,
             seconds: Some(75),
             left_out: Vec::new(),
         };
@@ -514,11 +516,15 @@ impl Backend for Fake {
             labels: [("region".to_owned(), region.to_owned())].into(),
             online: true,
             line: Some("quic".into()),
+            line_reason: None,
             rtt_ms: Some(42.25),
             joined_at: "2026-11-23T10:00:00.000Z".into(),
             last_seen: None,
             version: Some("0.1.0".into()),
             open_transfers: 2,
+            certificate: None,
+            revoked: None,
+            changed: None,
         };
         let mut sites = vec![site("chengdu", "west")];
         sites.extend(
@@ -529,12 +535,20 @@ impl Backend for Fake {
         );
         Ok(Page::whole(sites))
     }
-    async fn token(&self, request: TokenRequest) -> Result<String, Fault> {
-        Ok(format!(
-            "id.secret-for-{}-{}s",
-            request.site.or(request.publisher).unwrap_or_default(),
-            request.ttl_seconds
-        ))
+    async fn token(&self, request: TokenRequest) -> Result<TokenReply, Fault> {
+        let limits = request.publisher.is_some().then(|| TokenLimits {
+            artifacts: (!request.artifacts.is_empty()).then_some(request.artifacts),
+            deliver_to: request.deliver_to,
+        });
+        Ok(TokenReply {
+            token: format!(
+                "id.secret-for-{}-{}s",
+                request.site.or(request.publisher).unwrap_or_default(),
+                request.ttl_seconds
+            ),
+            limits,
+            notes: Vec::new(),
+        })
     }
     async fn verify(&self, _request: VerifyRequest) -> Result<Job, Fault> {
         self.job("verify").await

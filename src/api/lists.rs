@@ -378,6 +378,18 @@ pub(super) async fn sites(For(app): For) -> Result<Response, ApiError> {
     List::new(app, u32::MAX, read).into_response().await
 }
 
+/// All publishers (hub only).
+#[utoipa::path(get, path = "/v1/publishers", tag = "sites", responses(
+    (status = 200, description = "the publishers", body = Vec<Publisher>),
+    (status = "default", description = "an error", body = ErrorBody),
+))]
+pub(super) async fn publishers(For(app): For) -> Result<Response, ApiError> {
+    let read: Read<Publisher> = Box::new(|app, behind, room| {
+        Box::pin(async move { app.backend.publishers(behind.as_deref(), room).await })
+    });
+    List::new(app, u32::MAX, read).into_response().await
+}
+
 /// The jobs in the daemon's memory, the newest first.
 #[utoipa::path(get, path = "/v1/jobs/list", tag = "daemon", responses(
     (status = 200, description = "the jobs", body = Vec<Job>),

@@ -14,6 +14,7 @@ mod error;
 mod events;
 mod lists;
 mod local;
+mod members;
 mod openapi;
 mod proof;
 mod routes;
@@ -57,8 +58,11 @@ use base::limits::{API_LISTS_AT_ONCE_MAX, DRAIN_MAX};
 use base::names::{ArtifactRef, RunName, SiteName};
 use base::tally::Tally;
 use base::workers::Workers;
+use model::actor::Actor;
 use model::paging::{Page, Pager, Room};
 use types::*;
+
+use crate::serve::wrong_role;
 
 /// The header of every reply with the daemon's version.
 pub const VERSION_HEADER: &str = "x-packhorse-version";
@@ -125,8 +129,44 @@ pub trait Backend: Send + Sync {
     async fn open_by_artifact(&self) -> Result<Vec<(SiteName, ArtifactRef, u64)>, Fault>;
     /// All sites (at a site: itself).
     async fn sites(&self, behind: Option<&str>, room: Room) -> Result<Page<Site>, Fault>;
+    /// One site (hub only).
+    async fn site(&self, _name: &str) -> Result<Site, Fault> {
+        Err(wrong_role("site show", "hub"))
+    }
+    /// Changes the labels of a site (hub only).
+    async fn set_site(&self, _actor: &Actor, _request: SetSiteRequest) -> Result<Site, Fault> {
+        Err(wrong_role("site set", "hub"))
+    }
+    /// Revokes, restores or removes a site (hub only).
+    async fn act_on_site(
+        &self,
+        _actor: &Actor,
+        _request: MemberActionRequest,
+    ) -> Result<Site, Fault> {
+        Err(wrong_role("this action on a site", "hub"))
+    }
+    /// All publishers (hub only).
+    async fn publishers(
+        &self,
+        _behind: Option<&str>,
+        _room: Room,
+    ) -> Result<Page<Publisher>, Fault> {
+        Err(wrong_role("publisher list", "hub"))
+    }
+    /// One publisher (hub only).
+    async fn publisher(&self, _name: &str) -> Result<Publisher, Fault> {
+        Err(wrong_role("publisher show", "hub"))
+    }
+    /// Revokes, restores or removes a publisher (hub only).
+    async fn act_on_publisher(
+        &self,
+        _actor: &Actor,
+        _request: MemberActionRequest,
+    ) -> Result<Publisher, Fault> {
+        Err(wrong_role("this action on a publisher", "hub"))
+    }
     /// Creates a join token (hub only).
-    async fn token(&self, request: TokenRequest) -> Result<String, Fault>;
+    async fn token(&self, request: TokenRequest) -> Result<TokenReply, Fault>;
     /// The token of a training run whose trainer runs here now; `None`: there is none.
     async fn run_token(&self, run: &RunName) -> Option<RunToken>;
     /// Starts a verification; the result is a list of findings, empty when the artifact is intact.

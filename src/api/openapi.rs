@@ -8,7 +8,7 @@ use utoipa::openapi::path::ParameterIn;
 use utoipa::openapi::security::{ApiKey, ApiKeyValue, HttpAuthScheme, HttpBuilder, SecurityScheme};
 use utoipa::{Modify, OpenApi};
 
-use super::{access_tokens, error::ErrorBody, events, lists, routes, types::*};
+use super::{access_tokens, error::ErrorBody, events, lists, members, routes, types::*};
 
 #[derive(OpenApi)]
 #[openapi(
@@ -22,6 +22,7 @@ use super::{access_tokens, error::ErrorBody, events, lists, routes, types::*};
         routes::export_labels,
         routes::adopt, routes::gc, routes::doctor, routes::job, lists::jobs, routes::cancel_job, events::events, lists::deliveries, lists::delivery, lists::runs,
         routes::run, routes::train, routes::act_on_run, lists::workers,
+        members::site, members::set_site, members::act_on_site, lists::publishers, members::publisher, members::act_on_publisher,
     ),
     components(schemas(ErrorBody, Published, Event, Bytes, State, Action)),
     security(("token" = []), ("bearer" = [])),

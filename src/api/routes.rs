@@ -30,7 +30,7 @@ use super::started::StartedJobs;
 use super::types::*;
 use super::{
     AccessTokens, ApiToken, Backend, CURSOR_HEADER, TOKEN_HEADER, VERSION, VERSION_HEADER,
-    access_tokens, body, caller, events, lists, openapi, run_token,
+    access_tokens, body, caller, events, lists, members, openapi, run_token,
 };
 use crate::reach::Reach;
 use base::fault::Fault;
@@ -119,6 +119,12 @@ pub(super) fn router(app: App) -> Router {
         .route("/v1/runs/action", post(act_on_run))
         .route("/v1/plan", post(plan))
         .route("/v1/sites", get(lists::sites))
+        .route("/v1/sites/show", get(members::site))
+        .route("/v1/sites/set", post(members::set_site))
+        .route("/v1/sites/action", post(members::act_on_site))
+        .route("/v1/publishers", get(lists::publishers))
+        .route("/v1/publishers/show", get(members::publisher))
+        .route("/v1/publishers/action", post(members::act_on_publisher))
         .route("/v1/tokens", post(token))
         .route("/v1/verify", post(verify))
         .route("/v1/pin", post(pin))
@@ -144,6 +150,7 @@ pub(super) fn router(app: App) -> Router {
         .route("/readyz", get(readyz))
         .route("/v1/proof", get(proof))
         .route("/openapi.json", get(openapi::document))
+        .route_layer(middleware::from_fn_with_state(app.clone(), check_query))
         .with_state(app)
         .merge(guarded)
         .fallback(no_such_route)
@@ -472,12 +479,8 @@ pub(super) async fn token(
     For(app): For,
     B(request): B<TokenRequest>,
 ) -> Result<Response, ApiError> {
-    let token = app.backend.token(request).await?;
-    Ok((
-        [(header::CACHE_CONTROL, "no-store")],
-        Json(TokenReply { token }),
-    )
-        .into_response())
+    let reply = app.backend.token(request).await?;
+    Ok(([(header::CACHE_CONTROL, "no-store")], Json(reply)).into_response())
 }
 
 /// Verifies an artifact. The job's result is an array of findings, empty when it is intact; its

@@ -34,7 +34,7 @@ use model::actor::Actor;
 use model::grant::Grant;
 use model::paging::{Page, Room};
 use model::policy::Verb;
-use state::{no_artifact, no_delivery, no_work};
+use state::{no_artifact, no_delivery, no_site, no_work};
 use view::{Sites, no_run};
 
 /// What the requests of all tokens share.
@@ -338,7 +338,53 @@ impl Backend for Scoped {
             .await
     }
 
-    async fn token(&self, _request: TokenRequest) -> Result<String, Fault> {
+    async fn site(&self, name: &str) -> Result<Site, Fault> {
+        let work = async {
+            let view = self.view().await?;
+            let site: SiteName = name.parse()?;
+            let row = match self.inner.site(name).await {
+                Err(fault) if fault.code == Code::NotFound => return Err(no_site([&site])),
+                row => row?,
+            };
+            let shown = view.site(row, &self.open(&view).await?);
+            shown.ok_or_else(|| no_site([&site]))
+        };
+        self.evenly(work).await
+    }
+
+    async fn set_site(&self, _actor: &Actor, _request: SetSiteRequest) -> Result<Site, Fault> {
+        self.refuse(Verb::ManageSites)
+    }
+
+    async fn act_on_site(
+        &self,
+        _actor: &Actor,
+        _request: MemberActionRequest,
+    ) -> Result<Site, Fault> {
+        self.refuse(Verb::ManageSites)
+    }
+
+    async fn publishers(
+        &self,
+        _behind: Option<&str>,
+        _room: Room,
+    ) -> Result<Page<Publisher>, Fault> {
+        self.refuse(Verb::Diagnose)
+    }
+
+    async fn publisher(&self, _name: &str) -> Result<Publisher, Fault> {
+        self.refuse(Verb::Diagnose)
+    }
+
+    async fn act_on_publisher(
+        &self,
+        _actor: &Actor,
+        _request: MemberActionRequest,
+    ) -> Result<Publisher, Fault> {
+        self.refuse(Verb::ManageSites)
+    }
+
+    async fn token(&self, _request: TokenRequest) -> Result<TokenReply, Fault> {
         self.refuse(Verb::CreateToken)
     }
 

@@ -3,9 +3,16 @@
 use base::clock::rfc3339_ms;
 use base::workers;
 use content::manifest::KindInfo;
-use state::{ArtifactRow, Catalogue, EventRow, MalformedRow, SiteRow, TransferRow};
+use model::publisher_scope::PublisherScope;
+use state::{
+    ArtifactRow, Catalogue, EventRow, MalformedRow, Member, PublisherRow, Revocation, SiteRow,
+    TransferRow,
+};
 
-use super::types::{Artifact, Event, Site, State, Transfer, Worker, WorkerError};
+use super::types::{
+    Artifact, Event, MemberCertificate, MemberChange, MemberRevocation, Publisher, Site, State,
+    Transfer, Worker, WorkerError,
+};
 
 /// What `doctor` says of the rows that could not be read since the daemon started.
 pub fn malformed_lines(catalogue: &Catalogue) -> Vec<String> {
@@ -95,12 +102,75 @@ impl View for SiteRow {
             labels: self.labels.clone(),
             online: false,
             line: None,
+            line_reason: None,
             rtt_ms: None,
             joined_at: rfc3339_ms(self.joined_ms),
             last_seen: self.seen_ms.map(rfc3339_ms),
             version: self.version.clone(),
             open_transfers: self.open_transfers,
+            certificate: certificate(&self.member),
+            revoked: self.member.revoked.as_ref().map(revocation),
+            changed: self.member.changed.as_ref().map(change),
         }
+    }
+}
+
+impl View for PublisherRow {
+    type As = Publisher;
+
+    fn view(&self) -> Publisher {
+        // A scope that cannot be read allows nothing.
+        let scope: Option<PublisherScope> = match self.scope.as_deref() {
+            None => Some(PublisherScope::default()),
+            Some(text) => serde_json::from_str(text).ok(),
+        };
+        let text = |list: Vec<_>| list.iter().map(ToString::to_string).collect();
+        let (artifacts, deliver_to) = match scope {
+            Some(scope) => (
+                scope.artifacts.map(text),
+                scope.deliver_to.map(|to| to.to_string()),
+            ),
+            None => (Some(Vec::new()), Some("none".into())),
+        };
+        Publisher {
+            name: self.name.to_string(),
+            joined_at: rfc3339_ms(self.joined_ms),
+            last_seen: self.seen_ms.map(rfc3339_ms),
+            artifacts,
+            deliver_to,
+            certificate: certificate(&self.member),
+            revoked: self.member.revoked.as_ref().map(revocation),
+            changed: self.member.changed.as_ref().map(change),
+        }
+    }
+}
+
+fn certificate(member: &Member) -> Option<MemberCertificate> {
+    Some(MemberCertificate {
+        serial: member.serial.as_ref()?.to_string(),
+        issued_at: rfc3339_ms(member.issued_ms?),
+        expires_at: rfc3339_ms(member.expires_ms?),
+        used_at: member.confirmed_ms.map(rfc3339_ms),
+        previous_until: member
+            .previous
+            .as_ref()
+            .map(|(_, until)| rfc3339_ms(*until)),
+    })
+}
+
+fn revocation(revoked: &Revocation) -> MemberRevocation {
+    MemberRevocation {
+        at: rfc3339_ms(revoked.at_ms),
+        by: revoked.by.clone(),
+        why: revoked.why.clone(),
+    }
+}
+
+fn change(changed: &state::MemberChange) -> MemberChange {
+    MemberChange {
+        what: changed.what.clone(),
+        at: rfc3339_ms(changed.at_ms),
+        by: changed.by.clone(),
     }
 }
 

@@ -9,6 +9,7 @@ use clap::{Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 
 use super::access::AccessCommand;
+use super::members::{PublisherCommand, SiteCommand};
 use super::train::{TrainCommand, Trainer};
 use crate::config::{self, Config};
 use base::fault::Fault;
@@ -29,6 +30,13 @@ pub struct Args {
     pub(super) global: Global,
     #[command(subcommand)]
     pub(super) command: Command,
+}
+
+impl Args {
+    /// Whether this runs a daemon, which SIGHUP does not end.
+    pub fn is_daemon(&self) -> bool {
+        matches!(self.command, Command::Serve { .. })
+    }
 }
 
 /// The options of every command.
@@ -156,6 +164,18 @@ pub(super) enum Command {
     /// List the sites.
     #[command(after_help = "Example:\n  packhorse sites")]
     Sites,
+    /// Show, relabel, revoke, restore or remove a site, at the hub.
+    #[command(
+        subcommand,
+        after_help = "Examples:\n  packhorse site set chengdu --label region=west\n  packhorse site revoke chengdu"
+    )]
+    Site(SiteCommand),
+    /// Show, revoke, restore or remove a publisher, at the hub.
+    #[command(
+        subcommand,
+        after_help = "Example:\n  packhorse publisher revoke office"
+    )]
+    Publisher(PublisherCommand),
     /// Hold a transfer; its progress is kept.
     #[command(after_help = "Example:\n  packhorse pause t-1a22c0d36922fc2d20c")]
     Pause {
@@ -347,7 +367,8 @@ pub(super) struct TokenCreate {
     #[arg(long = "label", value_name = "KEY=VALUE", value_parser = key_value)]
     pub(super) labels: Vec<(String, String)>,
     /// What the publisher can publish, separated by commas: KIND/NAME with * for any characters, such
-    /// as dataset/line3-*,model/* [default: anything].
+    /// as dataset/line3-*,model/*. A publisher that joined before keeps its limit without this option;
+    /// */* lifts it [default: anything].
     #[arg(
         long,
         value_name = "PATTERN",
@@ -356,10 +377,11 @@ pub(super) struct TokenCreate {
     )]
     pub(super) artifacts: Vec<String>,
     /// Where the publisher can deliver what it publishes: names separated by commas, `all`, a label
-    /// selector, or `none` [default: all].
+    /// selector, or `none`. A publisher that joined before keeps its limit without this option
+    /// [default: all].
     #[arg(long, value_name = "SITES", requires = "publisher")]
     pub(super) deliver_to: Option<String>,
-    /// How long the token is valid.
+    /// How long the token is valid, at most 30d.
     #[arg(long, default_value = "24h", value_name = "DURATION", value_parser = config::parse_duration)]
     pub(super) ttl: Duration,
 }
@@ -394,7 +416,7 @@ pub(super) struct Publish {
     #[arg(
         long = "as",
         value_name = "KIND/NAME:VERSION",
-        required_unless_present = "list",
+        required_unless_present_any = ["list", "all"],
         default_value = "",
         hide_default_value = true
     )]
@@ -407,6 +429,12 @@ pub(super) struct Publish {
         conflicts_with_all = ["source", "as_ref", "hub", "repository", "tag", "compress", "for_dataset", "run"]
     )]
     pub(super) list: Option<PathBuf>,
+    /// Publish all images of an archive or OCI layout, each under its own name and tag.
+    #[arg(
+        long,
+        conflicts_with_all = ["as_ref", "list", "hub", "repository", "tag", "for_dataset", "run"]
+    )]
+    pub(super) all: bool,
     /// Deliver at once to these sites: names separated by commas, `all`, or a label selector
     /// (`region=west,line!=3`).
     #[arg(long, value_name = "SITES")]
@@ -571,7 +599,7 @@ pub(super) struct Status {
     pub(super) limit: u32,
 }
 
-fn key_value(text: &str) -> Result<(String, String), String> {
+pub(super) fn key_value(text: &str) -> Result<(String, String), String> {
     match text.split_once('=') {
         Some((key, value)) if !key.is_empty() => Ok((key.into(), value.into())),
         _ => Err("write it as KEY=VALUE".into()),

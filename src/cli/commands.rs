@@ -87,7 +87,26 @@ pub(super) async fn token_create(global: &Global, create: TokenCreate) -> Result
     };
     let reply: TokenReply = Client::new(global)?.post("/v1/tokens", &request).await?;
     // The token is alone on stdout, for TOKEN=$(packhorse token create …).
-    one(global.output, &reply, |reply| format!("{}\n", reply.token))
+    one(global.output, &reply, |reply| format!("{}\n", reply.token))?;
+    if let Some(limits) = &reply.limits {
+        output::note(&format!("note: {}", human::clean(&limits_text(limits))));
+    }
+    for note in &reply.notes {
+        output::note(&format!("note: {}", human::clean(note)));
+    }
+    Ok(())
+}
+
+/// What a publisher may do with the token that was made for it.
+fn limits_text(limits: &TokenLimits) -> String {
+    let artifacts = match &limits.artifacts {
+        Some(patterns) => patterns.join(", "),
+        None => "any artifact".into(),
+    };
+    let sites = limits.deliver_to.as_deref().unwrap_or("all");
+    format!(
+        "after it used this token, the publisher may publish {artifacts} and deliver to: {sites}"
+    )
 }
 
 /// `publish`
@@ -96,6 +115,9 @@ pub(super) async fn publish(global: &Global, publish: Publish) -> Result<(), Fau
         return Box::pin(list::publish(global, publish, &file)).await;
     }
     let from = source(&publish)?;
+    if publish.all {
+        return Box::pin(list::publish_all(global, publish, from)).await;
+    }
     let options = source_options(&publish)?;
     if let Some(hub) = publish.hub.clone() {
         return Box::pin(remote::publish(global, publish, from, hub, options)).await;

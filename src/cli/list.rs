@@ -1,7 +1,9 @@
-//! `publish --list`: publishes every image of a list, each under the name and the tag of its
-//! repository.
+//! `publish --list` and `publish --all`: publishes every image of a list or of an archive, each under
+//! the name and the tag of its repository.
 
-use std::path::Path;
+use std::collections::HashMap;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
 
 use super::args::{Global, Publish};
 use super::client::Client;
@@ -10,17 +12,20 @@ use super::follow::Deadline;
 use super::human;
 use super::output::{self, rows};
 use crate::api::types::{PublishRequest, Published};
+use base::blocking::blocking;
 use base::durable;
 use base::fault::{Code, Fault, IoContext};
 use base::limits::CONFIG_BYTES_MAX;
+use base::names::ArtifactRef;
 use registry::Reference;
 use registry::reference::Pick;
+use source::image::{self, ContainedImage};
 use source::image_list::{self, ListedImage};
 
 /// Digits of a digest in a version.
 const DIGEST_DIGITS: usize = 16;
 
-/// One image of the list, ready to be published.
+/// One image, ready to be published.
 #[derive(Debug, PartialEq, Eq)]
 struct Entry {
     source: String,
@@ -35,6 +40,62 @@ struct Entry {
 /// `publish --list`
 pub(super) async fn publish(global: &Global, publish: Publish, file: &Path) -> Result<(), Fault> {
     let entries = read(file)?;
+    publish_each(global, publish, file, entries).await
+}
+
+/// `publish --all`
+pub(super) async fn publish_all(
+    global: &Global,
+    publish: Publish,
+    source: String,
+) -> Result<(), Fault> {
+    if registry::reference::has_scheme(&source) || source.starts_with("db:") {
+        return Err(
+            Fault::usage("--all is for archives and layout directories of images")
+                .with_next("list the images of a registry in a file, and give it to --list"),
+        );
+    }
+    let file = PathBuf::from(&source);
+    let archive = file.clone();
+    let images = blocking(move || {
+        // Only a compressed archive needs it.
+        let scratch = ScratchFolder::create()?;
+        image::images(&archive, &scratch.0)
+    })
+    .await?;
+    let entries = entries_of(&source, &images)?;
+    publish_each(global, publish, &file, entries).await
+}
+
+/// A private folder for temporary data, which is removed at the end.
+struct ScratchFolder(PathBuf);
+
+impl ScratchFolder {
+    fn create() -> Result<Self, Fault> {
+        let folder = std::env::temp_dir().join(format!("packhorse-{:016x}", rand::random::<u64>()));
+        std::fs::DirBuilder::new()
+            .mode(0o700)
+            .create(&folder)
+            .at(format_args!("create the directory {}", folder.display()))?;
+        Ok(Self(folder))
+    }
+}
+
+impl Drop for ScratchFolder {
+    fn drop(&mut self) {
+        if let Err(fault) = durable::remove_all(&self.0) {
+            output::note(&format!("{fault}"));
+        }
+    }
+}
+
+/// Publishes images, each alone. `from` is where they are listed.
+async fn publish_each(
+    global: &Global,
+    publish: Publish,
+    from: &Path,
+    entries: Vec<Entry>,
+) -> Result<(), Fault> {
     let client = Client::new(global)?;
     let deadline = Deadline::after(publish.wait.timeout);
     let (mut published, mut failed): (Vec<Published>, Vec<Fault>) = (Vec::new(), Vec::new());
@@ -84,7 +145,7 @@ pub(super) async fn publish(global: &Global, publish: Publish, file: &Path) -> R
         Some(first) => Err(first.context(format_args!(
             "{} of {count} images of {} are not published; the first",
             count - published.len(),
-            file.display()
+            from.display()
         ))),
         None => waited,
     }
@@ -139,9 +200,148 @@ fn entry(image: &ListedImage) -> Result<Entry, Fault> {
     })
 }
 
+/// The artifacts of all images of an archive: one for each name. An image without a name, or with
+/// a tag only, has that of the archive.
+fn entries_of(source: &str, images: &[ContainedImage]) -> Result<Vec<Entry>, Fault> {
+    let mut entries = Vec::new();
+    let of_file = name_of_file(source);
+    for image in images {
+        let selected = match &image.selection {
+            Some(selection) => format!("{source}#{selection}"),
+            None => source.to_owned(),
+        };
+        if image.names.is_empty() {
+            let digest = image.digest.trim_start_matches("sha256:");
+            let digits: String = digest.chars().take(DIGEST_DIGITS).collect();
+            entries.push(Entry::of(
+                selected,
+                &of_file,
+                None,
+                format!("sha256-{digits}"),
+            )?);
+            continue;
+        }
+        for name in &image.names {
+            let (repository, tag) = match name.rsplit_once(':') {
+                Some((repository, tag)) if !tag.contains('/') => (without_host(repository), tag),
+                _ if name.contains('/') => (without_host(name), "latest"),
+                _ => (&*of_file, &**name),
+            };
+            entries.push(Entry::of(
+                selected.clone(),
+                repository,
+                Some(tag.to_owned()),
+                tag.to_lowercase(),
+            )?);
+        }
+    }
+    let mut seen: HashMap<&str, &str> = HashMap::new();
+    for entry in &entries {
+        if let Some(other) = seen.insert(&entry.artifact, &entry.source) {
+            return Err(Fault::usage(format!(
+                "{other} and {} would both be {}",
+                entry.source, entry.artifact
+            ))
+            .with_next("publish each image with its own --as"));
+        }
+    }
+    Ok(entries)
+}
+
+/// The repository of a name without its registry, by the rule of Docker.
+fn without_host(name: &str) -> &str {
+    let repository = match name.split_once('/') {
+        Some((host, rest)) if host.contains(['.', ':']) || host == "localhost" => rest,
+        _ => name,
+    };
+    repository.strip_prefix("library/").unwrap_or(repository)
+}
+
+/// The name of an archive without its endings, in characters of a repository.
+fn name_of_file(source: &str) -> String {
+    let path = Path::new(source);
+    let mut name = path.file_name().unwrap_or_default().to_string_lossy();
+    for ending in [".gz", ".zst", ".xz", ".bz2", ".tgz", ".tar"] {
+        if let Some(short) = name.strip_suffix(ending) {
+            name = short.to_owned().into();
+        }
+    }
+    let mut out = String::new();
+    for c in name.to_lowercase().chars() {
+        match c.is_ascii_lowercase() || c.is_ascii_digit() || c == '.' {
+            true => out.push(c),
+            false if !out.is_empty() && !out.ends_with('-') => out.push('-'),
+            false => {}
+        }
+    }
+    let out = out.trim_matches(['-', '.']);
+    if out.is_empty() { "image" } else { out }.to_owned()
+}
+
+impl Entry {
+    fn of(
+        source: String,
+        repository: &str,
+        tag: Option<String>,
+        version: String,
+    ) -> Result<Self, Fault> {
+        let name = repository.replace('/', "-");
+        let artifact = format!("image/{name}:{version}");
+        artifact.parse::<ArtifactRef>().map_err(|why| {
+            Fault::usage(format!("{}: {why}", human::clean(&source)))
+                .with_next("publish this image with its own --as")
+        })?;
+        Ok(Self {
+            source,
+            artifact,
+            repository: Some(repository.to_owned()).filter(|repository| *repository != name),
+            tag: tag.filter(|tag| *tag != version),
+            platform: None,
+        })
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn each_name_of_an_archive_is_an_artifact() {
+        let image = |selection: &str, names: &[&str]| ContainedImage {
+            selection: Some(selection.into()),
+            names: names.iter().map(|name| (*name).into()).collect(),
+            digest: format!("sha256:{}", "ab".repeat(32)),
+        };
+        let of = |names: &[&str]| {
+            let entries = entries_of("/d/Set of_images.tar.gz", &[image("@1", names)]).unwrap();
+            let short = |entry: Entry| {
+                assert_eq!(entry.source, "/d/Set of_images.tar.gz#@1");
+                let text = |text: Option<String>| text.unwrap_or_default();
+                (entry.artifact, text(entry.repository), text(entry.tag))
+            };
+            entries.into_iter().map(short).collect::<Vec<_>>()
+        };
+        for (name, artifact, repository, tag) in [
+            ("app:v1", "image/app:v1", "", ""),
+            ("docker.io/library/app:v1", "image/app:v1", "", ""),
+            ("r.lan:5000/ops/app:V1", "image/ops-app:v1", "ops/app", "V1"),
+            ("ops/app", "image/ops-app:latest", "ops/app", ""),
+            ("v2", "image/set-of-images:v2", "", ""),
+        ] {
+            let expected = vec![(artifact.into(), repository.into(), tag.into())];
+            assert_eq!(of(&[name]), expected, "{name}");
+        }
+        assert_eq!(of(&["a:1", "b:1"]).len(), 2);
+        let unnamed = "image/set-of-images:sha256-abababababababab";
+        assert_eq!(of(&[]), [(unnamed.into(), String::new(), String::new())]);
+        for images in [
+            [image("@0", &["r.lan/a:1"]), image("@1", &["q.lan/a:1"])],
+            [image("@0", &["a:1"]), image("@1", &["a:ü"])],
+        ] {
+            let fault = entries_of("/d/a.tar", &images).unwrap_err();
+            assert_eq!(fault.code, Code::Usage, "{fault:?}");
+        }
+    }
 
     #[test]
     fn an_image_of_a_list_keeps_its_repository_and_tag() {

@@ -13,6 +13,7 @@ mod follow;
 pub(crate) mod human;
 mod list;
 mod manual;
+mod members;
 pub(crate) mod output;
 mod remote;
 mod status;
@@ -118,6 +119,8 @@ async fn dispatch(args: Args) -> Result<(), Fault> {
         Command::Artifacts => commands::artifacts(global).await,
         Command::Show { artifact } => commands::show(global, &artifact).await,
         Command::Sites => commands::sites(global).await,
+        Command::Site(command) => members::site(global, command).await,
+        Command::Publisher(command) => members::publisher(global, command).await,
         Command::Pause { transfer } => {
             commands::act(global, transfer, crate::api::types::Action::Pause).await
         }

@@ -350,6 +350,9 @@ pub(super) fn plan(rows: &[PlanRow], colour: bool) -> String {
     for row in rows {
         let note = match row.free {
             Some(free) if free < row.needs => "no space",
+            _ if matches!((row.inodes, row.free_inodes), (Some(needs), Some(free)) if free < needs) => {
+                "no space: too few inodes"
+            }
             _ if !row.asked => "no answer: assumes that the site has no content",
             _ => "",
         };

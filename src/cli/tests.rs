@@ -80,6 +80,7 @@ fn every_command_of_the_manual_parses() {
         "publish registry://h/r:t --as image/x:1 --hub h:1 --ca-file c --realm-host t:1 --insecure",
         "publish /i.tar --as image/x:1 --repository ops/team/x --tag V1 --platform linux/amd64,linux/arm64 --compress",
         "publish --list images.txt --to all --wait --platform linux/amd64",
+        "publish /data/images.tar --all --to all --compress",
         "deliver dataset/x:1 model/y:2 --to region=west,line!=3 --wait",
         "status",
         "status t1 --watch --since 5 -o ndjson",
@@ -594,12 +595,20 @@ fn sites_and_plans() {
         missing: 20 << 20,
         needs: 20 << 20,
         free,
+        inodes: None,
+        free_inodes: None,
         seconds: None,
         left_out: Vec::new(),
     };
-    insta::assert_snapshot!(status::plan(&[row("chengdu", true, Some(1 << 20)), row("xian", false, None)], false), @r"
+    let few_inodes = PlanRow {
+        inodes: Some(300),
+        free_inodes: Some(200),
+        ..row("hefei", true, Some(30 << 20))
+    };
+    insta::assert_snapshot!(status::plan(&[row("chengdu", true, Some(1 << 20)), few_inodes, row("xian", false, None)], false), @r"
     ARTIFACT   SITE        SIZE  TO MOVE     FREE  TIME  NOTE
     model/m:1  chengdu  2.0 GiB   20 MiB  1.0 MiB     -  no space
+    model/m:1  hefei    2.0 GiB   20 MiB   30 MiB     -  no space: too few inodes
     model/m:1  xian     2.0 GiB   20 MiB        -     -  no answer: assumes that the site has no content
     ");
     let left = |site: &str| LeftOut {
@@ -690,6 +699,15 @@ fn a_tracker_reports_each_change_once_and_ignores_older_answers() {
         "an older answer came late"
     );
     assert_eq!(tracker.absorb(transfer("other", "x", State::Done)), None);
+    let mut of_hub = Tracker::new(&["t1".into()]);
+    let moving = transfer("t1", "chengdu", State::Transferring);
+    assert_eq!(of_hub.absorb(at(CURSOR_OF_HUB | 900, moving)), None);
+    assert!(
+        of_hub
+            .absorb(at(7, transfer("t1", "chengdu", State::Done)))
+            .is_some(),
+        "the site counts fewer events than the hub"
+    );
     assert_eq!(
         tracker
             .absorb(at(5, transfer("t2", "xian", State::Done)))

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use super::human;
-use crate::api::types::{State, Transfer};
+use crate::api::types::{CURSOR_OF_HUB, State, Transfer};
 use base::fault::{Code, Fault, Reason, Retry};
 use base::limits::OFFENDERS_LISTED_MAX;
 
@@ -61,8 +61,13 @@ impl Tracker {
     pub(crate) fn absorb(&mut self, transfer: Transfer) -> Option<String> {
         let known = self.transfers.get_mut(&transfer.id)?;
         let before = known.as_ref().map(|t| (t.state, t.reason));
-        // An older answer can arrive after a newer one and is ignored.
-        if known.as_ref().is_some_and(|t| t.cursor > transfer.cursor) {
+        // An older answer can arrive after a newer one and is ignored. A site passes on the answers
+        // of the hub until it has the transfer itself; hub and site count independently.
+        let is_older = |t: &Transfer| {
+            t.cursor & CURSOR_OF_HUB == transfer.cursor & CURSOR_OF_HUB
+                && t.cursor > transfer.cursor
+        };
+        if known.as_ref().is_some_and(is_older) {
             return None;
         }
         let line = (before != Some((transfer.state, transfer.reason)))

@@ -97,6 +97,7 @@ impl Rules<'_> {
             "quota",
             "only a hub has it; sites and publishers publish to it",
         )?;
+        self.absent("identity", "only a hub has it; it issues the certificates")?;
         self.absent(
             "relay",
             "only a hub has it; bytes between sites pass through it",

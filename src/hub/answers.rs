@@ -12,7 +12,6 @@ use model::paging;
 use model::policy::Verb;
 use model::protocol::AskHub;
 use transport::SendHalf;
-use transport::identity::HubIdentity;
 
 /// The verb of a question, before its object is known.
 pub(super) fn verb_of(question: &AskHub) -> Verb {
@@ -26,6 +25,7 @@ pub(super) fn verb_of(question: &AskHub) -> Verb {
         AskHub::ShowRun(_) | AskHub::ListRuns { .. } => Verb::Read,
         AskHub::StartRun(_) => Verb::Train,
         AskHub::ActOnRun(request) => verb_of_run(request.action),
+        AskHub::LimitedRate => Verb::Control,
     }
 }
 
@@ -59,19 +59,6 @@ pub(super) async fn send(
         Fault::unreachable(format!("{peer} does not read the answer to its question"))
     })??;
     send.finish()
-}
-
-/// Issues a new certificate to the holder of the old one.
-pub(super) fn renew(
-    identity: &HubIdentity,
-    holder: &Peer,
-    request: &str,
-) -> Result<serde_json::Value, Fault> {
-    let request =
-        hex::decode(request).map_err(|_| Fault::integrity("a malformed certificate request"))?;
-    Ok(serde_json::Value::String(hex::encode(
-        identity.issue_as(holder, &request)?,
-    )))
 }
 
 /// Replaces an answer that its receiver would refuse as too large with a fault.

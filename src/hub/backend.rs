@@ -1,6 +1,7 @@
 //! The hub's implementation of the API.
 
 use std::fmt::Write as _;
+use std::time::Duration;
 
 use async_trait::async_trait;
 
@@ -15,7 +16,7 @@ use base::blocking::blocking;
 use base::clock::rfc3339_ms;
 use base::fault::{Code, Fault, Reason};
 use base::limits::API_PAGE_BYTES;
-use base::names::{ArtifactRef, RunName, SiteName, check_label};
+use base::names::{ArtifactRef, RunName, SiteName, SiteSelector, check_label};
 use base::peer::Peer;
 use base::text;
 use content::bundle::Member;
@@ -25,6 +26,36 @@ use model::publisher_scope::{PATTERNS_MAX, PublisherScope};
 use state::{Changed, EventRow, SiteRow, what_changed};
 use transport::identity::JoinToken;
 
+impl Hub {
+    /// A note on each site that a scope names and that has not joined: the name may be misspelled.
+    async fn unknown_sites(&self, scope: &PublisherScope) -> Result<Vec<String>, Fault> {
+        let sites = scope.deliver_to.as_ref().and_then(|to| to.sites());
+        let Some(SiteSelector::Names(names)) = sites else {
+            return Ok(Vec::new());
+        };
+        let mut notes = Vec::new();
+        for name in names {
+            if self.inner.catalogue.site(name.as_str()).await?.is_none() {
+                notes.push(format!(
+                    "no site has joined with the name {name}; 'packhorse sites' lists the sites"
+                ));
+            }
+        }
+        Ok(notes)
+    }
+}
+
+/// The limits of a publisher as the API shows them.
+fn limits(scope: &PublisherScope) -> TokenLimits {
+    TokenLimits {
+        artifacts: scope
+            .artifacts
+            .as_ref()
+            .map(|patterns| patterns.iter().map(ToString::to_string).collect()),
+        deliver_to: scope.deliver_to.as_ref().map(ToString::to_string),
+    }
+}
+
 fn parse_refs(artifacts: &[String]) -> Result<Vec<ArtifactRef>, Fault> {
     if artifacts.is_empty() {
         return Err(no_artifact_named());
@@ -32,15 +63,19 @@ fn parse_refs(artifacts: &[String]) -> Result<Vec<ArtifactRef>, Fault> {
     artifacts.iter().map(|a| Ok(a.parse()?)).collect()
 }
 
+/// The longest validity of a join token.
+const TOKEN_TTL_MAX: Duration = Duration::from_secs(30 * 24 * 3600);
+
 impl Hub {
     /// A site as the API shows it, with the state of its connection.
-    fn site_view(&self, row: &SiteRow) -> Site {
+    pub(super) fn site_view(&self, row: &SiteRow) -> Site {
         let mut site = row.view();
         if let Some(link) = self.inner.links.of(&site.name) {
             site.online = true;
             let heard_ms = self.inner.links.heard_ms(&site.name).max(row.seen_ms);
             site.last_seen = heard_ms.map(rfc3339_ms);
             site.line = Some(link.transport().into());
+            site.line_reason = link.reason();
             site.rtt_ms = Some(link.rtt().as_secs_f64() * 1000.0);
         }
         site
@@ -82,7 +117,7 @@ impl Hub {
                     view.last_seen = then.seen_ms.map(rfc3339_ms);
                     view.version = then.version;
                     if !then.online {
-                        (view.line, view.rtt_ms) = (None, None);
+                        (view.line, view.line_reason, view.rtt_ms) = (None, None, None);
                     }
                 }
                 serde_json::to_value(view).ok()
@@ -271,7 +306,39 @@ impl Backend for Hub {
             .await
     }
 
-    async fn token(&self, request: TokenRequest) -> Result<String, Fault> {
+    async fn site(&self, name: &str) -> Result<Site, Fault> {
+        self.show_site(name).await
+    }
+
+    async fn set_site(&self, actor: &Actor, request: SetSiteRequest) -> Result<Site, Fault> {
+        self.relabel(actor, request).await
+    }
+
+    async fn act_on_site(
+        &self,
+        actor: &Actor,
+        request: MemberActionRequest,
+    ) -> Result<Site, Fault> {
+        self.change_site(actor, request).await
+    }
+
+    async fn publishers(&self, behind: Option<&str>, room: Room) -> Result<Page<Publisher>, Fault> {
+        self.publisher_page(behind, room).await
+    }
+
+    async fn publisher(&self, name: &str) -> Result<Publisher, Fault> {
+        self.show_publisher(name).await
+    }
+
+    async fn act_on_publisher(
+        &self,
+        actor: &Actor,
+        request: MemberActionRequest,
+    ) -> Result<Publisher, Fault> {
+        self.change_publisher(actor, request).await
+    }
+
+    async fn token(&self, request: TokenRequest) -> Result<TokenReply, Fault> {
         let holder = match (&request.site, &request.publisher) {
             (Some(site), None) => Peer::Site(site.parse()?),
             (None, Some(publisher)) if request.labels.is_empty() => {
@@ -312,6 +379,10 @@ impl Backend for Hub {
                 "the validity of a token must be longer than 0",
             ));
         }
+        if request.ttl_seconds > TOKEN_TTL_MAX.as_secs() {
+            return Err(Fault::usage("a join token is valid for at most 30 days")
+                .with_next("create the token when it is needed"));
+        }
         request
             .labels
             .iter()
@@ -331,7 +402,18 @@ impl Backend for Hub {
         if is_limited {
             self.inner.catalogue.limit_token(token.id(), &scope).await?;
         }
-        Ok(token.to_string())
+        let limits = match &holder {
+            Peer::Publisher(name) => {
+                let earlier = self.inner.catalogue.publisher_scope(name).await?;
+                Some(limits(&scope.clone().over(earlier.unwrap_or_default())))
+            }
+            Peer::Site(_) | Peer::Hub(_) => None,
+        };
+        Ok(TokenReply {
+            token: token.to_string(),
+            limits,
+            notes: self.unknown_sites(&scope).await?,
+        })
     }
 
     async fn verify(&self, request: VerifyRequest) -> Result<Job, Fault> {
@@ -446,9 +528,15 @@ impl Backend for Hub {
         let mut joined = Vec::new();
         for row in self.inner.catalogue.sites().await? {
             let site = self.site_view(&row);
-            let word = if site.online { "ok" } else { "fault" };
-            let line = site.line.unwrap_or_else(|| "not connected".into());
-            out.push(format!("{word} site {}: {line}", site.name));
+            let line = match (&site.revoked, site.line) {
+                (Some(revoked), _) => format!(
+                    "ok site {}: revoked at {} by {}",
+                    site.name, revoked.at, revoked.by
+                ),
+                (None, Some(line)) => format!("ok site {}: {line}", site.name),
+                (None, None) => format!("fault site {}: not connected", site.name),
+            };
+            out.push(line);
             joined.push(site.name);
         }
         let allow = self.inner.config.share.allow.as_deref();

@@ -5,11 +5,12 @@
 
 mod plan;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
 use futures::StreamExt as _;
+use parking_lot::RwLock;
 
 use super::entitlement::Entitlement;
 use super::links::Links;
@@ -68,6 +69,8 @@ struct Inner {
     catalogue: Catalogue,
     links: Links,
     entitlement: Entitlement,
+    /// The revoked sites, for the views of their transfers.
+    revoked: RwLock<HashSet<SiteName>>,
 }
 
 impl Deliveries {
@@ -78,8 +81,19 @@ impl Deliveries {
                 catalogue,
                 links,
                 entitlement,
+                revoked: RwLock::default(),
             }),
         }
+    }
+
+    /// Reads which sites are revoked: at the start, and after a change.
+    pub(super) async fn read_revoked(&self) -> Result<(), Fault> {
+        let sites = self.inner.catalogue.sites().await?;
+        let revoked = sites
+            .into_iter()
+            .filter(|site| site.member.revoked.is_some());
+        *self.inner.revoked.write() = revoked.map(|site| site.name).collect();
+        Ok(())
     }
 
     /// A transfer as the API shows it. If its site is offline, that is the reason of an open
@@ -91,10 +105,17 @@ impl Deliveries {
             && !self.inner.links.is_online(&row.site)
         {
             view.reason = Some(Reason::SiteOffline);
-            view.message = Some(format!("site {} is not connected", row.site));
-            view.next = Some(
-                "no action is needed: the transfer resumes when the site reconnects; see 'packhorse sites'".into(),
-            );
+            let (message, next) = match self.inner.revoked.read().contains(&row.site) {
+                true => (
+                    format!("site {} is revoked", row.site),
+                    format!("let it in again with 'packhorse site restore {}', or cancel the transfer", row.site),
+                ),
+                false => (
+                    format!("site {} is not connected", row.site),
+                    "no action is needed: the transfer resumes when the site reconnects; see 'packhorse sites'".into(),
+                ),
+            };
+            (view.message, view.next) = (Some(message), Some(next));
             (view.rate, view.eta_seconds) = (0, None);
         }
         view
@@ -547,7 +568,10 @@ mod tests {
         assert_eq!(first.notes, Vec::<String>::new());
         let id: TransferId = first.transfers[0].as_str().parse().unwrap();
         let row = inner.catalogue.transfer(&id).await.unwrap();
-        let receipt = Receipt::sign(&row, site.cert_der(), |text| site.sign(text)).unwrap();
+        let receipt = Receipt::sign(&row, base::clock::now_ms(), site.cert_der(), |text| {
+            site.sign(text)
+        })
+        .unwrap();
         let arrived = Body {
             receipt: Some(receipt),
             ..row.body.clone()

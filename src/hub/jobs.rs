@@ -371,7 +371,9 @@ impl HubJobs {
             for name in &names {
                 progress.check()?;
                 let Some(row) = all.row(name)? else { continue };
-                if let Some(fault) = fault_of(&row.artifact, &row.root, &store)? {
+                let checked = fault_of(&row.artifact, &row.root, &store, &progress.stop());
+                progress.check()?;
+                if let Some(fault) = checked? {
                     let line = malformed_line(&row, &fault);
                     tracing::warn!(artifact = %row.artifact, error = %fault, "the manifest of an artifact cannot be used");
                     progress.note(line);

@@ -14,13 +14,13 @@ use tokio::sync::OwnedSemaphorePermit;
 use super::entitlement::Entitlement;
 use super::peer_budgets::PeerBudgets;
 use super::relay::RelayKeeper;
-use base::blocking::blocking;
+use base::blocking::{Stop, blocking, cancellable};
 use base::budget::Share;
 use base::fault::{Code, Fault};
 use base::names::{ArtifactRef, SiteName};
 use base::peer::Peer;
 use content::chunk::Hash;
-use content::manifest::{ChunkRef, Digest, Pages, Root};
+use content::manifest::{ChunkRef, Digest, Pages, Root, Until};
 use content::store::Store;
 use exchange::fetch::{Child, Library, Opened, Pieces, nothing_such, pieces};
 use exchange::relay::Of;
@@ -108,12 +108,9 @@ impl Library for HubLibrary {
         let relayed = rows.iter().all(|row| row.origin.is_some());
         let row = rows.into_iter().next().ok_or_else(nothing_such)?;
         let store = inner.store.clone();
-        let _place = self.work_place(peer).await;
-        let opened = Arc::new(
-            blocking(move || Opened::new(digest, row.root, &store))
-                .await?
-                .relayed(relayed),
-        );
+        let place = self.work_place(peer).await;
+        let open = move |stop: &Stop| Opened::new(digest, row.root, &Until::new(&store, stop));
+        let opened = Arc::new(cancellable(place, open).await?.relayed(relayed));
         let mut cache = inner.opened.lock();
         if cache.len() >= OPENED_MAX {
             cache.remove(0);
@@ -162,10 +159,8 @@ impl Library for HubLibrary {
     async fn recheck(&self, peer: &Peer, opened: &Opened, children: &[Child]) -> Result<(), Fault> {
         let ids: Vec<Hash> = children.iter().map(|child| child.chunk.id).collect();
         let relay = self.inner.relay.relay().clone();
-        let bad = {
-            let _place = self.work_place(peer).await;
-            blocking(move || relay.recheck(&ids)).await?
-        };
+        let place = self.work_place(peer).await;
+        let bad = cancellable(place, move |_| relay.recheck(&ids)).await?;
         if bad > 0 {
             let rows = self.inner.catalogue.all_by_digest(opened.digest).await?;
             let artifacts: Vec<String> = rows.iter().map(|row| row.artifact.to_string()).collect();
@@ -228,8 +223,8 @@ impl HubLibrary {
         is_content: bool,
     ) -> Result<Vec<Bytes>, Fault> {
         let (store, chunks) = (self.inner.store.clone(), chunks.clone());
-        let _place = self.work_place(peer).await;
-        blocking(move || match is_content {
+        let place = self.work_place(peer).await;
+        cancellable(place, move |_| match is_content {
             true => store.read_to_send(&chunks),
             false => store.read_listed(&chunks),
         })

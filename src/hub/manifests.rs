@@ -12,7 +12,7 @@ use std::time::Instant;
 use parking_lot::Mutex;
 
 use super::short;
-use base::blocking::blocking;
+use base::blocking::{Stop, cancellable};
 use base::fault::{Code, Fault};
 use base::limits::DOCTOR_MANIFESTS_MAX;
 use base::names::ArtifactRef;
@@ -42,10 +42,18 @@ impl Manifests {
         }
     }
 
-    /// Refuses a manifest whose pages are in the store and that is malformed.
-    pub(super) async fn check(&self, artifact: &ArtifactRef, root: &Root) -> Result<(), Fault> {
+    /// Refuses a manifest whose pages are in the store and that is malformed. `places` are those of
+    /// the peer for one check ([`super::peer_budgets::PeerBudgets::check`]). When the peer has gone,
+    /// the check is stopped.
+    pub(super) async fn check(
+        &self,
+        artifact: &ArtifactRef,
+        root: &Root,
+        places: impl Send + 'static,
+    ) -> Result<(), Fault> {
         let (artifact, root, store) = (artifact.clone(), root.clone(), self.store.clone());
-        blocking(move || manifest::check(&artifact, &root, &store)).await
+        let check = move |stop: &Stop| manifest::check(&artifact, &root, &store, stop);
+        cancellable(places, check).await
     }
 
     /// Logs a manifest that cannot be used, once while the daemon runs. Blocks.
@@ -58,7 +66,7 @@ impl Manifests {
         if self.checked.lock().contains_key(&digest) {
             return Ok(());
         }
-        let fault = fault_of(artifact, root, &self.store)?;
+        let fault = fault_of(artifact, root, &self.store, &Stop::default())?;
         self.checked.lock().insert(digest, fault.is_none());
         if let Some(fault) = fault {
             tracing::warn!(%artifact, error = %fault, "the manifest of an artifact cannot be used");
@@ -72,7 +80,7 @@ impl Manifests {
         let names = self.catalogue.artifacts_by_digest().await?;
         let all = AllArtifacts::of(&self.catalogue);
         let (store, checked) = (self.store.clone(), self.checked.clone());
-        blocking(move || {
+        cancellable((), move |stop| {
             let (mut out, mut left, begun) = (Vec::new(), 0, Instant::now());
             let there: HashSet<Digest> = names.iter().map(|(_, digest)| *digest).collect();
             checked.lock().retain(|digest, _| there.contains(digest));
@@ -86,7 +94,7 @@ impl Manifests {
                     continue;
                 }
                 let Some(row) = all.row(name)? else { continue };
-                let fault = fault_of(&row.artifact, &row.root, &store)?;
+                let fault = fault_of(&row.artifact, &row.root, &store, stop)?;
                 checked.lock().insert(row.digest, fault.is_none());
                 out.extend(
                     fault.map(|fault| format!("fault manifest {}", malformed_line(&row, &fault))),
@@ -138,13 +146,14 @@ impl AllArtifacts {
 }
 
 /// The fault of an artifact's manifest, if it has one. Returns an error only if the store cannot be
-/// read.
+/// read, or if the check is stopped.
 pub(super) fn fault_of(
     artifact: &ArtifactRef,
     root: &Root,
     store: &Store,
+    stop: &Stop,
 ) -> Result<Option<Fault>, Fault> {
-    match manifest::check(artifact, root, store) {
+    match manifest::check(artifact, root, store, stop) {
         Ok(()) => Ok(None),
         Err(fault) if matches!(fault.code, Code::Integrity | Code::NotFound) => Ok(Some(fault)),
         Err(fault) => Err(fault),

@@ -5,14 +5,15 @@
 
 use tokio::sync::OwnedSemaphorePermit;
 
-use super::rate_limiter::RateLimiter;
 use base::budget::{Budget, Seat, Share, WorkPlaces};
 use base::fault::Fault;
 use base::limits::{
-    CHANGES_AT_ONCE_MAX, CHANGES_PER_SECOND_MAX, CONTROL_FRAME_BYTES_MAX, OFFERS_AT_ONCE_MAX,
-    PEER_WORK_MAX, QUESTIONS_BYTES_MAX, REPORTS_AT_ONCE_MAX, REPORTS_PER_SECOND_MAX,
+    CHANGES_AT_ONCE_MAX, CHANGES_PER_SECOND_MAX, CONTROL_FRAME_BYTES_MAX, MANIFEST_CHECKS_MAX,
+    OFFERS_AT_ONCE_MAX, PEER_WORK_MAX, QUESTIONS_BYTES_MAX, REPORTS_AT_ONCE_MAX,
+    REPORTS_PER_SECOND_MAX,
 };
 use base::peer::Peer;
+use base::rate_limiter::RateLimiter;
 
 /// What one site may have of the budget for content, bytes: enough answers to keep a fast line
 /// full.
@@ -32,8 +33,10 @@ pub(super) struct PeerBudgets {
     work: WorkPlaces,
     /// Manifests that are accepted.
     offers: WorkPlaces,
-    reports: RateLimiter,
-    changes: RateLimiter,
+    /// Manifests that are checked.
+    checks: WorkPlaces,
+    reports: RateLimiter<Peer>,
+    changes: RateLimiter<Peer>,
 }
 
 impl PeerBudgets {
@@ -46,6 +49,7 @@ impl PeerBudgets {
             messages: Budget::new(memory / 16, CONTROL_FRAME_BYTES_MAX as u64),
             work: WorkPlaces::new(PEER_WORK_MAX),
             offers: WorkPlaces::new(OFFERS_AT_ONCE_MAX),
+            checks: WorkPlaces::new(MANIFEST_CHECKS_MAX),
             reports: RateLimiter::new(REPORTS_PER_SECOND_MAX, REPORTS_AT_ONCE_MAX),
             changes: RateLimiter::new(CHANGES_PER_SECOND_MAX, CHANGES_AT_ONCE_MAX),
         }
@@ -95,6 +99,13 @@ impl PeerBudgets {
     /// Waits until the manifest of one more artifact of this peer may be held.
     pub(super) async fn offer(&self, peer: &Peer) -> Option<OwnedSemaphorePermit> {
         self.offers.take(peer).await
+    }
+
+    /// Waits until one more manifest of this peer may be checked: for the memory of a check, and for
+    /// a place for blocking work.
+    pub(super) async fn check(&self, peer: &Peer) -> [Option<OwnedSemaphorePermit>; 2] {
+        let check = self.checks.take(peer).await;
+        [check, self.work_place(peer).await]
     }
 
     /// Waits until the peer may report so much.

@@ -77,8 +77,8 @@ impl RunKeeper {
 
     /// Checks the open runs after each change, until the daemon stops.
     pub(super) async fn keep(&self, worker: &Worker) -> Result<(), Fault> {
+        let mut watch = self.inner.catalogue.watch_decisions();
         loop {
-            let changed = self.inner.catalogue.changed();
             // The worker reports a fault, and tries again.
             let _ = worker
                 .iterate(async {
@@ -96,7 +96,7 @@ impl RunKeeper {
                     Ok(())
                 })
                 .await;
-            changed.await;
+            watch.changed().await;
             tokio::time::sleep(LOOK_EVERY).await;
         }
     }

@@ -26,6 +26,7 @@ use super::entitlement::Entitlement;
 use super::library::HubLibrary;
 use super::links::Links;
 use super::manifests::Manifests;
+use super::membership::Membership;
 use super::peer_budgets::PeerBudgets;
 use super::quota::QuotaLedger;
 use super::relay::RelayKeeper;
@@ -38,8 +39,6 @@ use base::peer::Peer;
 use base::tally::Tally;
 use content::store::Store;
 use exchange::fetch;
-use model::actor::Actor;
-use model::policy::{self, Object, Verb};
 use model::protocol::{CONTROL, FETCH, QUESTION};
 use state::Catalogue;
 use transport::identity::HubIdentity;
@@ -65,6 +64,7 @@ pub(super) struct SessionParts {
     pub(super) catalogue: Catalogue,
     pub(super) store: Store,
     pub(super) identity: Arc<HubIdentity>,
+    pub(super) membership: Membership,
     pub(super) links: Links,
     /// The newest format of manifests that the listener announces to peers.
     pub(super) manifest_format: Arc<AtomicU32>,
@@ -130,19 +130,26 @@ impl Sessions {
 
     /// Serves a site until its connection ends.
     pub(super) async fn welcome(&self, name: SiteName, link: Link) {
-        let known = self
+        // The gate lets in a site that the hub does not know, which learns that here.
+        match self
             .inner
-            .catalogue
-            .site(name.as_str())
+            .membership
+            .refusal(&Peer::Site(name.clone()), &link)
             .await
-            .is_ok_and(|site| site.is_some());
-        let actor = Actor::Site(name.clone());
-        if policy::may(&actor, Verb::Connect, &Object::Membership { known }).is_err() {
-            self.inner
-                .unknown
-                .note(format_args!("{name} at {}", link.remote_address()));
-            link.refuse("the hub does not know this site");
-            return;
+        {
+            Ok(None) => {}
+            Ok(Some(why)) => {
+                self.inner
+                    .unknown
+                    .note(format_args!("{name} at {}: {why}", link.remote_address()));
+                link.refuse(&why);
+                return;
+            }
+            Err(fault) => {
+                tracing::error!(error = %fault, "the catalogue cannot be read");
+                link.close("the hub cannot read its catalogue");
+                return;
+            }
         }
         self.inner.links.enter(&name, &link);
         tracing::info!("a site is online");
@@ -220,7 +227,7 @@ impl Sessions {
                 let Ok(_turn) = streams.questions.acquire().await else {
                     return;
                 };
-                self.question(send, recv, &site).await
+                self.question(send, recv, &site, link).await
             }
             other => Err(Fault::integrity(format!("a stream of kind {other}"))),
         };

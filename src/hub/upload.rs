@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 
 use futures::StreamExt;
 use parking_lot::Mutex;
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -28,10 +28,11 @@ use super::deliveries::Deliveries;
 use super::entitlement::Entitlement;
 use super::library::HubLibrary;
 use super::manifests::Manifests;
+use super::membership::Membership;
 use super::peer_budgets::PeerBudgets;
 use super::quota::QuotaLedger;
 use crate::api::types::Published;
-use base::blocking::blocking;
+use base::blocking::{Stop, blocking, cancellable};
 use base::expiring_cache::ExpiringCache;
 use base::fault::{Code, Fault};
 use base::limits::{
@@ -44,7 +45,7 @@ use base::peer::Peer;
 use content::bloom::BloomFilter;
 use content::chunk::Hash;
 use content::frame::HEADER_BYTES;
-use content::manifest::{ChunkRef, Digest, Root, Step, Walk};
+use content::manifest::{ChunkRef, Digest, Root, Step, Until, Walk};
 use content::store::Store;
 use exchange::fetch::{self, Fetcher, Ranges};
 use exchange::wire;
@@ -52,7 +53,6 @@ use model::actor::Actor;
 use model::policy::{self, Object, Refusal, Verb};
 use model::protocol::{AskHub, CONTROL, FETCH, QUESTION, Wanted};
 use state::Catalogue;
-use transport::identity::HubIdentity;
 use transport::{Link, PRIORITY_BULK, RecvHalf, SendHalf};
 
 /// Streams of one publisher's connection that are answered at once.
@@ -94,7 +94,7 @@ struct Inner {
 pub(super) struct UploadParts {
     pub(super) catalogue: Catalogue,
     pub(super) store: Store,
-    pub(super) identity: Arc<HubIdentity>,
+    pub(super) membership: Membership,
     pub(super) entitlement: Entitlement,
     pub(super) budgets: Arc<PeerBudgets>,
     pub(super) library: HubLibrary,
@@ -179,8 +179,18 @@ impl Uploads {
         let (question, share) =
             wire::receive_question(&mut recv, self.parts().budgets.questions(), &peer).await?;
         // A publisher that was removed may still have its certificate.
-        let known = self.parts().catalogue.publisher_seen(name).await?;
-        let may = policy::may(&actor, Verb::Connect, &Object::Membership { known })
+        self.parts().catalogue.publisher_seen(name).await?;
+        let may = self
+            .parts()
+            .membership
+            .may_enter(&peer, link)
+            .await?
+            // Another process of this publisher may have renewed its certificate since this
+            // connection was opened.
+            .or_else(|refusal| match refusal {
+                Refusal::Superseded => Ok(()),
+                refusal => Err(refusal),
+            })
             .and_then(|()| policy::may(&actor, verb_of(&question), &Object::Daemon));
         let answer = match (may, question) {
             (Err(Refusal::Unknown), _) => {
@@ -207,7 +217,9 @@ impl Uploads {
                 }
                 answer
             }
-            (Ok(()), AskHub::Renew { request }) => answers::renew(&self.parts().identity, &peer, request.as_str()),
+            (Ok(()), AskHub::Renew { request }) => {
+                self.parts().membership.renew(&peer, link, request.as_str()).await
+            }
             (Ok(()), _) => Err(Fault::internal("a publisher's question has no answer")),
         };
         if let Err(fault) = self.flush_uploaded().await {
@@ -257,12 +269,13 @@ impl Uploads {
         }
         let fetcher = Fetcher::new(link.clone(), digest, Arc::default());
         let manifest = fetcher.clone().with_idle_max(MANIFEST_IDLE_MAX);
-        let _offer = inner.budgets.offer(&peer).await;
+        // The threads of the upload hold it too: they may end after the upload.
+        let offer = Arc::new(inner.budgets.offer(&peer).await);
         let root = manifest.root().await?;
         if root.kind != artifact.kind {
             return Err(Fault::integrity(format!(
-                "{artifact} has the manifest of a {}",
-                root.kind
+                "{artifact} has the manifest of {}",
+                root.kind.with_article()
             )));
         }
         if let Ok(row) = inner.catalogue.artifact(&artifact).await
@@ -281,8 +294,9 @@ impl Uploads {
         let store = inner.store.leased_with(reserved.clone());
         let losses = store.losses();
         manifest.pages(&root, None, &store).await?;
-        inner.manifests.check(&artifact, &root).await?;
-        let stored = self.pull(&peer, &fetcher, &root, &store).await?;
+        let places = inner.budgets.check(&peer).await;
+        inner.manifests.check(&artifact, &root, places).await?;
+        let stored = self.pull(&peer, &fetcher, &root, &store, &offer).await?;
         let flushed = store.clone();
         blocking(move || flushed.flush_since(losses)).await?;
         let added = inner.library.register(None, &artifact, &root).await;
@@ -330,6 +344,7 @@ impl Uploads {
         fetcher: &Fetcher,
         root: &Root,
         store: &Store,
+        offer: &Arc<Option<OwnedSemaphorePermit>>,
     ) -> Result<u64, Fault> {
         let (send, batches) = mpsc::channel(BATCHES_AHEAD_MAX);
         // A publisher repeats its request until there is space. Content that is fetched before
@@ -339,11 +354,14 @@ impl Uploads {
             self.check_room_for(bytes).await?;
         }
         self.inner.short_of.lock().forget(&root.digest());
-        let lacking = self.lacking_where_room_is_short(root).await?;
-        let (planned, packs) = (root.clone(), store.clone());
+        let lacking = self.lacking_where_room_is_short(root, offer).await?;
+        let (planned, packs, offer) = (root.clone(), store.clone(), offer.clone());
+        let stop = Stop::default();
+        let _ended = stop.when_dropped();
         let planning = base::blocking::spawn(move || {
+            let _offer = offer;
             // Without space, further content cannot be stored.
-            plan(&planned, &packs, |batch| {
+            plan(&planned, &packs, &stop, |batch| {
                 packs
                     .check_room()
                     .map(|()| send.blocking_send(batch).is_ok())
@@ -410,14 +428,18 @@ impl Uploads {
 
     /// The bytes of an artifact that the store lacks. `None`: the whole artifact would fit on its
     /// disk, so they were not counted.
-    async fn lacking_where_room_is_short(&self, root: &Root) -> Result<Option<u64>, Fault> {
+    async fn lacking_where_room_is_short(
+        &self,
+        root: &Root,
+        offer: &Arc<Option<OwnedSemaphorePermit>>,
+    ) -> Result<Option<u64>, Fault> {
         let (store, root) = (self.parts().store.clone(), root.clone());
         if self.check_room_for(root.totals.bytes).await.is_ok() {
             return Ok(None);
         }
-        let count = blocking(move || {
+        let count = cancellable(offer.clone(), move |stop| {
             let (mut lacking, mut seen) = (0, BloomFilter::default());
-            plan(&root, &store, |batch| {
+            plan(&root, &store, stop, |batch| {
                 lacking += batch
                     .chunks
                     .iter()
@@ -440,7 +462,7 @@ impl Uploads {
         store: Store,
     ) -> Result<(u64, u64), Fault> {
         // Bytes in flight hold a share of the daemon's budget, from the publisher's part.
-        let _share = self
+        let share = self
             .parts()
             .budgets
             .content(publisher, batch.bytes, PRIORITY_BULK)
@@ -468,10 +490,10 @@ impl Uploads {
             }
             received.push((chunk, frame));
         }
-        let _place = self.parts().budgets.work_place(publisher).await;
-        // The work started here is completed even if the connection ends; the lease is held until
-        // then.
-        blocking(move || {
+        let place = self.parts().budgets.work_place(publisher).await;
+        // The work started here is completed even if the connection ends; the lease, the share and
+        // the place are held until then.
+        cancellable((share, place), move |_| {
             let mut stored = 0;
             for (chunk, frame) in received {
                 let raw = frame.verify(chunk.id, chunk.len)?;
@@ -494,10 +516,11 @@ fn of_the_hub(fault: Fault) -> Fault {
 }
 
 /// Walks the manifest and passes batches of the chunks that the store lacks to `take`, until it
-/// returns `false`. Blocks.
+/// returns `false` or the work is stopped. Blocks.
 fn plan(
     root: &Root,
     store: &Store,
+    stop: &Stop,
     take: impl FnMut(Batch) -> Result<bool, Fault>,
 ) -> Result<(), Fault> {
     let mut planner = Planner {
@@ -508,7 +531,7 @@ fn plan(
         order: VecDeque::new(),
     };
     let mut looked_at = Vec::with_capacity(LOOKED_UP_TOGETHER);
-    for step in Walk::new(root, store) {
+    for step in Walk::new(root, &Until::new(store, stop)) {
         if let Step::Chunk(chunk, spot) = step? {
             looked_at.push((chunk, spot.page, spot.index));
             if looked_at.len() == LOOKED_UP_TOGETHER && !planner.look(&mut looked_at)? {

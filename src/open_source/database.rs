@@ -34,7 +34,8 @@ pub(super) fn open(
 ) -> Result<Box<dyn Source>, Fault> {
     if kind != Kind::Labels {
         return Err(Fault::usage(format!(
-            "the label database holds labels, and this is to be a {kind}"
+            "the label database holds labels, and this is to be {}",
+            kind.with_article()
         )));
     }
     let Some(site) = access.site.as_ref() else {

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use super::Access;
 use crate::api::types::SourceOptions;
+use base::blocking::Stop;
 use base::fault::Fault;
 use base::limits::SETTLE_WAIT_MAX;
 use base::names::{ArtifactRef, Kind};
@@ -33,7 +34,8 @@ pub(super) fn check_files_options(kind: Kind, options: &SourceOptions) -> Result
     }
     match given.iter().find(|(is_given, _)| *is_given) {
         Some((_, option)) if !kind.is_files() => Err(Fault::usage(format!(
-            "{option} is for datasets, operator projects and models, and this is to be a {kind}"
+            "{option} is for datasets, operator projects and models, and this is to be {}",
+            kind.with_article()
         ))),
         _ => Ok(()),
     }
@@ -43,6 +45,7 @@ pub(super) fn check_files_options(kind: Kind, options: &SourceOptions) -> Result
 pub(super) fn image_options(
     options: &SourceOptions,
     access: &Access,
+    stop: Stop,
 ) -> Result<ImageOptions, Fault> {
     let platforms = options.platforms.iter().map(|text| text.parse());
     Ok(ImageOptions {
@@ -51,6 +54,7 @@ pub(super) fn image_options(
             .map_err(|why| Fault::usage(format!("--platform: {why}")))?,
         compress: options.compress,
         unpacked_bytes_max: access.image_unpacked,
+        stop,
     })
 }
 

@@ -10,6 +10,7 @@ fn enrol(hub: &HubIdentity, state: &Path, address: &str) {
         .issue_as(
             &Peer::Publisher("office".parse().unwrap()),
             request.csr_der(),
+            &transport::identity::Serial::next(None, 1),
         )
         .unwrap();
     request
@@ -54,6 +55,7 @@ async fn a_full_hub_is_waited_for() {
     let listener = transport::Listener::bind(
         ([127, 0, 0, 1], 0).into(),
         hub.clone(),
+        Arc::new(transport::testing::AdmitAll),
         &ConnectionSettings::default(),
         64 << 20,
         &base::workers::Workers::default(),

@@ -108,7 +108,8 @@ pub(crate) fn run(descriptor: &Path) -> Result<(), Fault> {
         "means": means.iter().map(|(name, (mean, _))| ((*name).to_owned(), json!(mean))).collect::<serde_json::Map<_, _>>(),
     });
     let out = PathBuf::from(run["output"].as_str().unwrap_or_default()).join("model.json");
-    durable::replace(&out, &serde_json::to_vec_pretty(&model).unwrap_or_default())?;
+    let text = serde_json::to_vec_pretty(&model).map_err(|e| malformed(&out, &e))?;
+    durable::replace(&out, &text)?;
     println!(
         "trained with {} boxes; of {} test boxes, {right} were classified correctly",
         lessons.len(),

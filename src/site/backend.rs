@@ -20,7 +20,7 @@ use base::blocking::blocking_at;
 use base::fault::{Code, Fault};
 use base::limits::{API_PAGE_BYTES, ROOM_AWAITED_MAX};
 use base::names::{ArtifactRef, DeliveryId, RunName, SiteName, WorkId};
-use hub_transfers::{OF_HUB, cursor_of_hub, is_full, no_such_work};
+use hub_transfers::{cursor_of_hub, is_full, no_such_work};
 use model::paging::{Budget, Page, Pager, Room};
 use model::protocol::AskHub;
 use model::run;
@@ -35,7 +35,7 @@ impl Site {
         room: Room,
     ) -> Result<(Page<Transfer>, u64), Fault> {
         let own = TransferQuery {
-            since: query.since.filter(|cursor| cursor & OF_HUB == 0),
+            since: query.since.filter(|cursor| cursor & CURSOR_OF_HUB == 0),
             ..query.clone()
         };
         // If the catalogue cannot be written, the shown state reports that.
@@ -205,7 +205,10 @@ impl Backend for Site {
             .await
         {
             Err(fault) => fault,
-            whole => return whole,
+            Ok(mut whole) => {
+                hub_transfers::mark(&mut whole.parts);
+                return Ok(whole);
+            }
         };
         let Ok(row) = self.inner.opened.catalogue.delivery(id).await else {
             return Err(fault);
@@ -342,6 +345,7 @@ impl Backend for Site {
             labels: Default::default(),
             online: link.is_some(),
             line: link.as_ref().map(|l| l.transport().into()),
+            line_reason: link.as_ref().and_then(|l| l.reason()),
             rtt_ms: link.as_ref().map(|l| l.rtt().as_secs_f64() * 1000.0),
             joined_at: self
                 .inner
@@ -353,10 +357,13 @@ impl Backend for Site {
             last_seen: None,
             version: Some(crate::api::VERSION.into()),
             open_transfers: open as u64,
+            certificate: None,
+            revoked: None,
+            changed: None,
         }]))
     }
 
-    async fn token(&self, _request: TokenRequest) -> Result<String, Fault> {
+    async fn token(&self, _request: TokenRequest) -> Result<TokenReply, Fault> {
         Err(wrong_role("token create", "hub"))
     }
 

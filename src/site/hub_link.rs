@@ -8,10 +8,12 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use jiff::SignedDuration;
 use parking_lot::Mutex;
 use tokio::sync::watch;
 
 use base::blocking::blocking;
+use base::clock;
 use base::fault::{Fault, Retry};
 use exchange::wire;
 use model::protocol::{AskHub, renewal};
@@ -137,18 +139,26 @@ impl HubLink {
         Ok(true)
     }
 
-    /// Requests a new certificate over `link` when the current one is old.
-    pub(super) async fn renew(&self, link: &Link) {
-        let identity = self.identity();
-        if !identity.needs_renewal() {
+    /// Requests a new certificate over `link` when the current one is old, by the clock of the hub: it
+    /// is the one that counts.
+    pub(super) async fn renew_if_due(&self, link: &Link) {
+        let ahead = SignedDuration::from_millis(link.hub_clock_ahead_ms().unwrap_or(0));
+        let now = clock::now()
+            .saturating_add(ahead)
+            .unwrap_or_else(|_| clock::now());
+        if !self.identity().needs_renewal_at(now) {
             return;
         }
-        match self.request_renewal(&identity, link).await {
-            Ok(()) => tracing::info!("the certificate was renewed"),
-            Err(fault) => {
-                tracing::warn!(error = %fault, "the certificate could not be renewed; retrying in an hour");
-            }
+        if let Err(fault) = self.renew(link).await {
+            tracing::warn!(error = %fault, "the certificate could not be renewed; retrying in an hour");
         }
+    }
+
+    /// Requests a new certificate over `link`. It is stored before it is used.
+    pub(super) async fn renew(&self, link: &Link) -> Result<(), Fault> {
+        self.request_renewal(&self.identity(), link).await?;
+        tracing::info!("the certificate was renewed");
+        Ok(())
     }
 
     async fn request_renewal(&self, identity: &SiteIdentity, link: &Link) -> Result<(), Fault> {

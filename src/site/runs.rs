@@ -215,8 +215,8 @@ impl RunKeeper {
     /// Checks the open runs after each change, and running trainers at short intervals, until the
     /// daemon stops.
     pub(super) async fn keep(&self, worker: &Worker) -> Result<(), Fault> {
+        let mut watch = self.opened.catalogue.watch_decisions();
         loop {
-            let changed = self.opened.catalogue.changed();
             let looked = worker.iterate(async {
                 let open = self.opened.catalogue.open_runs::<Run>(OPEN_MAX).await;
                 let mut often = false;
@@ -229,7 +229,7 @@ impl RunKeeper {
             // The worker reports a fault, and tries again.
             let often = looked.await.unwrap_or_default();
             tokio::select! {
-                () = async { changed.await; tokio::time::sleep(LOOK_EVERY).await } => {}
+                () = async { watch.changed().await; tokio::time::sleep(LOOK_EVERY).await } => {}
                 () = tokio::time::sleep(TRAINER_LOOK_EVERY), if often => {}
             }
         }

@@ -363,12 +363,12 @@ fn a_site_rebuilds_a_lost_index_from_its_folders() {
         site.cli(&["doctor"])
             .out
             .lines()
-            .find(|line| line.contains("places: made again on"))
+            .find(|line| line.contains("chunk index: rebuilt on"))
             .map(str::to_owned)
     };
     let line = wait_for("the rows are rebuilt", secs(30), || told(&site));
     assert!(
-        line.starts_with("ok places") && line.contains("places.redb"),
+        line.starts_with("ok chunk index") && line.contains("places.redb"),
         "{line}"
     );
     assert!(

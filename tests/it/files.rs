@@ -189,6 +189,8 @@ fn content_of_a_removed_version_is_found_in_the_versions_that_share_it() {
     hub.deliver_and_wait("dataset/x:v1", "a", secs(40));
     hub.deliver_and_wait("dataset/x:v2", "a", secs(40));
     fs::remove_dir_all(site.folder("dataset/x:v1")).unwrap();
+    let plan = hub.json(&["plan", "dataset/x:v3", "--to", "a"]);
+    assert_eq!(plan[0]["missing"], 2, "a plan finds it too: {plan}");
     let done = hub.deliver_and_wait("dataset/x:v3", "a", secs(40));
     assert_eq!(done.bytes.received, 2, "only what is new: {done:#?}");
     assert_same(&set, &site.folder("dataset/x:v3"));

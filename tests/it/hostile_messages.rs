@@ -2,6 +2,8 @@
 //! enrolled site, a publisher or a hub stays within that peer's share of memory, writes nothing
 //! outside its folders, and answers all other peers within [`ANSWER_MAX`].
 //!
+//! A busy machine may delay a single answer, so one in fifty may take up to [`ANSWER_DELAYED_MAX`].
+//!
 //! The messages are real ones that a seeded generator changed: a value is replaced by an extreme
 //! one, or bytes are flipped, cut or repeated.
 
@@ -30,7 +32,9 @@ const HUB_CONNECTIONS: usize = 6;
 /// The memory that a peer may cost: its share of the budget, and 8 MiB.
 const MEMORY_MAX: u64 = (12 + 8) << 20;
 /// How long another peer may wait for an answer.
-const ANSWER_MAX: Duration = Duration::from_secs(10);
+const ANSWER_MAX: Duration = Duration::from_secs(1);
+/// The same for the few answers that the machine itself may have delayed.
+const ANSWER_DELAYED_MAX: Duration = Duration::from_secs(10);
 
 /// A value that no honest peer sends.
 fn extreme(rng: &mut StdRng, victim: &Path) -> Value {
@@ -206,16 +210,42 @@ fn bombard(
     }
 }
 
-#[track_caller]
-fn answers(daemon: &Daemon) {
-    let began = Instant::now();
-    let (code, _) = daemon.get("/v1/sites");
-    assert_eq!(code, 200);
-    assert!(
-        began.elapsed() < ANSWER_MAX,
-        "another peer waited {:?}",
-        began.elapsed()
-    );
+/// How long another peer waited for each answer of a daemon.
+#[derive(Default)]
+struct Answers(Vec<Duration>);
+
+impl Answers {
+    #[track_caller]
+    fn ask(&mut self, daemon: &Daemon) {
+        let began = Instant::now();
+        let (code, _) = daemon.get("/v1/sites");
+        assert_eq!(code, 200);
+        let waited = began.elapsed();
+        assert!(
+            waited < ANSWER_DELAYED_MAX,
+            "another peer waited {waited:?}"
+        );
+        self.0.push(waited);
+    }
+}
+
+impl Drop for Answers {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            return;
+        }
+        let late: Vec<_> = self
+            .0
+            .iter()
+            .filter(|waited| **waited >= ANSWER_MAX)
+            .collect();
+        assert!(
+            self.0.len() >= 50 && late.len() * 50 <= self.0.len(),
+            "{} of {} answers took too long: {late:?}",
+            late.len(),
+            self.0.len()
+        );
+    }
 }
 
 #[test]
@@ -225,6 +255,7 @@ fn a_hub_withstands_malformed_messages_of_sites_and_publishers() {
     let victim = scratch.folder("victim");
     std::fs::write(victim.join("precious"), b"precious").unwrap();
     let mut hub = Hub::start_new(scratch.path());
+    let mut answers = Answers::default();
     for (transport, name) in TRANSPORTS.into_iter().zip(["mal-quic", "mal-tcp"]) {
         let site = Identity::site(&hub, name, over(transport));
         let publisher = Identity::publisher(&hub, &format!("{name}-publisher"), over(transport));
@@ -239,7 +270,7 @@ fn a_hub_withstands_malformed_messages_of_sites_and_publishers() {
                     &tellings(),
                     &questions(),
                     &victim,
-                    || answers(&hub),
+                    || answers.ask(&hub),
                 );
                 connection.close();
             }
@@ -297,6 +328,7 @@ fn a_site_withstands_malformed_messages_of_a_hub() {
         json!({"holds": {"artifact": "dataset/x:1", "digest": digest.hex()}}),
     ];
     let before = site.memory("VmRSS");
+    let mut answers = Answers::default();
     // An unreadable control message ends the connection, and the site pauses longer before each new
     // connection. So the test uses few connections with many questions each.
     for _ in 0..HUB_CONNECTIONS {
@@ -307,7 +339,7 @@ fn a_site_withstands_malformed_messages_of_a_hub() {
             };
             let _ = stream.write(&message(&asks, &mut rng, &victim));
             stream.finish();
-            answers(&site);
+            answers.ask(&site);
         }
         for _ in 0..8 {
             if control
@@ -316,7 +348,7 @@ fn a_site_withstands_malformed_messages_of_a_hub() {
             {
                 break;
             }
-            answers(&site);
+            answers.ask(&site);
         }
         connection.close();
     }

@@ -3,12 +3,15 @@
 
 use std::time::{Duration, Instant};
 
+use base::limits::{CHANGES_AT_ONCE_MAX, CHANGES_PER_SECOND_MAX};
 use model::protocol::Wanted;
 use packhorse::config::Transport;
 use serde_json::json;
 
 use crate::support::daemon::{Hub, Site, SiteSpec};
-use crate::support::hostile::{Artifact, Connection, EntryPage, Identity, TRANSPORTS, over};
+use crate::support::hostile::{
+    Artifact, Connection, EntryPage, Identity, TRANSPORTS, framed, over,
+};
 use crate::support::{Scratch, limit, secs, wait_for};
 
 /// How long an honest client may wait.
@@ -158,9 +161,7 @@ fn gc_and_publish_do_not_wait_for_a_silent_peer_or_a_pipe() {
     ))
     .unwrap();
     let mut asked = silent.open(b"Q");
-    asked
-        .write(&crate::support::hostile::framed(&question))
-        .unwrap();
+    asked.write(&framed(&question)).unwrap();
     let (kind, _root_wanted) = silent.accept(secs(20));
     assert_eq!(
         kind, b'F',
@@ -189,4 +190,35 @@ fn gc_and_publish_do_not_wait_for_a_silent_peer_or_a_pipe() {
             .all(|job| job["state"] != "running")
             .then_some(())
     });
+}
+
+#[test]
+fn first_messages_and_lists_of_changes_have_a_rate() {
+    let _limit = limit(secs(120));
+    let scratch = Scratch::new();
+    let hub = Hub::start_new(scratch.path());
+    let site = Identity::site(&hub, "mal", over(Transport::Tcp)).dial();
+    let mut control = site.control();
+    hub.wait_online("mal", true, secs(20));
+    let received = || hub.metric("packhorse_control_bytes{to=\"hub\"}");
+    let before = received();
+    let message = framed(json!({"changed": []}).to_string().as_bytes());
+    // The metric counts a message without its length.
+    let each = message.len() as u64 - 4;
+    let count = CHANGES_AT_ONCE_MAX + 4 * CHANGES_PER_SECOND_MAX;
+    let begun = Instant::now();
+    control.write(&message.repeat(count as usize)).unwrap();
+    let handled = wait_for("the burst is handled", secs(60), || {
+        let handled = (received() - before) / each;
+        (handled >= CHANGES_AT_ONCE_MAX.into()).then_some(handled)
+    });
+    // One message is received before it waits.
+    let allowed = f64::from(CHANGES_AT_ONCE_MAX)
+        + begun.elapsed().as_secs_f64() * f64::from(CHANGES_PER_SECOND_MAX)
+        + 2.0;
+    assert!(
+        (handled as f64) <= allowed,
+        "{handled} messages, {allowed} are allowed"
+    );
+    answers_soon(&hub);
 }

@@ -414,3 +414,57 @@ fn the_hub_starts_no_pull_that_does_not_fit_on_its_disk() {
     });
     hub.cli(&["verify", "image/app:v1"]).expect(0);
 }
+
+#[test]
+fn all_images_of_a_layout_are_published_and_share_their_large_blobs() {
+    let _limit = limit(secs(120));
+    let scratch = Scratch::new();
+    let hub = Hub::start_new(scratch.path());
+    let site = Site::start_new(scratch.path(), &hub, "hefei", &SiteSpec::default());
+    let layout = scratch.join("set");
+    let base = data::noise(&mut data::rng("base"), 6 << 20);
+    let mut tops = Vec::new();
+    for layers in [&[&base[..]][..], &[&base[..], b"more"], &[b"other"]] {
+        images::layout(&layout, layers);
+        tops.push(images::top(&layout));
+    }
+    for (top, name) in tops.iter_mut().zip(["docker.io/ops/app:V1", "v2", ""]) {
+        let top = top.as_object_mut().unwrap();
+        top.remove("annotations");
+        if !name.is_empty() {
+            let names = serde_json::json!({ "org.opencontainers.image.ref.name": name });
+            top.insert("annotations".into(), names);
+        }
+    }
+    let digests: Vec<String> = tops
+        .iter()
+        .map(|top| top["digest"].as_str().unwrap().to_owned())
+        .collect();
+    let index = serde_json::json!({ "schemaVersion": 2, "manifests": tops });
+    data::write(&layout.join("index.json"), index.to_string().as_bytes());
+    let publish = ["publish", layout.to_str().unwrap(), "--all"];
+    let published = hub.json(&[&publish[..], &["--to", "all", "--wait"]].concat());
+    let version = format!("sha256-{}", &digests[2]["sha256:".len()..][..16]);
+    let expected = [
+        "image/ops-app:v1".to_owned(),
+        "image/set:v2".to_owned(),
+        format!("image/set:{version}"),
+    ];
+    for (number, reference) in expected.iter().enumerate() {
+        assert_eq!(published[number]["artifact"], **reference, "{published}");
+        let info = hub.json(&["show", reference])["info"].clone();
+        assert_eq!(info["digest"], *digests[number], "{reference}: {info}");
+    }
+    let again = hub.json(&publish);
+    assert_eq!(again[2]["unchanged"], true, "{again}");
+    // The repository is that of the image, without its registry.
+    let there = |name: &str| {
+        let blob = images::blob(&site.layout.join(name), &sha256(&base));
+        std::os::unix::fs::MetadataExt::ino(&std::fs::metadata(blob).unwrap())
+    };
+    assert_eq!(there("ops/app"), there("set"));
+    // A registry is no such source.
+    hub.cli(&["publish", "registry://r.example.com/a:v1", "--all"])
+        .expect(2)
+        .says(&["--list"]);
+}

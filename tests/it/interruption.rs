@@ -315,6 +315,7 @@ fn a_transfer_survives_a_minute_without_network_or_without_quic() {
         scope.spawn(a_transfer_resumes_after_a_minute_without_network);
         scope.spawn(tcp_is_used_until_quic_works_again);
         scope.spawn(a_transfer_continues_over_tcp_when_udp_is_blocked);
+        scope.spawn(a_site_moves_to_tcp_when_the_network_limits_udp);
     });
 }
 
@@ -362,6 +363,49 @@ const LONG: usize = 80 << 20;
 /// minute.
 const TRICKLE: u64 = 640 << 10;
 
+/// What a network lets pass of UDP, in bytes per second: the artifact would need over a minute.
+const POLICED: u64 = 125_000;
+
+fn a_site_moves_to_tcp_when_the_network_limits_udp() {
+    let scratch = Scratch::new();
+    let hub = Hub::start_new(scratch.path());
+    let line = Line::to(hub.quic);
+    line.police_udp(POLICED);
+    let mut site = Site::new(
+        scratch.path(),
+        &hub,
+        "chengdu",
+        &SiteSpec {
+            through: Some(line.address()),
+            ..SiteSpec::default()
+        },
+    );
+    site.join(&hub, &[]);
+    site.start_alive();
+    hub.wait_online("chengdu", true, secs(60));
+    assert_eq!(transport(&hub).as_deref(), Some("quic"));
+    let source = scratch.join("source");
+    write(
+        &source.join("weights.bin"),
+        &noise(&mut rng("policed"), 12 << 20),
+    );
+    hub.publish(&source, "model/large:v1", &[]);
+    let transfer = hub.deliver(&["model/large:v1"], "chengdu").remove(0);
+    wait_for("the site moves to TCP", secs(80), || {
+        (transport(&hub).as_deref() == Some("tcp")).then_some(())
+    });
+    let moved = hub.transfer(&transfer);
+    assert!(!moved.is_final(), "it must move during the transfer");
+    wait_for("the hub shows the reason", secs(10), || {
+        let reason = hub.json(&["sites"])[0]["line_reason"].clone();
+        let shown = reason.as_str()?.contains("limits UDP to about");
+        (shown && site.cli(&["doctor"]).out.contains("limits UDP to about")).then_some(())
+    });
+    let done = hub.wait_done(&transfer, secs(30));
+    assert_same(&source, &site.folder("model/large:v1"));
+    assert!(done.bytes.resumed > 0, "{:?}", done.bytes);
+}
+
 fn tcp_is_used_until_quic_works_again() {
     let scratch = Scratch::new();
     let hub = Hub::start_new(scratch.path());
@@ -380,6 +424,10 @@ fn tcp_is_used_until_quic_works_again() {
     site.start_alive();
     hub.wait_online("chengdu", true, secs(60));
     assert_eq!(transport(&hub).as_deref(), Some("tcp"));
+    wait_for("the hub shows the reason", secs(10), || {
+        let reason = hub.json(&["sites"])[0]["line_reason"].clone();
+        reason.as_str()?.contains("QUIC").then_some(())
+    });
     let (small, large) = (scratch.join("small"), scratch.join("large"));
     write(
         &small.join("weights.bin"),

@@ -46,6 +46,17 @@ fn temporary_of(path: &Path) -> PathBuf {
     parent(path).join(format!(".{name}.{:016x}.tmp", rand::random::<u64>()))
 }
 
+/// Whether this is the name of a temporary file of [`replace`] for a file `name`.
+pub fn is_temporary_of(entry: &std::ffi::OsStr, name: &str) -> bool {
+    let random = || {
+        let rest = entry.to_str()?.strip_prefix('.')?.strip_prefix(name)?;
+        rest.strip_prefix('.')?.strip_suffix(".tmp")
+    };
+    random().is_some_and(|random| {
+        random.len() == 16 && random.bytes().all(|byte| byte.is_ascii_hexdigit())
+    })
+}
+
 fn write_new(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
     let mut file = File::options()
         .write(true)
@@ -64,7 +75,7 @@ fn replace_with_mode(path: &Path, bytes: &[u8], mode: u32) -> Result<(), Fault> 
         let _ = fs::remove_file(&temporary);
         return Err(Fault::io(format_args!("write {}", path.display()), &error));
     }
-    sync_dir(parent(path))
+    sync_renamed(path)
 }
 
 /// Creates a small file, complete and synced, unless the name exists. If several callers do this at
@@ -88,7 +99,7 @@ pub fn create(path: &Path, bytes: &[u8]) -> Result<bool, Fault> {
         .and_then(|()| put());
     let _ = fs::remove_file(&temporary);
     if created.is_ok() {
-        sync_dir(parent(path))?;
+        sync_renamed(path)?;
     }
     created
 }
@@ -160,7 +171,7 @@ pub fn rename_within(from: &Path, to: &Path) -> Result<bool, Fault> {
         }
         Err(error) => return Err(Fault::io(what(), &error.into())),
     }
-    sync_dir(parent(to))?;
+    sync_renamed(to)?;
     if parent(from) != parent(to) {
         sync_dir(parent(from))?;
     }
@@ -187,7 +198,7 @@ pub fn move_over(from: &Path, to: &Path) -> Result<(), Fault> {
         from.display(),
         to.display()
     ))?;
-    sync_dir(parent(to))
+    sync_renamed(to)
 }
 
 /// Replaces a symbolic link by rename. The link is a convenience for people: it is not synced, and
@@ -209,6 +220,27 @@ pub fn replace_symlink(link: &Path, target: &str) -> Result<(), Fault> {
     }
     renamed
 }
+
+/// Makes the new name of a file or directory durable. On SMB a sync of the directory does nothing,
+/// and after a power cut of the server the file would have its old name; a sync of the file by its
+/// new name is passed on to the server, whose journal then holds the rename too. The content of a
+/// directory that was renamed is followed by a file with the same effect: `CURRENT`, or a note.
+fn sync_renamed(path: &Path) -> Result<(), Fault> {
+    sync_dir(parent(path))?;
+    let is_file = fs::symlink_metadata(path).is_ok_and(|meta| meta.is_file());
+    match is_file && is_smb(parent(path)) {
+        true => sync_file(path),
+        false => Ok(()),
+    }
+}
+
+/// Whether a directory is on a share of an SMB server.
+fn is_smb(folder: &Path) -> bool {
+    rustix::fs::statfs(folder).is_ok_and(|stat| SMB_MAGIC.contains(&(stat.f_type as u32)))
+}
+
+/// The types of the filesystems `cifs` and `smb3`.
+const SMB_MAGIC: [u32; 2] = [0xff53_4d42, 0xfe53_4d42];
 
 /// Syncs the entries of a directory. An SMB server may reject this call, which is not an error.
 pub fn sync_dir(path: &Path) -> Result<(), Fault> {

@@ -412,6 +412,10 @@ fn is_device_failure(error: &std::io::Error) -> bool {
         E::COMM,
         E::NOLINK,
         E::INVAL,
+        // Of an SMB or NFS client while its server is away or has started again.
+        E::AGAIN,
+        E::NOTUNIQ,
+        E::REMCHG,
     ];
     error
         .raw_os_error()
@@ -497,6 +501,9 @@ mod tests {
             Errno::NETDOWN,
             Errno::NETRESET,
             Errno::CONNABORTED,
+            Errno::AGAIN,
+            Errno::NOTUNIQ,
+            Errno::REMCHG,
         ]) {
             let fault = Fault::io("write /nas/a", &errno.into());
             assert_eq!(

@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering as Atomic};
 use parking_lot::Mutex;
 use tokio_util::sync::CancellationToken;
 
+use crate::blocking::Stop;
 use crate::fault::{Fault, Reason};
 use crate::limits::{JOB_NOTES_MAX, MESSAGE_BYTES_MAX};
 use crate::text;
@@ -91,6 +92,11 @@ impl JobProgress {
 
     pub fn is_cancelled(&self) -> bool {
         self.cancelled.is_cancelled()
+    }
+
+    /// Tells work that blocks to end when the job is cancelled.
+    pub fn stop(&self) -> Stop {
+        self.cancelled.clone().into()
     }
 
     /// Waits for a cancel request.

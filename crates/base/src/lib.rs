@@ -25,6 +25,7 @@ pub mod open_files;
 pub mod peer;
 pub mod platform;
 pub mod private;
+pub mod rate_limiter;
 pub mod secrets;
 pub mod sha256;
 pub mod space;

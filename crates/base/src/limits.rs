@@ -64,6 +64,11 @@ pub const PEER_WORK_MAX: usize = 8;
 pub const REPORTS_PER_SECOND_MAX: u32 = 1_000;
 /// The reports that the hub accepts from one site at once after a pause.
 pub const REPORTS_AT_ONCE_MAX: u32 = 20_000;
+/// The connections per second that the hub accepts from one site, and at once after a pause. Each
+/// writes lines to the log and a row to the catalogue.
+pub const SITE_CONNECTIONS_PER_SECOND_MAX: (u32, u32) = (1, 60);
+/// The same for one publisher: each publish is a connection or two.
+pub const PUBLISHER_CONNECTIONS_PER_SECOND_MAX: (u32, u32) = (10, 200);
 /// The publishes, deliveries, actions and runs per second that one site or publisher may request.
 pub const CHANGES_PER_SECOND_MAX: u32 = 50;
 /// The same, at once after a pause.
@@ -75,6 +80,9 @@ pub const ROOT_VALUES_MAX: usize = 16 << 10;
 /// The manifests of one site or publisher that the hub accepts at once; others wait. Each is in
 /// memory until its pages have arrived.
 pub const OFFERS_AT_ONCE_MAX: usize = 8;
+/// The checks of manifests that run at once for one peer, each with at most 4 MiB of tables; others
+/// wait.
+pub const MANIFEST_CHECKS_MAX: usize = 2;
 /// The approximate number of raw bytes that one fetch request asks for; it fits in the window of a
 /// stream.
 pub const FETCH_BATCH_BYTES: u64 = 1 << 20;
@@ -177,12 +185,16 @@ pub const IMAGE_JSON_BYTES_MAX: u64 = 4 << 20;
 pub const IMAGE_JSON_TOTAL_BYTES_MAX: u64 = 64 << 20;
 /// The JSON of a layout that is read to distinguish referrers from images, in bytes.
 pub const IMAGE_REFERRERS_JSON_BYTES_MAX: u64 = 16 << 20;
+/// The entries of a directory of OCI layouts that are looked at for layouts with the same blobs.
+pub const LAYOUTS_SEARCHED_MAX: usize = 20_000;
 /// The deepest nesting of indexes.
 pub const IMAGE_INDEX_DEPTH_MAX: usize = 4;
 /// The largest number of members of an image archive.
 pub const ARCHIVE_MEMBERS_MAX: usize = 65_536;
 /// All member names of an image archive, in bytes.
 pub const ARCHIVE_NAMES_BYTES_MAX: usize = 16 << 20;
+/// The largest number of parts of a sparse member of an image archive.
+pub const ARCHIVE_SPARSE_PARTS_MAX: usize = 65_536;
 /// The largest extended header (a long name) in an archive, in bytes.
 pub const ARCHIVE_HEADER_BYTES_MAX: u64 = 64 << 10;
 /// The most images in a list of images to publish.
@@ -196,6 +208,19 @@ pub const UNPACKED_BYTES_MAX: u64 = 64 << 30;
 pub const BOMB_RATIO: u64 = 256;
 /// The layers of an image that are checked at once.
 pub const IMAGE_CHECKS_MAX: usize = 4;
+/// The memory of all decoders of layers and archives in a process: one with the largest window, and
+/// three usual ones.
+pub const DECODERS_BYTES_MAX: u64 = 160 << 20;
+/// What one of them takes at least: a window of 8 MiB, which every decoder of zstd supports.
+pub const DECODER_BYTES_MIN: u64 = 9 << 20;
+/// The largest window or dictionary of an archive or a layer: zstd writes it with `--ultra -22`, and
+/// `xz -9` has 64 MiB.
+pub const DECODER_WINDOW_BYTES_MAX: u64 = 128 << 20;
+/// The compressed bytes that may be read before anything is decompressed from them; a third of the
+/// bytes behind them must be content.
+pub const DECODER_EMPTY_BYTES_MAX: u64 = 2 << 20;
+/// The values in a JSON document of an image.
+pub const IMAGE_JSON_VALUES_MAX: usize = 64 << 10;
 /// The connections of sites and publishers at the hub. Publishers get at most three quarters of
 /// them.
 pub const SITE_CONNECTIONS_MAX: usize = 4096;
@@ -671,7 +696,7 @@ pub const HARD_LINKED_FILES_KEPT_MAX: usize = 7 << 17;
 pub const XATTRS_BYTES_MAX: usize = 32 << 10;
 pub const XATTR_NAME_BYTES_MAX: usize = 255;
 /// The paths of the files of one artifact that have several names, in bytes, with the memory of
-/// each.
+/// each, that a publish keeps. The files beyond are published as separate files.
 pub const HARD_LINK_BYTES_MAX: usize = 32 << 20;
 /// The versions that one list of the answer of `adopt` names, and those that it looks for.
 pub const ADOPT_LISTED_MAX: usize = 1000;
@@ -693,8 +718,5 @@ pub const REGISTRY_REDIRECTS_MAX: usize = 10;
 /// transfer names, and those of one range of a request. A site requests at most this many refused
 /// chunks of a transfer again.
 pub const REFUSED_CHUNKS_MAX: usize = 16;
-/// The paths of directories that the links of one artifact leave by `..`, and of those links, in
-/// bytes.
-pub const LINK_FOLDERS_BYTES_MAX: usize = 8 << 20;
 /// How long one `doctor` checks manifests before it leaves the rest to the next call.
 pub const DOCTOR_MANIFESTS_MAX: Duration = Duration::from_secs(10);

@@ -7,13 +7,28 @@
 use std::collections::HashMap;
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 
 use parking_lot::Mutex;
 
+use crate::blocking;
 use crate::limits::{MOUNT_THREADS_MAX, MOUNTS_KEPT};
 use crate::threads::Threads;
+
+/// Whether an existing path is on another mount than another one, or on another subvolume: then no
+/// file of one can be renamed or linked to the other. Follows links, so it blocks.
+pub fn are_apart(one: &Path, other: &Path) -> std::io::Result<bool> {
+    blocking::check("mounts::are_apart");
+    let table = table();
+    let of = |path: &Path| -> std::io::Result<(PathBuf, u64)> {
+        let path = std::fs::canonicalize(path)?;
+        let device = std::fs::metadata(&path)?.dev();
+        Ok((mount_of(&table, &path), device))
+    };
+    Ok(of(one)? != of(other)?)
+}
 
 /// The threads of each filesystem, by its mount point.
 static MOUNTS: LazyLock<Mutex<HashMap<PathBuf, Threads>>> = LazyLock::new(Mutex::default);
@@ -95,6 +110,18 @@ mod tests {
         assert_eq!(of("/mnt/nasty"), "/");
         assert_eq!(of("registry.local:5000/a:v1"), "/");
         assert_eq!(mount_of(b"", Path::new("/a")), Path::new("/"));
+    }
+
+    #[test]
+    fn a_link_leads_to_the_mount_of_its_target() {
+        let dir = tempfile::tempdir().unwrap();
+        let link = dir.path().join("proc");
+        std::os::unix::fs::symlink("/proc", &link).unwrap();
+        let inside = dir.path().join("inside");
+        std::fs::create_dir(&inside).unwrap();
+        assert!(are_apart(&link, dir.path()).unwrap());
+        assert!(!are_apart(&inside, dir.path()).unwrap());
+        assert!(are_apart(&dir.path().join("absent"), dir.path()).is_err());
     }
 
     /// One thread for all tasks: a call that blocked it would stop the test.

@@ -136,6 +136,17 @@ impl Kind {
         }
     }
 
+    /// The word in a sentence, with its article.
+    pub fn with_article(self) -> &'static str {
+        match self {
+            Kind::Dataset => "a dataset",
+            Kind::Labels => "labels",
+            Kind::Operator => "an operator",
+            Kind::Image => "an image",
+            Kind::Model => "a model",
+        }
+    }
+
     /// Whether artifacts of this kind are stored as a directory of files.
     pub fn is_files(self) -> bool {
         matches!(self, Kind::Dataset | Kind::Operator | Kind::Model)
@@ -393,12 +404,14 @@ impl FromStr for RelPath {
 /// one rule.
 ///
 /// A `..` that follows a name is accepted only if that name is a real directory: after another
-/// link, `..` could lead anywhere. `is_folder` states whether a path of the artifact is a
-/// directory.
+/// link, `..` could lead anywhere. `is_folder` states whether the path of these components is a
+/// directory of the artifact, with all directories above it. Its second argument is the number of
+/// the first components that are known to be directories; they are those of the call before. So
+/// no component of a target is looked at twice, and the cost is linear in the length of the texts.
 pub fn stays_inside(
     path: &RelPath,
     target: &str,
-    mut is_folder: impl FnMut(&str) -> bool,
+    mut is_folder: impl FnMut(&[&str], usize) -> bool,
 ) -> Result<(), &'static str> {
     if target.starts_with('/') {
         return Err("is an absolute path");
@@ -414,11 +427,11 @@ pub fn stays_inside(
                 if at.is_empty() {
                     return Err("leaves the directory");
                 }
-                if at.len() > known_dirs && !is_folder(&at.join("/")) {
+                if at.len() > known_dirs && !is_folder(&at, known_dirs) {
                     return Err("uses '..' after something that is not a directory");
                 }
                 at.pop();
-                known_dirs = known_dirs.min(at.len());
+                known_dirs = at.len();
             }
             name => at.push(name),
         }
@@ -581,6 +594,18 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_kind_has_the_article_of_its_word() {
+        for kind in Kind::ALL {
+            let article = match kind {
+                Kind::Labels => "",
+                _ if kind.as_str().starts_with(['a', 'e', 'i', 'o', 'u']) => "an ",
+                _ => "a ",
+            };
+            assert_eq!(kind.with_article(), format!("{article}{kind}"));
+        }
+    }
+
+    #[test]
     fn references_parse_and_print() {
         let r: ArtifactRef = "dataset/line-3.aoi:2026.11_a".parse().unwrap();
         assert_eq!(r.to_string(), "dataset/line-3.aoi:2026.11_a");
@@ -623,8 +648,8 @@ mod tests {
     fn links_stay_inside_or_are_refused() {
         let folders = ["a", "a/b", "z"];
         let of = |link: &str, target: &str| {
-            stays_inside(&link.parse().unwrap(), target, |folder| {
-                folders.contains(&folder)
+            stays_inside(&link.parse().unwrap(), target, |folder, _| {
+                folders.contains(&folder.join("/").as_str())
             })
         };
         for (link, target) in [
@@ -656,6 +681,34 @@ mod tests {
             ("a/l", "./.././../x"),
         ] {
             assert!(of(link, target).is_err(), "{link} -> {target}");
+        }
+    }
+
+    #[test]
+    fn each_component_of_a_link_is_looked_at_once() {
+        let up_and_down = format!("{}{}", "x/".repeat(1000), "../x/".repeat(400));
+        let up = format!("{}{}", "x/".repeat(1000), "../".repeat(1000));
+        let deep = format!("{}l", "d/".repeat(1000));
+        for (link, target, calls_expected, components_expected) in [
+            ("l", up_and_down.as_str(), 400, 1000 + 399),
+            ("l", up.as_str(), 1, 1000),
+            (deep.as_str(), up_and_down.as_str(), 400, 1000 + 399),
+        ] {
+            let (mut calls, mut components, mut before) = (0, 0, Vec::<String>::new());
+            let result = stays_inside(&link.parse().unwrap(), target, |folder, known| {
+                calls += 1;
+                components += folder.len() - known;
+                assert!(
+                    before.is_empty() || folder[..known] == before[..known],
+                    "they are those of the call before"
+                );
+                before = folder.iter().map(|name| (*name).to_owned()).collect();
+                true
+            });
+            assert_eq!(
+                (result, calls, components),
+                (Ok(()), calls_expected, components_expected)
+            );
         }
     }
 

@@ -74,6 +74,12 @@ impl Tally {
         ))
     }
 
+    /// The events that were not logged yet.
+    #[cfg(any(test, feature = "testing"))]
+    pub fn waiting(&self) -> u64 {
+        self.state.lock().count
+    }
+
     fn log(&self, count: u64, last: &str) {
         tracing::warn!(count, ?last, "{}", self.message);
     }

@@ -600,10 +600,14 @@ impl Workers {
             .collect()
     }
 
-    /// What `doctor` reports: a line for each worker with a problem, or one line for all of them.
+    /// What `doctor` reports: a line for each worker with a problem, and one line with the state of
+    /// all others.
     pub fn doctor(&self) -> Vec<String> {
-        let all = self.list();
-        let faults: Vec<String> = all
+        let (faults, good): (Vec<Report>, Vec<Report>) = self
+            .list()
+            .into_iter()
+            .partition(|worker| worker.problem.is_some());
+        let mut lines: Vec<String> = faults
             .iter()
             .filter_map(|worker| {
                 Some(format!(
@@ -613,11 +617,18 @@ impl Workers {
                 ))
             })
             .collect();
-        if faults.is_empty() {
-            vec![format!("ok workers: {} background workers", all.len())]
-        } else {
-            faults
+        let states: Vec<String> = good
+            .iter()
+            .map(|worker| format!("{} {}", worker.name, worker.state.as_str()))
+            .collect();
+        if !good.is_empty() {
+            lines.push(format!(
+                "ok workers: {} background workers: {}",
+                good.len(),
+                states.join(", ")
+            ));
         }
+        lines
     }
 
     /// Waits until every worker has ended, once the daemon stops. The caller sets the deadline.

@@ -109,7 +109,9 @@ fn write(
     };
     for member in members {
         let root = member.root()?;
-        check(&member.artifact, &root, store)?;
+        let checked = check(&member.artifact, &root, store, &progress.stop());
+        progress.check()?;
+        checked?;
         for_each_page(&root, store, |page| {
             put(
                 Some(ChunkRef {
@@ -182,8 +184,9 @@ pub fn import(from: &Path, store: &Store, progress: &JobProgress) -> Result<Vec<
     store.flush_since(losses)?;
     for member in &members {
         let root = member.root()?;
-        check(&member.artifact, &root, store)
-            .map_err(|fault| wrong(&format!("is malformed: {fault}")))?;
+        let checked = check(&member.artifact, &root, store, &progress.stop());
+        progress.check()?;
+        checked.map_err(|fault| wrong(&format!("is malformed: {fault}")))?;
         // `has` pins each page, so that no collection removes a page that was already in the store.
         for_each_page(&root, store, |page| {
             if store.has(page.id)? {

@@ -26,6 +26,7 @@ use base::limits::{CHUNK_BYTES_MAX, INGEST_BATCH_BYTES, INGEST_BATCHES_MAX};
 use base::names::{Kind, RelPath};
 use base::omitted::Omitted;
 
+mod holes;
 mod reading;
 #[cfg(test)]
 mod tests;
@@ -230,11 +231,17 @@ fn run_worker(
         let next = work.lock().recv();
         let Ok(batch) = next else { return };
         let block = batch.block;
-        let chunks: Vec<(Verified, ChunkOrigin)> = batch
-            .chunks
-            .into_iter()
-            .map(|(range, origin)| (Verified::new(block.slice(range)), origin))
-            .collect();
+        let mut chunks: Vec<(Verified, ChunkOrigin)> = Vec::with_capacity(batch.chunks.len());
+        let mut last = 0..0;
+        for (range, origin) in batch.chunks {
+            // The chunks of a hole are one range of the block.
+            let chunk = match chunks.last() {
+                Some((same, _)) if range == last => same.clone(),
+                _ => Verified::new(block.slice(range.clone())),
+            };
+            last = range;
+            chunks.push((chunk, origin));
+        }
         drop(block);
         let refs = chunks
             .iter()

@@ -28,7 +28,7 @@ use parking_lot::Mutex;
 
 use crate::chunk_index::{self, At, ChunkIndex, LocationInfo, Reader};
 use crate::fetch::{Child, Library, Opened, Pieces, pieces};
-use base::blocking::{blocking, blocking_at};
+use base::blocking::{Stop, blocking, blocking_at, cancellable};
 use base::budget::{Budget, Share};
 use base::buffers::Buffers;
 use base::durable;
@@ -39,7 +39,7 @@ use base::names::RelPath;
 use base::peer::Peer;
 use content::chunk::Hash;
 use content::frame::Frame;
-use content::manifest::{ChunkRef, Digest, EntryBody, FileInfo, Pages, Root, Step, Walk};
+use content::manifest::{ChunkRef, Digest, EntryBody, FileInfo, Pages, Root, Step, Until, Walk};
 use content::store::Store;
 use model::actor::Actor;
 use model::policy::{self, Object, Verb};
@@ -551,7 +551,8 @@ impl Library for InPlaceReader {
             .await?
             .ok_or_else(|| not_here(digest))?;
         let store = self.inner.store.clone();
-        let opened = Arc::new(blocking(move || Opened::new(digest, held.root, &store)).await?);
+        let open = move |stop: &Stop| Opened::new(digest, held.root, &Until::new(&store, stop));
+        let opened = Arc::new(cancellable((), open).await?);
         let mut cache = self.inner.opened.lock();
         if cache.len() >= OPENED_MAX {
             cache.remove(0);

@@ -9,6 +9,7 @@ mod token;
 mod trainer;
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use base::fault::Fault;
 use base::names::{ArtifactRef, PublisherName, SiteName, SiteSelector};
@@ -80,6 +81,21 @@ pub enum Verb {
     CreateToken,
     /// Create, list, rotate and revoke access tokens of the API.
     ManageAccess,
+    /// Change, revoke, restore or remove a site or a publisher.
+    ManageSites,
+}
+
+/// What the certificate of a peer is worth at the hub.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Standing {
+    /// The hub has no record of the peer.
+    Unknown,
+    /// It is the newest one of the peer, or the one before it, which is still accepted.
+    Current,
+    /// A newer one was issued.
+    Superseded,
+    /// The peer was revoked.
+    Revoked,
 }
 
 /// What the verb applies to, with the facts that its rule needs.
@@ -90,8 +106,12 @@ pub enum Object<'a> {
     Daemon,
     /// The record of the peer at the hub.
     Membership {
-        /// Whether the hub has one.
-        known: bool,
+        /// What the certificate of the connection is worth.
+        standing: Standing,
+        /// How long the certificate has been expired.
+        expired: Option<Duration>,
+        /// How long an expired certificate can be renewed.
+        grace: Duration,
     },
     /// An artifact of the hub's catalogue.
     Artifact {
@@ -237,6 +257,12 @@ pub enum Refusal {
     Hidden,
     /// The hub has no record of the peer, or no longer.
     Unknown,
+    /// The peer was revoked.
+    Revoked,
+    /// A newer certificate was issued to the peer.
+    Superseded,
+    /// The certificate is expired.
+    Expired,
     /// A `[share]` list excludes the site.
     NotShared(ShareList),
     /// The `[train] allow` of the site that would train does not name the actor.
@@ -256,6 +282,14 @@ impl From<Refusal> for Fault {
             Refusal::Hidden => Fault::not_found("there is no such object"),
             Refusal::Unknown => Fault::not_allowed("the hub has no record of this peer")
                 .with_next("join again with a new token"),
+            Refusal::Revoked => Fault::not_allowed("this peer was revoked at the hub")
+                .with_next("ask the administrator of the hub to restore it"),
+            Refusal::Superseded => {
+                Fault::not_allowed("a newer certificate was issued for this name; this one is not accepted any more")
+                    .with_next("use the newest certificate, or join again with a new token")
+            }
+            Refusal::Expired => Fault::not_allowed("the certificate has expired")
+                .with_next("connect again: an expired certificate is renewed first; if that is refused, join again with a new token"),
             Refusal::NotShared(ShareList::Hub) => {
                 Fault::not_allowed("the [share] allow of the hub excludes the site")
             }
@@ -350,20 +384,42 @@ fn admin(verb: Verb) -> Result<(), Refusal> {
         | Verb::Collect
         | Verb::CancelJob
         | Verb::CreateToken
-        | Verb::ManageAccess => Ok(()),
+        | Verb::ManageAccess
+        | Verb::ManageSites => Ok(()),
+    }
+}
+
+/// Who may enter: a peer with its newest certificate. With an expired one it may only renew it, within
+/// the grace.
+fn member(
+    verb: Verb,
+    standing: Standing,
+    expired: Option<Duration>,
+    grace: Duration,
+) -> Result<(), Refusal> {
+    match standing {
+        Standing::Unknown => Err(Refusal::Unknown),
+        Standing::Revoked => Err(Refusal::Revoked),
+        Standing::Superseded => Err(Refusal::Superseded),
+        Standing::Current => match expired {
+            None => Ok(()),
+            Some(time) if verb == Verb::Renew && time < grace => Ok(()),
+            Some(_) => Err(Refusal::Expired),
+        },
     }
 }
 
 /// A site acts on its own transfers and runs, and sends on what it published or received.
 fn site(site: &SiteName, verb: Verb, object: &Object<'_>) -> Result<(), Refusal> {
     match (verb, *object) {
-        (Verb::Connect, Object::Membership { known }) => {
-            if known {
-                Ok(())
-            } else {
-                Err(Refusal::Unknown)
-            }
-        }
+        (
+            Verb::Connect | Verb::Renew,
+            Object::Membership {
+                standing,
+                expired,
+                grace,
+            },
+        ) => member(verb, standing, expired, grace),
         (
             Verb::Control
             | Verb::Renew
@@ -458,13 +514,14 @@ fn site(site: &SiteName, verb: Verb, object: &Object<'_>) -> Result<(), Refusal>
 /// A publisher uploads, has delivered what it uploads, and does nothing else.
 fn publisher(name: &PublisherName, verb: Verb, object: &Object<'_>) -> Result<(), Refusal> {
     match (verb, *object) {
-        (Verb::Connect, Object::Membership { known }) => {
-            if known {
-                Ok(())
-            } else {
-                Err(Refusal::Unknown)
-            }
-        }
+        (
+            Verb::Connect | Verb::Renew,
+            Object::Membership {
+                standing,
+                expired,
+                grace,
+            },
+        ) => member(verb, standing, expired, grace),
         (Verb::Upload | Verb::Renew, Object::Daemon) => Ok(()),
         (Verb::Upload, Object::Upload { artifact, scope }) => match &scope.artifacts {
             Some(patterns) if !patterns.iter().any(|pattern| pattern.includes(artifact)) => {

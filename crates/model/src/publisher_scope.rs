@@ -111,6 +111,17 @@ pub struct PublisherScope {
     pub deliver_to: Option<DeliverTo>,
 }
 
+impl PublisherScope {
+    /// The limits after a token with this scope is used by a publisher that has limits already: what
+    /// the token does not name stays as it is. A pattern that includes everything lifts a limit.
+    pub fn over(self, earlier: Self) -> Self {
+        Self {
+            artifacts: self.artifacts.or(earlier.artifacts),
+            deliver_to: self.deliver_to.or(earlier.deliver_to),
+        }
+    }
+}
+
 /// The sites that a publisher may deliver to.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
@@ -196,6 +207,33 @@ mod tests {
         ] {
             assert!(wrong.parse::<ArtifactPattern>().is_err(), "{wrong}");
         }
+    }
+
+    #[test]
+    fn a_token_keeps_the_limits_that_it_does_not_name() {
+        let scope = |json: &str| serde_json::from_str::<PublisherScope>(json).unwrap();
+        let earlier = scope(r#"{"artifacts":["dataset/*"],"deliver_to":"west"}"#);
+        for (token, expected) in [
+            ("{}", r#"{"artifacts":["dataset/*"],"deliver_to":"west"}"#),
+            (
+                r#"{"artifacts":["*/*"]}"#,
+                r#"{"artifacts":["*/*"],"deliver_to":"west"}"#,
+            ),
+            (
+                r#"{"deliver_to":"all"}"#,
+                r#"{"artifacts":["dataset/*"],"deliver_to":"all"}"#,
+            ),
+        ] {
+            assert_eq!(
+                scope(token).over(earlier.clone()),
+                scope(expected),
+                "{token}"
+            );
+        }
+        assert_eq!(
+            scope("{}").over(PublisherScope::default()),
+            PublisherScope::default()
+        );
     }
 
     #[test]

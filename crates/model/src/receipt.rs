@@ -47,16 +47,17 @@ struct Statement {
 }
 
 impl Receipt {
-    /// The receipt of a committed transfer. `sign` signs with the key of `certificate` (DER), the
-    /// site's.
+    /// The receipt of a transfer that was committed at this time, in milliseconds since 1970. `sign` signs with the key of
+    /// `certificate` (DER), the site's.
     pub fn sign(
         row: &TransferRow,
+        committed_ms: i64,
         certificate: &[u8],
         sign: impl FnOnce(&[u8]) -> Result<Vec<u8>, Fault>,
     ) -> Result<Self, Fault> {
         let statement = serde_json::json!({
             "artifact": row.artifact, "digest": row.digest, "site": row.site, "transfer": row.id,
-            "location": row.body.location, "committed_at": clock::now_rfc3339(),
+            "location": row.body.location, "committed_at": clock::rfc3339_ms(committed_ms),
         })
         .to_string();
         let (signature, certificate) = (

@@ -91,8 +91,8 @@ impl FromStr for Expect {
         let whole: ArtifactRef = format!("{series}:{}", version.unwrap_or("v")).parse()?;
         if whole.kind != Kind::Model {
             return Err(Fault::usage(format!(
-                "a run makes a model, and {text} is a {}",
-                whole.kind
+                "a run makes a model, and {text} is {}",
+                whole.kind.with_article()
             ))
             .with_next("expect model/NAME[:VERSION]"));
         }

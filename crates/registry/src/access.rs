@@ -63,9 +63,15 @@ impl Settings {
         }
     }
 
-    /// Advice for credentials that are missing or rejected.
-    pub(crate) fn credentials(self, host: &str) -> String {
+    /// Advice for credentials that are missing or rejected; `are_set`: the registry got some.
+    pub(crate) fn credentials(self, host: &str, are_set: bool) -> String {
         match self {
+            Self::Daemon if are_set => format!(
+                "check the repository, and that the user of [registry.\"{host}\"] in the daemon's configuration, or of 'docker login {host}', may pull it"
+            ),
+            Self::Command if are_set => format!(
+                "check the repository, and that the user of --username, or of 'docker login {host}', may pull it"
+            ),
             Self::Sink => "check username and password_file in [sink.images]".to_owned(),
             Self::Daemon => format!(
                 "check the repository, and set username and password_file in [registry.\"{host}\"] of the daemon's configuration, or run 'docker login {host}' as the user of the daemon"

@@ -438,6 +438,13 @@ impl NoAnswer {
     }
 }
 
+/// `host[:port]` of an address.
+pub(crate) fn authority(url: &reqwest::Url) -> String {
+    let host = url.host_str().unwrap_or_default();
+    url.port()
+        .map_or_else(|| host.to_owned(), |port| format!("{host}:{port}"))
+}
+
 /// Why a request has no answer.
 pub(crate) fn no_answer(error: &reqwest::Error) -> NoAnswer {
     if error.is_timeout() {

@@ -16,7 +16,7 @@ use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderValue, WWW_AUTHENTICATE};
 use serde::Deserialize;
 
 use crate::Settings;
-use crate::answer::{Answer, Error, no_answer};
+use crate::answer::{Answer, Error, authority, is_html, no_answer};
 use crate::reference::Origin;
 use base::blocking::blocking;
 use base::durable;
@@ -393,6 +393,11 @@ impl Auth {
         self.state.lock().challenge = Some(challenge);
     }
 
+    /// Whether requests are made as a user.
+    pub(super) fn has_credentials(&self) -> bool {
+        self.credentials.is_some()
+    }
+
     /// Called when the registry rejected a request of this scope: discards the challenge, the
     /// password and the token.
     pub(super) fn on_rejected(&self, scope: &Scope, headers: &HeaderMap) {
@@ -484,6 +489,7 @@ impl Auth {
         if !service.is_empty() {
             query.push(("service", service.to_owned()));
         }
+        let service_host = authority(&url);
         let mut request = http.get(url).query(&query);
         if let Some(basic) = self.basic().await? {
             request = request.header(AUTHORIZATION, basic);
@@ -495,7 +501,9 @@ impl Auth {
             .map_err(|e| {
                 no_answer(&e)
                     .fault(&self.settings, &origin.authority)
-                    .context("the registry's token service")
+                    .context(format_args!(
+                        "the registry's token service at {service_host}"
+                    ))
             })?;
         if !response.status().is_success() {
             let answer = Answer::read(response).await;
@@ -506,6 +514,15 @@ impl Auth {
                 answer.status
             };
             return Err(Answer { status, ..answer }.into());
+        }
+        if is_html(response.headers()) {
+            return Err(Fault::unreachable(format!(
+                "the registry's token service at {service_host}: a web page answered, not a token service"
+            ))
+            .with_next(
+                "a proxy or a login page in front of it must let requests for tokens through; check also the address that the registry states for it",
+            )
+            .into());
         }
         let body = super::read_capped(response, limits::REGISTRY_BODY_BYTES_MAX).await?;
         read_token(&body, scope, requested_at)

@@ -11,9 +11,10 @@ use bytes::Bytes;
 use serde::Deserialize;
 
 use base::fault::Fault;
-use base::limits;
+use base::limits::{self, IMAGE_JSON_VALUES_MAX};
 use base::platform::Platform;
 pub use base::sha256::Sha256;
+use base::text::check_values;
 
 /// The media type of an OCI index.
 pub const OCI_INDEX: &str = "application/vnd.oci.image.index.v1+json";
@@ -103,6 +104,11 @@ struct Raw {
 impl Document {
     /// Parses a document. `digest` is only for messages.
     pub fn parse(bytes: &[u8], digest: &Sha256) -> Result<Self, Fault> {
+        check_values(bytes, IMAGE_JSON_VALUES_MAX).map_err(|values| {
+            Fault::integrity(format!(
+                "image manifest {digest} has {values} values; {IMAGE_JSON_VALUES_MAX} are allowed"
+            ))
+        })?;
         let raw: Raw = serde_json::from_slice(bytes)
             .map_err(|e| Fault::integrity(format!("image manifest {digest}: {e}")))?;
         if raw.schema_version != 2 {

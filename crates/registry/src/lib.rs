@@ -25,12 +25,14 @@ pub mod testing;
 mod tests;
 mod tls;
 
+use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
+use parking_lot::Mutex;
 use reqwest::header::AUTHORIZATION;
 use reqwest::{Method, RequestBuilder, Response, StatusCode, Url};
 
@@ -47,6 +49,9 @@ use auth::{Auth, Challenge, Scope};
 use base::fault::{Fault, Reason};
 use base::limits;
 use silence::{Pending, Silence};
+
+/// The requests whose redirects are remembered at once.
+const REDIRECTS_KEPT: usize = 64;
 
 /// One registry with one set of credentials. Share it in an `Arc`.
 pub struct Registry {
@@ -66,6 +71,7 @@ pub struct Registry {
     /// The longest total wait of one request if the registry asks for pauses.
     pause_max: Duration,
     silence: Silence,
+    redirected: RedirectedTo,
 }
 
 /// The progress of a request body, which distinguishes a slow upload from a stalled one.
@@ -106,13 +112,14 @@ impl Registry {
     pub fn open(origin: Origin, access: Access) -> Result<Self, Fault> {
         // Other parts of the program may have installed the same provider already.
         let _ = rustls::crypto::ring::default_provider().install_default();
+        let redirected = RedirectedTo::default();
         let builder = || {
             let builder = reqwest::Client::builder()
                 .user_agent(concat!("packhorse/", env!("CARGO_PKG_VERSION")))
                 .connect_timeout(limits::REGISTRY_CONNECT_MAX)
                 .pool_idle_timeout(Duration::from_secs(30))
                 .pool_max_idle_per_host(2 * limits::REGISTRY_BLOBS_IN_FLIGHT_MAX)
-                .redirect(redirects())
+                .redirect(redirects(redirected.clone()))
                 .referer(false);
             if origin.is_loopback() {
                 builder.no_proxy()
@@ -144,6 +151,7 @@ impl Registry {
             uploads_renamed: AtomicBool::new(false),
             pause_max: limits::REGISTRY_PAUSE_IN_PLACE_MAX,
             silence: Silence::default(),
+            redirected,
         })
     }
 
@@ -308,8 +316,18 @@ impl Registry {
     }
 
     /// The fault of a request without an answer, with advice that the user can follow.
-    fn no_answer(&self, error: &reqwest::Error) -> Fault {
-        answer::no_answer(error).fault(&self.settings, &self.origin.authority)
+    /// `redirected`: the host that the request was redirected to.
+    fn no_answer(&self, error: &reqwest::Error, redirected: Option<String>) -> Fault {
+        let fault = answer::no_answer(error).fault(&self.settings, &self.origin.authority);
+        match redirected {
+            Some(host) if host != self.origin.without_default_port() => fault
+                .context(format_args!("{host}, to which the registry refers"))
+                .with_next(format!(
+                    "check {host}: the registry {} redirects there, or a login page in front of it does",
+                    self.origin
+                )),
+            _ => fault,
+        }
     }
 
     /// Sends a request to Harbor's API, which accepts only passwords.
@@ -323,10 +341,7 @@ impl Registry {
 
     /// The fault of an upload that another host wants credentials for, which it must not get.
     fn asked_by_other_host(&self, url: &Url) -> Fault {
-        let host = match url.port() {
-            Some(port) => format!("{}:{port}", url.host_str().unwrap_or_default()),
-            None => url.host_str().unwrap_or_default().to_owned(),
-        };
+        let host = answer::authority(url);
         let origin = &self.origin;
         Fault::config(format!(
             "the registry {origin} sends uploads to {host}, which asks for credentials; they are not sent to another host than {origin}"
@@ -339,16 +354,39 @@ impl Registry {
     }
 }
 
+/// Where running requests were redirected to, by their first address: an error names the first address
+/// only.
+#[derive(Debug, Clone, Default)]
+struct RedirectedTo(Arc<Mutex<HashMap<Url, String>>>);
+
+impl RedirectedTo {
+    fn note(&self, first: &Url, to: &Url) {
+        let mut hosts = self.0.lock();
+        if hosts.len() >= REDIRECTS_KEPT {
+            hosts.clear();
+        }
+        hosts.insert(first.clone(), answer::authority(to));
+    }
+
+    /// The host of a request that ended.
+    fn take(&self, first: &Url) -> Option<String> {
+        self.0.lock().remove(first)
+    }
+}
+
 /// Follows redirects, but never from TLS to plain HTTP. The HTTP client sends no Authorization
 /// header to another host or port.
-fn redirects() -> reqwest::redirect::Policy {
-    reqwest::redirect::Policy::custom(|attempt| {
+fn redirects(hosts: RedirectedTo) -> reqwest::redirect::Policy {
+    reqwest::redirect::Policy::custom(move |attempt| {
         let had_tls = attempt.previous().iter().any(|url| url.scheme() == "https");
         if had_tls && attempt.url().scheme() != "https" {
             return attempt.error("the registry redirects from https to http");
         }
         if attempt.previous().len() > limits::REGISTRY_REDIRECTS_MAX {
             return attempt.error("the registry redirects too often");
+        }
+        if let Some(first) = attempt.previous().first() {
+            hosts.note(first, attempt.url());
         }
         attempt.follow()
     })
@@ -360,21 +398,29 @@ impl Wait {
         request: RequestBuilder,
         registry: &Registry,
     ) -> Result<Response, Error> {
+        let (client, request) = request.build_split();
+        let request = request.map_err(|e| registry.no_answer(&e, None))?;
+        let address = request.url().clone();
         let pending = registry.silence.begin();
         let silence = || Error::Fault(Fault::unreachable("no answer in time"));
         let answer = match self {
-            Wait::Quick => tokio::time::timeout(limits::REGISTRY_SILENCE_MAX, request.send())
-                .await
-                .map_err(|_| silence())?,
-            Wait::Close => tokio::time::timeout(limits::REGISTRY_CLOSE_MAX, request.send())
-                .await
-                .map_err(|_| silence())?,
+            Wait::Quick => {
+                tokio::time::timeout(limits::REGISTRY_SILENCE_MAX, client.execute(request))
+                    .await
+                    .map_err(|_| silence())?
+            }
+            Wait::Close => {
+                tokio::time::timeout(limits::REGISTRY_CLOSE_MAX, client.execute(request))
+                    .await
+                    .map_err(|_| silence())?
+            }
             Wait::Upload(progress) => tokio::select! {
-                answer = request.send() => answer,
+                answer = client.execute(request) => answer,
                 () = progress.stalled(&pending) => return Err(silence()),
             },
         };
-        answer.map_err(|e| registry.no_answer(&e).into())
+        let redirected = registry.redirected.take(&address);
+        answer.map_err(|e| registry.no_answer(&e, redirected).into())
     }
 }
 

@@ -105,7 +105,11 @@ async fn pull(
     let manifest = registry
         .get_manifest(repository, &reference.pick.to_string(), "pull")
         .await;
-    let credentials = || registry.settings.credentials(&reference.origin.authority);
+    let has_user = registry.auth.has_credentials();
+    let credentials = || {
+        let host = &reference.origin.authority;
+        registry.settings.credentials(host, has_user)
+    };
     let top = manifest
         .map_err(|error| match error.status() {
             // Registries answer so for an image that is missing or that the user may not read.

@@ -30,6 +30,13 @@ pub fn has_scheme(text: &str) -> bool {
     SCHEMES.iter().any(|(scheme, _)| text.starts_with(scheme))
 }
 
+/// Whether the scheme of an address states that TLS is used, or that it is not.
+fn states_tls(text: &str) -> bool {
+    SCHEMES
+        .iter()
+        .any(|(scheme, https)| https.is_some() && text.starts_with(scheme))
+}
+
 /// A registry: scheme, host and port.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Origin {
@@ -47,6 +54,12 @@ impl Origin {
             if self.https { "https" } else { "http" },
             self.authority
         )
+    }
+
+    /// The authority without the port of its scheme.
+    pub(crate) fn without_default_port(&self) -> &str {
+        let port = if self.https { ":443" } else { ":80" };
+        self.authority.strip_suffix(port).unwrap_or(&self.authority)
     }
 
     /// Splits `[scheme://]host[:port][/rest]`. Without a scheme, TLS is used, except for addresses
@@ -187,6 +200,16 @@ pub struct Reference {
     pub repository: String,
     /// The manifest; `latest` if none is stated.
     pub pick: Pick,
+    /// Whether the scheme states that TLS is used, or that it is not.
+    states_tls: bool,
+}
+
+impl Reference {
+    /// Uses TLS, unless the reference states that there is none: a setting of the registry makes sense
+    /// only with TLS.
+    pub fn prefer_tls(&mut self) {
+        self.origin.https |= !self.states_tls;
+    }
 }
 
 impl fmt::Display for Reference {
@@ -246,6 +269,7 @@ impl FromStr for Reference {
             origin,
             repository,
             pick,
+            states_tls: states_tls(text),
         })
     }
 }

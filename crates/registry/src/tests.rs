@@ -224,11 +224,7 @@ async fn tls_faults_state_their_cause() {
 
 #[tokio::test]
 async fn a_missing_registry_is_unreachable() {
-    let address = std::net::TcpListener::bind("127.0.0.1:0")
-        .unwrap()
-        .local_addr()
-        .unwrap()
-        .to_string();
+    let address = format!("127.0.0.1:{}", base::testing::free_port());
     let fault = Registry::new(origin(&address), None, None)
         .unwrap()
         .ping()

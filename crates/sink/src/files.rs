@@ -45,6 +45,7 @@ use crate::stage::StagingRoot;
 use base::durable;
 use base::fault::{Code, Fault, IoContext};
 use base::limits::{SINK_ANSWER_MAX, SINK_THREADS_MAX};
+use base::mounts::are_apart;
 use base::names::{ArtifactRef, RelPath};
 use base::space::Space;
 use content::manifest::KindInfo;
@@ -243,6 +244,21 @@ impl Sink for FilesSink {
         })
     }
 
+    fn copies_to(&self, artifact: &ArtifactRef) -> Option<PathBuf> {
+        // What is there already is repaired in place.
+        if std::fs::symlink_metadata(self.folder(artifact)).is_ok() {
+            return None;
+        }
+        let series = self.series(artifact);
+        let target = series
+            .ancestors()
+            .take_while(|path| *path != self.root.path())
+            .find(|path| path.is_dir())?;
+        are_apart(target, self.root.path())
+            .is_ok_and(|apart| apart)
+            .then(|| target.to_owned())
+    }
+
     fn fixed_modes(&self) -> bool {
         self.mount().fixed_modes
     }
@@ -269,20 +285,29 @@ impl Sink for FilesSink {
             this.root.ensure_mounted()?;
             durable::create_dir_all(&this.staging)?;
             this.probe_mount()?;
-            this.is_committed(&incoming).map(|_| ())
+            this.is_committed(&incoming)?;
+            // They take the room of the copy that is still to be made.
+            match this.copies_to(&incoming.artifact) {
+                Some(_) => this.remove_left_copies(&this.series(&incoming.artifact)),
+                None => Ok(()),
+            }
         })
         .await
     }
 
     fn refuse_path(&self, path: &RelPath) -> Option<String> {
-        if !self.mount().windows_names {
-            return None;
-        }
+        let Mount {
+            windows_names,
+            no_backslash,
+            renames_reserved,
+            ..
+        } = self.mount();
         path.components().find_map(|name| {
-            if let Some(c) = name
-                .chars()
-                .find(|c| "<>:\"|?*\\".contains(*c) || c.is_control())
-            {
+            let is_refused = |c: &char| match windows_names {
+                true => "<>:\"|?*\\".contains(*c) || c.is_control(),
+                false => no_backslash && *c == '\\',
+            };
+            if let Some(c) = name.chars().find(is_refused) {
                 return Some(format!("the NAS does not allow {c:?} in names"));
             }
             let stem = name.split('.').next().unwrap_or(name).to_ascii_uppercase();
@@ -290,7 +315,8 @@ impl Sink for FilesSink {
                 || (stem.len() == 4
                     && (stem.starts_with("COM") || stem.starts_with("LPT"))
                     && stem.ends_with(|c: char| c.is_ascii_digit()));
-            if name.ends_with(['.', ' ']) || reserved {
+            let reserved = reserved && (windows_names || renames_reserved);
+            if windows_names && name.ends_with(['.', ' ']) || reserved {
                 return Some(
                     "the NAS does not allow reserved names or names that end in a dot or a space"
                         .into(),
@@ -395,6 +421,20 @@ impl Sink for FilesSink {
         self.run(move |this| this.claim(&incoming)).await
     }
 
+    async fn restore_switch(&self, artifact: &ArtifactRef) -> Result<(), Fault> {
+        let (this, artifact) = (self.clone(), artifact.clone());
+        self.threads
+            .run(move || {
+                let _switching = this.switching.lock();
+                if this.is_switch_lost(&artifact)? {
+                    tracing::warn!(%artifact, "CURRENT did not name this version, because the file server lost the last change; it does now");
+                    this.set_current(&artifact)?;
+                }
+                Ok(())
+            })
+            .await
+    }
+
     async fn active(&self, artifact: &ArtifactRef) -> Result<Option<String>, Fault> {
         let (this, artifact) = (self.clone(), artifact.clone());
         self.threads.run(move || this.current(&artifact)).await
@@ -417,8 +457,13 @@ impl Sink for FilesSink {
             // Without a mount, everything would be reported missing.
             this.root.ensure_mounted()?;
             let folder = this.folder(&incoming.artifact);
+            let lost = || this.is_switch_lost(&incoming.artifact);
             Ok(match this.note(&incoming.artifact)? {
                 _ if !is_folder(&folder)? => vec![format!("{} is missing", folder.display())],
+                Some(note) if note.digest == incoming.digest && lost()? => vec![format!(
+                    "CURRENT does not name {}, although it was delivered last: the file server lost the last change",
+                    incoming.artifact.version()
+                )],
                 Some(note) if note.digest == incoming.digest => vec![],
                 _ => vec![format!(
                     "the note with the digest of {} is missing",
@@ -472,7 +517,7 @@ impl Sink for FilesSink {
                     )));
                 }
                 let free = space.bytes.map_or("free space unknown".into(), |bytes| {
-                    format!("{} GiB free", bytes >> 30)
+                    format!("{} free", base::text::size(bytes))
                 });
                 let others = this.root.others()?;
                 let shared = if others.is_empty() {

@@ -153,6 +153,12 @@ pub trait Sink: Send + Sync {
         None
     }
 
+    /// The directory into which a commit copies the whole version, because it is on another mount than
+    /// the staging directory; `None`: a commit renames it. May block.
+    fn copies_to(&self, _artifact: &ArtifactRef) -> Option<PathBuf> {
+        None
+    }
+
     /// Whether permission bits cannot be changed in the staging directory; files then keep those
     /// that they get there.
     fn fixed_modes(&self) -> bool {
@@ -174,6 +180,14 @@ pub trait Sink: Send + Sync {
     async fn trial(&self) -> Result<(), Fault> {
         Ok(())
     }
+
+    /// Keeps what was committed readable for others. Called at start and regularly.
+    async fn tend(&self) -> Result<(), Fault> {
+        Ok(())
+    }
+
+    /// Leaves what was committed readable for others. Called once, before the daemon ends.
+    async fn leave(&self) {}
 
     /// Whether this sink has set aside the entry of this name in [`Sink::staging_root`] for
     /// removal.
@@ -272,6 +286,12 @@ pub trait Sink: Send + Sync {
 
     /// Registers that folder, whose content was verified.
     async fn register(&self, _incoming: &Incoming) -> Result<(), Fault> {
+        Ok(())
+    }
+
+    /// Makes this version the active one if its switch was lost: a network filesystem may lose the
+    /// last change when its server loses power.
+    async fn restore_switch(&self, _artifact: &ArtifactRef) -> Result<(), Fault> {
         Ok(())
     }
 

@@ -562,8 +562,13 @@ fn link_target(walk: &Walk, link: &WalkEntry) -> Result<String, String> {
         None => std::str::from_utf8(target)
             .map_err(|_| format!("it links to {}, which is not UTF-8", printable(target)))?,
     };
-    let is_folder =
-        |path: &str| fs::symlink_metadata(walk.on_disk(path)).is_ok_and(|meta| meta.is_dir());
+    // Each directory by itself: a link on the way would be followed.
+    let is_folder = |path: &[&str], known: usize| {
+        (known + 1..=path.len()).all(|to| {
+            let path = walk.on_disk(&path[..to].join("/"));
+            fs::symlink_metadata(path).is_ok_and(|meta| meta.is_dir())
+        })
+    };
     stays_inside(&rel_path(&link.rel)?, text, is_folder)
         .map_err(|why| format!("its link target {} {why}", printable(target)))?;
     Ok(text.to_owned())

@@ -28,7 +28,10 @@ pub const NEXT: &str =
 /// The directory of a NAS root that holds the state of the daemons which use it.
 const SINK_STATE: &str = ".packhorse";
 /// The directory of a hub, a site or a publisher that holds its private keys, in these files.
-const IDENTITY: (&str, [&str; 4]) = ("identity", ["ca.pem", "hub.pem", "site.pem", "joining.pem"]);
+const IDENTITY: (&str, [&str; 5]) = (
+    "identity",
+    ["ca.pem", "hub.pem", "site.pem", "joining.pem", "reset.key"],
+);
 /// Opening a pipe without a writer must not block the daemon.
 const NONBLOCK: i32 = rustix::fs::OFlags::NONBLOCK.bits() as i32;
 

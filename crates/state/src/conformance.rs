@@ -5,6 +5,7 @@ pub(crate) mod access;
 pub(crate) mod artifacts;
 pub(crate) mod events;
 pub(crate) mod lists;
+pub(crate) mod members;
 pub(crate) mod sites;
 pub(crate) mod transfers;
 
@@ -35,6 +36,12 @@ macro_rules! catalogue_suite {
             events::an_event_keeps_what_its_subject_was_like,
             lists::a_list_continues_after_any_row,
             lists::a_reader_that_follows_a_cursor_misses_none_of_many_simultaneous_changes,
+            members::of_a_name_only_the_newest_certificate_is_accepted,
+            members::a_renewal_keeps_the_certificate_before_it_until_the_new_one_was_seen,
+            members::a_revoked_member_is_refused_and_not_selected_until_it_is_restored,
+            members::labels_are_changed_and_selected_by_at_once,
+            members::a_site_is_not_removed_while_something_would_be_lost,
+            members::of_a_hundred_joins_with_one_token_one_succeeds,
             sites::a_token_can_be_used_once_and_expires,
             sites::what_was_heard_of_sites_is_stored_and_is_no_event,
             sites::a_publisher_is_not_a_site,

@@ -24,6 +24,7 @@ use crate::changed::InPlace;
 use crate::deliveries::Deliveries;
 use crate::events::Events;
 use crate::malformed::MalformedRows;
+use crate::members::Members;
 use crate::relay::Relay;
 use crate::runs::Runs;
 use crate::sites::Sites;
@@ -42,7 +43,16 @@ pub(crate) struct Common {
 /// A database that holds a catalogue.
 #[async_trait]
 pub trait Engine:
-    Artifacts + InPlace + Sites + Transfers + Deliveries + Relay + Runs + Events + Access
+    Artifacts
+    + InPlace
+    + Sites
+    + Members
+    + Transfers
+    + Deliveries
+    + Relay
+    + Runs
+    + Events
+    + Access
 {
     /// Closes the database.
     async fn close(&self);

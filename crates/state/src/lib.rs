@@ -19,6 +19,7 @@ mod engine;
 mod events;
 mod lists;
 mod malformed;
+mod members;
 mod relay;
 mod runs;
 mod sites;
@@ -40,6 +41,7 @@ pub use deliveries::{Deliveries, DeliveryRow, no_delivery};
 pub use engine::{Engine, Listed, See};
 pub use events::{EventRow, Events, SiteState};
 pub use malformed::MalformedRow;
+pub use members::{Losses, Member, MemberChange, Members, PublisherRow, Revocation, no_member};
 pub use relay::{Relay, RelayedArtifact, ShareTerms, SharingRow};
 pub use runs::{RunRow, Runs};
 pub use sites::{AllowLists, SiteRow, Sites, no_site, no_site_selected};
@@ -48,6 +50,7 @@ pub use transfers::{
     WorkRow,
 };
 pub use transfers::{new_delivery_id, new_id, new_run_id, no_work};
+use wake::Waits;
 pub use wake::{Subject, Watch};
 
 use engine::Common;
@@ -91,12 +94,17 @@ impl Catalogue {
     /// Watches one subject from now on. A task that reads the catalogue and then waits for the
     /// watch misses no change.
     pub fn watch(&self, subject: Subject) -> Watch {
-        self.common.wakes.watch(Some(subject))
+        self.common.wakes.watch(Waits::One(subject))
     }
 
     /// Watches everything from now on.
     pub fn watch_all(&self) -> Watch {
-        self.common.wakes.watch(None)
+        self.common.wakes.watch(Waits::All)
+    }
+
+    /// Watches everything but the progress of transfers from now on.
+    pub fn watch_decisions(&self) -> Watch {
+        self.common.wakes.watch(Waits::Decisions)
     }
 
     /// Wakes the tasks that wait for any change, after a change outside the catalogue.

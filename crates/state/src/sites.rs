@@ -7,10 +7,11 @@ use base::fault::Fault;
 use base::names::{PublisherName, SiteName, SiteSelector};
 use base::peer::Peer;
 use model::publisher_scope::PublisherScope;
-use transport::identity::Claim;
+use transport::identity::{Claim, Serial};
 
 use crate::Catalogue;
 use crate::engine::See;
+use crate::members::Member;
 
 /// The holder of a token's certificate, as it is stored in the table.
 pub(crate) const SITE: &str = "site";
@@ -31,6 +32,8 @@ pub struct SiteRow {
     pub version: Option<String>,
     /// Its transfers that have not ended.
     pub open_transfers: u64,
+    /// Its certificates.
+    pub member: Member,
 }
 
 /// The sharing and training lists of a site, as it reported them.
@@ -129,21 +132,22 @@ pub trait Sites: Send + Sync {
         ttl_seconds: u64,
     ) -> Result<(), Fault>;
 
-    /// Limits what the publisher of a join token may do. The publisher gets the limits, or none, of the
-    /// token that it used last.
+    /// Limits what the publisher of a join token may do once it used the token. Limits that the token
+    /// does not name stay as they are.
     async fn limit_token(&self, id: &str, scope: &PublisherScope) -> Result<(), Fault>;
 
     /// What a publisher may do; `None`: this hub does not know it.
     async fn publisher_scope(&self, name: &PublisherName) -> Result<Option<PublisherScope>, Fault>;
 
-    /// Uses a join token, by the rules of `TokenRow::redeemed`, and enrols its site or publisher.
+    /// Uses a join token, by the rules of `TokenRow::redeemed`, and enrols its site or publisher. The
+    /// serial is that of the new certificate; from now on no earlier one of this name is accepted.
     async fn redeem_token(
         &self,
         id: &str,
         secret_hash: &[u8; 32],
         claim: &Claim,
         key_hash: &[u8; 32],
-    ) -> Result<Peer, Fault>;
+    ) -> Result<(Peer, Serial), Fault>;
 
     /// Records that a publisher is connected; `false` for one that this hub does not know.
     async fn publisher_seen(&self, name: &PublisherName) -> Result<bool, Fault>;
@@ -214,9 +218,23 @@ impl Catalogue {
     }
 
     /// The selected sites. A name that does not exist, and a selection without sites, is the fault
-    /// `not_found`.
+    /// `not_found`. A site that is revoked is not selected; its name is the fault `conflict`.
     pub async fn select_sites(&self, selector: &SiteSelector) -> Result<Vec<SiteName>, Fault> {
-        let all = self.sites().await?;
+        let (revoked, all): (Vec<SiteRow>, Vec<SiteRow>) = self
+            .sites()
+            .await?
+            .into_iter()
+            .partition(|site| site.member.revoked.is_some());
+        if let SiteSelector::Names(names) = selector
+            && let Some(site) = revoked.iter().find(|site| names.contains(&site.name))
+        {
+            return Err(
+                Fault::conflict(format!("site {} is revoked", site.name)).with_next(format!(
+                    "leave it out, or let it in again: packhorse site restore {}",
+                    site.name
+                )),
+            );
+        }
         let chosen: Vec<SiteName> = match selector {
             SiteSelector::All => all.into_iter().map(|s| s.name).collect(),
             SiteSelector::Names(names) => {

@@ -19,6 +19,7 @@ mod artifacts;
 mod changed;
 mod deliveries;
 mod events;
+mod members;
 mod relay;
 mod runs;
 mod sites;

@@ -28,8 +28,20 @@ pub enum Subject {
     Site(SiteName),
     /// An artifact.
     Artifacts,
+    /// How far transfers are, and why they wait; not that one began or ended.
+    Progress,
     /// Anything else: a connection, a job, a site that connected.
     Other,
+}
+
+/// What a task waits for.
+#[derive(Debug, Clone)]
+pub(crate) enum Waits {
+    /// Any change.
+    All,
+    /// Any change but [`Subject::Progress`], which comes often.
+    Decisions,
+    One(Subject),
 }
 
 /// The tasks that wait for changes.
@@ -37,6 +49,8 @@ pub enum Subject {
 pub(crate) struct Wakes {
     /// The tasks that wait for any change.
     all: Arc<Notify>,
+    /// The tasks that wait for any change but progress.
+    decisions: Arc<Notify>,
     /// The tasks that wait for one subject. An entry is removed when it is woken, so there is at
     /// most one for each subject.
     subjects: Mutex<HashMap<Subject, Arc<Notify>>>,
@@ -57,14 +71,18 @@ impl Wakes {
                 waiting.notify_waiters();
             }
         }
+        if changed.iter().any(|subject| *subject != Subject::Progress) {
+            self.decisions.notify_waiters();
+        }
         self.all.notify_waiters();
     }
 
-    /// Completes at the first change of `subject` (`None`: of anything) after this call.
-    fn wait(&self, subject: Option<&Subject>) -> OwnedNotified {
-        let notify = match subject {
-            None => self.all.clone(),
-            Some(subject) => self
+    /// Completes at the first change of this kind after this call.
+    fn wait(&self, waits: &Waits) -> OwnedNotified {
+        let notify = match waits {
+            Waits::All => self.all.clone(),
+            Waits::Decisions => self.decisions.clone(),
+            Waits::One(subject) => self
                 .subjects
                 .lock()
                 .entry(subject.clone())
@@ -77,18 +95,18 @@ impl Wakes {
     /// Completes at the first change of anything after this call, not after its first poll; or
     /// after [`POLL_EVERY`].
     pub(crate) fn changed(&self) -> impl Future<Output = ()> + Send + 'static {
-        let changed = self.wait(None);
+        let changed = self.wait(&Waits::All);
         async move {
             let _ = timeout(POLL_EVERY, changed).await;
         }
     }
 
-    /// Watches a subject, or with `None` everything, from now on.
-    pub(crate) fn watch(self: &Arc<Self>, subject: Option<Subject>) -> Watch {
-        let next = Box::pin(self.wait(subject.as_ref()));
+    /// Watches from now on.
+    pub(crate) fn watch(self: &Arc<Self>, waits: Waits) -> Watch {
+        let next = Box::pin(self.wait(&waits));
         Watch {
             wakes: self.clone(),
-            subject,
+            waits,
             next,
             is_woken: false,
             returned: None,
@@ -96,10 +114,10 @@ impl Wakes {
     }
 }
 
-/// Waits for the changes of one subject, again and again.
+/// Waits for changes, again and again.
 pub struct Watch {
     wakes: Arc<Wakes>,
-    subject: Option<Subject>,
+    waits: Waits,
     next: Pin<Box<OwnedNotified>>,
     /// Whether `next` has completed.
     is_woken: bool,
@@ -124,7 +142,7 @@ impl Watch {
         if let Some(returned) = self.returned {
             sleep_until(returned + COALESCE).await;
         }
-        self.next = Box::pin(self.wakes.wait(self.subject.as_ref()));
+        self.next = Box::pin(self.wakes.wait(&self.waits));
         self.is_woken = false;
         self.returned = Some(Instant::now());
     }
@@ -141,7 +159,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn several_changes_in_a_short_time_wake_once() {
         let wakes = Arc::<Wakes>::default();
-        let mut watch = wakes.watch(Some(site("a")));
+        let mut watch = wakes.watch(Waits::One(site("a")));
         let (waker, begun) = (wakes.clone(), Instant::now());
         let changing = tokio::spawn(async move {
             for _ in 0..1000 {
@@ -161,7 +179,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_watch_misses_no_change_and_does_not_delay_the_first_one() {
         let wakes = Arc::<Wakes>::default();
-        let mut watch = wakes.watch(Some(site("a")));
+        let mut watch = wakes.watch(Waits::One(site("a")));
         let begun = Instant::now();
         // Before the first wait, and between two.
         wakes.wake(&[site("a")]);
@@ -196,5 +214,21 @@ mod tests {
         wakes.wake(&[]);
         wakes.changed().await;
         assert_eq!(begun.elapsed(), POLL_EVERY);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn progress_wakes_nobody_who_waits_for_decisions() {
+        let wakes = Arc::<Wakes>::default();
+        let mut decisions = wakes.watch(Waits::Decisions);
+        let mut all = wakes.watch(Waits::All);
+        let begun = Instant::now();
+        wakes.wake(&[Subject::Progress]);
+        all.changed().await;
+        assert_eq!(begun.elapsed(), Duration::ZERO);
+        decisions.changed().await;
+        assert_eq!(begun.elapsed(), POLL_EVERY);
+        wakes.wake(&[Subject::Progress, site("a")]);
+        decisions.changed().await;
+        assert_eq!(begun.elapsed(), POLL_EVERY + COALESCE);
     }
 }

@@ -36,6 +36,7 @@ use std::time::{Duration, Instant};
 use quinn::congestion::Controller;
 use quinn_proto::RttEstimator;
 
+use super::limited::Limited;
 use super::pace::Pace;
 use super::path::{Measured, Path};
 use bursts::{Bursts, bytes_in};
@@ -111,6 +112,8 @@ pub(super) struct Bbr {
     /// What is in flight, as of the last acknowledgement, and what was sent and lost since.
     in_flight: u64,
     pace: Pace,
+    /// Tells the owner of the connection whether the path drops what is above a rate.
+    limited: Limited,
     path: Path,
     /// What an earlier connection measured, until this one has tried it.
     recalled: Option<Measured>,
@@ -125,6 +128,7 @@ impl Bbr {
         mtu: u16,
         path: &Path,
         pace: &Pace,
+        limited: &Limited,
     ) -> Self {
         let recalled = path.recall(now, trip);
         let half = recalled.map_or(0, |known| bytes_in(known.rate, known.trip.min(trip)) / 2);
@@ -134,6 +138,7 @@ impl Bbr {
             recalled,
             path: path.clone(),
             pace: pace.clone(),
+            limited: limited.clone(),
             ..fresh
         }
     }
@@ -162,6 +167,7 @@ impl Bbr {
             smoothed: Duration::ZERO,
             in_flight: 0,
             pace: Pace::default(),
+            limited: Limited::default(),
             path: Path::default(),
             recalled: None,
         }
@@ -364,7 +370,7 @@ impl Bbr {
                     self.gain.resume();
                 }
                 if tells {
-                    self.judge(round, delivered, elapsed);
+                    self.judge(now, round, delivered, elapsed);
                 }
                 let path_changed = self.gain.is_most()
                     && round.min_rtt > self.min_rtt * 5 / 2
@@ -400,7 +406,7 @@ impl Bbr {
     }
 
     /// Adjusts the gain when enough packets were measured.
-    fn judge(&mut self, round: &Round, delivered: u64, elapsed: Duration) {
+    fn judge(&mut self, now: Instant, round: &Round, delivered: u64, elapsed: Duration) {
         let all = &mut self.rounds;
         all.delivered += delivered;
         all.lost += round.lost;
@@ -436,6 +442,9 @@ impl Bbr {
                 self.rates.clear();
                 self.rates.push_back(rate);
             }
+        }
+        if self.gain.is_limited() {
+            self.limited.note(now, self.bandwidth());
         }
     }
 
@@ -508,6 +517,7 @@ impl Bbr {
                 window: fresh.gain.least_window(self.mtu),
                 path: self.path.clone(),
                 pace: self.pace.clone(),
+                limited: self.limited.clone(),
                 in_flight: self.in_flight,
                 ..fresh
             };

@@ -16,6 +16,7 @@ use quinn::congestion::{Controller, ControllerFactory, ControllerMetrics, CubicC
 use quinn_proto::RttEstimator;
 
 use super::bbr::Bbr;
+use super::limited::Limited;
 use super::pace::Pace;
 use super::path::Path;
 use crate::Congestion;
@@ -41,6 +42,7 @@ const SHORT_WINDOW: u64 = 128 << 10;
 pub(super) struct Choice {
     configured: Arc<AtomicU8>,
     pace: Pace,
+    limited: Limited,
 }
 
 const AUTO: u8 = 0;
@@ -52,6 +54,7 @@ impl Choice {
         let choice = Self {
             configured: Arc::default(),
             pace: Pace::default(),
+            limited: Limited::default(),
         };
         choice.set(congestion);
         choice
@@ -69,6 +72,11 @@ impl Choice {
     /// The pace of the connection, which its owner must keep.
     pub(super) fn pace(&self) -> &Pace {
         &self.pace
+    }
+
+    /// The rate above which the path drops what this end sends, in bytes per second, if it was found.
+    pub(super) fn limited(&self, now: Instant) -> Option<u64> {
+        self.limited.get(now)
     }
 
     #[cfg(any(test, feature = "testing"))]
@@ -167,12 +175,14 @@ impl Fitting {
                     self.mtu,
                     &self.path,
                     self.choice.pace(),
+                    &self.choice.limited,
                 ));
                 self.chosen = Chosen::Long;
             }
             (_, false) => {
                 let window = self.inner.window().max(SHORT_WINDOW);
                 self.choice.pace().set(now, 0, self.mtu.into());
+                self.choice.limited.clear();
                 self.inner = Arc::new(cubic(window)).build(now, self.mtu);
                 self.chosen = Chosen::Short;
             }

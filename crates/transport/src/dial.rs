@@ -61,7 +61,7 @@ impl Failure {
             )
         } else if ended.by_peer {
             Fault::not_allowed(format!("the hub at {address} rejected this site: {reason}"))
-                .with_next("if the hub or this site was reinstalled, join again with a new token")
+                .with_next(next_after_refusal(reason))
         } else {
             Fault::not_allowed(format!(
                 "the certificate of the hub at {address} was rejected: {reason}"
@@ -97,6 +97,19 @@ impl Failure {
             Failure::Refused(fault) | Failure::Blocked(fault) => fault,
             Failure::NoAnswer(why) => unreachable(address, &why),
         }
+    }
+}
+
+/// The words by which a site recognises that it was revoked at the hub: QUIC and TCP pass the reason
+/// of a refusal as text.
+pub const REVOKED: &str = "was revoked at the hub";
+
+/// What to do after the hub refused this site, or this publisher, for this reason.
+pub fn next_after_refusal(reason: &str) -> &'static str {
+    if reason.contains(REVOKED) {
+        "ask the administrator of the hub: 'packhorse site restore NAME' there, or 'packhorse publisher restore NAME', lets it in again; the connection is then made automatically"
+    } else {
+        "if the hub or this site was reinstalled, join again with a new token: at the hub 'packhorse token create', then here 'packhorse join'"
     }
 }
 
@@ -162,6 +175,10 @@ impl Call<'_> {
                     "no answer over QUIC; trying TCP"
                 );
                 match tcp().await {
+                    Ok((link, shown)) => {
+                        link.set_reason(clean(&format!("QUIC: {over_quic}")));
+                        Ok((link, shown))
+                    }
                     Err(Failure::NoAnswer(why)) => Err(unreachable(
                         self.address,
                         &format!("QUIC: {over_quic}; TCP: {why}"),
@@ -170,7 +187,7 @@ impl Call<'_> {
                         message: format!("{}; QUIC: {over_quic}", fault.message),
                         ..fault
                     }),
-                    other => other.map_err(|e| e.into_fault(self.address)),
+                    Err(failure) => Err(failure.into_fault(self.address)),
                 }
             }
         }
@@ -356,6 +373,8 @@ impl Call<'_> {
         let _ = link.inner.hub_clock.set((welcome.time_ms, Instant::now()));
         let format = welcome.manifest_format;
         link.inner.manifest_format.store(format, Ordering::Relaxed);
+        let renew_only = welcome.renew_only;
+        link.inner.renew_only.store(renew_only, Ordering::Relaxed);
         if let Some(text) = clock_difference(link) {
             link.span().in_scope(|| tracing::warn!("{text}"));
         }
@@ -432,9 +451,10 @@ pub async fn dial(
     Ok(link)
 }
 
-/// Connects over QUIC only, within 4 s. A site with a TCP connection calls this periodically, and
-/// changes to the QUIC connection if it succeeds.
-pub async fn probe_quic(
+/// Connects over this transport only, within 4 s. A site with a connection over the other transport
+/// calls this, and changes to the new connection if it succeeds.
+pub async fn probe(
+    transport: Transport,
     address: &str,
     identity: &SiteIdentity,
     settings: &ConnectionSettings,
@@ -448,7 +468,7 @@ pub async fn probe_quic(
         welcomed: true,
     };
     let (link, _) = call
-        .over(Transport::Quic, CONNECTION_QUIC_ANSWER_MAX)
+        .over(transport, CONNECTION_QUIC_ANSWER_MAX)
         .await
         .map_err(|e| e.into_fault(address))?;
     Ok(link)

@@ -4,7 +4,7 @@
 //! bytes.
 //!
 //! ```text
-//! packhorse/1        hub → site   {"hub":NAME,"time_ms":N}
+//! packhorse/1        hub → site   {"hub":NAME,"time_ms":N}, and where it applies "manifest_format":N, "renew_only":true
 //! packhorse-join/1   site → hub   {"token_id":ID,"secret":BASE64,"site":NAME or null,"csr":BASE64}
 //!                    hub → site   {"certificate":BASE64} or {"refused":FAULT}
 //! ```
@@ -31,6 +31,9 @@ pub(super) struct Welcome {
     /// version does not send it.
     #[serde(default = "first_format", skip_serializing_if = "is_first_format")]
     pub(super) manifest_format: u32,
+    /// The certificate of the peer is expired: over this connection it may only renew it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(super) renew_only: bool,
 }
 
 fn first_format() -> u32 {
@@ -158,6 +161,7 @@ mod tests {
     fn the_bytes_of_each_message() {
         bytes::<Welcome>(r#"{"hub":"central","time_ms":5}"#);
         bytes::<Welcome>(r#"{"hub":"central","time_ms":5,"manifest_format":2}"#);
+        bytes::<Welcome>(r#"{"hub":"central","time_ms":5,"renew_only":true}"#);
         bytes::<Ask>(r#"{"token_id":"abcdefghij","secret":"AAEC","site":"chengdu","csr":"MIHH"}"#);
         bytes::<Ask>(r#"{"token_id":"abcdefghij","secret":"AAEC","site":null,"csr":"MIHH"}"#);
         bytes::<Answer>(r#"{"certificate":"MIHH"}"#);

@@ -22,8 +22,10 @@ mod congestion;
 mod dial;
 #[cfg(test)]
 mod emulation;
+mod gate;
 mod hello;
 pub mod identity;
+mod limited;
 mod listen;
 mod mux;
 mod pace;
@@ -43,7 +45,8 @@ mod window;
 mod write_order;
 
 pub use addresses::check as check_addresses;
-pub use dial::{clock_difference, dial, join, probe_quic};
+pub use dial::{REVOKED, clock_difference, dial, join, next_after_refusal, probe};
+pub use gate::{Certificate, Gate, Verdict};
 pub use listen::{Arrival, JoinRequest, Listener};
 pub use proxy::{Proxy, ProxySettings};
 pub use redial::Redial;
@@ -53,7 +56,7 @@ use stream::{RecvWire, SendWire};
 use write_order::WriteOrder;
 
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -158,6 +161,9 @@ pub(crate) enum StreamEnd {
     Reset,
 }
 
+/// How long a severed connection may still send: the close message, and before it what the kernel
+/// holds.
+pub(crate) const SEVER_MAX: Duration = Duration::from_millis(300);
 /// The longest wait until a close message has been sent.
 const FLUSH_MAX: Duration = Duration::from_secs(1);
 
@@ -200,6 +206,12 @@ struct Inner {
     hub_clock: OnceLock<(u64, std::time::Instant)>,
     /// The newest format of manifests that the hub and all its sites read, according to its welcome.
     manifest_format: AtomicU32,
+    /// At the hub: the certificate of the peer.
+    certificate: Option<Certificate>,
+    /// At the other end: the hub said that this connection is for a renewal only.
+    renew_only: AtomicBool,
+    /// Why the connection is over TCP, if it may be over QUIC.
+    reason: Mutex<Option<String>>,
     /// The reason with which this end closed a QUIC connection; quinn does not store it.
     last_words: Mutex<Option<String>>,
     /// Bytes of streams that this end wrote.
@@ -306,12 +318,18 @@ impl std::fmt::Debug for Link {
 
 impl Link {
     fn new(wire: Wire, peer: Option<Peer>, remote: SocketAddr) -> Self {
-        Self::made(wire, peer, remote, None)
+        Self::made(wire, peer, remote, None, None)
     }
 
-    /// A connection of the hub, with an adjustable receive window.
-    fn windowed(wire: Wire, peer: Peer, remote: SocketAddr, window: Arc<window::Window>) -> Self {
-        Self::made(wire, Some(peer), remote, Some(window))
+    /// A connection of the hub to a peer that has shown this certificate, with an adjustable receive
+    /// window.
+    fn windowed(
+        wire: Wire,
+        (peer, certificate): (Peer, Certificate),
+        remote: SocketAddr,
+        window: Arc<window::Window>,
+    ) -> Self {
+        Self::made(wire, Some(peer), remote, Some(window), Some(certificate))
     }
 
     fn made(
@@ -319,6 +337,7 @@ impl Link {
         peer: Option<Peer>,
         remote: SocketAddr,
         window: Option<Arc<window::Window>>,
+        certificate: Option<Certificate>,
     ) -> Self {
         let span = spans::connection(remote, peer.as_ref(), wire.name());
         Self {
@@ -331,6 +350,9 @@ impl Link {
                 write_order: WriteOrder::default(),
                 hub_clock: OnceLock::new(),
                 manifest_format: AtomicU32::new(1),
+                certificate,
+                renew_only: AtomicBool::new(false),
+                reason: Mutex::new(None),
                 last_words: Mutex::new(None),
                 written: AtomicU64::new(0),
                 read: window
@@ -409,6 +431,28 @@ impl Link {
         self.close_with(CLOSE_REFUSED, reason);
     }
 
+    /// Like [`Link::refuse`], but what the kernel holds for a slow peer is discarded after
+    /// [`SEVER_MAX`], with the reason if the peer has not taken it.
+    pub fn sever(&self, reason: &str) {
+        if let Wire::Tcp { traffic, .. } = &self.inner.wire {
+            traffic.sever();
+        }
+        self.refuse(reason);
+    }
+
+    /// At the hub: the certificate of the peer; `None` for a joining one.
+    pub fn certificate(&self) -> Option<&Certificate> {
+        self.inner.certificate.as_ref()
+    }
+
+    /// Whether the certificate of the connecting end is expired, so that it may only renew it over
+    /// this connection.
+    pub fn is_for_renewal(&self) -> bool {
+        let expired = |certificate: &Certificate| certificate.expired.is_some();
+        self.inner.certificate.as_ref().is_some_and(expired)
+            || self.inner.renew_only.load(Ordering::Relaxed)
+    }
+
     /// The reason with which the peer refused this end after the welcome.
     pub fn refusal(&self) -> Option<String> {
         self.inner
@@ -427,7 +471,7 @@ impl Link {
                     .get_or_insert_with(|| reason.clone());
                 connection.close(code.into(), reason.as_bytes());
             }
-            Wire::Tcp { mux, .. } => mux.close(code, &reason),
+            Wire::Tcp { mux, traffic } => mux.close(code, &reason, traffic.is_severed()),
         }
     }
 
@@ -443,6 +487,25 @@ impl Link {
     /// of the hub. A hub of an earlier version reads the first format.
     pub fn manifest_format(&self) -> u32 {
         self.inner.manifest_format.load(Ordering::Relaxed)
+    }
+
+    /// The rate above which the path drops what this end sends, in bytes per second; `None` if it
+    /// does not, and on TCP.
+    pub fn limited_rate(&self) -> Option<u64> {
+        match &self.inner.wire {
+            Wire::Quic { choice, .. } => choice.limited(std::time::Instant::now()),
+            Wire::Tcp { .. } => None,
+        }
+    }
+
+    /// Why the connection is over TCP although QUIC is allowed.
+    pub fn reason(&self) -> Option<String> {
+        self.inner.reason.lock().clone()
+    }
+
+    /// Sets [`Link::reason`]. The end that dials knows it.
+    pub fn set_reason(&self, reason: impl Into<String>) {
+        *self.inner.reason.lock() = Some(reason.into());
     }
 
     /// Closes the connection and waits briefly until the close message is sent. The connecting side
@@ -548,6 +611,8 @@ impl Link {
     }
 }
 
+#[cfg(test)]
+mod gate_tests;
 #[cfg(test)]
 mod paced_tests;
 #[cfg(test)]

@@ -12,6 +12,7 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use super::congestion::Choice;
+use super::gate::{Certificate, Gate, Roster, Verdict};
 use super::mux::{End, Mux};
 use super::seats::{Seat, Seats};
 use super::tls::{self, Shown};
@@ -20,7 +21,7 @@ use super::{
     CLOSE_BUSY, CLOSE_CLOCK, CLOSE_REFUSED, FLUSH_MAX, Link, PRIORITY_CONTROL, SendHalf, Wire,
     hello, quic, tcp,
 };
-use crate::identity::{Claim, HubIdentity, Redeemer, secret_hash};
+use crate::identity::{Claim, HubIdentity, Redeemer, Serial, secret_hash, validity};
 use crate::{Congestion, ConnectionSettings};
 use base::admission::{Network, Permit, Pool};
 use base::fault::{Fault, IoContext};
@@ -45,9 +46,10 @@ const PORT_TRIES_MAX: usize = 16;
 
 /// A new connection at the hub.
 pub enum Arrival {
-    /// A site whose certificate this hub issued and whose validity was checked. The receiver must
-    /// check whether the hub still knows the site. A second connection of a site usually means that
-    /// the first one is dead and not detected yet, or that the site changed to QUIC.
+    /// A site with a certificate of this hub, which the [`Gate`] admitted. [`Listener::disconnect`]
+    /// reaches the connection from before the gate decided. If [`Link::is_for_renewal`], the site may
+    /// only renew its certificate. A second connection of a site usually means that the first one is
+    /// dead and not detected yet, or that the site changed to QUIC.
     Site {
         /// The name in the certificate.
         name: SiteName,
@@ -56,7 +58,7 @@ pub enum Arrival {
         /// The certificate, DER, which verifies the receipts of the site.
         cert_der: Vec<u8>,
     },
-    /// A publisher with a certificate of this hub. A publisher may have several connections.
+    /// A publisher with a certificate of this hub, as above. A publisher may have several connections.
     Publisher {
         /// The name in the certificate.
         name: PublisherName,
@@ -115,11 +117,12 @@ impl JoinRequest {
         self.answer(verdict).await
     }
 
-    /// Answers the request: issues a certificate for the holder, or sends the fault as the
-    /// rejection and returns it.
-    pub async fn answer(mut self, verdict: Result<Peer, Fault>) -> Result<Peer, Fault> {
-        let issued =
-            verdict.and_then(|holder| Ok((self.hub.issue_as(&holder, &self.csr)?, holder)));
+    /// Answers the request: issues a certificate with this serial for the holder, or sends the fault
+    /// as the rejection and returns it.
+    async fn answer(mut self, verdict: Result<(Peer, Serial), Fault>) -> Result<Peer, Fault> {
+        let issued = verdict.and_then(|(holder, serial)| {
+            Ok((self.hub.issue_as(&holder, &self.csr, &serial)?, holder))
+        });
         let answer = match &issued {
             Ok((cert, _)) => hello::Answer::Certificate(hello::encode(cert)),
             Err(fault) => hello::Answer::refused(fault.clone()),
@@ -154,6 +157,7 @@ pub struct Listener {
     endpoint: Option<Endpoint>,
     local: SocketAddr,
     manifest_format: Arc<AtomicU32>,
+    roster: Arc<Roster>,
     stop: CancellationToken,
 }
 
@@ -164,18 +168,20 @@ impl Drop for Listener {
 }
 
 impl Listener {
-    /// Listens on UDP (QUIC) and TCP (TLS) with the same port number. All connections together
-    /// buffer about `memory` bytes for sending. Must be called in a tokio runtime. Two of the
-    /// daemon's `workers` accept the connections.
+    /// Listens on UDP (QUIC) and TCP (TLS) with the same port number, and lets in whom the `gate`
+    /// admits. All connections together buffer about `memory` bytes for sending. Must be called in a
+    /// tokio runtime. Two of the daemon's `workers` accept the connections.
     pub fn bind(
         addr: SocketAddr,
         identity: Arc<HubIdentity>,
+        gate: Arc<dyn Gate>,
         settings: &ConnectionSettings,
         memory: u64,
         workers: &Workers,
     ) -> Result<Self, Fault> {
         let (tcp, udp) = bind_pair(addr)?;
-        Self::start(Some(udp), tcp, identity, settings, memory, workers)
+        let of_hub = (identity, gate);
+        Self::start(Some(udp), tcp, of_hub, settings, memory, workers)
     }
 
     /// Simulates a firewall that drops UDP: returns the UDP socket, which never answers.
@@ -190,7 +196,7 @@ impl Listener {
             Self::start(
                 None,
                 tcp,
-                identity,
+                (identity, Arc::new(crate::testing::AdmitAll)),
                 settings,
                 CONNECTION_SEND_BYTES_MAX,
                 &Workers::default(),
@@ -202,7 +208,7 @@ impl Listener {
     fn start(
         udp: Option<UdpSocket>,
         tcp: StdTcpListener,
-        identity: Arc<HubIdentity>,
+        (identity, gate): (Arc<HubIdentity>, Arc<dyn Gate>),
         settings: &ConnectionSettings,
         memory: u64,
         workers: &Workers,
@@ -213,8 +219,11 @@ impl Listener {
         let stop = CancellationToken::new();
         let reset_key = identity.reset_key();
         let manifest_format = Arc::new(AtomicU32::new(1));
+        let roster = Arc::<Roster>::default();
         let admission = Arc::new(Admission {
             hub: identity,
+            gate,
+            roster: roster.clone(),
             manifest_format: manifest_format.clone(),
             arrivals: send,
             tcp: Pool::new(open_files::share(CONNECTION_HANDSHAKES_MAX, 16)),
@@ -270,8 +279,24 @@ impl Listener {
             endpoint,
             local,
             manifest_format,
+            roster,
             stop,
         })
+    }
+
+    /// Closes the connections of a peer, so that no byte is sent to it any more after a second;
+    /// `spare`: except those with this certificate. Returns how many were open. The gate must refuse
+    /// the peer before this is called.
+    pub fn disconnect(&self, who: &Peer, spare: Option<&Serial>, reason: &str) -> usize {
+        let mut open = 0;
+        for link in self.roster.of(who) {
+            let serial = link.certificate().map(|certificate| &certificate.serial);
+            if spare.is_none() || serial != spare {
+                open += usize::from(!link.is_closed());
+                link.sever(reason);
+            }
+        }
+        open
     }
 
     /// The next new connection; `None` after [`Listener::close`].
@@ -336,6 +361,8 @@ fn bind_pair(addr: SocketAddr) -> Result<(StdTcpListener, UdpSocket), Fault> {
 /// Decides which connections are accepted; shared by all handshakes.
 struct Admission {
     hub: Arc<HubIdentity>,
+    gate: Arc<dyn Gate>,
+    roster: Arc<Roster>,
     manifest_format: Arc<AtomicU32>,
     arrivals: mpsc::Sender<Arrival>,
     /// TCP connections until the peer has presented its certificate.
@@ -359,8 +386,8 @@ struct Admission {
 
 /// The type of a peer after the TLS handshake.
 enum Newcomer {
-    /// A site or a publisher, with its certificate (DER).
-    Known(Peer, Vec<u8>),
+    /// A site or a publisher, with its certificate, also as DER.
+    Known(Peer, Certificate, Vec<u8>),
     /// A client that asks to join.
     Joining(Permit),
     /// A rejected peer, with the close code and the reason.
@@ -370,7 +397,7 @@ enum Newcomer {
 impl Newcomer {
     fn holder(&self) -> Option<Peer> {
         match self {
-            Self::Known(who, _) => Some(who.clone()),
+            Self::Known(who, ..) => Some(who.clone()),
             Self::Joining(_) | Self::Refused(..) => None,
         }
     }
@@ -437,14 +464,44 @@ impl Admission {
             Ok(checked) => checked,
             Err(fault) => return (Newcomer::Refused(CLOSE_REFUSED, fault), None),
         };
-        match tls::check_time(&cert_der, &who, "the hub") {
-            Ok(None) => {}
-            Ok(Some(not_yet_valid)) => self.not_yet_valid.note(not_yet_valid),
-            Err(fault) => return (Newcomer::Refused(CLOSE_CLOCK, fault), None),
-        }
+        let certificate = match self.certificate(&who, &cert_der) {
+            Ok(certificate) => certificate,
+            Err(fault) => return (Newcomer::Refused(CLOSE_REFUSED, fault), None),
+        };
         match self.seats.take(&who, network, over_tcp) {
-            Ok(seat) => (Newcomer::Known(who, cert_der), Some(seat)),
+            Ok(seat) => (Newcomer::Known(who, certificate, cert_der), Some(seat)),
             Err(fault) => (Newcomer::Refused(CLOSE_BUSY, fault), None),
+        }
+    }
+
+    /// What the gate must know of a certificate.
+    fn certificate(&self, who: &Peer, cert_der: &[u8]) -> Result<Certificate, Fault> {
+        let (validity, now) = (validity(cert_der)?, clock::now());
+        if let Some(not_yet_valid) = validity.early(who, "the hub", now) {
+            self.not_yet_valid.note(not_yet_valid);
+        }
+        Ok(Certificate {
+            serial: Serial::of(cert_der)?,
+            expired: (now > validity.until).then_some(validity.until),
+        })
+    }
+
+    /// Asks the gate. `Err`: the code and the reason with which the connection is closed.
+    async fn ask_gate(
+        &self,
+        who: &Peer,
+        certificate: &Certificate,
+        cert_der: &[u8],
+    ) -> Result<(), (u32, Fault)> {
+        match self.gate.admit(who, certificate).await {
+            Verdict::Welcome => Ok(()),
+            Verdict::Expired => match tls::check_time(cert_der, who, "the hub") {
+                Err(fault) => Err((CLOSE_CLOCK, fault)),
+                // Its last moment is now.
+                Ok(_) => Ok(()),
+            },
+            Verdict::Refused(why) => Err((CLOSE_REFUSED, Fault::not_allowed(why))),
+            Verdict::Busy(why) => Err((CLOSE_BUSY, Fault::unreachable(why))),
         }
     }
 
@@ -471,8 +528,16 @@ impl Admission {
                 let _ = self.arrivals.send(Arrival::Join(request)).await;
                 Ok(())
             }
-            Newcomer::Known(who, cert_der) => {
-                let link = Link::windowed(wire, who.clone(), remote, window);
+            Newcomer::Known(who, certificate, cert_der) => {
+                let holder = (who.clone(), certificate.clone());
+                let link = Link::windowed(wire, holder, remote, window);
+                self.roster.enter(&who, &link);
+                let asked = self.ask_gate(&who, &certificate, &cert_der).await;
+                if let Err((code, fault)) = asked {
+                    link.close_with(code, &fault.message);
+                    link.closed().await;
+                    return Err(fault.with_next(String::new()));
+                }
                 let (mut send, _) = link.open(PRIORITY_CONTROL).await?;
                 hello::send(
                     &mut send,
@@ -480,6 +545,7 @@ impl Admission {
                         hub: self.hub.name().clone(),
                         time_ms: clock::now_unix_ms(),
                         manifest_format: self.manifest_format.load(Ordering::Relaxed),
+                        renew_only: certificate.expired.is_some(),
                     },
                 )
                 .await?;

@@ -1,5 +1,5 @@
 //! Seats for authenticated connections: limited in total and for each peer, with a part that only
-//! sites can use.
+//! sites can use. How often a peer takes one is limited too.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -10,8 +10,12 @@ use parking_lot::Mutex;
 
 use base::admission::Network;
 use base::fault::Fault;
-use base::limits::{CONNECTIONS_PER_PUBLISHER_MAX, CONNECTIONS_PER_SITE_MAX};
+use base::limits::{
+    CONNECTIONS_PER_PUBLISHER_MAX, CONNECTIONS_PER_SITE_MAX, PUBLISHER_CONNECTIONS_PER_SECOND_MAX,
+    SITE_CONNECTIONS_PER_SECOND_MAX,
+};
 use base::peer::Peer;
+use base::rate_limiter::RateLimiter;
 
 /// The seats of a hub. Clones share them.
 #[derive(Clone)]
@@ -21,6 +25,13 @@ pub(super) struct Seats {
     /// The limit on TCP connections, each of which needs a file descriptor.
     tcp_max: usize,
     counts: Arc<Mutex<Counts>>,
+    rates: Arc<Rates>,
+}
+
+/// How often each site, and each publisher, may connect.
+struct Rates {
+    sites: RateLimiter<Peer>,
+    publishers: RateLimiter<Peer>,
 }
 
 #[derive(Default)]
@@ -39,6 +50,10 @@ impl Seats {
             seats_max,
             tcp_max,
             counts: Arc::default(),
+            rates: Arc::new(Rates {
+                sites: limiter(SITE_CONNECTIONS_PER_SECOND_MAX),
+                publishers: limiter(PUBLISHER_CONNECTIONS_PER_SECOND_MAX),
+            }),
         }
     }
 
@@ -96,6 +111,16 @@ impl Seats {
                 "the hub cannot accept another TCP connection: its limit is {limit}, derived from its limit of open files"
             )));
         }
+        let rate = match is_publisher {
+            true => &self.rates.publishers,
+            false => &self.rates.sites,
+        };
+        if let Err(wait) = rate.try_go(who) {
+            let wait = wait.as_secs() + 1;
+            return Err(busy(format!(
+                "{who} connects too often; the hub accepts its next connection in {wait} s"
+            )));
+        }
         let seat = Seat {
             who: who.clone(),
             network,
@@ -107,6 +132,10 @@ impl Seats {
         *counts.by_network.entry(network).or_default() += 1;
         Ok(seat)
     }
+}
+
+fn limiter((per_second, burst): (u32, u32)) -> RateLimiter<Peer> {
+    RateLimiter::new(per_second, burst)
 }
 
 fn busy(message: String) -> Fault {
@@ -244,5 +273,29 @@ mod tests {
         assert_eq!(own.len(), CONNECTIONS_PER_SITE_MAX);
         drop(own);
         seats.take(&site(0), network(), true).unwrap();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_peer_that_connects_again_and_again_waits_and_no_other_does() {
+        let seats = Seats::new(64, 64);
+        let connects = |who: Peer| seats.take(&who, network(), false);
+        let rates = [
+            (site(0), site(1), SITE_CONNECTIONS_PER_SECOND_MAX),
+            (
+                publisher(0),
+                publisher(1),
+                PUBLISHER_CONNECTIONS_PER_SECOND_MAX,
+            ),
+        ];
+        for (loud, calm, (per_second, burst)) in rates {
+            let taken = (0..1_000).filter(|_| connects(loud.clone()).is_ok());
+            assert_eq!(taken.count(), burst as usize);
+            let fault = connects(loud.clone()).unwrap_err();
+            assert!(fault.message.contains("connects too often"), "{fault}");
+            connects(calm).unwrap();
+            tokio::time::advance(std::time::Duration::from_secs(1)).await;
+            let taken = (0..100).filter(|_| connects(loud.clone()).is_ok());
+            assert_eq!(taken.count(), per_second as usize, "attempts cost nothing");
+        }
     }
 }

@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
@@ -27,6 +27,7 @@ const UNSENT_BYTES_MAX: u32 = 128 << 10;
 pub(super) struct Traffic {
     sent: AtomicU64,
     received: AtomicU64,
+    severed: AtomicBool,
 }
 
 impl Traffic {
@@ -36,12 +37,30 @@ impl Traffic {
             self.received.load(Ordering::Relaxed),
         )
     }
+
+    /// When the socket is closed, the kernel discards what it has not sent.
+    pub(super) fn sever(&self) {
+        self.severed.store(true, Ordering::Relaxed);
+    }
+
+    pub(super) fn is_severed(&self) -> bool {
+        self.severed.load(Ordering::Relaxed)
+    }
 }
 
 /// A socket that counts bytes.
 pub(super) struct Counted {
     socket: TcpStream,
     traffic: Arc<Traffic>,
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        if self.traffic.is_severed() {
+            let socket = socket2::SockRef::from(&self.socket);
+            let _ = socket.set_linger(Some(Duration::ZERO));
+        }
+    }
 }
 
 impl AsyncRead for Counted {

@@ -12,10 +12,14 @@ use std::time::Duration;
 
 use base::fault::Fault;
 use base::names::SiteName;
+use base::peer::Peer;
 use base::workers::Workers;
 
 use crate::identity::{CertificateRequest, HubIdentity, SiteIdentity};
-use crate::{Arrival, Congestion, ConnectionSettings, Link, Listener, Transport, dial};
+use crate::{
+    Arrival, Certificate, Congestion, ConnectionSettings, Gate, Link, Listener, Transport, Verdict,
+    dial,
+};
 
 pub use crate::mux::drive as drive_mux;
 pub use join::parse_join;
@@ -49,6 +53,19 @@ pub(crate) fn loopback() -> SocketAddr {
     SocketAddr::from(([127, 0, 0, 1], 0))
 }
 
+/// Admits every peer whose certificate is not expired.
+pub struct AdmitAll;
+
+#[async_trait::async_trait]
+impl Gate for AdmitAll {
+    async fn admit(&self, _: &Peer, certificate: &Certificate) -> Verdict {
+        match certificate.expired {
+            Some(_) => Verdict::Expired,
+            None => Verdict::Welcome,
+        }
+    }
+}
+
 /// A hub on a free port.
 pub struct Hub {
     pub(crate) identity: Arc<HubIdentity>,
@@ -63,6 +80,7 @@ impl Hub {
             Listener::bind(
                 loopback(),
                 identity,
+                Arc::new(AdmitAll),
                 &settings(Transport::Auto),
                 128 << 20,
                 &Workers::default(),

@@ -7,7 +7,9 @@ use parking_lot::Mutex;
 use tokio::io::AsyncWriteExt;
 
 use super::*;
-use crate::identity::{CertificateRequest, Claim, HubIdentity, JoinToken, Redeemer, SiteIdentity};
+use crate::identity::{
+    CertificateRequest, Claim, HubIdentity, JoinToken, Redeemer, Serial, SiteIdentity,
+};
 use crate::testing::{Hub, MEMORY, loopback, name, settings, site_of};
 use crate::{Congestion, Transport};
 use base::fault::Code;
@@ -52,7 +54,7 @@ impl Redeemer for Tokens {
         secret_hash: &[u8; 32],
         claim: &Claim,
         _key_hash: &[u8; 32],
-    ) -> Result<Peer, Fault> {
+    ) -> Result<(Peer, Serial), Fault> {
         match self.0.lock().get_mut(id) {
             Some((hash, bound, used)) if hash == secret_hash => {
                 match claim {
@@ -69,7 +71,8 @@ impl Redeemer for Tokens {
                 if std::mem::replace(used, true) {
                     return Err(Fault::not_allowed("the token was used before"));
                 }
-                Ok(Peer::Site(bound.clone()))
+                let serial = Serial::next(None, base::clock::now_unix_ms());
+                Ok((Peer::Site(bound.clone()), serial))
             }
             _ => Err(Fault::not_allowed("the token is not known here")),
         }
@@ -534,7 +537,11 @@ async fn a_publisher_has_a_bounded_number_of_connections() {
     let request = CertificateRequest::new().unwrap();
     let cert = hub
         .identity
-        .issue_as(&Peer::Publisher("pub".parse().unwrap()), request.csr_der())
+        .issue_as(
+            &Peer::Publisher("pub".parse().unwrap()),
+            request.csr_der(),
+            &Serial::next(None, 1),
+        )
         .unwrap();
     let publisher = request.complete(&cert, hub.identity.ca_der()).unwrap();
     let mut links = Vec::new();
@@ -690,7 +697,7 @@ async fn tcp_is_used_while_udp_is_blocked_and_quic_later() {
         took >= Duration::from_secs(4) && took < Duration::from_secs(8),
         "{took:?}"
     );
-    let fault = probe_quic(&hub.address, &site, &wanted, MEMORY)
+    let fault = probe(Transport::Quic, &hub.address, &site, &wanted, MEMORY)
         .await
         .unwrap_err();
     assert_eq!(
@@ -731,11 +738,15 @@ async fn tcp_is_used_while_udp_is_blocked_and_quic_later() {
             hub: name("hub"),
             time_ms: base::clock::now_unix_ms(),
             manifest_format: 1,
+            renew_only: false,
         };
         hello::send(&mut send, &welcome).await.unwrap();
         link
     };
-    let (moved, _held) = tokio::join!(probe_quic(&hub.address, &site, &wanted, MEMORY), welcome);
+    let (moved, _held) = tokio::join!(
+        probe(Transport::Quic, &hub.address, &site, &wanted, MEMORY),
+        welcome
+    );
     assert_eq!(moved.unwrap().transport(), "quic");
     assert!(!link.is_closed());
 }
@@ -941,6 +952,7 @@ async fn one_port_number_serves_both_and_only_once() {
     let taken = Listener::bind(
         hub.listener.local_addr(),
         hub.identity.clone(),
+        Arc::new(testing::AdmitAll),
         &settings(Transport::Auto),
         128 << 20,
         &base::workers::Workers::default(),

@@ -43,8 +43,7 @@ pub(super) fn server(hub: &HubIdentity) -> Result<ServerConfig, Fault> {
         .with_protocol_versions(&[&rustls::version::TLS13])
         .map_err(|e| setup_error("the version", &e))?
         .with_client_cert_verifier(Arc::new(SiteVerifier { inner }))
-        .with_single_cert(hub.chain(), hub.key())
-        .map_err(|e| setup_error("the hub's certificate", &e))?;
+        .with_cert_resolver(hub.presented());
     config.alpn_protocols = vec![ALPN.to_vec(), ALPN_JOIN.to_vec()];
     config.session_storage = Arc::new(rustls::server::NoServerSessionStorage {});
     config.send_tls13_tickets = 0;
@@ -87,7 +86,8 @@ pub(super) struct Shown {
     pub(super) chain: Vec<CertificateDer<'static>>,
 }
 
-/// The site or publisher of a handshake with `packhorse/1`. [`check_time`] checks the clock.
+/// The site or publisher of a handshake with `packhorse/1`. The listener checks the clock, and who may
+/// enter.
 pub(super) fn check_site(shown: &Shown) -> Result<(Peer, Vec<u8>), Fault> {
     let Some(leaf) = shown.chain.first() else {
         return Err(Fault::not_allowed("no certificate was presented")
@@ -219,7 +219,7 @@ impl ServerCertVerifier for HubVerifier {
     }
 }
 
-/// How the hub verifies a site: with the verifier of webpki. [`check_time`] checks the clock.
+/// How the hub verifies a site: with the verifier of webpki. The listener checks the clock.
 #[derive(Debug)]
 struct SiteVerifier {
     inner: Arc<dyn ClientCertVerifier>,

@@ -120,8 +120,14 @@ pub struct PlanRow {
     /// shared.
     #[serde(default)]
     pub needs: u64,
-    /// Free room at the site, bytes.
+    /// Free room at the site, bytes: of the filesystem that lacks most, if it writes to two.
     pub free: Option<u64>,
+    /// Files and directories that would be created at the site.
+    #[serde(default)]
+    pub inodes: Option<u64>,
+    /// How many of them the filesystem has room for.
+    #[serde(default)]
+    pub free_inodes: Option<u64>,
     /// Estimated seconds at the connection's current or last rate.
     pub seconds: Option<u64>,
     /// In the first row of an artifact: selected sites that would receive nothing of it.

@@ -6,6 +6,7 @@
 mod access;
 mod artifacts;
 mod deliveries;
+mod members;
 mod runs;
 mod sites;
 mod transfers;
@@ -22,11 +23,15 @@ pub use artifacts::{
     PublishRequest, Published, ShowQuery, SourceOptions, VerifyRequest,
 };
 pub use deliveries::{DeliverRequest, Delivered, Delivery, DeliveryQuery, LeftOut, PlanRow};
+pub use members::{
+    MemberAction, MemberActionRequest, MemberCertificate, MemberChange, MemberQuery,
+    MemberRevocation, Publisher, SetSiteRequest,
+};
 pub use model::run::{RunActionRequest, RunInput, RunRequest, RunState, RunVerb};
 pub use model::transfer::{Action, Bytes, State, TransferQuery};
 pub use runs::{ModelLineage, Run, RunModel, RunQuery, RunTrainer};
-pub use sites::{Site, TokenReply, TokenRequest};
-pub use transfers::{ActionRequest, Transfer};
+pub use sites::{Site, TokenLimits, TokenReply, TokenRequest};
+pub use transfers::{ActionRequest, CURSOR_OF_HUB, Transfer};
 pub use workers::{Worker, WorkerError};
 
 use base::fault::Fault;

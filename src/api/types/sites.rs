@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use super::{MemberCertificate, MemberChange, MemberRevocation};
 use base::names::SiteName;
 
 /// One site.
@@ -19,6 +20,9 @@ pub struct Site {
     pub online: bool,
     /// `quic` or `tcp`, while connected.
     pub line: Option<String>,
+    /// Why the connection is over TCP although QUIC is allowed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub line_reason: Option<String>,
     /// Round trip, milliseconds, while connected.
     pub rtt_ms: Option<f64>,
     /// When it joined.
@@ -29,6 +33,15 @@ pub struct Site {
     pub version: Option<String>,
     /// Transfers that have not ended.
     pub open_transfers: u64,
+    /// Its newest certificate (at the hub); absent: an earlier version issued it, and recorded nothing.
+    #[serde(default)]
+    pub certificate: Option<MemberCertificate>,
+    /// Its revocation, if it is revoked.
+    #[serde(default)]
+    pub revoked: Option<MemberRevocation>,
+    /// The last change by a person.
+    #[serde(default)]
+    pub changed: Option<MemberChange>,
 }
 
 /// A request for a join token for one site or one publisher.
@@ -44,11 +57,12 @@ pub struct TokenRequest {
     /// The labels that the site will have.
     #[serde(default)]
     pub labels: BTreeMap<String, String>,
-    /// What the publisher may publish: patterns such as `dataset/line3-*`; empty: anything.
+    /// What the publisher may publish: patterns such as `dataset/line3-*`; empty: what it may publish
+    /// already, and anything if it is new. `*/*` lifts a limit.
     #[serde(default)]
     pub artifacts: Vec<String>,
-    /// Where the publisher may deliver what it publishes: a selection of sites, or `none`; absent: to
-    /// all sites.
+    /// Where the publisher may deliver what it publishes: a selection of sites, or `none`; absent: where
+    /// it may deliver already, and to all sites if it is new.
     #[serde(default)]
     pub deliver_to: Option<String>,
     /// How long it is valid, seconds.
@@ -60,4 +74,21 @@ pub struct TokenRequest {
 pub struct TokenReply {
     /// The token.
     pub token: String,
+    /// What the publisher may do after it used the token; absent for a site.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub limits: Option<TokenLimits>,
+    /// What may be a mistake in the request.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub notes: Vec<String>,
+}
+
+/// What a publisher may publish, and where it may deliver that.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct TokenLimits {
+    /// Patterns of artifacts; absent: any artifact.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub artifacts: Option<Vec<String>>,
+    /// A selection of sites, or `none`; absent: all sites.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub deliver_to: Option<String>,
 }

@@ -10,6 +10,11 @@ use base::text;
 use model::receipt::Receipt;
 use model::transfer::{Action, Bytes, State};
 
+/// Marks a cursor that a site passes on as the hub's. Hub and site count independently, so a cursor
+/// of one has no meaning for the other. A client that uses a cursor with the other daemon receives
+/// all transfers.
+pub const CURSOR_OF_HUB: u64 = 1 << 52;
+
 /// One transfer, as `status` shows it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Transfer {

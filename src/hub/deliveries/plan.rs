@@ -73,6 +73,8 @@ impl Deliveries {
                         missing: planned.as_ref().map_or(total, |p| p.missing),
                         needs: planned.as_ref().map_or(total, |p| p.needs),
                         free: planned.as_ref().and_then(|p| p.free),
+                        inodes: planned.as_ref().and_then(|p| p.inodes),
+                        free_inodes: planned.as_ref().and_then(|p| p.free_inodes),
                         seconds: planned
                             .as_ref()
                             .and_then(|p| (p.rate > 0).then(|| p.missing.div_ceil(p.rate))),

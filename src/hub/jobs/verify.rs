@@ -121,7 +121,10 @@ impl Verify<'_> {
     }
 
     fn read_all(&mut self) -> Result<(), Fault> {
-        if let Some(fault) = fault_of(&self.row.artifact, &self.row.root, self.store)? {
+        let stop = self.progress.stop();
+        let checked = fault_of(&self.row.artifact, &self.row.root, self.store, &stop);
+        self.progress.check()?;
+        if let Some(fault) = checked? {
             return self.read_malformed(&fault);
         }
         let mut file: Option<OpenFile> = None;

@@ -2,10 +2,13 @@
 
 use std::sync::Arc;
 
+use futures::FutureExt as _;
+
 use super::super::upload::tests::Bench;
 use super::*;
 use crate::api::Backend as _;
 use base::job_progress::JobProgress;
+use base::limits::MANIFEST_CHECKS_MAX;
 use base::names::Kind;
 use content::chunk::DEFAULT_CHUNKING;
 use content::frame::{Frame, Verified};
@@ -169,4 +172,52 @@ async fn a_malformed_manifest_is_reported_and_other_work_continues() {
         .map(|kept| kept.artifact.to_string())
         .collect();
     assert_eq!(kept, ["dataset/relayed:1"]);
+}
+
+/// Links whose targets climb again and again, in so many pages that a check takes a moment.
+fn long_manifest(store: &Store) -> Root {
+    let target = format!("{}x", "x/".repeat(2000));
+    let mut sink = |page: Verified| store.put(&Frame::encode(&page)).map(drop);
+    let mut builder = manifest::Builder::new(DEFAULT_CHUNKING, &mut sink);
+    for number in 0..20_000 {
+        let entry = manifest::Entry {
+            path: format!("l{number:06}").parse().unwrap(),
+            mode: 0o777,
+            body: manifest::EntryBody::Symlink(target.clone()),
+            attributes: Default::default(),
+        };
+        builder.push(&entry, &[]).unwrap();
+    }
+    builder.finish(Kind::Dataset, KindInfo::Files).unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_check_whose_peer_has_gone_ends_and_then_returns_its_places() {
+    let bench = Bench::start().await;
+    let inner = &bench.hub.inner;
+    let store = inner.store.clone();
+    let root = tokio::task::block_in_place(|| base::blocking::may_block(|| long_manifest(&store)));
+    let (artifact, peer) = (
+        "dataset/long:1".parse().unwrap(),
+        base::peer::Peer::Publisher("line".parse().unwrap()),
+    );
+    let budgets = super::super::peer_budgets::PeerBudgets::new(64 << 20);
+    // As many as a peer may have at once, begun and given up.
+    for _ in 0..MANIFEST_CHECKS_MAX {
+        let places = budgets.check(&peer).await;
+        let check = inner.manifests.check(&artifact, &root, places);
+        assert!(check.now_or_never().is_none(), "the check takes longer");
+    }
+    // The threads have ended when their places are free again.
+    let places = [budgets.check(&peer).await, budgets.check(&peer).await];
+    let more = budgets.check(&peer).now_or_never();
+    assert!(more.is_none(), "no more than that at once");
+    drop(places);
+    // A check that is waited for ends with its result.
+    let places = budgets.check(&peer).await;
+    inner
+        .manifests
+        .check(&artifact, &root, places)
+        .await
+        .unwrap();
 }

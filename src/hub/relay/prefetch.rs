@@ -40,7 +40,7 @@ impl RelayKeeper {
         let _ends_with_this = all.clone().drop_guard();
         let mut running: HashMap<Digest, (CancellationToken, tokio::task::JoinHandle<()>)> =
             HashMap::new();
-        let mut watch = self.inner.catalogue.watch_all();
+        let mut watch = self.inner.catalogue.watch_decisions();
         loop {
             running.retain(|_, (_, task)| !task.is_finished());
             let wanted = worker.iterate(async {

@@ -181,7 +181,11 @@ impl Sessions {
                 congestion,
                 changes,
                 manifest_format,
+                reason,
             } => {
+                if let Some(reason) = reason {
+                    link.set_reason(reason.as_str());
+                }
                 // The site knows its connection; `auto` keeps the setting of the hub's own
                 // configuration.
                 if congestion != Congestion::Auto {

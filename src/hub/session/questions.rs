@@ -24,7 +24,7 @@ use model::paging::Room;
 use model::policy::{self, Object};
 use model::protocol::AskHub;
 use state::no_delivery;
-use transport::{RecvHalf, SendHalf};
+use transport::{Link, RecvHalf, SendHalf};
 
 impl Sessions {
     pub(super) async fn question(
@@ -32,6 +32,7 @@ impl Sessions {
         mut send: SendHalf,
         mut recv: RecvHalf,
         site: &SiteName,
+        link: &Link,
     ) -> Result<(), Fault> {
         let peer = Peer::Site(site.clone());
         let (question, share) =
@@ -42,6 +43,7 @@ impl Sessions {
                 | AskHub::Transfers { .. }
                 | AskHub::ShowRun(_)
                 | AskHub::ListRuns { .. }
+                | AskHub::LimitedRate
         ) {
             self.inner.budgets.change(&peer).await;
         }
@@ -70,7 +72,7 @@ impl Sessions {
                 })
             }
             (Ok(()), question) => {
-                let answer = timeout(ANSWER_MAX, self.answer(site, &actor, question)).await;
+                let answer = timeout(ANSWER_MAX, self.answer(link, &actor, question)).await;
                 answer.unwrap_or_else(|_| {
                     Err(Fault::unreachable("the hub did not answer in time")
                         .with_next("ask again later"))
@@ -83,7 +85,7 @@ impl Sessions {
 
     async fn answer(
         &self,
-        site: &SiteName,
+        link: &Link,
         actor: &Actor,
         question: AskHub,
     ) -> Result<serde_json::Value, Fault> {
@@ -96,11 +98,16 @@ impl Sessions {
             AskHub::Deliver { artifacts, to } => {
                 as_json(deliveries.deliver(actor, &artifacts, &to, false).await?)
             }
-            AskHub::Renew { request } => answers::renew(
-                &self.inner.identity,
-                &Peer::Site(site.clone()),
-                request.as_str(),
-            ),
+            AskHub::Renew { request } => {
+                let peer = link
+                    .peer()
+                    .ok_or_else(|| Fault::internal("a connection without a peer"))?;
+                self.inner
+                    .membership
+                    .renew(peer, link, request.as_str())
+                    .await
+            }
+            AskHub::LimitedRate => as_json(link.limited_rate()),
             AskHub::Delivery(id) => self.delivery_for(actor, &id).await,
             AskHub::Transfers { id, since, wait } => {
                 self.transfers_for(actor, &id, since, wait).await
@@ -201,7 +208,8 @@ impl Sessions {
         // Until the artifact is in the catalogue, no garbage collection removes its pages.
         let store = inner.store.leased_with(reserved.clone());
         fetcher.pages(&root, None, &store).await?;
-        inner.manifests.check(&artifact, &root).await?;
+        let places = inner.budgets.check(&peer).await;
+        inner.manifests.check(&artifact, &root, places).await?;
         // If this digest was opened before the artifact was known here, it must be opened again.
         inner.library.forget(digest);
         let added = match run {

@@ -15,6 +15,7 @@ use base::names::{ArtifactRef, Kind, TransferId, WorkIds};
 use content::chunk::DEFAULT_CHUNKING;
 use content::manifest::{Digest, KindInfo, Root, Totals};
 use exchange::wire;
+use model::actor::Actor;
 use model::paging;
 use model::protocol::{Desired, FromSite, Report};
 use model::receipt::Receipt;
@@ -54,7 +55,8 @@ impl Bench {
             )
             .await
             .unwrap();
-        hub.inner
+        let (peer, serial) = hub
+            .inner
             .catalogue
             .redeem_token("t", &[1; 32], &Claim::Site(site.clone()), &[7; 32])
             .await
@@ -63,7 +65,7 @@ impl Bench {
         let cert = hub
             .inner
             .identity
-            .issue_for(&site, request.csr_der())
+            .issue_as(&peer, request.csr_der(), &serial)
             .unwrap();
         let identity = request
             .complete(&cert, hub.inner.identity.ca_der())
@@ -124,9 +126,12 @@ impl Bench {
     fn signed(&self, row: &TransferRow) -> Body {
         Body {
             receipt: Some(
-                Receipt::sign(row, self.identity.cert_der(), |statement| {
-                    self.identity.sign(statement)
-                })
+                Receipt::sign(
+                    row,
+                    clock::now_ms(),
+                    self.identity.cert_der(),
+                    |statement| self.identity.sign(statement),
+                )
                 .unwrap(),
             ),
             ..Body::default()

@@ -145,8 +145,11 @@ impl Site {
                     .filter(|_| link.transport() == "tcp")
                     .find_map(|address| config.line.proxy.of_hub(address))
                     .map_or_else(String::new, |proxy| format!(" through the proxy {proxy}"));
+                let reason = link
+                    .reason()
+                    .map_or_else(String::new, |why| format!("; {why}"));
                 format!(
-                    "ok line: {} to {}{proxy}, round trip {} ms",
+                    "ok line: {} to {}{proxy}, round trip {} ms{reason}",
                     link.transport(),
                     link.remote_address(),
                     link.rtt().as_millis()

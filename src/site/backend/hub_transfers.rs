@@ -5,16 +5,12 @@
 //! each page is one answer of the hub.
 
 use super::Site;
-use crate::api::types::{Transfer, TransferQuery};
+use crate::api::types::{CURSOR_OF_HUB, Transfer, TransferQuery};
 use base::fault::Fault;
 use base::limits::{ANSWER_BYTES_MAX, ID_BYTES_MAX};
 use base::names::WorkIds;
 use model::paging::{self, Page};
 use model::protocol::AskHub;
-
-/// Marks a cursor as the hub's. Hub and site count independently, so a cursor of one has no meaning
-/// for the other. A client that uses a cursor with the other daemon receives all transfers.
-pub(super) const OF_HUB: u64 = 1 << 52;
 
 impl Site {
     /// A page of the transfers as the hub reports them, and the next cursor. `after`: the hub's
@@ -27,8 +23,8 @@ impl Site {
     ) -> Result<(Page<Transfer>, u64), Fault> {
         let since = query
             .since
-            .filter(|cursor| cursor & OF_HUB != 0)
-            .map(|cursor| cursor & !OF_HUB);
+            .filter(|cursor| cursor & CURSOR_OF_HUB != 0)
+            .map(|cursor| cursor & !CURSOR_OF_HUB);
         // An id that does not parse belongs to no transfer.
         let id: WorkIds = id.parse().map_err(|_| no_such_work(id))?;
         let asked = AskHub::Transfers {
@@ -36,14 +32,20 @@ impl Site {
             since: after.or(since),
             wait: since.and(query.wait).unwrap_or(0),
         };
-        let (rows, cursor): (Vec<Transfer>, u64) = self.inner.hub.ask(&asked).await?;
+        let (mut rows, cursor): (Vec<Transfer>, u64) = self.inner.hub.ask(&asked).await?;
+        mark(&mut rows);
         // A client with a cursor requests the next page itself.
         let page = match since {
             None => page_of_hub(rows, cursor, after),
             Some(_) => Page::whole(rows),
         };
-        Ok((page, cursor | OF_HUB))
+        Ok((page, cursor | CURSOR_OF_HUB))
     }
+}
+
+/// Marks the cursors of rows that are passed on as the hub's.
+pub(super) fn mark(rows: &mut [Transfer]) {
+    rows.iter_mut().for_each(|row| row.cursor |= CURSOR_OF_HUB);
 }
 
 /// Whether an answer of the hub may be incomplete for lack of space: it ends after a row, and no

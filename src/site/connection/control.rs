@@ -134,6 +134,7 @@ impl Connection {
                 congestion,
                 changes: true,
                 manifest_format: FORMAT_MAX,
+                reason: link.reason().map(|reason| reason.as_str().into()),
             },
         )
         .await?;
@@ -361,7 +362,7 @@ impl Connection {
                     () = sleep_until(next_at.unwrap_or_else(Instant::now)), if next_at.is_some() => {
                         self.send_due(send, shared, &said_unwritten, &mut certificate).await?;
                     }
-                    _ = renew.tick() => self.hub.renew(link).await,
+                    _ = renew.tick() => self.hub.renew_if_due(link).await,
                 }
             }
         }

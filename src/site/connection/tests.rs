@@ -30,7 +30,8 @@ impl Bench {
         let listener = Listener::bind(
             ([127, 0, 0, 1], 0).into(),
             hub.clone(),
-            &config::ConnectionSettings::default(),
+            Arc::new(transport::testing::AdmitAll),
+            &ConnectionSettings::default(),
             64 << 20,
             &base::workers::Workers::default(),
         )

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -14,11 +14,20 @@ use super::bound_port;
 /// How long a socket of the proxy waits before it checks whether it is still needed.
 const TICK: Duration = Duration::from_millis(100);
 
+/// What a policer lets pass at once, in bytes.
+const BUCKET: f64 = 30_000.0;
+/// How long UDP to the site takes on a line with a policer.
+const POLICED_DELAY: Duration = Duration::from_millis(30);
+
 #[derive(Default)]
 struct State {
     closed: AtomicBool,
     cut: AtomicBool,
     no_udp: AtomicBool,
+    /// The bytes per second above which UDP to the site is dropped; 0: none.
+    policed: AtomicU64,
+    /// What the policer lets pass at once, and when that was.
+    bucket: Mutex<Option<(f64, Instant)>>,
     /// Bytes per second to the site; 0: unlimited.
     rate: AtomicU64,
     /// The same to the hub.
@@ -85,6 +94,19 @@ impl State {
         self.cut() || self.no_udp.load(Ordering::Relaxed)
     }
 
+    /// Whether the policer drops a packet of this size.
+    fn is_policed(&self, bytes: usize) -> bool {
+        let rate = self.policed.load(Ordering::Relaxed) as f64;
+        let now = Instant::now();
+        let mut bucket = self.bucket.lock().expect("no holder panics");
+        let (left, at) = bucket.unwrap_or((BUCKET, now));
+        let left = (left + now.duration_since(at).as_secs_f64() * rate).min(BUCKET);
+        let passes = rate == 0.0 || left >= bytes as f64;
+        let left = if passes { left - bytes as f64 } else { left };
+        *bucket = Some((left, now));
+        !passes
+    }
+
     fn closed(&self) -> bool {
         self.closed.load(Ordering::Relaxed)
     }
@@ -140,6 +162,14 @@ impl Line {
     /// The same to the hub.
     pub(crate) fn hold_up_at(&self, bytes: u64) {
         self.state.hold_up_at.store(bytes, Ordering::Relaxed);
+    }
+
+    /// Drops UDP to the site above this many bytes per second, and delays it: a long line with a
+    /// policer. TCP is not limited.
+    pub(crate) fn police_udp(&self, bytes_per_second: u64) {
+        self.state
+            .policed
+            .store(bytes_per_second, Ordering::Relaxed);
     }
 
     /// Drops all packets in both directions, like a pulled cable.
@@ -231,17 +261,32 @@ fn carry_udp(socket: &UdpSocket, hub: SocketAddr, state: &Arc<State>) {
                 socket.try_clone().expect("clone a socket"),
             );
             let state = Arc::clone(state);
+            let (delay, delayed) = mpsc::channel::<(Instant, Vec<u8>)>();
+            let slow = to.try_clone().expect("clone a socket");
+            thread::spawn(move || {
+                for (due, datagram) in delayed {
+                    thread::sleep(due.saturating_duration_since(Instant::now()));
+                    let _ = slow.send_to(&datagram, peer);
+                }
+            });
             thread::spawn(move || {
                 let mut datagram = vec![0; 65_536];
                 while !state.closed() {
                     let Ok(len) = from.recv(&mut datagram) else {
                         continue;
                     };
-                    if !state.drops_udp() {
-                        state.pace(len);
-                        state.down.fetch_add(len as u64, Ordering::Relaxed);
-                        let _ = to.send_to(&datagram[..len], peer);
+                    if state.drops_udp() || state.is_policed(len) {
+                        continue;
                     }
+                    state.pace(len);
+                    state.down.fetch_add(len as u64, Ordering::Relaxed);
+                    let datagram = &datagram[..len];
+                    let _ = match state.policed.load(Ordering::Relaxed) {
+                        0 => to.send_to(datagram, peer).is_ok(),
+                        _ => delay
+                            .send((Instant::now() + POLICED_DELAY, datagram.to_vec()))
+                            .is_ok(),
+                    };
                 }
             });
             upstream

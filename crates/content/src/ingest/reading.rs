@@ -11,6 +11,7 @@ use std::sync::mpsc::{Receiver, SyncSender};
 
 use bytes::Bytes;
 
+use super::holes::{Holes, Input, Plain, WholeFile};
 use super::{Answer, Batch, ChunkOrigin, Keeper, Progress};
 use crate::bloom::BloomFilter;
 use crate::chunk::{Chunking, Hash};
@@ -24,11 +25,18 @@ use base::durable;
 use base::fault::{Fault, IoContext};
 use base::limits::{FORECAST_BYTES_MIN, INGEST_BATCH_BYTES, INGEST_BATCHES_MAX};
 use base::names::{Kind, RelPath};
+use base::text;
 
 /// How often a file is read again whose change time does not stay the same.
 const REREADS_MAX: usize = 4;
 /// The bytes that are read at once then.
 const REREAD_BYTES: usize = 256 << 10;
+
+/// The chunks of a hole that are sent together.
+const SAME_CHUNKS_MAX: usize = 4096;
+
+/// The zeros of a hole that are hashed at once.
+static ZEROS: [u8; 1 << 20] = [0; 1 << 20];
 
 /// The limit on the memory of entries that wait for the ids of their chunks. Usually more than the
 /// entries of all batches in flight need.
@@ -243,17 +251,44 @@ impl Reading<'_, '_> {
         if size < FORECAST_BYTES_MIN || self.keeper.check_room_for(size).is_ok() {
             return Ok(());
         }
-        let (mut from, mut takes, mut seen) = (
-            open(content, size, |_| Ok(()))?.take(size),
-            0,
-            BloomFilter::default(),
-        );
-        let (mut block, mut filled) = (vec![0; INGEST_BATCH_BYTES], 0);
+        let takes = self.measured(path, size, content)?;
+        self.keeper.check_room_for(takes).map_err(|fault| {
+            self.progress.wanted.store(takes, Ordering::Relaxed);
+            fault.context(format!("the file {:?}", path.as_str()))
+        })
+    }
+
+    /// The bytes that storing a file takes. Reads it.
+    fn measured(&self, path: &RelPath, size: u64, content: &Content) -> Result<u64, Fault> {
+        let before = self.progress.job.as_ref().map(|job| job.what());
+        if let Some(job) = &self.progress.job {
+            let (path, size) = (path.as_str(), text::size(size));
+            job.doing(format!(
+                "reading {path:?} ({size}) to learn whether it fits"
+            ));
+        }
+        let what = || format!("read {:?}", path.as_str());
+        let mut from = open(content, size, |_| Ok(()))?;
+        let (mut takes, mut seen) = (0, BloomFilter::default());
+        let mut holes = Holes::new(self.chunking);
+        let (mut block, mut filled, mut read) = (vec![0; INGEST_BATCH_BYTES], 0, 0);
         loop {
             self.progress.check()?;
-            filled += read_all_of(&mut from, &mut block[filled..])
-                .at(format_args!("read {:?}", path.as_str()))?;
-            let is_last = filled < block.len();
+            let offset = read - filled as u64;
+            if let Some(count) = holes.chunks_at(&mut *from, offset, read, size) {
+                if seen.is_new(&holes.zeros.id) {
+                    takes += self
+                        .keeper
+                        .bytes_needed(std::slice::from_ref(&holes.zeros))?;
+                }
+                (read, filled) = (offset + count * holes.zeros.bytes.len() as u64, 0);
+                from.move_to(read).at(what())?;
+                continue;
+            }
+            let room = (size - read).min((block.len() - filled) as u64) as usize;
+            let more = read_all_of(&mut *from, &mut block[filled..filled + room]).at(what())?;
+            (filled, read) = (filled + more, read + more as u64);
+            let is_last = more < room || read == size;
             let (mut cut, mut chunks) = (0, Vec::new());
             while cut < filled && (is_last || filled - cut >= self.chunking.max as usize) {
                 let len = self.chunking.cut(&block[cut..filled]);
@@ -270,10 +305,10 @@ impl Reading<'_, '_> {
             block.copy_within(cut..filled, 0);
             filled -= cut;
         }
-        self.keeper.check_room_for(takes).map_err(|fault| {
-            self.progress.wanted.store(takes, Ordering::Relaxed);
-            fault.context(format!("the file {:?}", path.as_str()))
-        })
+        if let (Some(job), Some(before)) = (&self.progress.job, before) {
+            job.doing(before);
+        }
+        Ok(takes)
     }
 
     /// Cuts the content of a file into batches. Returns its hash, unless the file is one chunk,
@@ -282,7 +317,7 @@ impl Reading<'_, '_> {
         &mut self,
         path: &RelPath,
         size: u64,
-        from: &mut dyn Read,
+        from: &mut dyn Input,
     ) -> Result<Option<Hash>, Fault> {
         if size == 0 {
             self.fill(path, 0, 0, from)?;
@@ -298,7 +333,15 @@ impl Reading<'_, '_> {
         }
         let mut hasher = blake3::Hasher::new();
         let (mut read, mut offset) = (0u64, 0u64);
+        let mut holes = Holes::new(self.chunking);
         while read < size || self.cut < self.filled {
+            if let Some(count) = holes.chunks_at(from, offset, read, size) {
+                offset = self.take_zeros(&holes, count, offset, read, &mut hasher)?;
+                read = offset;
+                from.move_to(read)
+                    .at(format_args!("read {:?}", path.as_str()))?;
+                continue;
+            }
             let start = self.filled;
             read = self.fill(path, size, read, from)?;
             hasher.update(&self.block[start..self.filled]);
@@ -323,7 +366,7 @@ impl Reading<'_, '_> {
         path: &RelPath,
         size: u64,
         read: u64,
-        from: &mut dyn Read,
+        from: &mut dyn Input,
     ) -> Result<u64, Fault> {
         self.progress.check()?;
         let room = INGEST_BATCH_BYTES - self.filled;
@@ -369,6 +412,50 @@ impl Reading<'_, '_> {
             },
         ));
         self.cut += len;
+    }
+
+    /// Makes `count` chunks of zeros at `offset`, of which the bytes before `read` are in the block.
+    /// Returns where they end.
+    fn take_zeros(
+        &mut self,
+        holes: &Holes,
+        count: u64,
+        mut offset: u64,
+        mut read: u64,
+        hasher: &mut blake3::Hasher,
+    ) -> Result<u64, Fault> {
+        let len = holes.zeros.bytes.len();
+        let mut left = count;
+        // The uncut bytes are zeros too.
+        self.filled = self.cut;
+        while left > 0 {
+            if self.cut + len > INGEST_BATCH_BYTES || self.chunks.len() >= SAME_CHUNKS_MAX {
+                self.send()?;
+            }
+            let now = left.min((SAME_CHUNKS_MAX - self.chunks.len()) as u64);
+            self.block[self.cut..self.cut + len].fill(0);
+            let range = self.cut..self.cut + len;
+            for number in 0..now {
+                let origin = ChunkOrigin {
+                    entry: self.entries,
+                    offset: offset + number * len as u64,
+                };
+                self.chunks.push((range.clone(), origin));
+            }
+            if let Some(waiting) = self.waiting.back_mut() {
+                waiting.chunks_left += now as usize;
+            }
+            (self.cut, self.filled) = (range.end, range.end);
+            (left, offset) = (left - now, offset + now * len as u64);
+            while read < offset {
+                self.progress.check()?;
+                let zeros = (offset - read).min(ZEROS.len() as u64);
+                hasher.update(&ZEROS[..zeros as usize]);
+                self.progress.read.fetch_add(zeros, Ordering::Relaxed);
+                read += zeros;
+            }
+        }
+        Ok(offset)
     }
 
     /// Sends the chunks to a worker. Uncut bytes become the start of the next block.
@@ -483,7 +570,7 @@ fn memory_of(entry: &SourceEntry) -> usize {
 }
 
 /// Reads until the buffer is full or the input ends.
-fn read_all_of(from: &mut dyn Read, buffer: &mut [u8]) -> std::io::Result<usize> {
+fn read_all_of(from: &mut (impl Read + ?Sized), buffer: &mut [u8]) -> std::io::Result<usize> {
     let mut filled = 0;
     while filled < buffer.len() {
         match from.read(&mut buffer[filled..]) {
@@ -497,26 +584,26 @@ fn read_all_of(from: &mut dyn Read, buffer: &mut [u8]) -> std::io::Result<usize>
 }
 
 /// Opens the content of an entry. Calls `opened` if the content is, or is in, a file of the source.
-fn open(
+pub(super) fn open(
     content: &Content,
     size: u64,
     opened: impl FnOnce(&File) -> Result<(), Fault>,
-) -> Result<Box<dyn Read + '_>, Fault> {
+) -> Result<Box<dyn Input + '_>, Fault> {
     let open =
         |path: &Path| durable::open_regular(path).at(format_args!("read {}", path.display()));
     Ok(match content {
-        Content::Memory(bytes) => Box::new(&bytes[..]),
+        Content::Memory(bytes) => Box::new(Plain(&bytes[..])),
         Content::File(from) => {
             let file = open(from)?;
             opened(&file)?;
-            Box::new(file)
+            Box::new(WholeFile::new(file).at(from.display())?)
         }
-        Content::Scratch(from) => Box::new(open(from)?),
+        Content::Scratch(from) => Box::new(WholeFile::new(open(from)?).at(from.display())?),
         Content::Range { file: from, offset } => {
             let mut file = open(from)?;
             opened(&file)?;
             file.seek(SeekFrom::Start(*offset)).at(from.display())?;
-            Box::new(file.take(size))
+            Box::new(Plain(file.take(size)))
         }
     })
 }

@@ -7,6 +7,8 @@ use crate::manifest::{Attributes, Entry, EntryBody, Step, Walk};
 use crate::source::{Content, SourceBody, SourceEntry};
 use crate::testing::Folder;
 
+mod holes;
+
 fn noise(seed: &str, len: usize) -> Vec<u8> {
     let mut out = vec![0; len];
     blake3::Hasher::new()

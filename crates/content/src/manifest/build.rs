@@ -26,8 +26,8 @@ pub struct Builder<'a> {
     /// Finished pages that are not listed yet, one list per level; level 0 holds entry pages.
     levels: Vec<Level>,
     last: Option<RelPath>,
-    /// The path of open directories at the current position.
-    open: Vec<String>,
+    /// The innermost directory that the current position is in; empty: the artifact itself.
+    open: String,
     has_attributes: bool,
 }
 
@@ -50,7 +50,7 @@ impl<'a> Builder<'a> {
             page: PageWriter::default(),
             levels,
             last: None,
-            open: Vec::new(),
+            open: String::new(),
             has_attributes: false,
         }
     }
@@ -168,10 +168,11 @@ impl<'a> Builder<'a> {
 }
 
 /// Checks that every path comes after the previous path and is inside a listed directory. Therefore
-/// a receiver can create the tree in one pass, and never writes through a link.
+/// a receiver can create the tree in one pass, and never writes through a link. `open` is the
+/// innermost directory of the previous entry.
 pub(super) fn check_order(
     last: Option<&RelPath>,
-    open: &mut Vec<String>,
+    open: &mut String,
     entry: &Entry,
 ) -> Result<(), Fault> {
     let wrong = |why: &str| {
@@ -184,14 +185,18 @@ pub(super) fn check_order(
         return wrong("is out of order or listed twice");
     }
     let parent = entry.path.parent().unwrap_or("");
-    while open.last().is_some_and(|dir| dir != parent) {
-        open.pop();
-    }
-    if open.is_empty() && !parent.is_empty() {
+    // All directories above the open one are directories of the artifact too.
+    let is_inside = parent.is_empty()
+        || open
+            .strip_prefix(parent)
+            .is_some_and(|below| below.is_empty() || below.starts_with('/'));
+    if !is_inside {
         return wrong("is not inside a directory of the artifact");
     }
+    open.truncate(parent.len());
     if entry.body == EntryBody::Dir {
-        open.push(entry.path.as_str().to_owned());
+        open.clear();
+        open.push_str(entry.path.as_str());
     }
     Ok(())
 }

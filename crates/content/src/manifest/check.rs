@@ -3,51 +3,81 @@
 //! A manifest must pass [`check`] wherever it enters: offered by a site, uploaded by a publisher,
 //! imported from a bundle, or received by a site. A walk checks each path, the order, that each
 //! entry is inside a directory of the artifact, and that pages, chunks and totals are consistent.
-//! This module adds the rules for the kind, for link targets and for chunk sizes. Memory does not
-//! grow with the manifest, and a page that is listed many times is read once.
-
-use std::collections::HashMap;
+//! This module adds the rules for the kind, for link targets and for chunk sizes.
+//!
+//! Memory does not grow with the manifest: a check holds at most 4 MiB. A page that is listed many
+//! times is read once. The cost is linear in the size of the manifest, times the number of parts in
+//! which [`expected`] looks at what links refer to: one for all but a few manifests.
 
 use super::walk::{DIFFERENT_PAGES_KNOWN_MAX, malformed_manifest};
-use super::{Entry, EntryBody, FileInfo, KindInfo, Pages, Root, Step, Walk};
+use super::{Entry, EntryBody, KindInfo, Pages, Root, Step, Until, Walk};
 use crate::label_rows::{ANNOTATIONS, CLASSES, SAMPLES};
+use base::blocking::Stop;
 use base::fault::Fault;
-use base::limits::{HARD_LINK_BYTES_MAX, IMAGE_MANIFEST_BYTES_MAX, LINK_FOLDERS_BYTES_MAX};
-use base::names::{ArtifactRef, Kind, RelPath, stays_inside};
+use base::limits::IMAGE_MANIFEST_BYTES_MAX;
+use base::names::{ArtifactRef, Kind};
 use base::sha256::Sha256;
+use expected::Expected;
 
-/// Checks a complete manifest. A violation is an `integrity` fault that names the artifact.
+mod expected;
+
+/// The steps after which the check looks whether it should stop: a page of long paths takes a
+/// second in a debug build.
+const STEPS_TOGETHER: u32 = 1024;
+
+/// Checks a complete manifest. A violation is an `integrity` fault that names the artifact. `stop`
+/// ends the check early, with a fault that is none of the manifest.
 pub fn check<P: Pages + ?Sized>(
     artifact: &ArtifactRef,
     root: &Root,
     pages: &P,
+    stop: &Stop,
 ) -> Result<(), Fault> {
     let checked = Rules::new(artifact.kind, root).and_then(|mut rules| {
-        for step in Walk::once_each(root, pages, DIFFERENT_PAGES_KNOWN_MAX) {
-            rules.see(&step?)?;
-        }
-        rules.end(pages)
+        let mut expected = Expected::default();
+        each_step(root, pages, stop, |step| {
+            rules.see(&step)?;
+            if let Step::Entry { entry, .. } = &step {
+                expected.note(entry)?;
+            }
+            Ok(true)
+        })?;
+        rules.end()?;
+        expected.check(|each| {
+            each_step(root, pages, stop, |step| match &step {
+                Step::Entry { entry, .. } => each(entry),
+                Step::Chunk(..) => Ok(true),
+            })
+        })
     });
     checked.map_err(|fault| fault.context(artifact))
 }
 
-fn wrong_hard_link(path: &str) -> Fault {
-    malformed_manifest(&format!(
-        "the hard link {path:?} does not have the content of a file of the artifact"
-    ))
+/// Passes each step of a walk to `each`, until it returns `false`.
+fn each_step<P: Pages + ?Sized>(
+    root: &Root,
+    pages: &P,
+    stop: &Stop,
+    mut each: impl FnMut(Step) -> Result<bool, Fault>,
+) -> Result<(), Fault> {
+    let pages = Until::new(pages, stop);
+    let mut steps = 0;
+    for step in Walk::once_each(root, &pages, DIFFERENT_PAGES_KNOWN_MAX) {
+        steps = (steps + 1) % STEPS_TOGETHER;
+        if steps == 0 {
+            stop.check()?;
+        }
+        if !each(step?)? {
+            break;
+        }
+    }
+    Ok(())
 }
 
 /// The rules beyond those of the walk.
 struct Rules<'a> {
     root: &'a Root,
     kind: Kinds,
-    /// The directories from which a link goes up by `..`, each with one such link. Each of them
-    /// must be a directory.
-    parents_of_dotdot: HashMap<String, RelPath>,
-    bytes: usize,
-    /// The files that have other names, each with the content that these names have.
-    linked: HashMap<RelPath, FileInfo>,
-    linked_bytes: usize,
 }
 
 /// The rules of an artifact's kind for its entries.
@@ -70,10 +100,11 @@ enum Kinds {
 impl<'a> Rules<'a> {
     fn new(kind: Kind, root: &'a Root) -> Result<Self, Fault> {
         if root.kind != kind {
-            return Err(
-                Fault::integrity(format!("its manifest is that of a {}", root.kind))
-                    .with_next("publish the artifact again"),
-            );
+            return Err(Fault::integrity(format!(
+                "its manifest is that of {}",
+                root.kind.with_article()
+            ))
+            .with_next("publish the artifact again"));
         }
         let kind = match &root.info {
             KindInfo::Files if kind.is_files() => Kinds::Files,
@@ -116,30 +147,17 @@ impl<'a> Rules<'a> {
             }
             _ => {
                 return Err(malformed_manifest(&format!(
-                    "its metadata is not that of a {kind}"
+                    "its metadata is not that of {}",
+                    kind.with_article()
                 )));
             }
         };
-        Ok(Self {
-            root,
-            kind,
-            parents_of_dotdot: HashMap::new(),
-            bytes: 0,
-            linked: HashMap::new(),
-            linked_bytes: 0,
-        })
+        Ok(Self { root, kind })
     }
 
     fn see(&mut self, step: &Step) -> Result<(), Fault> {
         match step {
-            Step::Entry { entry, .. } => {
-                self.entry(entry)?;
-                if let EntryBody::Symlink(target) = &entry.body {
-                    self.link(&entry.path, target)
-                } else {
-                    Ok(())
-                }
-            }
+            Step::Entry { entry, .. } => self.entry(entry),
             Step::Chunk(chunk, _) => {
                 let len_max = self.root.chunking.max.max(self.root.chunking.whole);
                 let is_allowed = chunk.len <= len_max;
@@ -158,9 +176,6 @@ impl<'a> Rules<'a> {
     fn entry(&mut self, entry: &Entry) -> Result<(), Fault> {
         if !matches!(self.kind, Kinds::Files) && !entry.attributes.is_empty() {
             return Err(malformed_manifest("only files have attributes"));
-        }
-        if let (Some(first), EntryBody::File(file)) = (&entry.attributes.hard_link, &entry.body) {
-            self.hard_link(entry, first, *file)?;
         }
         let path = entry.path.as_str();
         let size = if let EntryBody::File(file) = &entry.body {
@@ -200,89 +215,20 @@ impl<'a> Rules<'a> {
             Ok(())
         } else {
             Err(malformed_manifest(&format!(
-                "the entry {path:?} is not allowed in a {}",
-                self.root.kind
+                "the entry {path:?} is not allowed in {}",
+                self.root.kind.with_article()
             )))
         }
     }
 
-    /// Another name of a file has the content of the file, which the second walk finds.
-    fn hard_link(&mut self, entry: &Entry, first: &RelPath, file: FileInfo) -> Result<(), Fault> {
-        let known = self.linked.get(first).copied();
-        if known.is_none() {
-            self.linked_bytes += first.as_str().len() + size_of::<(RelPath, FileInfo)>();
-            self.linked.insert(first.clone(), file);
-        }
-        if known.is_some_and(|known| known != file) {
-            return Err(wrong_hard_link(entry.path.as_str()));
-        }
-        if self.linked_bytes > HARD_LINK_BYTES_MAX {
-            return Err(malformed_manifest("it has too many hard links"));
-        }
-        Ok(())
-    }
-
-    fn link(&mut self, path: &RelPath, target: &str) -> Result<(), Fault> {
-        let (folders, bytes) = (&mut self.parents_of_dotdot, &mut self.bytes);
-        let inside = stays_inside(path, target, |folder| {
-            // Whether it is a directory is known after all entries were seen.
-            if !folders.contains_key(folder) {
-                *bytes += folder.len() + path.as_str().len();
-                folders.insert(folder.to_owned(), path.clone());
-            }
-            true
-        });
-        inside.map_err(|why| {
-            malformed_manifest(&format!(
-                "the target {target:?} of the link {:?} {why}",
-                path.as_str()
-            ))
-        })?;
-        if self.bytes > LINK_FOLDERS_BYTES_MAX {
-            return Err(malformed_manifest("too many of its links use '..'"));
-        }
-        Ok(())
-    }
-
-    fn end<P: Pages + ?Sized>(mut self, pages: &P) -> Result<(), Fault> {
-        if let Kinds::Image {
-            top, seen: false, ..
-        } = &self.kind
-        {
-            return Err(malformed_manifest(&format!(
+    fn end(self) -> Result<(), Fault> {
+        match self.kind {
+            Kinds::Image {
+                top, seen: false, ..
+            } => Err(malformed_manifest(&format!(
                 "it does not contain the image's top manifest {top}"
-            )));
-        }
-        if self.parents_of_dotdot.is_empty() && self.linked.is_empty() {
-            return Ok(());
-        }
-        for step in Walk::once_each(self.root, pages, DIFFERENT_PAGES_KNOWN_MAX) {
-            let Step::Entry { entry, .. } = step? else {
-                continue;
-            };
-            match &entry.body {
-                EntryBody::Dir => {
-                    self.parents_of_dotdot.remove(entry.path.as_str());
-                }
-                EntryBody::File(file) if entry.attributes.hard_link.is_none() => {
-                    if let Some(expected) = self.linked.remove(&entry.path)
-                        && expected != *file
-                    {
-                        return Err(wrong_hard_link(entry.path.as_str()));
-                    }
-                }
-                EntryBody::File(_) | EntryBody::Symlink(_) => {}
-            }
-        }
-        if let Some(first) = self.linked.into_keys().next() {
-            return Err(wrong_hard_link(first.as_str()));
-        }
-        match self.parents_of_dotdot.into_iter().next() {
-            None => Ok(()),
-            Some((folder, link)) => Err(malformed_manifest(&format!(
-                "the link {:?} uses '..' after {folder:?}, which is not a directory",
-                link.as_str()
             ))),
+            _ => Ok(()),
         }
     }
 }

@@ -22,8 +22,8 @@ pub use page::{ChunkRef, read_children};
 pub use same::same_but_times;
 pub use survey::{Named, survey};
 pub use walk::{
-    ChunkPosition, Listed, Pages, Step, Walk, children, entry_pages, for_each_page, level_below,
-    top_level,
+    ChunkPosition, Listed, Pages, Step, Until, Walk, children, entry_pages, for_each_page,
+    level_below, top_level,
 };
 
 use serde::{Deserialize, Serialize};

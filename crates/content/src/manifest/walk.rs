@@ -4,7 +4,8 @@ use std::collections::{HashMap, HashSet};
 
 use bytes::Bytes;
 
-use crate::chunk::Hash;
+use crate::chunk::{Hash, ShortHash};
+use base::blocking::Stop;
 use base::fault::Fault;
 use base::names::RelPath;
 
@@ -20,13 +21,35 @@ const DEPTH_MAX: u8 = 8;
 const REPEATED_PAGES_MAX: usize = 1 << 17;
 /// The largest number of pages in a root; the size limit of a root allows fewer.
 const ROOT_PAGES_MAX: usize = 16 << 10;
-/// The number of pages with only chunks that [`Walk::once_each`] remembers.
-pub(super) const DIFFERENT_PAGES_KNOWN_MAX: usize = 64 << 10;
+/// The largest number of different index pages. An index page of the builder lists about 300 pages
+/// and each of these has about 256 records, so this is enough for 2 billion entries or chunks.
+const INDEX_PAGES_MAX: usize = 7 << 12;
+/// The number of pages with only chunks that [`Walk::once_each`] remembers, in 400 KiB.
+pub(super) const DIFFERENT_PAGES_KNOWN_MAX: usize = 7 << 10;
 
 /// Provides the raw bytes of pages. The implementation verifies them.
 pub trait Pages {
     /// Returns the page with this id.
     fn page(&self, id: Hash) -> Result<Bytes, Fault>;
+}
+
+/// The same pages, until the work that reads them is stopped.
+pub struct Until<'a, P: ?Sized> {
+    pages: &'a P,
+    stop: &'a Stop,
+}
+
+impl<'a, P: Pages + ?Sized> Until<'a, P> {
+    pub fn new(pages: &'a P, stop: &'a Stop) -> Self {
+        Self { pages, stop }
+    }
+}
+
+impl<P: Pages + ?Sized> Pages for Until<'_, P> {
+    fn page(&self, id: Hash) -> Result<Bytes, Fault> {
+        self.stop.check()?;
+        self.pages.page(id)
+    }
 }
 
 /// The position of a chunk in an artifact. Fetch requests use it to identify a chunk, and the
@@ -76,7 +99,7 @@ pub struct Walk<'a, P: Pages + ?Sized> {
     seen: Totals,
     entries: u64,
     last: Option<RelPath>,
-    open: Vec<String>,
+    open: String,
     /// The bytes of the last file for which no chunk was read yet, and the size of the file.
     uncovered: u64,
     size: u64,
@@ -91,7 +114,8 @@ impl<'a, P: Pages + ?Sized> Walk<'a, P> {
 
     /// Creates a walk that skips the chunks of a page with only chunks that was read before; it
     /// only counts them. If a manifest lists such a page many times, the cost depends on the size
-    /// of the pages and not on their repetition. Remembers at most `known_max` of these pages.
+    /// of the pages and not on their repetition. Remembers at most the last `known_max` of these
+    /// pages.
     pub(super) fn once_each(root: &'a Root, pages: &'a P, known_max: usize) -> Self {
         let pending = root
             .pages
@@ -161,7 +185,10 @@ impl<'a, P: Pages + ?Sized> Walk<'a, P> {
         if (u64::from(page.index), entries) != (page.listed.chunks, page.listed.entries) {
             return Err(listing_mismatch());
         }
-        if entries == 0 && self.known.pages.len() < self.known.max {
+        if entries == 0 && self.known.max > 0 {
+            if self.known.pages.len() == self.known.max {
+                self.known.pages.clear();
+            }
             self.known
                 .pages
                 .insert(page.listed.id, (page.listed.chunks, page.bytes));
@@ -315,7 +342,7 @@ impl<P: Pages + ?Sized> Iterator for Walk<'_, P> {
 /// listing repeats everything below it for a few bytes.
 #[derive(Default)]
 struct Expansion {
-    opened: HashSet<Hash>,
+    opened: HashSet<ShortHash>,
     repeated: usize,
 }
 
@@ -324,11 +351,15 @@ impl Expansion {
     fn open(&mut self, page: &PageRef, bytes: &[u8]) -> Result<Vec<PageRef>, Fault> {
         let children = read_children(bytes)?;
         add_up(&children, page.chunks.into(), page.entries.into())?;
-        if !self.opened.insert(page.id) {
+        if !self.opened.insert(page.id.short()) {
             self.repeated += children.len();
             if self.repeated > REPEATED_PAGES_MAX {
                 return Err(malformed_manifest("its index pages are repeated too often"));
             }
+        } else if self.opened.len() > INDEX_PAGES_MAX {
+            return Err(malformed_manifest(&format!(
+                "it has more than {INDEX_PAGES_MAX} different index pages"
+            )));
         }
         Ok(children)
     }

@@ -125,8 +125,10 @@ impl Store {
         frame: impl FnMut(usize) -> Frame,
     ) -> Result<u64, Fault> {
         let here = self.has_many(ids)?;
+        // The chunks of a hole are all the same.
+        let mut taken = HashSet::new();
         let frames: Vec<Frame> = (0..ids.len())
-            .filter(|place| !here[*place])
+            .filter(|place| !here[*place] && taken.insert(ids[*place]))
             .map(frame)
             .collect();
         self.append_all(&frames)

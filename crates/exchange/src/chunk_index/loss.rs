@@ -88,13 +88,13 @@ impl Loss {
             .unwrap_or_default();
         match self.artifacts {
             Some(count) => format!(
-                "ok places: made again on {} for {count} artifacts, because {}; remove {}{aside} to end this line",
+                "ok chunk index: rebuilt on {} for {count} artifacts, because {}; remove {}{aside} to end this line",
                 self.at,
                 self.why,
                 data_dir.join(FILE).display()
             ),
             None => format!(
-                "fault places: being made again since {}, because {}; until then chunks that are here may be fetched again",
+                "fault chunk index: being rebuilt since {}, because {}; until then chunks that are here may be fetched again",
                 self.at, self.why
             ),
         }

@@ -151,7 +151,7 @@ fn a_damaged_or_missing_file_is_recreated_and_reported() {
     );
     assert!(
         loss.report(dir.path())
-            .starts_with("fault places: being made again"),
+            .starts_with("fault chunk index: being rebuilt"),
         "{}",
         loss.report(dir.path())
     );
@@ -170,7 +170,7 @@ fn a_damaged_or_missing_file_is_recreated_and_reported() {
         .unwrap()
         .report(dir.path());
     assert!(
-        report.starts_with("ok places: made again on") && report.contains("7 artifacts"),
+        report.starts_with("ok chunk index: rebuilt on") && report.contains("7 artifacts"),
         "{report}"
     );
 

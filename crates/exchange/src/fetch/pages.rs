@@ -12,7 +12,7 @@ use tokio::time::timeout;
 use super::answer::{WRITE_MAX, reads_nothing};
 use super::{Fetcher, Library, Opened, Ranges, store_pages};
 use crate::wire::PRIORITY_MANIFEST;
-use base::blocking::blocking;
+use base::blocking::{Stop, blocking, cancellable};
 use base::fault::{Fault, Reason};
 use base::limits::{
     CHUNK_BYTES_MAX, DIFFERENCE_BASE_BYTES_MAX, FETCH_BATCH_BYTES, FETCH_BATCH_CHUNKS_MAX,
@@ -22,7 +22,7 @@ use content::chunk::Hash;
 use content::frame::{Frame, Verified};
 use content::manifest::delta::{Alignment, compress, restore};
 use content::manifest::{
-    Digest, Listed, PageRef, Pages, Root, entry_pages, level_below, top_level,
+    Digest, Listed, PageRef, Pages, Root, Until, entry_pages, level_below, top_level,
 };
 use content::store::Store;
 use model::protocol::Wanted;
@@ -52,7 +52,7 @@ pub(super) async fn answer(
     if bytes(&pages) > CHUNK_BYTES_MAX as u64 || bytes(&old) > DIFFERENCE_BASE_BYTES_MAX {
         return Err(too_much());
     }
-    let _share = library
+    let share = library
         .share(peer, bytes(&pages) + bytes(&old), PRIORITY_MANIFEST)
         .await?;
     let place = library.work_place(peer).await;
@@ -60,14 +60,11 @@ pub(super) async fn answer(
         read(library, opened, &pages).await?,
         read(library, &base, &old).await?,
     );
-    let frame = blocking(move || {
-        Ok(Frame::delta(
-            pages.iter().map(Bytes::len).sum(),
-            compress(&old, &pages)?,
-        ))
+    let (frame, _share) = cancellable(place, move |_| {
+        let raw_len = pages.iter().map(Bytes::len).sum();
+        Ok((Frame::delta(raw_len, compress(&old, &pages)?), share))
     })
     .await?;
-    drop(place);
     let sent = timeout(WRITE_MAX, send.write_bytes(frame.to_bytes())).await;
     sent.map_err(|_| reads_nothing(peer))?
 }
@@ -134,7 +131,8 @@ impl Fetcher {
             }
             self.fetch_level(&level, store).await?;
             let (above, pages) = (level, store.clone());
-            level = blocking(move || level_below(&above, &pages)).await?;
+            let below = move |stop: &Stop| level_below(&above, &Until::new(&pages, stop));
+            level = cancellable((), below).await?;
         }
         let store = store.clone();
         blocking(move || store.flush_since(losses)).await
@@ -145,8 +143,8 @@ impl Fetcher {
     async fn differences(&self, level: &[Listed], base: &Root, store: &Store) -> Result<(), Fault> {
         let all: Vec<PageRef> = level.iter().flat_map(|(_, pages)| pages).copied().collect();
         let (root, pages) = (base.clone(), store.clone());
-        let prepared = blocking(move || {
-            let old = entry_pages(&root, &pages)?;
+        let prepared = cancellable((), move |stop| {
+            let old = entry_pages(&root, &Until::new(&pages, stop))?;
             let here = pages.has_many(&old.iter().map(|p| p.id).collect::<Vec<_>>())?;
             if !here.into_iter().all(|here| here) {
                 return Err(Fault::not_found("some pages of the older version are gone"));

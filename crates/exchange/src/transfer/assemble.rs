@@ -62,7 +62,7 @@ use super::memory::{Memory, UNIT_BYTES};
 use super::stopped;
 use begin_finish::HeldBySink;
 use committer::Committer;
-pub use estimate::{Estimate, free_room};
+pub use estimate::{Estimate, Room};
 use failure::{Ending, Failure};
 use growing::{Arrival, Growing};
 use producer::Producer;
@@ -516,9 +516,9 @@ impl Assembly {
     async fn discard(&self, place: u32, journal: &Arc<RwLock<Journal>>, stage: &Arc<Stage>) {
         let (this, noted) = (self.clone(), journal.clone());
         let removed = match blocking(move || this.clear_damaged(place, &noted)).await {
-            Ok(paths) => {
-                let stage = stage.clone();
-                self.on_thread(move || paths.iter().try_for_each(|path| stage.remove_file(path)))
+            Ok(files) => {
+                let (this, stage) = (self.clone(), stage.clone());
+                self.on_thread(move || this.remove_damaged(&stage, files))
                     .await
             }
             Err(fault) => Err(fault),

@@ -16,7 +16,7 @@ use super::progress_rate::{ProgressRate, Stall};
 use super::waiting::{Takes, stays};
 use super::{Assembly, Counters, Runner, incoming, slots, stopped, unless};
 use crate::fetch::Fetcher;
-use base::blocking::blocking;
+use base::blocking::{Stop, cancellable};
 use base::fault::{Fault, IoContext, Reason};
 use content::manifest;
 use model::transfer::State;
@@ -158,11 +158,11 @@ impl Runner {
             row.artifact.clone(),
             inner.shared.store.clone(),
         );
-        unless(
-            stop,
-            blocking(move || manifest::check(&artifact, &checked, &store)),
-        )
-        .await?;
+        let check = move |stop: &Stop| manifest::check(&artifact, &checked, &store, stop);
+        // A check that is not awaited any more holds its place until it has ended.
+        let place = inner.checks.clone().acquire_owned();
+        let check = async { cancellable(place.await, check).await };
+        unless(stop, check).await?;
         inner
             .catalogue
             .add_artifact(&row.artifact, &root, None)

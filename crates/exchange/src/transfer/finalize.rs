@@ -239,6 +239,7 @@ impl Runner {
             if wrong.is_some() {
                 return Ok(plain(PresenceState::Damaged, wrong));
             }
+            sink.restore_switch(artifact).await?;
             Ok::<_, Fault>(Presence {
                 state: PresenceState::Intact,
                 detail: None,
@@ -312,9 +313,12 @@ impl Runner {
         row.body.location = Some(landed.location.into());
         row.body.note = landed.note.map(Into::into);
         let identity = inner.identity.borrow().clone();
-        row.body.receipt = Some(Receipt::sign(row, identity.cert_der(), |statement| {
-            identity.sign(statement)
-        })?);
+        row.body.receipt = Some(Receipt::sign(
+            row,
+            base::clock::now_ms(),
+            identity.cert_der(),
+            |statement| identity.sign(statement),
+        )?);
         self.enter(row, State::Done, None).await;
         tracing::info!("a transfer is done");
         Ok(())
@@ -346,9 +350,12 @@ impl Runner {
         row.body.set_fault(None);
         row.body.location = there.location.map(Into::into);
         let identity = inner.identity.borrow().clone();
-        row.body.receipt = Some(Receipt::sign(row, identity.cert_der(), |statement| {
-            identity.sign(statement)
-        })?);
+        row.body.receipt = Some(Receipt::sign(
+            row,
+            base::clock::now_ms(),
+            identity.cert_der(),
+            |statement| identity.sign(statement),
+        )?);
         row.state = State::Done;
         self.write(row).await?;
         tracing::info!(

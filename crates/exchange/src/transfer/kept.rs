@@ -23,7 +23,7 @@ const ROWS_TOGETHER: usize = 32 << 10;
 impl Runner {
     /// Records the chunks of the other versions of a series again, if a version of it was removed
     /// from outside.
-    pub(super) async fn find_removed_versions(
+    pub async fn find_removed_versions(
         &self,
         artifact: &ArtifactRef,
         sink: &dyn Sink,

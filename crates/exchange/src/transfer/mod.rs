@@ -33,15 +33,17 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::Mutex;
-use tokio::sync::{Notify, mpsc, oneshot, watch};
+use tokio::sync::{Notify, Semaphore, mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument as _;
 
 use base::fault::{Code, Fault};
+use base::limits::MANIFEST_CHECKS_MAX;
 use base::locks::Locks;
 use base::names::{ArtifactRef, Kind, SiteName, TransferId};
 use base::spans;
+use base::tally::Tally;
 use content::manifest::{Digest, Root};
 use model::protocol::Desired;
 use model::transfer::{Bytes, Effect, State};
@@ -50,7 +52,7 @@ use state::{Adopted, Body, Catalogue, TransferRow, Want};
 use transport::Link;
 use transport::identity::SiteIdentity;
 
-pub use assemble::{Assembly, AssemblyContext, Counters, Estimate, free_room};
+pub use assemble::{Assembly, AssemblyContext, Counters, Estimate, Room};
 pub use kept::Registered;
 pub use memory::Memory;
 pub use scrub::{Scrub, Scrubbed};
@@ -127,6 +129,8 @@ struct Inner {
     link: watch::Receiver<Option<Link>>,
     check_requests: mpsc::Sender<CheckRequest>,
     slots: [Slots; SINKS],
+    /// Places for checks of manifests, which the hub chooses.
+    checks: Arc<Semaphore>,
     running: Mutex<HashMap<TransferId, Running>>,
     /// Transfers that are being paused or cancelled, each with its generation.
     ending: Mutex<HashMap<(TransferId, i64, Want), JoinHandle<()>>>,
@@ -138,6 +142,8 @@ struct Inner {
     alone: Locks<ArtifactRef>,
     /// Root manifests that the hub pushed, each with its bytes on the wire.
     pushed: Mutex<Vec<(Digest, Root, u64)>>,
+    /// Those that could not be used.
+    bad_pushed: Tally,
     /// The last rate of a transfer, bytes per second.
     last_rate: AtomicU64,
     /// Rows that the catalogue could not store.
@@ -193,12 +199,14 @@ impl Runner {
             link,
             check_requests,
             slots,
+            checks: Arc::new(Semaphore::new(MANIFEST_CHECKS_MAX)),
             running,
             ending,
             leftovers,
             staging,
             alone,
             pushed,
+            bad_pushed: Tally::new("a manifest that the hub pushed cannot be used"),
             last_rate,
             unwritten,
             stop,

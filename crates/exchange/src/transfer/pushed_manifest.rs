@@ -19,9 +19,10 @@ use content::manifest::{Digest, Root};
 use model::protocol::PushedManifest;
 
 impl Runner {
-    /// Stores manifests that the hub pushed. They are hints: an invalid one is requested later.
+    /// Stores manifests that the hub pushed. They are hints: an invalid one is requested later, and
+    /// so is one beyond the number that is kept.
     pub async fn accept_pushed(&self, manifests: Vec<PushedManifest>) {
-        for PushedManifest { digest, frames } in manifests {
+        for PushedManifest { digest, frames } in manifests.into_iter().take(PUSHED_MANIFESTS_MAX) {
             let (store, wire) = (
                 self.inner.shared.store.clone(),
                 frames.as_str().len() as u64,
@@ -47,7 +48,10 @@ impl Runner {
                     }
                 }
                 Err(fault) => {
-                    tracing::warn!(%digest, error = %fault, "a manifest that the hub pushed cannot be used");
+                    // The hub chooses how many there are.
+                    self.inner
+                        .bad_pushed
+                        .note(format_args!("{digest}: {fault}"));
                 }
             }
         }

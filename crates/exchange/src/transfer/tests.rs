@@ -9,11 +9,13 @@ use tokio::sync::Semaphore;
 use super::*;
 use crate::chunk_index::ChunkIndex;
 use base::fault::Reason;
+use base::limits::PUSHED_MANIFESTS_MAX;
 use base::names::RelPath;
 use base::workers::Workers;
 use content::chunk::DEFAULT_CHUNKING;
 use content::manifest::{FileInfo, KindInfo, Totals};
 use content::store::Store;
+use model::protocol::PushedManifest;
 use sink::files::FilesSink;
 use sink::{Committed, StorageLocation, Threads, Verification, images, labels};
 use transport::Transport;
@@ -631,6 +633,15 @@ async fn what_is_thrown_away_is_not_committed_any_more() {
         "nothing of it counts, so a transfer that fails like this makes no progress"
     );
     assert_eq!(stage.size(&"large".parse().unwrap()).unwrap(), None);
+    // What cannot be removed now is removed later: writes to it could fail for ever.
+    let there = stage.path().join("large");
+    std::fs::create_dir_all(there.join("not-a-file")).unwrap();
+    assembly.counters.damaged.lock().insert(0);
+    assert!(assembly.begin().is_err());
+    std::fs::remove_dir_all(&there).unwrap();
+    stage.write_file(&"large".parse().unwrap(), &bytes).unwrap();
+    let (_, _, stage) = assembly.begin().unwrap();
+    assert_eq!(stage.size(&"large".parse().unwrap()).unwrap(), None);
     bench.stop().await;
 }
 
@@ -719,4 +730,22 @@ async fn a_file_whose_time_was_put_back_is_read_and_one_with_another_mode_is_int
     write(bytes[0]);
     assert_eq!(look().await, None);
     bench.stop().await;
+}
+
+#[tokio::test]
+async fn bad_pushed_manifests_write_one_line() {
+    let (log, _captured) = base::tally::Log::capture();
+    let bench = Bench::new().await;
+    for n in 0..100_u32 {
+        let bad = (0..1000_u32).map(|m| PushedManifest {
+            digest: Digest::of(&[n.to_le_bytes(), m.to_le_bytes()].concat()),
+            frames: base::text::Exact::new("!".into()).unwrap(),
+        });
+        bench.runner.accept_pushed(bad.collect()).await;
+    }
+    let lines = log.lines_with("a manifest that the hub pushed cannot be used");
+    assert_eq!(lines.len(), 1, "{} lines", lines.len());
+    // Those beyond the number that is kept are not looked at.
+    let waiting = bench.runner.inner.bad_pushed.waiting();
+    assert_eq!(waiting, 100 * PUSHED_MANIFESTS_MAX as u64 - 1);
 }

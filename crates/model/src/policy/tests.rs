@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 
 use super::*;
 
-pub(super) const VERBS: [Verb; 30] = [
+pub(super) const VERBS: [Verb; 31] = [
     Verb::Connect,
     Verb::Control,
     Verb::Renew,
@@ -36,11 +36,12 @@ pub(super) const VERBS: [Verb; 30] = [
     Verb::CancelJob,
     Verb::CreateToken,
     Verb::ManageAccess,
+    Verb::ManageSites,
 ];
 
 /// What the administrator may do, to every object.
 const ADMIN: &str = "Watch Read Diagnose ReadExclusions ReadDigest Publish Deliver Plan Act Train Finish Cancel Pin Verify Export Import Collect CancelJob \
-                     CreateToken ManageAccess";
+                     CreateToken ManageAccess ManageSites";
 /// What the hub may do at a site or a publisher, to every object.
 const HUB: &str = "ReadManifest ReadContent Plan Verify";
 
@@ -66,12 +67,18 @@ const TABLE: &[(&str, &str, &str)] = &[
     ("daemon", "publisher p", "Renew Upload"),
     ("daemon", "publisher q", "Renew Upload"),
     ("daemon", "publisher a", "Renew Upload"),
-    ("member", "site a", "Connect"),
-    ("member", "site b", "Connect"),
-    ("member", "site c", "Connect"),
-    ("member", "publisher p", "Connect"),
-    ("member", "publisher q", "Connect"),
-    ("member", "publisher a", "Connect"),
+    ("member", "site a", "Connect Renew"),
+    ("member, expired within the grace", "site a", "Renew"),
+    ("member", "site b", "Connect Renew"),
+    ("member, expired within the grace", "site b", "Renew"),
+    ("member", "site c", "Connect Renew"),
+    ("member, expired within the grace", "site c", "Renew"),
+    ("member", "publisher p", "Connect Renew"),
+    ("member, expired within the grace", "publisher p", "Renew"),
+    ("member", "publisher q", "Connect Renew"),
+    ("member, expired within the grace", "publisher q", "Renew"),
+    ("member", "publisher a", "Connect Renew"),
+    ("member, expired within the grace", "publisher a", "Renew"),
     (
         "artifact of a",
         "site a",
@@ -237,6 +244,12 @@ fn each_object(mut see: impl FnMut(&'static str, &Object<'_>)) {
     let of_a = |of_origin| published(Some(&a), None, Some(of_origin));
     let secret = of_a(nobody.as_slice());
     let both = [secret, of_hub];
+    let days = |days: u64| Duration::from_secs(days * 86_400);
+    let membership = |standing, expired: Option<u64>| Object::Membership {
+        standing,
+        expired: expired.map(days),
+        grace: days(180),
+    };
     let artifact = |origin, delivered, supplied| Object::Artifact {
         origin,
         delivered,
@@ -261,8 +274,22 @@ fn each_object(mut see: impl FnMut(&'static str, &Object<'_>)) {
     let (list, all, labelled) = (["a".to_owned()], ["all".to_owned()], ["line=3".to_owned()]);
     let objects = [
         ("daemon", Object::Daemon),
-        ("member", Object::Membership { known: true }),
-        ("no member", Object::Membership { known: false }),
+        ("member", membership(Standing::Current, None)),
+        ("no member", membership(Standing::Unknown, None)),
+        ("member, revoked", membership(Standing::Revoked, None)),
+        ("member, superseded", membership(Standing::Superseded, None)),
+        (
+            "member, expired within the grace",
+            membership(Standing::Current, Some(179)),
+        ),
+        (
+            "member, expired beyond the grace",
+            membership(Standing::Current, Some(180)),
+        ),
+        (
+            "member, expired and revoked",
+            membership(Standing::Revoked, Some(1)),
+        ),
         ("artifact of a", artifact(Some(&a), false, false)),
         ("artifact of a, delivered", artifact(Some(&a), true, false)),
         ("artifact of the hub", artifact(None, false, false)),
@@ -451,7 +478,7 @@ fn every_right_is_in_the_table_and_no_other() {
         .enumerate()
         .all(|(number, verb)| *verb as usize == number);
     assert!(
-        in_order && Verb::ManageAccess as usize + 1 == VERBS.len(),
+        in_order && Verb::ManageSites as usize + 1 == VERBS.len(),
         "no verb is left out"
     );
     let verbs: Vec<String> = VERBS.iter().map(|verb| format!("{verb:?}")).collect();

@@ -21,7 +21,7 @@ fn right_of(verb: Verb) -> Option<(Role, bool)> {
             (Role::Operator, false)
         }
         Verb::Import | Verb::Collect => (Role::Operator, true),
-        Verb::CreateToken | Verb::ManageAccess => (Role::Admin, true),
+        Verb::CreateToken | Verb::ManageAccess | Verb::ManageSites => (Role::Admin, true),
         Verb::Connect
         | Verb::Control
         | Verb::Renew
@@ -145,7 +145,7 @@ mod tests {
             Role::Operator,
             "Act Cancel Pin Verify Export Import Collect",
         ),
-        (Role::Admin, "CreateToken ManageAccess"),
+        (Role::Admin, "CreateToken ManageAccess ManageSites"),
     ];
 
     #[test]

@@ -48,6 +48,9 @@ pub enum FromSite {
         /// The newest format of manifests that the site reads.
         #[serde(default = "first_format")]
         manifest_format: u32,
+        /// Why the connection is over TCP although QUIC is allowed.
+        #[serde(default)]
+        reason: Option<Message>,
     },
     /// The state of transfers, to a hub that sends complete lists; any number of times for each.
     Report(Vec<Report>),

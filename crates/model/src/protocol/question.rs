@@ -97,6 +97,9 @@ pub enum AskHub {
         /// Wait so many seconds for that.
         wait: u64,
     },
+    /// The rate above which the path drops what the hub sends to the site over QUIC, in bytes per
+    /// second, or `null`.
+    LimitedRate,
 }
 
 /// A certificate request, DER, in the form of [`AskHub::Renew`].
@@ -170,9 +173,15 @@ pub struct Planned {
     /// Bytes that would be written.
     #[serde(deserialize_with = "number::count")]
     pub needs: u64,
-    /// Free bytes at the site.
+    /// Free bytes at the site, on the filesystem that lacks most of them.
     #[serde(deserialize_with = "number::optional_count")]
     pub free: Option<u64>,
+    /// Files and directories that would be created; `None` from a site of an earlier version.
+    #[serde(default, deserialize_with = "number::optional_count")]
+    pub inodes: Option<u64>,
+    /// How many can be created.
+    #[serde(default, deserialize_with = "number::optional_count")]
+    pub free_inodes: Option<u64>,
     /// Bytes a second, as last measured on the connection; 0 when it is not known.
     #[serde(deserialize_with = "number::count")]
     pub rate: u64,

@@ -31,11 +31,11 @@ fn older<T: DeserializeOwned + PartialEq + Debug>(older: &str, newer: &str) {
 #[test]
 fn control_messages_from_a_site() {
     bytes::<FromSite>(
-        r#"{"hello":{"version":"0.1.0","share":["all","line=3","a,b"],"train":null,"congestion":"auto","changes":true,"manifest_format":2}}"#,
+        r#"{"hello":{"version":"0.1.0","share":["all","line=3","a,b"],"train":null,"congestion":"auto","changes":true,"manifest_format":2,"reason":"no answer over QUIC"}}"#,
     );
     older::<FromSite>(
         r#"{"hello":{"version":"0.1.0"}}"#,
-        r#"{"hello":{"version":"0.1.0","share":null,"train":null,"congestion":"auto","changes":false,"manifest_format":1}}"#,
+        r#"{"hello":{"version":"0.1.0","share":null,"train":null,"congestion":"auto","changes":false,"manifest_format":1,"reason":null}}"#,
     );
     bytes::<FromSite>(r#""list""#);
     bytes::<FromSite>(

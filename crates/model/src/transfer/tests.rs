@@ -32,7 +32,10 @@ fn new_row() -> TransferRow {
 }
 
 fn receipt(row: &TransferRow) -> Receipt {
-    Receipt::sign(row, b"certificate", |_| Ok(b"signature".to_vec())).unwrap()
+    Receipt::sign(row, base::clock::now_ms(), b"certificate", |_| {
+        Ok(b"signature".to_vec())
+    })
+    .unwrap()
 }
 
 /// A task of the site: its generation, how far it is, and whether it was told to stop.

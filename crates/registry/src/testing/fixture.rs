@@ -2,7 +2,7 @@
 //! by the test.
 
 use std::io::Write;
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -208,11 +208,7 @@ impl RealRegistry {
             }
         }
         for _ in 0..5 {
-            let address = TcpListener::bind("127.0.0.1:0")
-                .unwrap()
-                .local_addr()
-                .unwrap()
-                .to_string();
+            let address = format!("127.0.0.1:{}", base::testing::free_port());
             let host = host.map_or_else(String::new, |host| {
                 let port = address.rsplit(':').next().unwrap();
                 format!("  host: http://{host}:{port}\n")

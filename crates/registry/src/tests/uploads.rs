@@ -4,7 +4,7 @@ use super::{credentials, local, origin};
 use crate::image::Sha256;
 use crate::testing::fixture::{Access, PASSWORD, RealRegistry, USER, write};
 use crate::testing::standin::{Scripted, StandIn, error};
-use crate::{Origin, Registry};
+use crate::{Origin, Registry, Settings};
 use base::fault::{Code, Reason};
 
 async fn pushed(address: &str, seed: u64) -> Result<bool, base::fault::Fault> {
@@ -303,5 +303,73 @@ async fn an_insecure_source_needs_neither_a_trusted_certificate_nor_tls() {
         registry.ping().await.unwrap();
         let secure = Registry::of_source(origin, None.into()).await.unwrap();
         assert!(secure.ping().await.is_err());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_login_page_in_place_of_the_token_service_is_named() {
+    let server = StandIn::start().await;
+    server.held.lock().script.push(Scripted {
+        headers: vec![("content-type", "text/html; charset=utf-8")],
+        times: usize::MAX,
+        ..Scripted::new("GET", "/token", 200, "<!doctype html>".into())
+    });
+    let registry = Registry::new(origin(&server.address), credentials(), None).unwrap();
+    let fault = registry
+        .head_manifest("op/a", "v1")
+        .await
+        .unwrap_err()
+        .fault("look up op/a:v1");
+    assert!(
+        fault
+            .message
+            .contains("a web page answered, not a token service")
+            && fault.message.contains(&server.address)
+            && fault.next.contains("login page"),
+        "{fault:?}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_host_of_a_redirect_that_does_not_answer_is_named() {
+    // Bound, and nobody listens.
+    let held = tokio::net::TcpSocket::new_v4().unwrap();
+    held.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let host = held.local_addr().unwrap().to_string();
+    let login: &'static str = format!("http://{host}/login").leak();
+    let server = StandIn::start().await;
+    server.held.lock().script.push(Scripted {
+        headers: vec![("location", login)],
+        times: usize::MAX,
+        ..Scripted::new("GET", "/v2/", 302, String::new())
+    });
+    let registry = Registry::new(origin(&server.address), None, None).unwrap();
+    let fault = registry.ping().await.unwrap_err().fault("ping");
+    assert!(
+        fault
+            .message
+            .contains(&format!("{host}, to which the registry refers"))
+            && fault.message.contains("connection refused")
+            && fault.next.contains(&host),
+        "{fault:?}"
+    );
+    // A registry that is down itself is not said to refer to another host.
+    let registry = Registry::new(origin(&host), None, None).unwrap();
+    let fault = registry.ping().await.unwrap_err().fault("ping");
+    assert!(!fault.message.contains("refers"), "{fault:?}");
+}
+
+#[test]
+fn advice_for_a_missing_image_knows_that_a_user_is_set() {
+    for settings in [Settings::Daemon, Settings::Command] {
+        let (without, with) = (
+            settings.credentials("r.lan", false),
+            settings.credentials("r.lan", true),
+        );
+        assert!(without.contains("password"), "{without}");
+        assert!(
+            with.contains("may pull") && !with.contains("set username"),
+            "{with}"
+        );
     }
 }

@@ -17,6 +17,10 @@ const TRIAL_BYTES: usize = 64 << 10;
 pub struct Mount {
     /// It rejects names that Windows rejects (SMB, FAT).
     pub windows_names: bool,
+    /// It rejects a backslash (SMB of a Linux client, which maps the other characters).
+    pub no_backslash: bool,
+    /// Readers see names that Windows reserves (`CON`, `aux.txt`) under other names (SMB).
+    pub renames_reserved: bool,
     /// It treats different names as equal.
     pub folding: Folding,
     /// It has no symbolic links (FAT, SMB without mfsymlinks).
@@ -42,6 +46,8 @@ impl Mount {
         create(folder)?;
         let mount = Self {
             windows_names: !can_create("a:b"),
+            no_backslash: !can_create("a\\b"),
+            renames_reserved: can_create("aux") && !lists(folder, "aux"),
             folding: Folding {
                 case: can_create("Case") && exists("cASE"),
                 unicode: can_create("\u{e9}") && exists("e\u{301}"),
@@ -57,6 +63,14 @@ impl Mount {
         durable::remove_all(folder)?;
         Ok(mount)
     }
+}
+
+/// Whether a list of the directory has this name.
+fn lists(folder: &Path, name: &str) -> bool {
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    entries
+        .map(|entry| entry.file_name())
+        .any(|found| found == name)
 }
 
 fn takes_modes(path: &Path) -> Result<bool, Fault> {

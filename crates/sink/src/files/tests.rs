@@ -59,6 +59,17 @@ fn names_that_windows_rejects_are_rejected_if_the_nas_rejects_them() {
         assert!(refused(&smb, bad), "{bad:?}");
         assert!(!refused(&linux, bad), "{bad:?}");
     }
+    let mapped = linux.clone().assuming(Mount {
+        no_backslash: true,
+        renames_reserved: true,
+        ..Mount::default()
+    });
+    for bad in ["CON", "sub/aux.txt", "a\\b"] {
+        assert!(refused(&mapped, bad), "{bad:?}");
+    }
+    for good in ["a:b", "a.", "tab\there", "CONSOLE"] {
+        assert!(!refused(&mapped, good), "{good:?}");
+    }
     for good in [
         "CONSOLE.png",
         "COM10",

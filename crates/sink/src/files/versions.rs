@@ -7,6 +7,7 @@
 use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use super::{FilesSink, copy, repair};
 use crate::{Committed, Incoming, Sink, StorageLocation, nothing_staged};
@@ -14,6 +15,11 @@ use base::durable;
 use base::fault::{Fault, IoContext, Reason};
 use base::limits::ADOPT_VERSIONS_MAX;
 use base::names::{ArtifactRef, Kind};
+
+/// No replacement of `CURRENT` takes as long.
+const SWITCH_MAX: Duration = Duration::from_secs(600);
+/// `CURRENT` holds the name of a version.
+const CURRENT_BYTES_MAX: u64 = 4096;
 
 impl FilesSink {
     pub(super) fn series(&self, artifact: &ArtifactRef) -> PathBuf {
@@ -92,12 +98,60 @@ impl FilesSink {
         })
     }
 
+    /// Whether `CURRENT` was replaced for this version, which was requested last, but the
+    /// replacement was lost: there is no `CURRENT`, or the new file still has its temporary name.
+    pub(super) fn is_switch_lost(&self, artifact: &ArtifactRef) -> Result<bool, Fault> {
+        let current = self.current(artifact)?;
+        if current.as_deref() == Some(artifact.version()) {
+            return Ok(false);
+        }
+        let mut left = self.left_of_switches(artifact)?.into_iter();
+        let names_this = |path: PathBuf| {
+            let text = durable::read_regular_text(&path, CURRENT_BYTES_MAX);
+            text.is_ok_and(|text| text.trim() == artifact.version())
+        };
+        let is_lost = current.is_none() || left.any(names_this);
+        Ok(is_lost && self.newest_remaining(artifact)?.as_ref() == Some(artifact))
+    }
+
+    /// The temporary files of replacements of `CURRENT` that did not end.
+    fn left_of_switches(&self, artifact: &ArtifactRef) -> Result<Vec<PathBuf>, Fault> {
+        let series = self.series(artifact);
+        let entries = match std::fs::read_dir(&series) {
+            Err(e) if e.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
+            entries => entries.at(series.display())?,
+        };
+        let mut left = Vec::new();
+        for entry in entries {
+            let entry = entry.at(series.display())?;
+            if durable::is_temporary_of(&entry.file_name(), "CURRENT") {
+                left.push(entry.path());
+            }
+        }
+        Ok(left)
+    }
+
+    /// Removes such files, unless another site may be about to rename one.
+    fn clear_switches(&self, artifact: &ArtifactRef) -> Result<(), Fault> {
+        for path in self.left_of_switches(artifact)? {
+            let age = std::fs::metadata(&path)
+                .and_then(|meta| meta.modified())
+                .ok()
+                .and_then(|at| at.elapsed().ok());
+            if age.is_some_and(|age| age > SWITCH_MAX) {
+                durable::remove_all(&path)?;
+            }
+        }
+        Ok(())
+    }
+
     pub(super) fn set_current(&self, artifact: &ArtifactRef) -> Result<(), Fault> {
         let series = self.series(artifact);
         let (file, link) = (series.join("CURRENT"), series.join("current"));
         let write = || durable::replace(&file, format!("{}\n", artifact.version()).as_bytes());
         if self.current(artifact)?.as_deref() != Some(artifact.version()) {
             write()?;
+            self.clear_switches(artifact)?;
         }
         // If names fold case, the link would replace the file.
         if self.folding().case || is_same_entry(&file, &link)? {
@@ -164,20 +218,14 @@ impl FilesSink {
             return Ok(());
         }
         let series = self.series(&incoming.artifact);
-        let own = format!(".packhorse-{}-", self.root.owner());
-        let near = series.join(format!("{own}{:08x}", rand::random::<u32>()));
+        let near = series.join(format!(
+            "{}{:08x}",
+            self.own_copies(),
+            rand::random::<u32>()
+        ));
         self.copying.lock().insert(near.clone());
         let placed = || {
-            // What an attempt left that a crash ended, of this and of other versions.
-            for entry in std::fs::read_dir(&series).at(series.display())? {
-                let entry = entry.at(series.display())?;
-                let path = entry.path();
-                let is_left = entry.file_name().to_string_lossy().starts_with(&own)
-                    && (path == near || !self.copying.lock().contains(&path));
-                if is_left {
-                    durable::remove_all(&path)?;
-                }
-            }
+            self.remove_left_copies(&series)?;
             copy::tree(staged, &near)
                 .and_then(|()| durable::rename_noreplace(&near, &folder))
                 .inspect_err(|_| drop(durable::remove_all(&near)))
@@ -185,6 +233,30 @@ impl FilesSink {
         let placed = placed();
         self.copying.lock().remove(&near);
         placed
+    }
+
+    /// How the names of copies of this daemon begin that are not complete.
+    fn own_copies(&self) -> String {
+        format!(".packhorse-{}-", self.root.owner())
+    }
+
+    /// Removes the copies that an attempt left that a crash ended, of all versions of a series.
+    pub(super) fn remove_left_copies(&self, series: &Path) -> Result<(), Fault> {
+        let own = self.own_copies();
+        let entries = match std::fs::read_dir(series) {
+            Err(e) if e.kind() == ErrorKind::NotFound => return Ok(()),
+            entries => entries.at(series.display())?,
+        };
+        for entry in entries {
+            let entry = entry.at(series.display())?;
+            let path = entry.path();
+            let is_left = entry.file_name().to_string_lossy().starts_with(&own)
+                && !self.copying.lock().contains(&path);
+            if is_left {
+                durable::remove_all(&path)?;
+            }
+        }
+        Ok(())
     }
 
     /// Of the existing versions of the same series, the one that was requested last.
@@ -430,6 +502,54 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_lost_switch_is_reported_and_made_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let sink = sink(dir.path());
+        let [one, two] = ["v1", "v2"].map(incoming);
+        sink.check(&one).await.unwrap();
+        let place = StorageLocation::Folder {
+            path: dir.path().into(),
+        };
+        for version in [&one, &two] {
+            let staged = stage(&sink, version.artifact.version(), "text");
+            sink.commit(version, &staged).await.unwrap();
+        }
+        let series = dir.path().join("nas/dataset/d");
+        let current = || fs::read_to_string(series.join("CURRENT")).ok();
+        let verify = async || {
+            let quick = crate::Verification::new(true, |_| {});
+            sink.verify(&two, &place, &quick).await.unwrap()
+        };
+        assert!(verify().await.is_empty());
+        // A file server that loses power returns to the state before the rename.
+        let left = series.join(".CURRENT.0123456789abcdef.tmp");
+        for lost in [Some("v1\n"), None] {
+            durable::rename_over(&series.join("CURRENT"), &left).unwrap();
+            if let Some(text) = lost {
+                durable::replace(&series.join("CURRENT"), text.as_bytes()).unwrap();
+            }
+            assert!(verify().await[0].contains("CURRENT does not name v2"));
+            sink.restore_switch(&one.artifact).await.unwrap();
+            assert_eq!(current().as_deref(), lost, "v1 is not the newest");
+            sink.restore_switch(&two.artifact).await.unwrap();
+            assert_eq!(current().as_deref(), Some("v2\n"));
+            assert!(verify().await.is_empty());
+        }
+        // A user who replaced it chose the other version.
+        durable::remove_all(&left).unwrap();
+        durable::replace(&series.join("CURRENT"), b"v1\n").unwrap();
+        sink.restore_switch(&two.artifact).await.unwrap();
+        assert_eq!(current().as_deref(), Some("v1\n"));
+        // What a lost switch left is removed by a later one.
+        durable::replace(&left, b"v0\n").unwrap();
+        let hour_ago = std::time::SystemTime::now() - Duration::from_secs(3600);
+        let file = fs::File::options().write(true).open(&left).unwrap();
+        file.set_modified(hour_ago).unwrap();
+        sink.activate(&two.artifact).await.unwrap();
+        assert!(!left.exists());
+    }
+
+    #[tokio::test]
     async fn a_folder_without_a_note_can_be_registered() {
         let dir = tempfile::tempdir().unwrap();
         let sink = sink(dir.path());
@@ -486,7 +606,7 @@ mod tests {
         let kind = rustix::fs::FileType::Fifo;
         rustix::fs::mknodat(rustix::fs::CWD, pipe, kind, mode, 0).unwrap();
         let first = commit("v1");
-        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(30);
+        let deadline = std::time::Instant::now() + Duration::from_secs(30);
         let mut writer = loop {
             // Succeeds when somebody reads.
             let flags = rustix::fs::OFlags::NONBLOCK.bits() as i32;
@@ -498,14 +618,14 @@ mod tests {
                 Ok(writer) => break writer,
                 Err(e) => assert!(std::time::Instant::now() < deadline, "{e}"),
             }
-            tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+            tokio::time::sleep(Duration::from_millis(5)).await;
         };
         let text = fs::read(text).unwrap();
         durable::replace(&note, &text).unwrap();
 
         // v2 either waits for v1, or ends now.
         let mut second = commit("v2");
-        let limit = std::time::Duration::from_secs(1);
+        let limit = Duration::from_secs(1);
         let overtook = tokio::time::timeout(limit, &mut second).await.is_ok();
         std::io::Write::write_all(&mut writer, &text).unwrap();
         drop(writer);

@@ -19,6 +19,7 @@ use parking_lot::Mutex;
 use serde_json::{Value, json};
 use sha2::Digest as _;
 
+use super::shared_blobs::SharedBlobs;
 use super::{ImageName, file_size, image_info, lost, not_staged, read_small, taken, top_of};
 use crate::{
     Committed, Heartbeat, Incoming, Sink, StorageLocation, Threads, Verification, rounded_secs,
@@ -39,6 +40,7 @@ pub struct LayoutSink {
     configured: bool,
     threads: Threads,
     heartbeat: Heartbeat,
+    shared: Arc<SharedBlobs>,
     /// One lock per name. It is held while `index.json` is replaced or blobs are deleted.
     locks: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
 }
@@ -60,6 +62,7 @@ impl LayoutSink {
             Mutex::default(),
         );
         Ok(Self {
+            shared: Arc::new(SharedBlobs::new(path.clone())),
             root: path,
             staging_root,
             configured,
@@ -137,8 +140,9 @@ impl LayoutSink {
                     .map_err(|fault| not_staged(fault, &self.location(&name)))?;
                 let (layout, staged, top) = (layout.clone(), staged.to_owned(), top.clone());
                 let (version, location) = (name.tag.clone(), self.location(&name));
+                let shared = self.shared.clone();
                 let move_image = move || {
-                    move_image(&layout, &staged, &tree, &top, &version, &location)?;
+                    move_image(&layout, &staged, &shared, &tree, &top, &version, &location)?;
                     durable::remove_all(&staged)
                 };
                 self.change(&name, move_image).await?;
@@ -296,6 +300,7 @@ fn move_in(from: &Path, to: &Path) -> Result<(), Fault> {
 fn move_image(
     layout: &Path,
     staged: &Path,
+    shared: &SharedBlobs,
     tree: &Tree,
     top: &Descriptor,
     version: &str,
@@ -347,9 +352,11 @@ fn move_image(
                     &e,
                 ));
             }
-            Err(_) if foreign => durable::remove_all(&to)?,
             Err(_) => {
                 durable::remove_all(&to)?;
+                if shared.take(layout, &digest, size)? || foreign {
+                    continue;
+                }
                 return Err(lost(
                     &format!("blob {digest}"),
                     &layout.display().to_string(),
@@ -400,7 +407,7 @@ const BY_VERSION: &str = "by-version";
 
 /// The names in a layout. A repository has none of them below its first part, so that no layout is
 /// in the blobs of another one.
-const OF_LAYOUT: [&str; 4] = ["index.json", "blobs", "oci-layout", BY_VERSION];
+pub(super) const OF_LAYOUT: [&str; 4] = ["index.json", "blobs", "oci-layout", BY_VERSION];
 
 /// Deletes an empty layout, but no layout below it, and then the directories above it that are empty.
 fn remove_layout(layout: &Path, root: &Path) -> Result<(), Fault> {
@@ -461,7 +468,7 @@ fn remove_damaged(layout: &Path) -> Result<(), Fault> {
 }
 
 /// Reads a complete blob. Returns what is wrong with it.
-fn check_blob(path: &Path, digest: &Sha256, size: u64) -> Result<Option<String>, Fault> {
+pub(super) fn check_blob(path: &Path, digest: &Sha256, size: u64) -> Result<Option<String>, Fault> {
     let mut file = match File::open(path) {
         Ok(file) => file,
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
@@ -575,11 +582,14 @@ impl Sink for LayoutSink {
         path: &RelPath,
         file: &FileInfo,
     ) -> Result<bool, Fault> {
-        if Sha256::from_layout_path(path.as_str()).is_none() {
+        let Some(digest) = Sha256::from_layout_path(path.as_str()) else {
             return Ok(false);
-        }
-        let blob = path.in_dir(&self.layout(&ImageName::of(incoming)?));
-        Ok(self.threads.run(move || file_size(&blob)).await? == Some(file.size))
+        };
+        let layout = self.layout(&ImageName::of(incoming)?);
+        let (blob, size, shared) = (path.in_dir(&layout), file.size, self.shared.clone());
+        self.threads
+            .run(move || Ok(file_size(&blob)? == Some(size) || shared.has(&layout, &digest, size)))
+            .await
     }
 
     async fn commit(&self, incoming: &Incoming, staged: &Path) -> Result<Committed, Fault> {

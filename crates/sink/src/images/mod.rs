@@ -6,6 +6,7 @@
 
 mod layout;
 mod registry;
+mod shared_blobs;
 #[cfg(test)]
 mod tests;
 

@@ -18,6 +18,8 @@ use base::names::{ArtifactRef, Kind};
 use content::chunk::Hash;
 use content::manifest::{FileInfo, ImageInfo, KindInfo, Root, Totals};
 
+mod shared_blobs;
+
 fn incoming(reference: &str, image: &Image) -> Incoming {
     let of = image.info.clone();
     let info = ImageInfo {

@@ -138,6 +138,14 @@ pub(super) trait Engine: Send + Sync {
     /// read.
     async fn query(&self, sql: &str, out: mpsc::Sender<Vec<QueryRow>>) -> Result<(), Fault>;
 
+    /// Keeps the versions readable for others. Called at start and regularly.
+    async fn tend(&self) -> Result<(), Fault> {
+        Ok(())
+    }
+
+    /// Leaves the versions readable for others, before the daemon ends.
+    async fn leave(&self) {}
+
     /// The location of a version for users, without a password.
     fn location(&self, set: &str, version: &str) -> String;
 }

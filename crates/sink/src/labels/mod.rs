@@ -475,6 +475,14 @@ impl Sink for LabelsSink {
     async fn probe(&self) -> Result<String, Fault> {
         self.engine.probe().await
     }
+
+    async fn tend(&self) -> Result<(), Fault> {
+        self.engine.tend().await
+    }
+
+    async fn leave(&self) {
+        self.engine.leave().await;
+    }
 }
 
 impl LabelsSink {

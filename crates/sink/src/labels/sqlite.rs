@@ -388,6 +388,29 @@ impl Engine for Sqlite {
         Ok(format!("sqlite://{place}: {held} label versions stored"))
     }
 
+    async fn tend(&self) -> Result<(), Fault> {
+        if let Some(conn) = self.connect_existing().await? {
+            self.close(conn).await;
+        }
+        Ok(())
+    }
+
+    async fn leave(&self) {
+        let Some((mut conn, _)) = self.keeper.lock().await.take() else {
+            return;
+        };
+        // A file without a WAL can be read by a user who may not write beside it. While somebody
+        // reads, the mode cannot change; then the files stay, because that connection is open.
+        let _ = self
+            .run(
+                &mut conn,
+                "leave the WAL mode",
+                "PRAGMA busy_timeout = 500; PRAGMA journal_mode = DELETE",
+            )
+            .await;
+        let _ = conn.close().await;
+    }
+
     async fn held(
         &self,
         set: &str,

@@ -78,6 +78,7 @@ impl Selection {
             )));
         }
         let mut option = GitignoreBuilder::new("");
+        option.allow_unclosed_class(false);
         for pattern in exclude {
             let wrong = |why: String| {
                 let shown: String = pattern.chars().take(60).collect();

@@ -393,6 +393,15 @@ fn the_default_patterns_are_valid() {
 }
 
 #[test]
+fn a_pattern_that_excludes_nothing_by_a_mistake_is_refused() {
+    for wrong in ["", " ", "[", "*.[ab", "a\nb"] {
+        let fault = Selection::new(&[wrong.to_owned()]).unwrap_err();
+        assert_eq!(fault.code, Code::Usage, "{wrong:?}");
+    }
+    Selection::new(&["*.[ab]".to_owned(), "\\[".to_owned()]).unwrap();
+}
+
+#[test]
 fn copied_links_are_what_they_lead_to_and_loops_are_refused() {
     let dir = tempfile::tempdir().unwrap();
     let (root, blobs) = (dir.path().join("snapshots/c0"), dir.path().join("blobs"));

@@ -1,10 +1,11 @@
 //! An index of the members of a tar, so that nothing needs to be unpacked.
 //!
 //! Only [`super::holder`] uses it. Every header is read and checked before its name is used.
-//! Members that leave the archive, links that form a loop or leave the archive, repeated names with
-//! different content, and truncated archives are rejected with the name of the member. Headers are
-//! read directly instead of with `tar::Archive`, which reads a long name of any length into memory.
-//! Only reads, so a crash leaves nothing.
+//! Members that leave the archive, links that form a loop or leave the archive, and truncated
+//! archives are rejected with the name of the member. Of members with one name the last counts, as
+//! when an archive is unpacked. An archive may end behind a member, without the blocks of zeros.
+//! Headers are read directly instead of with `tar::Archive`, which reads a long name of any length
+//! into memory. Only reads, except that a sparse member becomes a file in the scratch directory.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -14,7 +15,8 @@ use std::sync::Arc;
 
 use tar::{EntryType, Header, PaxExtensions};
 
-use super::refuse;
+use super::decompress::Caps;
+use super::{refuse, sparse};
 use crate::FileIdentity;
 use crate::own::{self, Own};
 use base::durable;
@@ -25,6 +27,10 @@ use base::limits::{ARCHIVE_HEADER_BYTES_MAX, ARCHIVE_MEMBERS_MAX, ARCHIVE_NAMES_
 const BLOCK: u64 = 512;
 /// The number of links that are followed to find a member before they count as a loop.
 const HOPS_MAX: usize = 40;
+/// Names at the top of an image archive; one without them is none.
+const OF_IMAGES: [&str; 4] = ["manifest.json", "index.json", "oci-layout", "repositories"];
+/// Directories at the top of a root filesystem.
+const OF_ROOT_FILESYSTEMS: [&str; 6] = ["bin", "etc", "lib", "sbin", "usr", "var"];
 
 /// The positions of the members of a tar.
 #[derive(Debug)]
@@ -38,6 +44,8 @@ pub(super) struct TarIndex {
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Member {
     File(Extent),
+    /// A sparse member, which was written to this file of this size.
+    Expanded(PathBuf, u64),
     /// A symbolic or hard link; its target as a name in the archive.
     Link(String),
     Dir,
@@ -50,18 +58,34 @@ pub(super) struct Extent {
     pub(super) size: u64,
 }
 
+/// Where the bytes of a found member are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Place<'a> {
+    Archive(Extent),
+    /// A file in the scratch directory, of this size.
+    Scratch(&'a Path, u64),
+}
+
 /// The extended headers of the next member.
 #[derive(Debug, Default)]
 struct Extended {
     path: Option<Vec<u8>>,
     link: Option<Vec<u8>>,
     size: Option<u64>,
+    sparse: sparse::Extended,
 }
 
 impl TarIndex {
     /// Reads every header of the tar at `path`. Messages show `shown` instead, because `path` may
-    /// be an internal decompressed copy.
-    pub(super) fn open(path: &Path, shown: &Path, own: Option<&Own>) -> Result<Self, Fault> {
+    /// be an internal decompressed copy. Sparse members are written to `scratch`. `own`: the files that
+    /// are never read; `None` for the copy.
+    pub(super) fn open(
+        path: &Path,
+        shown: &Path,
+        scratch: &Path,
+        caps: Caps,
+        own: Option<&Own>,
+    ) -> Result<Self, Fault> {
         let file = durable::open_regular(path).at(format_args!("open {}", path.display()))?;
         if let Some(own) = own {
             own.check_opened(&file)
@@ -76,8 +100,12 @@ impl TarIndex {
             file,
             len: meta.len(),
             shown,
+            scratch,
+            caps,
             members: BTreeMap::new(),
             names_bytes: 0,
+            expanded: 0,
+            refused: None,
         };
         scan.run()?;
         let index = Self {
@@ -95,7 +123,7 @@ impl TarIndex {
 
     /// The member with this name, after following links; `None` if there is none or it is a
     /// directory.
-    pub(super) fn find(&self, name: &str) -> Option<Extent> {
+    pub(super) fn find(&self, name: &str) -> Option<Place<'_>> {
         self.follow(&normalize(name.as_bytes()).ok()?)
             .ok()
             .flatten()
@@ -111,11 +139,14 @@ impl TarIndex {
             .then_some(first)
     }
 
-    fn follow<'a>(&'a self, name: &'a str) -> Result<Option<Extent>, String> {
+    fn follow(&self, name: &str) -> Result<Option<Place<'_>>, String> {
         let mut at = name;
         for _ in 0..HOPS_MAX {
             match self.members.get(at) {
-                Some(Member::File(extent)) => return Ok(Some(*extent)),
+                Some(Member::File(extent)) => return Ok(Some(Place::Archive(*extent))),
+                Some(Member::Expanded(file, size)) => {
+                    return Ok(Some(Place::Scratch(file, *size)));
+                }
                 Some(Member::Link(target)) => at = target,
                 Some(Member::Dir) | None => return Ok(None),
             }
@@ -128,16 +159,52 @@ struct Scan<'a> {
     file: File,
     len: u64,
     shown: &'a Path,
+    scratch: &'a Path,
+    caps: Caps,
     members: BTreeMap<String, Member>,
     names_bytes: usize,
+    /// The number of sparse members.
+    expanded: usize,
+    /// Why the first member is refused that an image archive may not have.
+    refused: Option<Fault>,
 }
 
 impl Scan<'_> {
     fn run(&mut self) -> Result<(), Fault> {
+        let scanned = self.headers();
+        if self.is_root_filesystem() {
+            return Err(refuse(
+                self.shown,
+                "the archive",
+                "it is the root filesystem of a container (docker export), not an image",
+            )
+            .with_next("create the archive with docker save IMAGE, then publish it"));
+        }
+        scanned?;
+        self.refused.take().map_or(Ok(()), Err)
+    }
+
+    /// Whether the members are those of `docker export`.
+    fn is_root_filesystem(&self) -> bool {
+        let has = |name: &str| {
+            let below = format!("{name}/");
+            let from = self.members.range(below.clone()..).next();
+            self.members.contains_key(name) || from.is_some_and(|(n, _)| n.starts_with(&below))
+        };
+        let of_root = OF_ROOT_FILESYSTEMS.iter().filter(|name| has(name));
+        of_root.count() >= 2 && !OF_IMAGES.iter().any(|name| has(name))
+    }
+
+    fn headers(&mut self) -> Result<(), Fault> {
         let mut position = 0;
         let mut extended = Extended::default();
         loop {
-            let Some(header) = self.header(position)? else {
+            // Writers may leave out the blocks that end an archive.
+            let is_at_end = position == self.len && position > 0 && extended.is_empty();
+            let Some(header) = (match is_at_end {
+                true => None,
+                false => self.header(position)?,
+            }) else {
                 return Ok(());
             };
             let kind = header.entry_type();
@@ -151,21 +218,21 @@ impl Scan<'_> {
                     format!("its header is damaged: {e}"),
                 )
             })?;
-            let data = position + BLOCK;
+            let mut data = position + BLOCK;
             if is_extension(kind) {
                 let bytes = self.extension(&shown_name, data, size)?;
                 extended
                     .take(kind, &bytes)
                     .map_err(|why| refuse(self.shown, &shown_name, why))?;
             } else {
-                let extended = std::mem::take(&mut extended);
-                size = if kind.is_file() || kind.is_contiguous() {
-                    extended.size.unwrap_or(size)
-                } else {
-                    0
-                };
-                self.check_end(&shown_name, data, size)?;
-                self.member(&header, extended, Extent { offset: data, size })?;
+                let mut extended = std::mem::take(&mut extended);
+                let content;
+                (content, data, size) =
+                    self.content(&header, &shown_name, &mut extended, data, size)?;
+                if let Err(fault) = self.member(&header, extended, content) {
+                    self.refused.get_or_insert(fault);
+                }
+                self.check_count(&shown_name)?;
             }
             position = size
                 .div_ceil(BLOCK)
@@ -173,6 +240,62 @@ impl Scan<'_> {
                 .and_then(|padded| data.checked_add(padded))
                 .ok_or_else(|| refuse(self.shown, &shown_name, "its size is invalid"))?;
         }
+    }
+
+    /// The content of a member, and where its bytes are in the archive.
+    fn content(
+        &mut self,
+        header: &Header,
+        name: &str,
+        extended: &mut Extended,
+        mut data: u64,
+        size: u64,
+    ) -> Result<(Member, u64, u64), Fault> {
+        let kind = header.entry_type();
+        let refused = |why: String| refuse(self.shown, name, why);
+        let (size, map) = match header.as_gnu() {
+            Some(gnu) if kind.is_gnu_sparse() => {
+                let (map, behind) =
+                    sparse::Map::of_header(gnu, &self.file, data).map_err(refused)?;
+                data = behind;
+                (extended.size.unwrap_or(size), Some(map))
+            }
+            _ if kind.is_file() || kind.is_contiguous() => (extended.size.unwrap_or(size), None),
+            _ => (0, None),
+        };
+        self.check_end(name, data, size)?;
+        let whole = Extent { offset: data, size };
+        let sparse = match map {
+            Some(map) => Some((map, whole)),
+            None => {
+                let sparse = std::mem::take(&mut extended.sparse);
+                let own = sparse.name.clone();
+                let map = sparse.map(&self.file, whole).map_err(refused)?;
+                if let (Some(_), Some(own)) = (&map, own) {
+                    extended.path = Some(own);
+                }
+                map
+            }
+        };
+        let Some((map, of_map)) = sparse else {
+            return Ok((Member::File(whole), data, size));
+        };
+        map.check(of_map.size, self.caps).map_err(refused)?;
+        let file = self.scratch.join(format!("sparse-{}", self.expanded));
+        self.expanded += 1;
+        let expanded = map.expand(&self.file, of_map, &file)?;
+        Ok((Member::Expanded(file, expanded), data, size))
+    }
+
+    fn check_count(&self, name: &str) -> Result<(), Fault> {
+        if self.members.len() <= ARCHIVE_MEMBERS_MAX && self.names_bytes <= ARCHIVE_NAMES_BYTES_MAX
+        {
+            return Ok(());
+        }
+        let why = format!(
+            "the archive has more than {ARCHIVE_MEMBERS_MAX} members or too many bytes of names"
+        );
+        Err(refuse(self.shown, name, why))
     }
 
     /// The header at `pos`; `None` at the block of zeros that ends an archive.
@@ -242,7 +365,13 @@ impl Scan<'_> {
         Ok(bytes)
     }
 
-    fn member(&mut self, header: &Header, extended: Extended, extent: Extent) -> Result<(), Fault> {
+    /// Adds a member. A fault says why an image archive may not have it.
+    fn member(
+        &mut self,
+        header: &Header,
+        extended: Extended,
+        content: Member,
+    ) -> Result<(), Fault> {
         let kind = header.entry_type();
         let raw = extended
             .path
@@ -254,8 +383,8 @@ impl Scan<'_> {
             .link
             .or_else(|| header.link_name_bytes().map(|l| l.into_owned()))
             .unwrap_or_default();
-        let member = if kind.is_file() || kind.is_contiguous() {
-            Member::File(extent)
+        let member = if kind.is_file() || kind.is_contiguous() || kind.is_gnu_sparse() {
+            content
         } else if kind.is_dir() {
             Member::Dir
         } else if kind.is_hard_link() {
@@ -277,47 +406,11 @@ impl Scan<'_> {
                 Err(refused("it has no name".into()))
             };
         }
-        if let Some(existing) = self.members.get(&name) {
-            if !self.has_same_content(existing, &member)? {
-                return Err(refused(
-                    "the archive contains this name twice with different content".into(),
-                ));
-            }
-            return Ok(());
+        let bytes = name.len();
+        if self.members.insert(name, member).is_none() {
+            self.names_bytes += bytes;
         }
-        self.names_bytes += name.len();
-        if self.members.len() >= ARCHIVE_MEMBERS_MAX || self.names_bytes > ARCHIVE_NAMES_BYTES_MAX {
-            let why = format!(
-                "the archive has more than {ARCHIVE_MEMBERS_MAX} members or too many bytes of names"
-            );
-            return Err(refused(why));
-        }
-        self.members.insert(name, member);
         Ok(())
-    }
-
-    fn has_same_content(&self, a: &Member, b: &Member) -> Result<bool, Fault> {
-        let (Member::File(a), Member::File(b)) = (a, b) else {
-            return Ok(a == b);
-        };
-        if a.size != b.size {
-            return Ok(false);
-        }
-        let (mut left, mut right) = (vec![0; 64 << 10], vec![0; 64 << 10]);
-        let mut done = 0;
-        while done < a.size {
-            let n = (a.size - done).min(left.len() as u64) as usize;
-            for (buffer, extent) in [(&mut left, a), (&mut right, b)] {
-                self.file
-                    .read_exact_at(&mut buffer[..n], extent.offset + done)
-                    .at(format_args!("read {}", self.shown.display()))?;
-            }
-            if left[..n] != right[..n] {
-                return Ok(false);
-            }
-            done += n as u64;
-        }
-        Ok(true)
     }
 }
 
@@ -329,6 +422,11 @@ fn is_extension(kind: EntryType) -> bool {
 }
 
 impl Extended {
+    /// Whether they say nothing.
+    fn is_empty(&self) -> bool {
+        self.path.is_none() && self.link.is_none() && self.size.is_none() && self.sparse.is_empty()
+    }
+
     fn take(&mut self, kind: EntryType, bytes: &[u8]) -> Result<(), String> {
         let text = || bytes.split(|b| *b == 0).next().unwrap_or_default().to_vec();
         if kind.is_gnu_longname() {
@@ -346,12 +444,11 @@ impl Extended {
                         self.size =
                             Some(size.ok_or("the size in its extended header is not a number")?);
                     }
-                    key if key.starts_with(b"GNU.sparse.") => {
-                        return Err(
-                            "it is a sparse file, which is not allowed in an image archive".into(),
-                        );
+                    key => {
+                        if let Some(key) = key.strip_prefix(b"GNU.sparse.") {
+                            self.sparse.take(key, record.value_bytes())?;
+                        }
                     }
-                    _ => {}
                 }
             }
         }

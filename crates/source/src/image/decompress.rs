@@ -13,7 +13,7 @@
 
 use std::cell::Cell;
 use std::fs::{self, File};
-use std::io::{self, BufReader, Read, Write};
+use std::io::{self, BufRead as _, BufReader, Read, Write};
 use std::path::Path;
 use std::rc::Rc;
 
@@ -21,17 +21,22 @@ use bzip2::bufread::MultiBzDecoder;
 use flate2::read::MultiGzDecoder;
 use lzma_rust2::XzReader;
 
+use super::decoders::{self, DECODERS, Taken, xz_dictionary, zstd_window};
 use super::refuse;
 use crate::own::{self, Own};
+use base::blocking::Stop;
 use base::fault::{Code, Fault, IoContext};
-use base::limits::{BOMB_RATIO, SCRATCH_LOOK_BYTES, SCRATCH_SPARE_BYTES, UNPACKED_BYTES_MAX};
+use base::limits::{
+    BOMB_RATIO, DECODER_EMPTY_BYTES_MAX, SCRATCH_LOOK_BYTES, SCRATCH_SPARE_BYTES,
+    UNPACKED_BYTES_MAX,
+};
 use base::space::{Reservation, Space};
 
 /// The size of read and write buffers, in bytes.
 pub(super) const BUFFER: usize = 128 << 10;
 
-/// The memory of an xz decoder, which the archive chooses. `xz -9` needs 65 MiB.
-const XZ_MEMORY_KIB_MAX: u32 = 128 << 10;
+/// What an xz decoder needs beside its dictionary, at most.
+const XZ_KIB_WITHOUT_DICTIONARY: u32 = 1 << 10;
 
 /// The number of bytes that [`Compression::of`] examines.
 pub(super) const SNIFFED_BYTES: usize = 262;
@@ -74,21 +79,41 @@ impl Compression {
         }
     }
 
-    /// A reader of the decompressed bytes, limited by `caps`.
-    pub(super) fn reader<'a>(self, input: impl Read + 'a, caps: Caps) -> io::Result<Bounded<'a>> {
-        let input_bytes = Rc::new(Cell::new(0));
-        let input = BufReader::with_capacity(
+    /// A reader of the decompressed bytes, limited by `caps`, which waits for the memory of its
+    /// decoder. It ends when `stop` is set, also while it decompresses nothing.
+    pub(super) fn reader<'a>(
+        self,
+        input: impl Read + 'a,
+        caps: Caps,
+        stop: &'a Stop,
+    ) -> io::Result<Bounded<'a>> {
+        let counts = Rc::new(Counts::default());
+        let mut input = BufReader::with_capacity(
             BUFFER,
             Counted {
                 input,
-                input_bytes: Rc::clone(&input_bytes),
+                counts: Rc::clone(&counts),
+                stop,
             },
         );
+        let window = match self {
+            Self::Zstd => decoders::allowed(zstd_window(input.fill_buf()?))?,
+            Self::Xz => decoders::allowed(xz_dictionary(input.fill_buf()?))?,
+            _ => 0,
+        };
+        let memory = DECODERS.take(decoders::memory_of(window), stop)?;
         let output: Box<dyn Read + 'a> = match self {
             Self::None => Box::new(input),
             Self::Gzip => Box::new(MultiGzDecoder::new(input)),
-            Self::Zstd => Box::new(zstd::Decoder::with_buffer(input)?),
-            Self::Xz => Box::new(XzReader::new_mem_limit(input, true, XZ_MEMORY_KIB_MAX)),
+            Self::Zstd => {
+                let mut decoder = zstd::Decoder::with_buffer(input)?;
+                decoder.window_log_max(window.next_power_of_two().ilog2())?;
+                Box::new(decoder)
+            }
+            Self::Xz => {
+                let memory_kib = (window >> 10) as u32 + XZ_KIB_WITHOUT_DICTIONARY;
+                Box::new(XzReader::new_mem_limit(input, true, memory_kib))
+            }
             Self::Bzip2 => Box::new(MultiBzDecoder::new(input)),
             Self::Foreign(name) => {
                 return Err(io::Error::new(
@@ -99,9 +124,9 @@ impl Compression {
         };
         Ok(Bounded {
             output,
-            input_bytes,
-            output_bytes: 0,
+            counts,
             caps,
+            _memory: memory,
         })
     }
 }
@@ -122,15 +147,35 @@ impl Default for Caps {
     }
 }
 
-struct Counted<R> {
-    input: R,
-    input_bytes: Rc<Cell<u64>>,
+/// The bytes that a decoder has read and decompressed.
+#[derive(Default)]
+struct Counts {
+    input: Cell<u64>,
+    output: Cell<u64>,
 }
 
-impl<R: Read> Read for Counted<R> {
+/// The input of a decoder. A decoder that decompresses nothing still reads, so the rules that end it
+/// are here.
+struct Counted<'a, R> {
+    input: R,
+    counts: Rc<Counts>,
+    stop: &'a Stop,
+}
+
+impl<R: Read> Read for Counted<'_, R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if self.stop.is_set() {
+            return Err(io::Error::other("the job was cancelled"));
+        }
+        let (input, output) = (self.counts.input.get(), self.counts.output.get());
+        if input > DECODER_EMPTY_BYTES_MAX.saturating_add(2 * output) {
+            let why = format!(
+                "only {output} bytes were decompressed from {input} bytes: it consists of empty parts"
+            );
+            return Err(io::Error::new(io::ErrorKind::InvalidData, why));
+        }
         let n = self.input.read(buffer)?;
-        self.input_bytes.set(self.input_bytes.get() + n as u64);
+        self.counts.input.set(input + n as u64);
         Ok(n)
     }
 }
@@ -138,22 +183,20 @@ impl<R: Read> Read for Counted<R> {
 /// Decompressed bytes, up to the limit.
 pub(super) struct Bounded<'a> {
     output: Box<dyn Read + 'a>,
-    input_bytes: Rc<Cell<u64>>,
-    output_bytes: u64,
+    counts: Rc<Counts>,
     caps: Caps,
+    /// Returned after the decoder, which is dropped before.
+    _memory: Taken<'static>,
 }
 
 impl Read for Bounded<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let n = self.output.read(buffer)?;
-        self.output_bytes += n as u64;
-        if self.output_bytes > self.caps.bytes
-            && self.output_bytes / self.caps.ratio > self.input_bytes.get()
-        {
+        let (input, output) = (self.counts.input.get(), self.counts.output.get() + n as u64);
+        self.counts.output.set(output);
+        if output > self.caps.bytes && output / self.caps.ratio > input {
             let why = format!(
-                "a decompression bomb: {} bytes were decompressed from {} bytes, more than the allowed {} (image_unpacked in [limits])",
-                self.output_bytes,
-                self.input_bytes.get(),
+                "a decompression bomb: {output} bytes were decompressed from {input} bytes, more than the allowed {} (image_unpacked in [limits])",
                 self.caps.bytes
             );
             return Err(io::Error::new(io::ErrorKind::InvalidData, why));
@@ -169,6 +212,7 @@ pub(super) fn to_scratch(
     copy: &Path,
     caps: Caps,
     own: &Own,
+    stop: &Stop,
 ) -> Result<(), Fault> {
     let input = own.open(path).map_err(|error| own::fault(path, &error))?;
     let compressed = input
@@ -192,7 +236,7 @@ pub(super) fn to_scratch(
     // An archive almost never decompresses to less than its own size, so that much space is
     // required before the start.
     let result = Space::check(copy, compressed.saturating_add(SCRATCH_SPARE_BYTES), 0, "the decompressed archive")
-        .and_then(|()| copy_to(path, compression, input, output, caps, reserve))
+        .and_then(|()| copy_to(path, compression, input, output, (caps, stop), reserve))
         .map_err(|fault| match fault.code {
             Code::NoSpace => fault
                 .context(format_args!("decompress {} to {}", path.display(), copy.display()))
@@ -211,11 +255,11 @@ fn copy_to(
     compression: Compression,
     input: impl Read,
     mut output: impl Write,
-    caps: Caps,
+    (caps, stop): (Caps, &Stop),
     mut reserve: impl FnMut(u64) -> Result<(), Fault>,
 ) -> Result<(), Fault> {
     let mut reader = compression
-        .reader(input, caps)
+        .reader(input, caps, stop)
         .map_err(|e| damaged(path, &e))?;
     let mut buffer = vec![0; BUFFER];
     // The number of bytes that may be written before space is reserved again.
@@ -276,7 +320,7 @@ mod tests {
         ] {
             let mut out = Vec::new();
             Compression::of(&bytes)
-                .reader(&bytes[..], CAPS)
+                .reader(&bytes[..], CAPS, &Stop::default())
                 .unwrap()
                 .read_to_end(&mut out)
                 .unwrap();
@@ -290,14 +334,94 @@ mod tests {
     #[test]
     fn a_bomb_is_stopped_early() {
         let bomb = zstd::encode_all(io::repeat(0).take(64 << 20), 1).unwrap();
-        let mut out = Vec::new();
+        let (mut out, stop) = (Vec::new(), Stop::default());
         let error = Compression::Zstd
-            .reader(&bomb[..], CAPS)
+            .reader(&bomb[..], CAPS, &stop)
             .unwrap()
             .read_to_end(&mut out)
             .unwrap_err();
         assert!(error.to_string().contains("decompression bomb"), "{error}");
         assert!(out.len() < 4 << 20);
+    }
+
+    /// The error of a reader of these bytes.
+    fn error_of(compression: Compression, bytes: &[u8], stop: &Stop) -> String {
+        let reader = compression.reader(bytes, CAPS, stop);
+        let read = reader.and_then(|mut reader| io::copy(&mut reader, &mut io::sink()));
+        read.unwrap_err().to_string()
+    }
+
+    /// Parts without content, each a valid one, more bytes than this.
+    fn empty_parts(compression: Compression, bytes: usize) -> Vec<u8> {
+        let one = match compression {
+            Compression::Gzip => {
+                let gz = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+                gz.finish().unwrap()
+            }
+            Compression::Bzip2 => {
+                let bz = bzip2::write::BzEncoder::new(Vec::new(), bzip2::Compression::fast());
+                bz.finish().unwrap()
+            }
+            Compression::Zstd => vec![0x50, 0x2a, 0x4d, 0x18, 0, 0, 0, 0],
+            _ => lzma_rust2::XzWriter::new(Vec::new(), lzma_rust2::XzOptions::with_preset(0))
+                .unwrap()
+                .finish()
+                .unwrap(),
+        };
+        one.repeat(bytes / one.len() + 1)
+    }
+
+    #[test]
+    fn endless_parts_without_content_are_refused_and_end_with_their_job() {
+        /// Sets the flag with its second read.
+        struct Cancelling<'a>(&'a [u8], &'a Stop, u32);
+        impl Read for Cancelling<'_> {
+            fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+                self.2 += 1;
+                assert!(self.2 <= 2, "nothing is read after the cancellation");
+                if self.2 == 2 {
+                    self.1.set();
+                }
+                self.0.read(buffer)
+            }
+        }
+        for compression in [
+            Compression::Gzip,
+            Compression::Bzip2,
+            Compression::Zstd,
+            Compression::Xz,
+        ] {
+            let parts = empty_parts(compression, DECODER_EMPTY_BYTES_MAX as usize + 2 * BUFFER);
+            let why = error_of(compression, &parts, &Stop::default());
+            assert!(why.contains("empty parts"), "{compression:?}: {why}");
+            let stop = Stop::default();
+            let reader = compression.reader(Cancelling(&parts, &stop, 0), CAPS, &stop);
+            let read = reader.and_then(|mut reader| io::copy(&mut reader, &mut io::sink()));
+            let why = read.unwrap_err().to_string();
+            assert!(why.contains("cancelled"), "{compression:?}: {why}");
+        }
+    }
+
+    #[test]
+    fn a_window_larger_than_stated_first_is_refused() {
+        let zstd = |window_log| {
+            let mut encoder = zstd::Encoder::new(Vec::new(), 1).unwrap();
+            encoder.window_log(window_log).unwrap();
+            encoder.write_all(&[7; 1000]).unwrap();
+            encoder.finish().unwrap()
+        };
+        for large in [24, 27] {
+            let (large, stop) = (zstd(large), Stop::default());
+            let mut out = Vec::new();
+            Compression::Zstd
+                .reader(&large[..], CAPS, &stop)
+                .and_then(|mut reader| reader.read_to_end(&mut out))
+                .unwrap();
+            assert_eq!(out, [7; 1000]);
+            // Behind a frame that needs little memory.
+            let why = error_of(Compression::Zstd, &[zstd(20), large].concat(), &stop);
+            assert!(why.contains("memory"), "{why}");
+        }
     }
 
     #[test]
@@ -310,7 +434,7 @@ mod tests {
             Compression::Zstd,
             &whole[..whole.len() - 4],
             io::sink(),
-            CAPS,
+            (CAPS, &Stop::default()),
             room,
         )
         .unwrap_err();
@@ -318,9 +442,16 @@ mod tests {
         assert!(cut.message.contains("truncated"), "{}", cut.message);
         let full = File::options().write(true).open("/dev/full").unwrap();
         assert_eq!(
-            copy_to(path, Compression::Zstd, &whole[..], full, CAPS, room)
-                .unwrap_err()
-                .code,
+            copy_to(
+                path,
+                Compression::Zstd,
+                &whole[..],
+                full,
+                (CAPS, &Stop::default()),
+                room
+            )
+            .unwrap_err()
+            .code,
             Code::NoSpace
         );
     }
@@ -354,7 +485,7 @@ mod tests {
                 Compression::Zstd,
                 &archive[..],
                 Disk(&free),
-                no_caps,
+                (no_caps, &Stop::default()),
                 |bytes| {
                     let has_room = free.get() >= SCRATCH_SPARE_BYTES + bytes;
                     if has_room {

@@ -11,6 +11,7 @@ use std::path::Path;
 
 use serde::Deserialize;
 
+use super::all::ContainedImage;
 use super::decompress::{Caps, Compression};
 use super::holder::{BlobDigest, Check, Holder, Piece};
 use super::listing;
@@ -23,7 +24,7 @@ const LAYER: &str = "application/vnd.oci.image.layer.v1.tar";
 
 /// One image of `manifest.json`.
 #[derive(Debug, Deserialize)]
-struct Listed {
+pub(super) struct Listed {
     #[serde(rename = "Config", alias = "config")]
     config: String,
     #[serde(rename = "RepoTags", alias = "repoTags", alias = "repotags")]
@@ -33,7 +34,7 @@ struct Listed {
 }
 
 impl Listed {
-    fn tags(&self) -> impl Iterator<Item = &str> {
+    pub(super) fn tags(&self) -> impl Iterator<Item = &str> {
         self.tags.iter().flatten().map(String::as_str)
     }
 
@@ -137,6 +138,36 @@ pub(super) fn saved(
         config,
         layers,
     }))
+}
+
+/// All images of `manifest.json`, which lists an image again for another name; `None`: the archive has
+/// no `manifest.json`.
+pub(super) fn all(holder: &Holder) -> Result<Option<Vec<ContainedImage>>, Fault> {
+    let Some(piece) = holder.find("manifest.json")? else {
+        return Ok(None);
+    };
+    let all: Vec<Listed> = holder.json(&piece)?;
+    let mut images: Vec<ContainedImage> = Vec::new();
+    for (position, listed) in all.iter().enumerate() {
+        let same = all[..position]
+            .iter()
+            .position(|other| other.config == listed.config && other.layers == listed.layers);
+        let same = same.map(|other| listing::label(None, Some(other)));
+        let known = images
+            .iter_mut()
+            .find(|image| same.is_some() && image.selection == same);
+        if let Some(image) = known {
+            image.names.extend(listed.tags().map(str::to_owned));
+            continue;
+        }
+        // With OCI parts, an image whose config is missing is of a platform that was left out.
+        let digest = match holder.find(&listed.config)? {
+            Some(config) => BlobDigest::of(&holder.read_small(&config)?),
+            None => continue,
+        };
+        images.push(listed.contained(position, &digest));
+    }
+    Ok(Some(images))
 }
 
 fn require(holder: &Holder, name: &str) -> Result<Piece, Fault> {

@@ -16,16 +16,23 @@ use std::sync::{Arc, Mutex, PoisonError};
 use serde::Deserialize;
 use sha2::{Digest as _, Sha256};
 
-use super::archive::TarIndex;
+use super::archive::{Place, TarIndex};
+use super::decoders::DECODERS;
 use super::decompress::{BUFFER, Caps, Compression, SNIFFED_BYTES, why_damaged};
 use super::refuse;
 use crate::own::{self, Own};
 use crate::{Content, FileIdentity};
+use base::blocking::Stop;
 use base::durable;
 use base::fault::{Fault, IoContext as _};
-use base::limits::{IMAGE_CHECKS_MAX, IMAGE_JSON_BYTES_MAX, SCRATCH_SPARE_BYTES};
+use base::job_progress::cancelled;
+use base::limits::{
+    DECODER_BYTES_MIN, IMAGE_CHECKS_MAX, IMAGE_JSON_BYTES_MAX, IMAGE_JSON_VALUES_MAX,
+    SCRATCH_SPARE_BYTES,
+};
 use base::names::RelPath;
 use base::space::Reservation;
+use base::text::check_values;
 
 /// The level of `docker push`, which weighs size against time.
 const GZIP_LEVEL: flate2::Compression = flate2::Compression::new(6);
@@ -135,6 +142,8 @@ pub(super) struct Holder {
     place: Container,
     /// The top manifest of a directory without `blobs/`, as `skopeo copy … dir:` writes it.
     flat: Option<BlobDigest>,
+    /// Ends the reading of layers.
+    stop: Stop,
 }
 
 impl Holder {
@@ -143,18 +152,34 @@ impl Holder {
             shown: path.to_path_buf(),
             place: Container::Folder(own),
             flat: None,
+            stop: Stop::default(),
         }
     }
 
     /// The tar at `path`, which is `shown` or its decompressed copy. `own`: the files that are never
     /// read; `None` for the copy.
-    pub(super) fn tar(path: &Path, shown: &Path, own: Option<Arc<Own>>) -> Result<Self, Fault> {
-        let index = TarIndex::open(path, shown, own.as_deref())?;
+    pub(super) fn tar(
+        path: &Path,
+        shown: &Path,
+        scratch: &Path,
+        caps: Caps,
+        own: Option<Arc<Own>>,
+    ) -> Result<Self, Fault> {
+        let index = TarIndex::open(path, shown, scratch, caps, own.as_deref())?;
         Ok(Self {
             shown: shown.to_path_buf(),
             place: Container::Tar(index, own),
             flat: None,
+            stop: Stop::default(),
         })
+    }
+
+    /// The files that are never read; `None`: it holds copies of this program.
+    pub(super) fn own(&self) -> Option<Arc<Own>> {
+        match &self.place {
+            Container::Folder(own) => Some(own.clone()),
+            Container::Tar(_, own) => own.clone(),
+        }
     }
 
     /// A fault that names the archive or directory, and the member.
@@ -168,6 +193,11 @@ impl Holder {
             format_args!("read {member} of {}", self.shown.display()),
             error,
         )
+    }
+
+    /// Reading layers ends when `stop` is set.
+    pub(super) fn set_stop(&mut self, stop: Stop) {
+        self.stop = stop;
     }
 
     /// Blobs are read from files named by their digest at the top, as in `dir:`; the top manifest is
@@ -193,15 +223,24 @@ impl Holder {
 
     fn find_member(&self, name: &str) -> Result<Option<Piece>, Fault> {
         match &self.place {
-            Container::Tar(index, own) => Ok(index.find(name).map(|extent| Piece {
-                name: name.to_owned(),
-                size: extent.size,
-                content: Content::Range {
-                    file: Arc::clone(&index.file),
-                    offset: extent.offset,
+            Container::Tar(index, own) => Ok(index.find(name).map(|place| match place {
+                Place::Archive(extent) => Piece {
+                    name: name.to_owned(),
+                    size: extent.size,
+                    content: Content::Range {
+                        file: Arc::clone(&index.file),
+                        offset: extent.offset,
+                    },
+                    identity: Some(index.identity.clone()),
+                    own: own.clone(),
                 },
-                identity: Some(index.identity.clone()),
-                own: own.clone(),
+                Place::Scratch(file, size) => Piece {
+                    name: name.to_owned(),
+                    size,
+                    content: Content::Scratch(file.to_owned()),
+                    identity: None,
+                    own: None,
+                },
             })),
             Container::Folder(own) => {
                 let rel: RelPath = name.parse().map_err(|why| self.refuse(name, why))?;
@@ -276,6 +315,12 @@ impl Holder {
         member: &str,
         bytes: &[u8],
     ) -> Result<T, Fault> {
+        check_values(bytes, IMAGE_JSON_VALUES_MAX).map_err(|values| {
+            self.refuse(
+                member,
+                format!("this JSON has {values} values; {IMAGE_JSON_VALUES_MAX} are allowed"),
+            )
+        })?;
         serde_json::from_slice(bytes)
             .map_err(|e| self.refuse(member, format!("it is malformed JSON: {e}")))
     }
@@ -317,7 +362,8 @@ impl Holder {
         loop {
             match input.read(&mut buffer) {
                 Ok(0) => break,
-                Ok(n) => writer.write_all(&buffer[..n]).at(what())?,
+                Ok(n) if !self.stop.is_set() => writer.write_all(&buffer[..n]).at(what())?,
+                Ok(_) => return Err(cancelled()),
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Err(e) => return Err(read(e)),
             }
@@ -350,13 +396,19 @@ impl Holder {
             input: check.piece.open().map_err(io)?,
             sha: Sha256::new(),
             bytes: 0,
+            stop: &self.stop,
         };
         let compression = self.compression(&check.piece)?;
         let mut diff = None;
+        // Without a decoder too: it limits the layers that are hashed at once.
+        let room = match compression {
+            Compression::None => Some(DECODERS.take(DECODER_BYTES_MIN, &self.stop).map_err(io)?),
+            _ => None,
+        };
         if check.diff_id.is_some() && compression != Compression::None {
             let mut raw = Sha256::new();
             let read = compression
-                .reader(&mut blob, caps)
+                .reader(&mut blob, caps, &self.stop)
                 .and_then(|reader| drain(reader, |bytes| raw.update(bytes)));
             match read {
                 Ok(()) => diff = Some(hex::encode(raw.finalize())),
@@ -365,6 +417,7 @@ impl Holder {
             }
         }
         drain(&mut blob, |_| {}).map_err(io)?;
+        drop(room);
         let digest = BlobDigest(hex::encode(blob.sha.finalize()));
         if blob.bytes != check.piece.size {
             return Err(refuse(format!(
@@ -436,14 +489,18 @@ pub(super) struct Check {
     pub(super) diff_id: Option<BlobDigest>,
 }
 
-struct Hashing<R> {
+struct Hashing<'a, R> {
     input: R,
     sha: Sha256,
     bytes: u64,
+    stop: &'a Stop,
 }
 
-impl<R: Read> Read for Hashing<R> {
+impl<R: Read> Read for Hashing<'_, R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if self.stop.is_set() {
+            return Err(io::Error::other("the job was cancelled"));
+        }
         let n = self.input.read(buffer)?;
         self.sha.update(&buffer[..n]);
         self.bytes += n as u64;

@@ -16,13 +16,27 @@ pub fn split_tag(source: &str) -> (PathBuf, Option<&str>) {
     }
 }
 
-/// Whether the name of an image matches the user's selection: the complete name, or its part after
-/// the colon.
+/// Whether the name of an image matches the user's selection: the complete name, with or without the
+/// parts that Docker leaves out, or its part after the colon.
 pub(super) fn matches(name: &str, tag: &str) -> bool {
     name == tag
+        || short(name) == short(tag)
         || name
             .rsplit_once(':')
             .is_some_and(|(_, own)| own == tag && !own.contains('/'))
+}
+
+/// A name as Docker shows it: without its own registry, and without the directory of its own images.
+fn short(name: &str) -> &str {
+    let Some(name) = ["docker.io/", "index.docker.io/"]
+        .iter()
+        .find_map(|own| name.strip_prefix(own))
+    else {
+        return name;
+    };
+    name.strip_prefix("library/")
+        .filter(|rest| !rest.contains('/'))
+        .unwrap_or(name)
 }
 
 /// Whether two names refer to one image: Docker writes `app:v1` in one place and
@@ -116,5 +130,15 @@ mod tests {
     fn names_match_completely_or_by_tag() {
         assert!(matches("host:5000/app:v1", "v1") && matches("app:v1", "app:v1"));
         assert!(!matches("host:5000/app", "5000/app") && !matches("app:v1", "app"));
+        for (name, tag, expected) in [
+            ("docker.io/ops/app:v1", "ops/app:v1", true),
+            ("ops/app:v1", "docker.io/ops/app:v1", true),
+            ("docker.io/library/app:v1", "app:v1", true),
+            ("docker.io/library/a/app:v1", "a/app:v1", false),
+            ("docker.io/ops/app:v1", "app:v1", false),
+            ("quay.io/ops/app:v1", "ops/app:v1", false),
+        ] {
+            assert_eq!(matches(name, tag), expected, "{name} {tag}");
+        }
     }
 }

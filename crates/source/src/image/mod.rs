@@ -15,7 +15,7 @@
 //! a crash leaves only that file, and the next start removes it.
 //!
 //! `oci` reads layouts, `docker` reads `manifest.json`, `directory` the form `dir:`, `holder` finds and reads pieces, `archive`
-//! reads tar headers, `decompress` enforces the limit against decompression bombs, `listing`
+//! reads tar headers, `sparse` sparse members, `decompress` enforces the limit against decompression bombs, `listing`
 //! selects among several images, `referrers` finds what refers to an image.
 //!
 //! Parts of the image in the source that the layout does not contain are counted
@@ -23,7 +23,9 @@
 //! additional names. Blobs that nothing in the source references belong to no image and do not
 //! count; other images do not count if a tag selects one.
 
+mod all;
 mod archive;
+mod decoders;
 mod decompress;
 mod directory;
 mod docker;
@@ -31,6 +33,7 @@ mod holder;
 mod listing;
 mod oci;
 mod referrers;
+mod sparse;
 #[cfg(test)]
 mod tests;
 
@@ -43,6 +46,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
+pub use self::all::{ContainedImage, images};
 use self::decompress::{Caps, Compression, SNIFFED_BYTES};
 use self::holder::{Holder, Piece};
 pub use self::listing::split_tag;
@@ -50,7 +54,9 @@ use self::oci::{Chosen, Descriptor, Image, ImageError};
 use self::referrers::Referrers;
 use super::{Content, FileIdentity, Source, SourceBody, SourceEntry};
 use crate::own::{self, Own};
+use base::blocking::Stop;
 use base::fault::{Fault, IoContext};
+use base::job_progress::cancelled;
 use base::omitted::{Category, Omitted};
 use base::platform::Platform;
 use content::manifest::{Attributes, ImageInfo, KindInfo};
@@ -86,6 +92,8 @@ pub struct ImageOptions {
     pub compress: bool,
     /// The bytes that a layer or an archive may have after decompression, whatever the ratio.
     pub unpacked_bytes_max: Option<u64>,
+    /// Ends the reading: set when the job is cancelled.
+    pub stop: Stop,
 }
 
 /// How the parts of an image are read.
@@ -94,6 +102,7 @@ struct Reading<'a> {
     caps: Caps,
     platforms: &'a [Platform],
     layers: docker::Layers<'a>,
+    stop: &'a Stop,
 }
 
 impl<'a> Reading<'a> {
@@ -103,12 +112,26 @@ impl<'a> Reading<'a> {
         Self {
             caps,
             platforms: &options.platforms,
+            stop: &options.stop,
             layers: if options.compress {
                 docker::Layers::Compressed(scratch)
             } else {
                 docker::Layers::AsTheyAre
             },
         }
+    }
+}
+
+impl Reading<'_> {
+    /// A fault after the cancellation is a consequence of it.
+    fn or_cancelled<T>(self, read: Result<T, Fault>) -> Result<T, Fault> {
+        read.map_err(|fault| {
+            if self.stop.is_set() {
+                cancelled()
+            } else {
+                fault
+            }
+        })
     }
 }
 
@@ -151,16 +174,14 @@ impl ImageSource {
         own: &Arc<Own>,
     ) -> Result<Self, Fault> {
         let reading = Reading::new(options, scratch);
-        open(path, scratch, tag, reading, own)
+        reading.or_cancelled(open(path, scratch, tag, reading, own))
     }
 
     /// Opens the only image of a layout directory, for example one that was pulled from a registry.
     pub fn open_layout(folder: &Path, options: &ImageOptions) -> Result<Self, Fault> {
-        from_holder(
-            Holder::folder(folder, Arc::default()),
-            None,
-            Reading::new(options, folder),
-        )
+        let reading = Reading::new(options, folder);
+        let holder = Holder::folder(folder, Arc::default());
+        reading.or_cancelled(from_holder(holder, None, reading))
     }
 
     /// Like [`ImageSource::open_layout`], for a layout in the scratch directory: each blob is
@@ -242,15 +263,21 @@ fn open(
     reading: Reading<'_>,
     own: &Arc<Own>,
 ) -> Result<ImageSource, Fault> {
+    from_holder(holder_of(path, scratch, reading, own)?, tag, reading)
+}
+
+/// The pieces of the archive or layout directory at `path`.
+fn holder_of(
+    path: &Path,
+    scratch: &Path,
+    reading: Reading<'_>,
+    own: &Arc<Own>,
+) -> Result<Holder, Fault> {
     let path = &fs::canonicalize(path).at(format_args!("open image {}", path.display()))?;
     own.check_path(path)?;
     let meta = fs::metadata(path).at(format_args!("open image {}", path.display()))?;
     if meta.is_dir() {
-        let source = from_holder(Holder::folder(path, own.clone()), tag, reading)?;
-        return Ok(ImageSource {
-            own: Some(own.clone()),
-            ..source
-        });
+        return Ok(Holder::folder(path, own.clone()));
     }
     if !meta.is_file() {
         return Err(refuse(
@@ -265,33 +292,29 @@ fn open(
         .take(SNIFFED_BYTES as u64)
         .read_to_end(&mut first)
         .at(format_args!("read image {}", path.display()))?;
-    let mut of_source = None;
-    let holder = match Compression::of(&first) {
-        Compression::None if first.is_empty() => {
-            return Err(refuse(path, "the archive", "it is empty"));
-        }
-        Compression::None => {
-            of_source = Some(own.clone());
-            Holder::tar(path, path, of_source.clone())?
-        }
-        Compression::Foreign(name) => {
-            return Err(refuse(
-                path,
-                "the archive",
-                format!("it is compressed with {name}, which is not supported"),
-            )
-            .with_next("decompress it, or use gzip, zstd, xz or bzip2"));
-        }
+    match Compression::of(&first) {
+        Compression::None if first.is_empty() => Err(refuse(path, "the archive", "it is empty")),
+        Compression::None => Holder::tar(path, path, scratch, reading.caps, Some(own.clone())),
+        Compression::Foreign(name) => Err(refuse(
+            path,
+            "the archive",
+            format!("it is compressed with {name}, which is not supported"),
+        )
+        .with_next("decompress it, or use gzip, zstd, xz or bzip2")),
         known => {
             let copy = scratch.join(DECOMPRESSED);
-            decompress::to_scratch(path, known, &copy, reading.caps, own)?;
-            Holder::tar(&copy, path, None)?
+            decompress::to_scratch(path, known, &copy, reading.caps, own, reading.stop)?;
+            Holder::tar(&copy, path, scratch, reading.caps, None)
         }
-    };
-    Ok(ImageSource {
-        own: of_source,
-        ..from_holder(holder, tag, reading)?
-    })
+    }
+}
+
+/// The image of a directory without `blobs/`, whose blobs the holder then finds.
+fn top_of_directory(holder: &mut Holder) -> Result<Option<Descriptor>, Fault> {
+    Ok(directory::top(holder)?.map(|(digest, top)| {
+        holder.set_flat(digest);
+        top
+    }))
 }
 
 fn from_holder(
@@ -302,15 +325,13 @@ fn from_holder(
     let Reading {
         caps, platforms, ..
     } = reading;
-    let directory = directory::top(&holder)?;
-    let tops = match &directory {
-        Some((_, top)) => Some(vec![top.clone()]),
+    let directory = top_of_directory(&mut holder)?;
+    let is_directory = directory.is_some();
+    let tops = match directory {
+        Some(top) => Some(vec![top]),
         None => oci::top_descriptors(&holder)?,
     };
-    let is_directory = directory.is_some();
-    if let Some((digest, _)) = directory {
-        holder.set_flat(digest);
-    }
+    holder.set_stop(reading.stop.clone());
     let holder = &holder;
     let saved = if is_directory {
         None
@@ -442,7 +463,7 @@ fn oci_from_saved(
             }
             Ok(_) => {}
             Err(ImageError::Disagrees(fault)) => why = Some(fault.message),
-            Err(ImageError::Refused(fault)) => return Err(fault),
+            Err(ImageError::Refused(fault) | ImageError::Absent(fault)) => return Err(fault),
         }
     }
     tracing::warn!(
@@ -523,6 +544,6 @@ fn into_source(image: Image) -> Result<ImageSource, Fault> {
             .into_iter(),
         info,
         omitted: image.omitted,
-        own: None,
+        own: holder.own(),
     })
 }

@@ -40,6 +40,8 @@ const ATTESTED: &str = "vnd.docker.reference.digest";
 pub(super) enum ImageError {
     /// The image is rejected.
     Refused(Fault),
+    /// The source does not contain what is selected.
+    Absent(Fault),
     /// The OCI parts contradict each other in the way Docker 25 wrote them; `manifest.json` may
     /// still be correct.
     Disagrees(Fault),
@@ -54,7 +56,7 @@ impl From<Fault> for ImageError {
 impl ImageError {
     pub(super) fn fault(self) -> Fault {
         match self {
-            Self::Refused(fault) | Self::Disagrees(fault) => fault,
+            Self::Refused(fault) | Self::Absent(fault) | Self::Disagrees(fault) => fault,
         }
     }
 }
@@ -302,7 +304,6 @@ pub(super) fn choose(
     let (others, images): (Vec<&Descriptor>, Vec<&Descriptor>) =
         all.iter().filter(of_tag).partition(|d| referrers.has(d));
     let matching = if images.is_empty() { others } else { images };
-    let names: BTreeSet<&str> = matching.iter().flat_map(|d| d.names().last()).collect();
     match (
         distinct(matching.iter().map(|d| &d.digest)).len(),
         matching.first(),
@@ -315,15 +316,18 @@ pub(super) fn choose(
             None => holder.refuse("index.json", "it contains no image"),
         }),
         (1, Some(one)) => Ok(Chosen::One((*one).clone())),
-        // The platforms of one image, listed at the top instead of in their own index.
-        _ if names.len() < 2 && matching.iter().all(|d| d.platform.is_some()) => {
-            Ok(Chosen::Platforms(distinct_descriptors(&matching)))
-        }
+        _ if are_platforms(&matching) => Ok(Chosen::Platforms(distinct_descriptors(&matching))),
         _ => Err(listing::several(
             &holder.shown,
             matching.into_iter().map(label),
         )),
     }
+}
+
+/// Whether these are the platforms of one image, listed at the top instead of in their own index.
+pub(super) fn are_platforms(all: &[&Descriptor]) -> bool {
+    let names: BTreeSet<&str> = all.iter().flat_map(|d| d.names().last()).collect();
+    names.len() < 2 && all.iter().all(|d| d.platform.is_some())
 }
 
 /// The digest of an image's config, which `docker images` shows as the image ID.
@@ -381,12 +385,20 @@ pub(super) fn image(
         find_selected(holder, top, platforms, 0, &mut found)?;
     }
     let image = match found.as_slice() {
-        [one] => whole_image(holder, &Chosen::One(one.clone()), platforms)?,
+        [one] => whole_image(holder, &Chosen::One(one.clone()), platforms),
         [] => return Err(no_such_platform(holder, &tops, platforms)?.into()),
         _ => match chosen {
-            Chosen::One(_) => whole_image(holder, chosen, platforms)?,
-            Chosen::Platforms(_) => whole_image(holder, &Chosen::Platforms(found), platforms)?,
+            Chosen::One(_) => whole_image(holder, chosen, platforms),
+            Chosen::Platforms(_) => whole_image(holder, &Chosen::Platforms(found), platforms),
         },
+    };
+    let image = match image {
+        Err(ImageError::Absent(_)) => {
+            // Damage of the whole image is reported as that.
+            let whole = whole_image(holder, chosen, &[])?;
+            return Err(absent_platform(holder, platforms, &whole.platforms).into());
+        }
+        image => image?,
     };
     if image.is_deselected {
         return Err(no_such_platform(holder, &tops, platforms)?.into());
@@ -455,6 +467,18 @@ fn no_such_platform(
     ))
 }
 
+/// The fault of a selection of platforms that the image lists and the source does not contain.
+fn absent_platform(holder: &Holder, platforms: &[Wanted], contained: &[String]) -> Fault {
+    let wanted: Vec<String> = platforms.iter().map(ToString::to_string).collect();
+    Fault::not_found(format!(
+        "image {}: it lists the platform {} but does not contain it, only: {}",
+        holder.shown.display(),
+        wanted.join(", "),
+        contained.join(", ")
+    ))
+    .with_next("create it again with this platform, choose another one with --platform, or leave --platform out")
+}
+
 /// The fault of a selection that matches none of these platforms.
 pub(super) fn other_platforms<'a>(
     holder: &Holder,
@@ -496,7 +520,7 @@ fn whole_image(
                 );
                 new
             }
-            Resolution::Absent => return Err(graph.nothing_found(top).into()),
+            Resolution::Absent => return Err(ImageError::Absent(graph.nothing_found(top))),
         },
         Chosen::Platforms(all) => {
             let mut entries = Vec::new();
@@ -508,9 +532,9 @@ fn whole_image(
                 }
             }
             if entries.is_empty() {
-                return Err(holder
-                    .refuse("index.json", "none of the listed platforms exists")
-                    .into());
+                return Err(ImageError::Absent(
+                    holder.refuse("index.json", "none of the listed platforms exists"),
+                ));
             }
             graph.add_created(OCI_INDEX, index_bytes(&entries)?)
         }

@@ -54,18 +54,17 @@ pub(crate) async fn a_token_can_be_used_once_and_expires(catalogue: Catalogue) {
         catalogue
             .redeem_token("a", &[1; 32], &claim, &[7; 32])
             .await
-            .unwrap(),
+            .unwrap()
+            .0,
         site
     );
     // The answer may have been lost: the same key, and no other, may ask again until the site has
     // connected.
-    assert_eq!(
-        catalogue
-            .redeem_token("a", &[1; 32], &claim, &[7; 32])
-            .await
-            .unwrap(),
-        site
-    );
+    let (again, serial) = catalogue
+        .redeem_token("a", &[1; 32], &claim, &[7; 32])
+        .await
+        .unwrap();
+    assert_eq!(again, site);
     assert!(
         catalogue
             .redeem_token("a", &[1; 32], &claim, &[8; 32])
@@ -74,10 +73,17 @@ pub(crate) async fn a_token_can_be_used_once_and_expires(catalogue: Catalogue) {
             .message
             .contains("used")
     );
+    // It is seen over the connection of an earlier certificate.
     catalogue
         .site_seen(&name, true, clock::now_ms() + 1, None)
         .await
         .unwrap();
+    let (_, newest) = catalogue
+        .redeem_token("a", &[1; 32], &claim, &[7; 32])
+        .await
+        .unwrap();
+    assert!(newest.is_newer_than(&serial));
+    catalogue.confirm(&site, &newest).await.unwrap();
     assert!(
         catalogue
             .redeem_token("a", &[1; 32], &claim, &[7; 32])
@@ -152,7 +158,8 @@ pub(crate) async fn a_publisher_is_not_a_site(catalogue: Catalogue) {
         catalogue
             .redeem_token("a", &[1; 32], &Claim::Publisher, &[7; 32])
             .await
-            .unwrap(),
+            .unwrap()
+            .0,
         publisher
     );
     assert!(catalogue.publisher_seen(&publisher_name).await.unwrap());

@@ -9,8 +9,9 @@ use base::names::{PublisherName, SiteName, SiteSelector};
 use base::peer::Peer;
 use futures::TryStreamExt as _;
 use model::publisher_scope::PublisherScope;
-use transport::identity::Claim;
+use transport::identity::{Claim, Serial};
 
+use super::members::MemberColumns;
 use super::{Sqlite, fault, json, malformed};
 use crate::engine::{Listed, See};
 use crate::events::SiteState;
@@ -27,21 +28,34 @@ type TokenColumns = (
     Option<Vec<u8>>,
     Option<i64>,
 );
-type SiteColumns = (String, String, i64, Option<i64>, Option<String>, i64);
+
+#[derive(sqlx::FromRow)]
+struct SiteColumns {
+    name: String,
+    labels: String,
+    joined_ms: i64,
+    seen_ms: Option<i64>,
+    version: Option<String>,
+    open_transfers: i64,
+    #[sqlx(flatten)]
+    member: MemberColumns,
+}
 
 const TABLE: &str = "site";
-/// The sites after a name, and one site.
-const SITES: &str = "SELECT name, labels, joined_ms, seen_ms, version,
-        (SELECT COUNT(*) FROM transfer t WHERE t.site = site.name AND t.state NOT IN ('done', 'failed', 'cancelled'))
-     FROM site WHERE $1 IS NULL OR name > $1 ORDER BY name LIMIT $2";
-const ONE_SITE: &str = "SELECT name, labels, joined_ms, seen_ms, version,
-        (SELECT COUNT(*) FROM transfer t WHERE t.site = site.name AND t.state NOT IN ('done', 'failed', 'cancelled'))
-     FROM site WHERE name = $1";
-/// A token, and when its holder last connected.
-const TOKEN: &str = "SELECT secret_hash, site, labels, expires_ms, used_ms, role, key_hash,
-        CASE role WHEN 'site' THEN (SELECT seen_ms FROM site WHERE name = token.site)
-                  ELSE (SELECT seen_ms FROM publisher WHERE name = token.site) END
-     FROM token WHERE id = $1";
+/// The sites after a name, or the one of a name.
+const SITES: &str = "SELECT site.name, labels, joined_ms, seen_ms, version,
+        (SELECT COUNT(*) FROM transfer t WHERE t.site = site.name AND t.state NOT IN ('done', 'failed', 'cancelled')) AS open_transfers,
+        serial, issued_ms, expires_ms, confirmed_ms, previous, previous_until_ms,
+        revoked_ms, revoked_by, revoked_why, change, changed_ms, changed_by
+     FROM site LEFT JOIN member m ON m.role = 'site' AND m.name = site.name
+     WHERE ($1 IS NULL OR site.name > $1) AND ($2 IS NULL OR site.name = $2) ORDER BY site.name LIMIT $3";
+/// A token, and when its holder connected with the certificate of the token. Of a certificate that an
+/// earlier version issued, only when the holder last connected is known.
+const TOKEN: &str = "SELECT secret_hash, token.site, labels, token.expires_ms, used_ms, token.role, key_hash,
+        CASE WHEN m.issued_ms >= used_ms THEN CASE WHEN m.confirmed_ms IS NULL THEN NULL ELSE MAX(m.confirmed_ms, used_ms) END
+             WHEN token.role = 'site' THEN (SELECT seen_ms FROM site WHERE name = token.site)
+             ELSE (SELECT seen_ms FROM publisher WHERE name = token.site) END
+     FROM token LEFT JOIN member m ON m.role = token.role AND m.name = token.site WHERE id = $1";
 /// Entries of a site's `[train] allow` that are stored.
 const TRAIN_ALLOW_MAX: usize = 10_000;
 
@@ -63,20 +77,19 @@ fn token(
 impl Sqlite {
     /// A row of [`SITES`]. A site whose labels cannot be read is returned without labels, and is
     /// reported.
-    fn site_row(
-        &self,
-        (name, labels, joined_ms, seen_ms, version, open): SiteColumns,
-    ) -> Result<SiteRow, Fault> {
-        let labels = serde_json::from_str(&labels).map_err(|e| malformed(TABLE, &name, e));
+    fn site_row(&self, row: SiteColumns) -> Result<SiteRow, Fault> {
+        let name = row.name;
+        let labels = serde_json::from_str(&row.labels).map_err(|e| malformed(TABLE, &name, e));
         Ok(SiteRow {
             labels: self
                 .sound("labels of site", &name, labels)
                 .unwrap_or_default(),
+            member: row.member.member(&name)?,
             name: name.parse().map_err(|e| malformed(TABLE, &name, e))?,
-            joined_ms,
-            seen_ms,
-            version,
-            open_transfers: open as u64,
+            joined_ms: row.joined_ms,
+            seen_ms: row.seen_ms,
+            version: row.version,
+            open_transfers: row.open_transfers as u64,
         })
     }
 
@@ -98,6 +111,24 @@ impl Sqlite {
             .await
             .map_err(fault)?;
         write.commit().await
+    }
+}
+
+/// The limits of a publisher.
+const SCOPE: &str = "SELECT scope FROM publisher WHERE name = $1";
+
+/// The limits in a row of `table`; `None`: there is no row. Limits that cannot be read allow nothing.
+fn read_scope(
+    table: &str,
+    key: &str,
+    row: Option<(Option<String>,)>,
+) -> Result<Option<PublisherScope>, Fault> {
+    match row {
+        None => Ok(None),
+        Some((None,)) => Ok(Some(PublisherScope::default())),
+        Some((Some(scope),)) => serde_json::from_str(&scope)
+            .map(Some)
+            .map_err(|e| malformed(table, key, e)),
     }
 }
 
@@ -129,6 +160,14 @@ impl Sites for Sqlite {
                     .with_next("choose another name"),
             );
         }
+        if write.member(holder).await?.revoked.is_some() {
+            return Err(
+                Fault::conflict(format!("{holder} is revoked")).with_next(format!(
+                    "let it in again first: packhorse {role} restore {}",
+                    holder.name()
+                )),
+            );
+        }
         sqlx::query("INSERT INTO token (id, secret_hash, role, site, labels, expires_ms) VALUES ($1, $2, $3, $4, $5, $6)")
             .bind(id)
             .bind(&secret_hash[..])
@@ -154,20 +193,12 @@ impl Sites for Sqlite {
     }
 
     async fn publisher_scope(&self, name: &PublisherName) -> Result<Option<PublisherScope>, Fault> {
-        let row: Option<(Option<String>,)> =
-            sqlx::query_as("SELECT scope FROM publisher WHERE name = $1")
-                .bind(name.as_str())
-                .fetch_optional(self.read())
-                .await
-                .map_err(fault)?;
-        match row {
-            None => Ok(None),
-            Some((None,)) => Ok(Some(PublisherScope::default())),
-            // A scope that cannot be read allows nothing.
-            Some((Some(scope),)) => serde_json::from_str(&scope)
-                .map(Some)
-                .map_err(|e| malformed("publisher", name.as_str(), e)),
-        }
+        let row = sqlx::query_as(SCOPE)
+            .bind(name.as_str())
+            .fetch_optional(self.read())
+            .await
+            .map_err(fault)?;
+        read_scope("publisher", name.as_str(), row)
     }
 
     async fn redeem_token(
@@ -176,7 +207,7 @@ impl Sites for Sqlite {
         secret_hash: &[u8; 32],
         claim: &Claim,
         key_hash: &[u8; 32],
-    ) -> Result<Peer, Fault> {
+    ) -> Result<(Peer, Serial), Fault> {
         let now = clock::now_ms();
         let mut write = self.begin().await?;
         let row: Option<TokenColumns> = sqlx::query_as(TOKEN)
@@ -186,6 +217,13 @@ impl Sites for Sqlite {
             .map_err(fault)?;
         let row = row.map(token);
         let holder = TokenRow::redeemed(row.as_ref(), id, secret_hash, claim, key_hash, now)?;
+        if write.member(&holder).await?.revoked.is_some() {
+            return Err(
+                Fault::not_allowed(format!("{holder} was revoked at the hub")).with_next(
+                    "ask the administrator of the hub to restore it, then for a new token",
+                ),
+            );
+        }
         sqlx::query("UPDATE token SET used_ms = $1, key_hash = $2 WHERE id = $3")
             .bind(now)
             .bind(&key_hash[..])
@@ -218,22 +256,38 @@ impl Sites for Sqlite {
                 write.note("site", name, state, Subject::Other).await?;
             }
             Peer::Publisher(_) | Peer::Hub(_) => {
+                let of_token = "SELECT scope FROM token WHERE id = $1";
+                let of_token: Option<(Option<String>,)> = sqlx::query_as(of_token)
+                    .bind(id)
+                    .fetch_optional(write.db())
+                    .await
+                    .map_err(fault)?;
+                let earlier: Option<(Option<String>,)> = sqlx::query_as(SCOPE)
+                    .bind(name)
+                    .fetch_optional(write.db())
+                    .await
+                    .map_err(fault)?;
+                let scope = read_scope("token", id, of_token)?;
+                let scope = match read_scope("publisher", name, earlier)? {
+                    Some(earlier) => scope.unwrap_or_default().over(earlier),
+                    None => scope.unwrap_or_default(),
+                };
                 sqlx::query(
-                    "INSERT INTO publisher (name, joined_ms, scope)
-                     VALUES ($1, $2, (SELECT scope FROM token WHERE id = $3))
+                    "INSERT INTO publisher (name, joined_ms, scope) VALUES ($1, $2, $3)
                      ON CONFLICT (name) DO UPDATE SET joined_ms = excluded.joined_ms, scope = excluded.scope",
                 )
                 .bind(name)
                 .bind(now)
-                .bind(id)
+                .bind(json("scope", &scope)?)
                 .execute(write.db())
                 .await
                 .map_err(fault)?;
                 write.changes(Subject::Other);
             }
         }
+        let serial = write.issue(&holder, None, now).await?;
         write.commit().await?;
-        Ok(holder)
+        Ok((holder, serial))
     }
 
     async fn publisher_seen(&self, name: &PublisherName) -> Result<bool, Fault> {
@@ -302,7 +356,7 @@ impl Sites for Sqlite {
     async fn sites_heard(&self, heard: &[(SiteName, i64)]) -> Result<(), Fault> {
         let mut write = self.begin().await?;
         for (site, at_ms) in heard {
-            sqlx::query("UPDATE site SET seen_ms = MAX(COALESCE(seen_ms, 0), $1) WHERE name = $2")
+            sqlx::query("UPDATE site SET seen_ms = $1 WHERE name = $2 AND (seen_ms IS NULL OR seen_ms < $1)")
                 .bind(at_ms)
                 .bind(site.as_str())
                 .execute(write.db())
@@ -388,19 +442,22 @@ impl Sites for Sqlite {
     async fn sites(&self) -> Result<Vec<SiteRow>, Fault> {
         let rows: Vec<SiteColumns> = sqlx::query_as(SITES)
             .bind(None::<&str>)
+            .bind(None::<&str>)
             .bind(i64::MAX)
             .fetch_all(self.read())
             .await
             .map_err(fault)?;
         Ok(rows
             .into_iter()
-            .filter_map(|row| self.sound(TABLE, &row.0.clone(), self.site_row(row)))
+            .filter_map(|row| self.sound(TABLE, &row.name.clone(), self.site_row(row)))
             .collect())
     }
 
     async fn site(&self, name: &str) -> Result<Option<SiteRow>, Fault> {
-        let row: Option<SiteColumns> = sqlx::query_as(ONE_SITE)
+        let row: Option<SiteColumns> = sqlx::query_as(SITES)
+            .bind(None::<&str>)
             .bind(name)
+            .bind(1)
             .fetch_optional(self.read())
             .await
             .map_err(fault)?;
@@ -415,10 +472,11 @@ impl Sites for Sqlite {
     ) -> Result<(), Fault> {
         let mut found = sqlx::query_as::<_, SiteColumns>(SITES)
             .bind(behind)
+            .bind(None::<&str>)
             .bind(rows)
             .fetch(self.read());
         while let Some(row) = found.try_next().await.map_err(fault)? {
-            let key = row.0.clone();
+            let key = row.name.clone();
             let row = self.sound(TABLE, &key, self.site_row(row));
             if !see(row.map_or(Listed::Malformed { key, cursor: 0 }, Listed::Row)) {
                 break;

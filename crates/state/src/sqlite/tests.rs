@@ -551,3 +551,66 @@ async fn a_collection_waits_for_open_transactions() {
     write.commit().await.unwrap();
     assert_eq!(settled.await.unwrap(), [name]);
 }
+
+#[tokio::test]
+async fn members_of_the_previous_revision_keep_their_certificates_until_they_get_newer_ones() {
+    use base::peer::Peer;
+    use model::policy::Standing;
+    use transport::identity::{Claim, Serial};
+
+    let dir = tempfile::tempdir().unwrap();
+    let mut db = before(14, dir.path()).await;
+    for statement in [
+        "INSERT INTO site (name, labels, joined_ms, seen_ms) VALUES ('west', '{\"line\":\"3\"}', 1, 5000)",
+        "INSERT INTO publisher (name, joined_ms, scope) VALUES ('office', 1, '{\"artifacts\":[\"model/*\"]}')",
+        // A site whose join was not answered, and one that has connected since.
+        "INSERT INTO token (id, secret_hash, site, labels, expires_ms, used_ms, key_hash)
+             VALUES ('lost', zeroblob(32), 'late', '{}', 9000000000000, 4000, zeroblob(32))",
+        "INSERT INTO site (name, labels, joined_ms) VALUES ('late', '{}', 4000)",
+        "INSERT INTO token (id, secret_hash, site, labels, expires_ms, used_ms, key_hash)
+             VALUES ('done', zeroblob(32), 'west', '{}', 9000000000000, 4000, zeroblob(32))",
+    ] {
+        sqlx::query(statement).execute(&mut db).await.unwrap();
+    }
+    db.close().await.unwrap();
+    let catalogue = Catalogue::open(dir.path()).await.unwrap();
+    let row = catalogue.site("west").await.unwrap().unwrap();
+    assert_eq!(
+        (row.labels["line"].as_str(), &row.member),
+        ("3", &Default::default())
+    );
+    let publishers = catalogue.publishers(None, 10).await.unwrap();
+    assert!(publishers.len() == 1 && publishers[0].member == Default::default());
+
+    let earlier = Serial::from_bytes(&[0x7f; 20]).unwrap();
+    for who in [
+        Peer::Site("west".parse().unwrap()),
+        Peer::Publisher("office".parse().unwrap()),
+    ] {
+        let member = async || catalogue.member(&who).await.unwrap().unwrap();
+        assert_eq!(member().await.standing(&earlier, 0), Standing::Current);
+        // Nothing is recorded of a handshake with it.
+        catalogue.confirm(&who, &earlier).await.unwrap();
+        assert_eq!(member().await, Default::default());
+        let renewed = catalogue.renew(&who, &earlier).await.unwrap();
+        let now = clock::now_ms();
+        for serial in [&earlier, &renewed] {
+            assert_eq!(member().await.standing(serial, now), Standing::Current);
+        }
+        catalogue.confirm(&who, &renewed).await.unwrap();
+        assert_eq!(member().await.standing(&earlier, now), Standing::Superseded);
+        assert_eq!(member().await.standing(&renewed, now), Standing::Current);
+    }
+    let ask = async |id: &str, site: &str| {
+        let claim = Claim::Site(site.parse().unwrap());
+        catalogue.redeem_token(id, &[0; 32], &claim, &[0; 32]).await
+    };
+    ask("lost", "late").await.unwrap();
+    assert!(
+        ask("done", "west")
+            .await
+            .unwrap_err()
+            .message
+            .contains("used already")
+    );
+}

@@ -522,7 +522,7 @@ impl TransferChanges for Write {
     async fn store(&mut self, row: &TransferRow, difference: Difference) -> Result<(), Fault> {
         let subject = match difference.work {
             true => Subject::Site(row.site.clone()),
-            false => Subject::Other,
+            false => Subject::Progress,
         };
         let cursor = match difference.shows {
             true => {

@@ -43,6 +43,8 @@ const DOUBTFUL: f64 = 0.04;
 const RANDOM_MAX: f64 = 0.3;
 /// No path loses as much at random.
 const LOST_MAX: f64 = 0.4;
+/// One experiment may be wrong where many packets are lost at random; so many in a row are not.
+const LIMITED: u32 = 2;
 /// The smallest window, in packets. One packet less is in flight.
 const PACKETS: u64 = 4;
 const PACKETS_LEAST: u64 = 2;
@@ -105,6 +107,8 @@ pub(super) struct Gain {
     believed: u32,
     believed_for: u32,
     packets: u64,
+    /// So many experiments in a row found that the path drops what is above a rate, without a queue.
+    limited: u32,
 }
 
 impl Gain {
@@ -122,6 +126,7 @@ impl Gain {
             believed: 0,
             believed_for: BELIEVED,
             packets: PACKETS,
+            limited: 0,
         }
     }
 
@@ -176,6 +181,12 @@ impl Gain {
 
     pub(super) fn is_experiment(&self) -> bool {
         self.experiment.is_some()
+    }
+
+    /// Whether the path drops what is above a rate although it has no queue: a policer does, and a
+    /// queue of a few packets.
+    pub(super) fn is_limited(&self) -> bool {
+        self.limited >= LIMITED && (self.limit.is_some() || self.experiment.is_some())
     }
 
     /// The smallest round trip was measured again.
@@ -256,6 +267,7 @@ impl Gain {
         let is_less_lost = stretch.lost < before.lost * 0.6 && before.lost - stretch.lost > chance;
         let is_congestion =
             before.lost > LOST_MAX || is_less_lost || stretch.rate > before.rate / 100 * 93;
+        self.limited = if is_congestion { self.limited + 1 } else { 0 };
         if is_congestion {
             if self.is_least(stretch) {
                 self.packets = (self.packets - 1).max(PACKETS_LEAST);

@@ -138,6 +138,44 @@ fn policed(bits: u64, packets: u64) -> Line {
     }
 }
 
+/// The rate above which the hub finds that the path drops, after a transfer.
+fn limited_after_bulk(line: &Line) -> Option<u64> {
+    let (hub, site) = (Choice::new(Congestion::Auto), Choice::new(Congestion::Auto));
+    let wanted = CONNECTION_WINDOW_WANTED_BYTES_MAX;
+    let mut path = Emulation::new(line.clone(), Line::new(200_000, 100, 100));
+    let pair = path.connect(
+        Settings::new(&hub, &Path::default(), wanted),
+        Settings::new(&site, &Path::default(), CONNECTION_WINDOW_BYTES.into()),
+    );
+    path.run_for(Duration::from_secs(2));
+    bulk(&mut path, pair, line.rate, 10, 20);
+    hub.limited(path.now)
+}
+
+#[test]
+fn only_a_path_that_drops_without_a_queue_is_limited() {
+    for rate in [256_000, 512_000, 1_000_000, 5_000_000] {
+        let found = limited_after_bulk(&policed(rate, 20)).map(|bytes| bytes * 8);
+        let about = rate / 10 * 8..rate / 10 * 13;
+        assert!(
+            found.is_some_and(|found| about.contains(&found)),
+            "{rate}: {found:?}"
+        );
+    }
+    for line in [
+        Line::new(2_000, 100, 100),
+        Line::new(10_000, 30, 100),
+        Line::new(200_000, 100, 100),
+        Line::new(200_000, 100, 100).lossy(0.01),
+        Line::new(20_000, 40, 100).lossy(0.1),
+        Line::new(50_000, 40, 100).lossy(0.05),
+        Line::new(20_000, 100, 100).lossy(0.1),
+        Line::new(2_000, 40, 100).lossy(0.1),
+    ] {
+        assert_eq!(limited_after_bulk(&line), None, "{line:?}");
+    }
+}
+
 #[test]
 fn a_policer_is_found() {
     for rate in [256_000, 512_000, 1_000_000] {

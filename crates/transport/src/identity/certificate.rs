@@ -45,7 +45,7 @@ fn parse_uri(uri: &str) -> Result<Peer, Fault> {
     }
 }
 
-fn parse(cert_der: &[u8]) -> Result<X509Certificate<'_>, Fault> {
+pub(super) fn parse(cert_der: &[u8]) -> Result<X509Certificate<'_>, Fault> {
     match X509Certificate::from_der(cert_der) {
         Ok(([], certificate)) => Ok(certificate),
         _ => Err(Fault::not_allowed("the certificate is malformed")),
@@ -122,10 +122,11 @@ impl Validity {
         })
     }
 
-    /// Whether less than a third of the validity period is left at `now`.
-    pub fn is_ending(&self, now: Timestamp) -> bool {
+    /// Whether more than this part of the validity period is over at `now`.
+    pub fn has_used(&self, part: f64, now: Timestamp) -> bool {
         let whole = self.until.as_second() - self.from.as_second();
-        self.until.as_second() - now.as_second() < whole / 3
+        let used = now.as_second() - self.from.as_second();
+        used as f64 > whole as f64 * part
     }
 }
 

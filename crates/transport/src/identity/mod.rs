@@ -3,14 +3,16 @@
 //!
 //! The hub creates its CA at the first start ([`HubIdentity`]). A site gets its certificate once,
 //! with a [`JoinToken`], and renews it over its connection ([`SiteIdentity`]). A *publisher*, a
-//! client that may only publish from another machine, gets its certificate in the same way. A
+//! client that may only publish from another machine, gets its certificate in the same way. Each
+//! certificate has a [`Serial`], so that the hub accepts only the newest one of a holder. A
 //! certificate names its holder in a URI (`packhorse:site:chengdu`). This name comes from the token
 //! or from the renewed certificate, never from the request.
 //!
 //! On disk, under `<data_dir>/identity/` (mode 0700, files 0600), PEM:
 //! - `ca.pem` at the hub: the key of the CA, then its certificate.
 //! - `hub.pem`: the key of the hub, then its certificate. The hub creates it again if it is
-//!   missing, old or has a different name.
+//!   missing or has a different name, and replaces it at half of its validity, while it runs.
+//! - `reset.key` at the hub: the key of stateless resets, in hex.
 //! - `site.pem`: the key of the site, its certificate, then the CA of the hub.
 //!
 //! A key and its certificate are in the same file, and a file is replaced atomically. A crash
@@ -18,13 +20,15 @@
 
 mod certificate;
 mod hub;
+mod serial;
 mod site;
 mod token;
 
 pub(crate) use certificate::{Role, clamp_to_validity, crypto_provider, roots_of, verify_chain};
 pub use certificate::{Validity, fingerprint, holder, validity, verify_signature};
-pub use hub::HubIdentity;
+pub use hub::{HubIdentity, LEAF_VALIDITY, check_request};
 pub(crate) use hub::{key_hash, read_csr};
+pub use serial::Serial;
 pub use site::{CertificateRequest, SiteIdentity};
 pub use token::{Claim, JoinToken, Redeemer, secret_hash};
 

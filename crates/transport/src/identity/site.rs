@@ -8,7 +8,7 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 
 use super::hub::{generate_key, pem};
-use super::{Role, Validity, holder, identity_dir, read_if_exists, validity, verify_chain};
+use super::{Role, Serial, Validity, holder, identity_dir, read_if_exists, validity, verify_chain};
 use base::fault::Fault;
 use base::peer::Peer;
 use base::{clock, durable};
@@ -118,12 +118,21 @@ impl SiteIdentity {
         validity(&self.cert_der)
     }
 
-    /// Whether to renew the certificate: less than a third of its validity period is left, or it
+    pub fn serial(&self) -> Result<Serial, Fault> {
+        Serial::of(&self.cert_der)
+    }
+
+    /// Whether to renew the certificate: half of its validity period is over, more or less, or it
     /// begins after the time of this machine.
     pub fn needs_renewal(&self) -> bool {
-        let now = clock::now();
+        self.needs_renewal_at(clock::now())
+    }
+
+    /// The same at the time `now`.
+    pub fn needs_renewal_at(&self, now: jiff::Timestamp) -> bool {
+        let part = renewal_part(&self.cert_der);
         self.validity()
-            .is_ok_and(|v| v.is_ending(now) || now < v.from)
+            .is_ok_and(|v| v.has_used(part, now) || now < v.from)
     }
 
     /// A new key with a certificate request, which is sent to the hub. Pass the answer to
@@ -147,6 +156,14 @@ impl SiteIdentity {
     pub(crate) fn key(&self) -> PrivateKeyDer<'static> {
         PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(self.key.serialize_der()))
     }
+}
+
+/// The part of its validity period after which a certificate is renewed: 0.4 to 0.6. It depends on the
+/// certificate only, so that sites that joined together do not all renew at once.
+fn renewal_part(cert_der: &[u8]) -> f64 {
+    let hash = super::fingerprint(cert_der);
+    let tenth = f64::from(u16::from_be_bytes([hash[0], hash[1]])) / f64::from(u16::MAX);
+    0.4 + 0.2 * tenth
 }
 
 fn is_for_key(cert_der: &[u8], key: &KeyPair) -> bool {

@@ -46,7 +46,10 @@ fn the_hub_keeps_its_ca_and_replaces_a_damaged_certificate() {
         assert_ne!(repaired.cert_der(), first.cert_der());
     }
     let renamed = HubIdentity::open_or_create(dir.path(), &name("hub2")).unwrap();
-    assert_eq!(holder(renamed.cert_der()).unwrap(), Peer::Hub(name("hub2")));
+    assert_eq!(
+        holder(&renamed.cert_der()).unwrap(),
+        Peer::Hub(name("hub2"))
+    );
     assert_eq!(renamed.ca_hash(), first.ca_hash());
 }
 
@@ -67,10 +70,10 @@ fn a_damaged_ca_is_never_replaced() {
 fn the_hubs_certificate_names_the_hub_and_serves_only_as_a_server() {
     let dir = tempfile::tempdir().unwrap();
     let hub = HubIdentity::open_or_create(dir.path(), &name("hub")).unwrap();
-    assert_eq!(holder(hub.cert_der()).unwrap(), Peer::Hub(name("hub")));
-    verify_chain(hub.cert_der(), hub.ca_der(), Role::Hub).unwrap();
+    assert_eq!(holder(&hub.cert_der()).unwrap(), Peer::Hub(name("hub")));
+    verify_chain(&hub.cert_der(), hub.ca_der(), Role::Hub).unwrap();
     assert_eq!(
-        hub.verify_site(hub.cert_der()).unwrap_err().code,
+        hub.verify_site(&hub.cert_der()).unwrap_err().code,
         Code::NotAllowed
     );
     let site = joined(&hub, "chengdu");
@@ -199,8 +202,8 @@ fn a_wrong_clock_is_reported_with_both_times() {
         late.message.contains("expired") && late.message.contains("the hub"),
         "{late}"
     );
-    assert!(validity.is_ending("2026-10-01T00:00:00Z".parse().unwrap()));
-    assert!(!validity.is_ending("2026-06-01T00:00:00Z".parse().unwrap()));
+    assert!(validity.has_used(0.5, "2026-08-01T00:00:00Z".parse().unwrap()));
+    assert!(!validity.has_used(0.5, "2026-06-01T00:00:00Z".parse().unwrap()));
 }
 
 #[test]
@@ -231,12 +234,63 @@ fn printed_tokens_parse_and_changed_tokens_do_not() {
 }
 
 #[test]
-fn certificates_of_sites_last_a_year() {
+fn a_certificate_lasts_30_days_and_is_renewed_around_half_of_them() {
     let dir = tempfile::tempdir().unwrap();
     let hub = HubIdentity::open_or_create(dir.path(), &name("hub")).unwrap();
-    let validity = joined(&hub, "a").validity().unwrap();
-    let left = Duration::try_from(validity.until.duration_since(clock::now())).unwrap();
-    assert!(left > Duration::from_secs(364 * 86400) && left <= Duration::from_secs(365 * 86400));
+    let day = Duration::from_secs(86_400);
+    let mut earliest = 31;
+    let mut latest = 0;
+    for _ in 0..40 {
+        let site = joined(&hub, "a");
+        let validity = site.validity().unwrap();
+        let left = Duration::try_from(validity.until.duration_since(clock::now())).unwrap();
+        assert!(left > 29 * day && left <= LEAF_VALIDITY && LEAF_VALIDITY == 30 * day);
+        // The validity began a day before the certificate was issued.
+        let due = (0..31).find(|days| site.needs_renewal_at(validity.from + *days * day));
+        let due = due.unwrap();
+        assert!((12..=19).contains(&due), "after {due} of 31 days");
+        (earliest, latest) = (earliest.min(due), latest.max(due));
+        assert!(
+            site.needs_renewal_at(validity.from - day),
+            "it begins in the future"
+        );
+        assert!(site.needs_renewal_at(validity.until + 100 * day));
+    }
+    assert!(earliest < latest, "all on day {latest}");
+}
+
+#[test]
+fn the_hub_replaces_its_certificate_while_it_runs() {
+    let dir = tempfile::tempdir().unwrap();
+    let hub = HubIdentity::open_or_create(dir.path(), &name("hub")).unwrap();
+    let (first, reset_key) = (hub.cert_der(), hub.reset_key());
+    assert!(!hub.renew_if_due().unwrap());
+    assert_eq!(hub.cert_der(), first);
+    hub.age(Duration::from_secs(200 * 86_400));
+    assert!(hub.renew_if_due().unwrap());
+    assert_ne!(hub.cert_der(), first);
+    verify_chain(&hub.cert_der(), hub.ca_der(), Role::Hub).unwrap();
+    let again = HubIdentity::open_or_create(dir.path(), &name("hub")).unwrap();
+    assert_eq!(again.cert_der(), hub.cert_der(), "it was stored");
+    assert_eq!(again.reset_key(), reset_key);
+}
+
+#[test]
+fn the_reset_key_of_an_earlier_version_is_kept() {
+    let dir = tempfile::tempdir().unwrap();
+    HubIdentity::open_or_create(dir.path(), &name("hub")).unwrap();
+    // An earlier version had no file, and derived the key from that of its certificate.
+    let identity = dir.path().join("identity");
+    std::fs::remove_file(identity.join("reset.key")).unwrap();
+    let pem = std::fs::read(identity.join("hub.pem")).unwrap();
+    use rustls::pki_types::pem::PemObject as _;
+    let key = rustls::pki_types::PrivatePkcs8KeyDer::from_pem_slice(&pem).unwrap();
+    let expected = blake3::derive_key("packhorse QUIC stateless reset v1", key.secret_pkcs8_der());
+    let hub = HubIdentity::open_or_create(dir.path(), &name("hub")).unwrap();
+    assert_eq!(hub.reset_key(), expected);
+    std::fs::remove_file(identity.join("hub.pem")).unwrap();
+    let hub = HubIdentity::open_or_create(dir.path(), &name("hub")).unwrap();
+    assert_eq!(hub.reset_key(), expected);
 }
 
 #[test]

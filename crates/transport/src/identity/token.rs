@@ -12,7 +12,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use rand::Rng as _;
 
-use super::HubIdentity;
+use super::{HubIdentity, Serial};
 use base::fault::Fault;
 use base::names::SiteName;
 use base::peer::Peer;
@@ -141,15 +141,15 @@ pub trait Redeemer: Send + Sync {
     /// Uses the token in one transaction. The token must exist with this hash, must be unused and
     /// not expired, and must be for the holder that asks. A request that does not match does not
     /// use the token. The key that used a token may use it again until its holder has connected,
-    /// because the answer may have been lost. Returns the holder of the token, or `not_allowed`
-    /// with the reason.
+    /// because the answer may have been lost. Returns the holder of the token and the serial of its
+    /// certificate, which is stored as the newest of the holder, or `not_allowed` with the reason.
     async fn redeem(
         &self,
         id: &str,
         secret_hash: &[u8; 32],
         claim: &Claim,
         key_hash: &[u8; 32],
-    ) -> Result<Peer, Fault>;
+    ) -> Result<(Peer, Serial), Fault>;
 }
 
 /// The unverified claim of a joining client.

@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::future::poll_fn;
 use std::io::IoSlice;
 use std::pin::Pin;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
@@ -11,7 +12,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 use super::MuxShared;
 use super::frame::{HEADER_BYTES, Kind, put_header, read_header};
-use crate::{CLOSE_VIOLATION, Ended};
+use crate::{CLOSE_VIOLATION, Ended, SEVER_MAX};
 use base::limits::CONNECTION_KEEP_ALIVE;
 
 /// How long sending the close message may take before the connection is dropped.
@@ -58,7 +59,11 @@ where
             // the close message could be lost.
             tokio::io::copy(&mut reader, &mut tokio::io::sink()).await
         };
-        let _ = tokio::time::timeout(GOODBYE_MAX, goodbye).await;
+        let limit = match shared.sever.load(Ordering::Relaxed) {
+            true => SEVER_MAX,
+            false => GOODBYE_MAX,
+        };
+        let _ = tokio::time::timeout(limit, goodbye).await;
     }
 }
 

@@ -17,6 +17,7 @@ mod state;
 
 use std::future::poll_fn;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -40,6 +41,8 @@ struct MuxShared {
     /// Slots for streams that this end opens.
     slots: Semaphore,
     ended: watch::Sender<Option<Ended>>,
+    /// Whether the close message gets little time.
+    sever: AtomicBool,
 }
 
 impl MuxShared {
@@ -102,6 +105,7 @@ impl Mux {
             to_accept: Notify::new(),
             slots: Semaphore::new(CONNECTION_STREAMS_MAX as usize),
             ended: watch::Sender::new(None),
+            sever: AtomicBool::new(false),
         });
         let driver = shared.clone();
         tokio::spawn(async move {
@@ -195,7 +199,9 @@ impl Mux {
         )
     }
 
-    pub(crate) fn close(&self, code: u32, reason: &str) {
+    /// Closes the connection. `soon`: the close message gets little time.
+    pub(crate) fn close(&self, code: u32, reason: &str, soon: bool) {
+        self.shared().sever.fetch_or(soon, Ordering::Relaxed);
         self.shared().end(Ended::by_us(code, reason));
     }
 

@@ -255,7 +255,7 @@ async fn close_sends_the_reason_and_wakes_all_tasks() {
         async move { a.accept().await.is_none() }
     });
     tokio::time::sleep(Duration::from_millis(20)).await;
-    b.close(CLOSE_DONE, "going home");
+    b.close(CLOSE_DONE, "going home", false);
     let ended = a.closed().await;
     assert!(
         ended.by_peer && ended.code == Some(CLOSE_DONE) && ended.reason == "going home",

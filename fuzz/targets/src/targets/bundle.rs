@@ -130,8 +130,13 @@ fn imported(dir: &Path, store: &Store, bytes: &[u8]) {
     for member in &members {
         let root = member.root();
         assert!(
-            root.as_ref()
-                .is_ok_and(|root| check(&member.artifact, root, store).is_ok()),
+            root.as_ref().is_ok_and(|root| check(
+                &member.artifact,
+                root,
+                store,
+                &Default::default()
+            )
+            .is_ok()),
             "{:?}",
             member.artifact
         );

@@ -43,7 +43,7 @@ fn root_manifest(input: &[u8]) {
     );
     assert!(root.chunking.is_possible());
     let none = Given::default();
-    taken(check(&name(root.kind), &root, &none));
+    taken(check(&name(root.kind), &root, &none, &Default::default()));
     taken(entry_pages(&root, &none));
 }
 
@@ -314,8 +314,8 @@ fn manifest_page(input: &[u8]) {
         &mut std::collections::HashSet::new(),
         &mut |_| named += 1,
     ));
-    let first = check(&name(kind), &root, &given);
-    let again = check(&name(kind), &root, &given);
+    let first = check(&name(kind), &root, &given, &Default::default());
+    let again = check(&name(kind), &root, &given, &Default::default());
     assert_eq!(first, again, "a check gives the same answer each time");
     if taken(first).is_some() {
         accepted(&root, &given);
@@ -402,7 +402,7 @@ fn again(root: &Root, files: &[(Entry, Vec<ChunkRef>)]) {
     assert!(built.is_ok());
     let Ok(built) = built else { return };
     assert_eq!(built.totals, root.totals);
-    let checked = check(&name(root.kind), &built, &given);
+    let checked = check(&name(root.kind), &built, &given, &Default::default());
     assert!(checked.is_ok(), "{checked:?}");
     note("made again");
 }

@@ -165,7 +165,7 @@ fn path_is_below(path: &RelPath) {
 /// it stays below the top.
 fn link_stays_inside(path: &RelPath, target: &str) {
     for are_folders in [true, false] {
-        let result = stays_inside(path, target, |_| are_folders);
+        let result = stays_inside(path, target, |_, _| are_folders);
         note(result.err().unwrap_or("inside"));
         if result.is_ok() {
             let mut depth = path.components().count() as i64 - 1;

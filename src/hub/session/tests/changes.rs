@@ -204,7 +204,7 @@ impl Connected {
 
     fn done(&self, row: &TransferRow) -> Report {
         let sign = |statement: &[u8]| self.identity.sign(statement);
-        let receipt = Receipt::sign(row, self.identity.cert_der(), sign).unwrap();
+        let receipt = Receipt::sign(row, clock::now_ms(), self.identity.cert_der(), sign).unwrap();
         Report {
             id: row.id.clone(),
             generation: 0,

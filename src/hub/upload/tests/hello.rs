@@ -73,6 +73,7 @@ async fn the_hub_uses_the_congestion_control_that_a_site_requests() {
             congestion,
             changes: false,
             manifest_format: 1,
+            reason: None,
         };
         site.say(&bench, &hello).await;
         assert_eq!(used(), Some(then), "{congestion:?}");

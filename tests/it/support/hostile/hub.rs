@@ -31,6 +31,7 @@ impl FalseHub {
         let listener = Listener::bind(
             hub.quic,
             identity,
+            Arc::new(transport::testing::AdmitAll),
             &line,
             CONNECTION_SEND_BYTES_MAX,
             &base::workers::Workers::default(),

@@ -81,7 +81,12 @@ fn xattrs(list: &[(&str, &[u8])]) -> Attributes {
 }
 
 fn checked(root: &Root, memory: &Memory) -> Result<(), Fault> {
-    check(&"dataset/x:1".parse().unwrap(), root, memory)
+    check(
+        &"dataset/x:1".parse().unwrap(),
+        root,
+        memory,
+        &Default::default(),
+    )
 }
 
 #[test]

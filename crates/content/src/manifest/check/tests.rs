@@ -41,6 +41,22 @@ impl Page {
         self.entry(1, path, 0o755)
     }
 
+    /// So many directories, each in the one before.
+    fn nested_dirs(mut self, count: usize) -> Self {
+        let mut len = 1;
+        self = self.dir("x");
+        for _ in 1..count {
+            self.totals.dirs += 1;
+            self.bytes.push(1);
+            number(&mut self.bytes, len);
+            number(&mut self.bytes, 2);
+            self.bytes.extend(b"/x");
+            number(&mut self.bytes, 0o755);
+            len += 2;
+        }
+        self
+    }
+
     fn link(mut self, path: &str, target: impl AsRef<[u8]>) -> Self {
         self.totals.symlinks += 1;
         let mut this = self.entry(2, path, 0o777);
@@ -61,6 +77,21 @@ impl Page {
         let mut this = self.entry(3, path, mode);
         number(&mut this.bytes, size);
         this.bytes.extend(hash.0);
+        this
+    }
+
+    /// Another name of a file, which is empty.
+    fn hard_link(mut self, path: &str, first: &str) -> Self {
+        self.totals.files += 1;
+        if self.bytes.is_empty() {
+            self.bytes.push(b'E');
+        }
+        self.bytes.push(7);
+        number(&mut self.bytes, first.len() as u64);
+        self.bytes.extend(first.as_bytes());
+        let mut this = self.entry(3, path, 0o644);
+        number(&mut this.bytes, 0);
+        this.bytes.extend(Hash::of(first.as_bytes()).0);
         this
     }
 
@@ -120,8 +151,12 @@ fn page() -> Page {
     Page::default()
 }
 
+fn check_all(artifact: &ArtifactRef, root: &Root, pages: &impl Pages) -> Result<(), Fault> {
+    check(artifact, root, pages, &Stop::default())
+}
+
 fn checked(root: &Root, memory: &Memory) -> Result<(), Fault> {
-    check(&format!("{}/x:1", root.kind).parse().unwrap(), root, memory)
+    check_all(&format!("{}/x:1", root.kind).parse().unwrap(), root, memory)
 }
 
 #[track_caller]
@@ -345,6 +380,159 @@ fn links_that_leave_the_artifact_or_are_invalid_are_refused() {
     checked(&fine.times(&memory, 1), &memory).unwrap();
 }
 
+/// A manifest of several pages, of format 2.
+fn of_pages(pages: &[Page], memory: &Memory) -> Root {
+    let mut root = pages[0].times(memory, 1);
+    root.format = 2;
+    root.pages = pages.iter().map(|page| page.put(memory)).collect();
+    root.totals = pages.iter().fold(Totals::default(), |sum, page| Totals {
+        files: sum.files + page.totals.files,
+        dirs: sum.dirs + page.totals.dirs,
+        symlinks: sum.symlinks + page.totals.symlinks,
+        bytes: sum.bytes + page.totals.bytes,
+        chunks: sum.chunks + page.totals.chunks,
+    });
+    root
+}
+
+#[test]
+fn what_links_and_hard_links_require_is_checked_in_parts_of_a_small_table() {
+    let memory = Memory::default();
+    // 150 hard links and 150 links, each to another file or directory.
+    let (mut first, mut second, mut third) = (page(), page(), page());
+    for n in 0..150 {
+        first = first.dir(&format!("a{n:03}"));
+        first = first.file(format!("a{n:03}/f"), 0);
+        second = second.hard_link(&format!("b{n:03}"), &format!("a{n:03}/f"));
+        third = third.link(&format!("c{n:03}"), format!("a{n:03}/../x"));
+    }
+    let checked = |pages: &[Page]| {
+        let root = of_pages(pages, &memory);
+        let walks = std::cell::Cell::new(0);
+        let mut expected = Expected::with_table_of(64);
+        let walk = |each: &mut dyn FnMut(&Entry) -> Result<bool, Fault>| {
+            walks.set(walks.get() + 1);
+            each_step(&root, &memory, &Stop::default(), |step| match &step {
+                Step::Entry { entry, .. } => each(entry),
+                Step::Chunk(..) => Ok(true),
+            })
+        };
+        walk(&mut |entry| expected.note(entry).map(|()| true))?;
+        expected.check(walk)?;
+        Ok::<u32, Fault>(walks.get())
+    };
+    let all = [first.clone(), second.clone(), third.clone()];
+    let walks = checked(&all).unwrap();
+    assert!((8 * 2..=16 * 2).contains(&walks), "{walks}");
+    for (name, pages, why) in [
+        (
+            "a hard link without a file",
+            [
+                first.clone(),
+                second.clone(),
+                page().hard_link("d", "a000/e"),
+            ],
+            "the hard link \"a000/e\"",
+        ),
+        (
+            "a hard link to a directory",
+            [first.clone(), second.clone(), page().hard_link("d", "a000")],
+            "the hard link \"a000\"",
+        ),
+        (
+            "a hard link to a hard link",
+            [first.clone(), second.clone(), page().hard_link("d", "b000")],
+            "the hard link \"b000\"",
+        ),
+        (
+            "a hard link and a link that contradict each other",
+            [
+                first.clone(),
+                page().hard_link("b", "a000/f").link("c", "a000/f/../x"),
+                page().dir("d"),
+            ],
+            "the link \"c\" uses '..' after \"a000/f\", which is not a directory",
+        ),
+        (
+            "a link after no directory",
+            [
+                first.clone(),
+                second.clone(),
+                third.clone().link("d", "e/../x"),
+            ],
+            "the link \"d\" uses '..' after \"e\", which is not a directory",
+        ),
+    ] {
+        let fault = checked(&pages).expect_err(name);
+        assert!(fault.message.contains(why), "{name}: {fault}");
+    }
+    let mut more = third;
+    for n in 0..2000 {
+        more = more.link(&format!("d{n:04}"), format!("e{n:04}/../x"));
+    }
+    let fault = checked(&[first, second, more]).unwrap_err();
+    assert!(fault.message.contains("too many hard links"), "{fault}");
+}
+
+/// A path was joined and kept for each `..`, which took a second for 20 links.
+#[test]
+fn links_that_climb_again_and_again_require_one_directory() {
+    let memory = Memory::default();
+    let up_and_down = format!("{}{}", "x/".repeat(1000), "../x/".repeat(400));
+    let mut links = page();
+    for n in 0..20 {
+        links = links.link(&format!("z{n:02}"), &up_and_down);
+    }
+    let root = of_pages(&[page().nested_dirs(1000), links.clone()], &memory);
+    let mut expected = Expected::default();
+    let mut folders = 0;
+    each_step(&root, &memory, &Stop::default(), |step| {
+        if let Step::Entry { entry, .. } = &step {
+            folders += expected.note(entry).map(|()| 1)?;
+        }
+        Ok(true)
+    })
+    .unwrap();
+    assert_eq!(
+        (folders, expected.len()),
+        (1020, 1),
+        "all leave one directory"
+    );
+    checked(&root, &memory).unwrap();
+    // Without the deepest directory.
+    let root = of_pages(&[page().nested_dirs(999), links], &memory);
+    refused(
+        "a missing directory",
+        &root,
+        &memory,
+        "uses '..' after \"x/x",
+    );
+}
+
+#[test]
+fn a_check_is_stopped() {
+    struct Stopping(Memory, Stop);
+    impl Pages for Stopping {
+        fn page(&self, id: Hash) -> Result<bytes::Bytes, Fault> {
+            assert!(!self.1.is_set(), "no page is read after the stop");
+            self.1.set();
+            self.0.page(id)
+        }
+    }
+    let memory = Memory::default();
+    let root = build(&numbered(5_000), &memory);
+    checked(&root, &memory).unwrap();
+    assert!(root.pages.len() > 1);
+    let pages = Stopping(memory, Stop::default());
+    let artifact = "dataset/x:1".parse().unwrap();
+    let fault = check(&artifact, &root, &pages, &pages.1).unwrap_err();
+    assert_eq!(
+        fault.code,
+        Code::Partial,
+        "it says nothing about the manifest: {fault}"
+    );
+}
+
 #[test]
 fn entries_that_do_not_match_the_kind_are_refused() {
     let memory = Memory::default();
@@ -446,7 +634,7 @@ fn entries_that_do_not_match_the_kind_are_refused() {
         checked(&as_kind(&layout, kind, &KindInfo::Files), &memory).unwrap();
     }
     let dataset = page().file("a", 1).times(&memory, 1);
-    let fault = check(&"model/x:1".parse().unwrap(), &dataset, &memory).unwrap_err();
+    let fault = check_all(&"model/x:1".parse().unwrap(), &dataset, &memory).unwrap_err();
     assert!(
         fault.message.contains("manifest is that of a dataset"),
         "{fault}"
@@ -473,14 +661,14 @@ fn a_page_that_is_listed_many_times_is_read_once() {
     root.pages.insert(0, first.put(&memory));
     (root.totals.files, root.totals.bytes) = (1, size);
     let pages = Counting(memory, Default::default());
-    check(&"dataset/x:1".parse().unwrap(), &root, &pages).unwrap();
+    check_all(&"dataset/x:1".parse().unwrap(), &root, &pages).unwrap();
     assert_eq!(pages.1.get(), 2);
     root.totals.bytes += 1;
-    assert!(check(&"dataset/x:1".parse().unwrap(), &root, &pages).is_err());
+    assert!(check_all(&"dataset/x:1".parse().unwrap(), &root, &pages).is_err());
     root.totals.bytes -= 1;
     root.pages.pop();
     root.totals.chunks -= 100;
-    let fault = check(&"dataset/x:1".parse().unwrap(), &root, &pages).unwrap_err();
+    let fault = check_all(&"dataset/x:1".parse().unwrap(), &root, &pages).unwrap_err();
     assert!(
         fault.message.contains("fewer bytes than the file"),
         "{fault}"

@@ -17,6 +17,7 @@ use base::durable;
 use base::fault::{Fault, Retry};
 use base::names::RelPath;
 use base::private::umask;
+use base::space::Space;
 use content::chunk::Hash;
 use content::manifest::{Entry, EntryBody, FileInfo, KindInfo, Step};
 use sink::StorageLocation;
@@ -97,9 +98,8 @@ impl Assembly {
             )?;
         }
         let noted = RwLock::new(journal);
-        for damaged in self.clear_damaged(place, &noted)? {
-            stage.remove_file(&damaged)?;
-        }
+        let damaged = self.clear_damaged(place, &noted)?;
+        self.remove_damaged(&stage, damaged)?;
         let journal = noted.into_inner();
         let mut resumed = 0;
         if journal.count() > 0 {
@@ -154,6 +154,7 @@ impl Assembly {
             }
         }
         self.check_inodes(&stage, &journal, space.inodes)?;
+        self.check_target()?;
         Ok((place, journal, Arc::new(stage)))
     }
 
@@ -249,6 +250,24 @@ impl Assembly {
         )))
     }
 
+    /// Fails when the version would be copied to another mount, which lacks room for it.
+    fn check_target(&self) -> Result<(), Fault> {
+        let Some(copy) = self.copy_at_commit()? else {
+            return Ok(());
+        };
+        let (bytes, inodes) = (
+            copy.bytes.saturating_add(SPARE_BYTES),
+            copy.inodes.saturating_add(INODES_SPARE),
+        );
+        Space::check(
+            &copy.to,
+            bytes,
+            inodes,
+            format_args!("{} is copied to another mount", self.incoming.artifact),
+        )
+        .map_err(Fault::of_sink)
+    }
+
     /// Bytes of staged files that are reserved and not journaled: large files are reserved when
     /// they are created.
     fn room_ahead(&self, stage: &Stage, journal: &Journal) -> Result<u64, Fault> {
@@ -331,7 +350,7 @@ impl Assembly {
         &self,
         place: u32,
         journal: &RwLock<Journal>,
-    ) -> Result<Vec<RelPath>, Fault> {
+    ) -> Result<Vec<(u64, RelPath)>, Fault> {
         let damaged = std::mem::take(&mut *self.counters.damaged.lock());
         if damaged.is_empty() {
             return Ok(Vec::new());
@@ -340,19 +359,37 @@ impl Assembly {
             .inspect_err(|_| self.counters.damaged.lock().extend(damaged))
     }
 
+    /// Removes staged files that could not be written. What cannot be removed now, because the
+    /// filesystem is read-only for example, is removed by the next attempt: a filesystem may report
+    /// an earlier error at each later write to that file.
+    pub(super) fn remove_damaged(
+        &self,
+        stage: &Stage,
+        files: Vec<(u64, RelPath)>,
+    ) -> Result<(), Fault> {
+        let mut failure = None;
+        for (number, path) in files {
+            if let Err(fault) = stage.remove_file(&path) {
+                self.counters.damaged.lock().insert(number);
+                failure.get_or_insert(fault);
+            }
+        }
+        failure.map_or(Ok(()), Err)
+    }
+
     fn clear_bits(
         &self,
         place: u32,
         journal: &RwLock<Journal>,
         damaged: &HashSet<u64>,
-    ) -> Result<Vec<RelPath>, Fault> {
+    ) -> Result<Vec<(u64, RelPath)>, Fault> {
         let (mut paths, mut ordinals, mut bytes, mut is_one) = (Vec::new(), Vec::new(), 0, false);
         for step in self.walk() {
             match step? {
                 Step::Entry { number, entry, .. } => {
                     is_one = damaged.contains(&number);
                     if is_one {
-                        paths.push(entry.path);
+                        paths.push((number, entry.path));
                     }
                 }
                 Step::Chunk(chunk, spot) if is_one && journal.read().has(spot.ordinal) => {

@@ -1,15 +1,17 @@
 //! The cost of delivering an artifact to this site: for `plan`, and when room is short.
 
 use std::collections::HashMap;
+use std::path::PathBuf;
 
 use super::recent::Recent;
 use super::{Assembly, LOOK_UP, Local};
 use crate::chunk_index::{At, Journal};
 use base::fault::Fault;
+use base::mounts::are_apart;
 use base::space::Space;
 use content::chunk::Hash;
 use content::manifest::{ChunkRef, EntryBody, FileInfo, Step};
-use sink::{Sink, StorageLocation};
+use sink::StorageLocation;
 
 /// The cost of a delivery.
 #[derive(Debug, Clone, Copy, Default)]
@@ -22,6 +24,60 @@ pub struct Estimate {
     pub inodes: u64,
 }
 
+/// What a commit would copy to another mount.
+#[derive(Debug)]
+pub(super) struct CopyAtCommit {
+    /// The directory there.
+    pub(super) to: PathBuf,
+    /// Bytes without holes.
+    pub(super) bytes: u64,
+    pub(super) inodes: u64,
+}
+
+/// The room that a delivery needs and has: on the filesystem that has the least to spare of those
+/// that it writes to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Room {
+    pub needs: u64,
+    /// `None`: unknown.
+    pub free: Option<u64>,
+    pub inodes: u64,
+    /// `None`: unknown.
+    pub free_inodes: Option<u64>,
+}
+
+impl Room {
+    fn of(needs: u64, inodes: u64, space: Option<Space>) -> Self {
+        Self {
+            needs,
+            free: space.and_then(|space| space.bytes),
+            inodes,
+            free_inodes: space.and_then(|space| space.inodes),
+        }
+    }
+
+    /// Each quantity of the filesystem that has less of it to spare.
+    fn tightest(self, other: Self) -> Self {
+        let spare =
+            |free: Option<u64>, needs: u64| free.map(|free| i128::from(free) - i128::from(needs));
+        let less = |one: Option<i128>, other: Option<i128>| match (one, other) {
+            (Some(one), Some(other)) => other < one,
+            (one, other) => one.is_none() && other.is_some(),
+        };
+        let mut room = self;
+        if less(spare(self.free, self.needs), spare(other.free, other.needs)) {
+            (room.needs, room.free) = (other.needs, other.free);
+        }
+        if less(
+            spare(self.free_inodes, self.inodes),
+            spare(other.free_inodes, other.inodes),
+        ) {
+            (room.inodes, room.free_inodes) = (other.inodes, other.free_inodes);
+        }
+        room
+    }
+}
+
 impl Assembly {
     /// The cost of delivering the artifact.
     pub fn estimate(&self, journal: Option<&Journal>) -> Result<Estimate, Fault> {
@@ -32,6 +88,18 @@ impl Assembly {
         let places = &self.shared.chunk_index;
         let (mut whole, mut linked, mut entries) = (None, 0, 0);
         let (sparse, shares) = (self.sparse_files(journal)?, self.sink.shares_files());
+        // A file on another mount than the staging directory cannot be shared.
+        let mut near: HashMap<u32, bool> = HashMap::new();
+        let mut is_near = |place: u32| {
+            *near.entry(place).or_insert_with(|| {
+                places.info(place).is_some_and(|info| match &info.place {
+                    StorageLocation::Folder { path } => {
+                        !are_apart(path, self.sink.staging_root()).unwrap_or(true)
+                    }
+                    StorageLocation::Registry { .. } => false,
+                })
+            })
+        };
         // The index learns late that a folder was removed.
         let mut gone: HashMap<u32, bool> = HashMap::new();
         let mut is_gone = |place: u32| {
@@ -62,7 +130,11 @@ impl Assembly {
                 {
                     continue;
                 }
-                if local.is_some_and(|local| local.link && shares) && whole != Some(number) {
+                if shares
+                    && whole != Some(number)
+                    && at.is_some_and(|at| is_near(at.place))
+                    && local.is_some_and(|local| local.link)
+                {
                     whole = Some(number);
                     linked += 1;
                 }
@@ -102,6 +174,44 @@ impl Assembly {
         look(&mut pending)?;
         out.inodes = u64::saturating_sub(entries, linked);
         Ok(out)
+    }
+
+    /// What the commit would copy to another mount; `None`: it copies nothing.
+    pub(super) fn copy_at_commit(&self) -> Result<Option<CopyAtCommit>, Fault> {
+        let Some(to) = self.sink.copies_to(&self.incoming.artifact) else {
+            return Ok(None);
+        };
+        let (sparse, totals) = (self.sparse_files(None)?, self.incoming.root.totals);
+        let (mut bytes, mut of) = (totals.bytes, None);
+        if !sparse.is_empty() {
+            for step in self.walk() {
+                match step? {
+                    Step::Entry { number, .. } => of = sparse.get(&number),
+                    Step::Chunk(chunk, _) if of.is_some_and(|file| file.is_hole(&chunk.id)) => {
+                        bytes = bytes.saturating_sub(u64::from(chunk.len));
+                    }
+                    Step::Chunk(..) => {}
+                }
+            }
+        }
+        Ok(Some(CopyAtCommit {
+            to,
+            bytes,
+            inodes: totals.files + totals.dirs + totals.symlinks,
+        }))
+    }
+
+    /// The room that a delivery with this cost needs and has, for `plan`.
+    pub fn room(&self, estimate: Estimate) -> Result<Room, Fault> {
+        let space = Space::of(self.sink.staging_root()).ok();
+        let staged = Room::of(estimate.needs, estimate.inodes, space);
+        Ok(match self.copy_at_commit()? {
+            Some(copy) => {
+                let there = Space::of(&copy.to).ok();
+                staged.tightest(Room::of(copy.bytes, copy.inodes, there))
+            }
+            None => staged,
+        })
     }
 
     /// Local copies of whole files. The caller passes where the first chunk of each was found.
@@ -149,7 +259,29 @@ impl Assembly {
     }
 }
 
-/// Free bytes of a sink's staging, for `plan`.
-pub fn free_room(sink: &dyn Sink) -> Option<u64> {
-    Space::of(sink.staging_root()).ok()?.bytes
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_filesystem_with_the_least_to_spare_decides() {
+        let room = |needs, free, inodes, free_inodes| Room {
+            needs,
+            free,
+            inodes,
+            free_inodes,
+        };
+        let staged = room(10, Some(100), 5, Some(50));
+        for (other, expected) in [
+            (room(20, Some(15), 9, None), room(20, Some(15), 5, Some(50))),
+            (
+                room(20, Some(500), 9, Some(8)),
+                room(10, Some(100), 9, Some(8)),
+            ),
+            (room(20, None, 9, Some(500)), staged),
+        ] {
+            assert_eq!(staged.tightest(other), expected, "{other:?}");
+        }
+        assert_eq!(room(1, None, 1, None).tightest(staged), staged);
+    }
 }

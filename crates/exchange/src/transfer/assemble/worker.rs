@@ -307,7 +307,10 @@ impl Worker {
         } = run;
         if len == dest.file.size {
             // The file is complete: it need not stay open.
-            let file = self.stage.open_file(&dest.path, 0)?;
+            let file = self
+                .stage
+                .open_file(&dest.path, 0)
+                .inspect_err(|fault| self.is_refused(&dest, fault))?;
             let written = write_parts(&file, &parts, offset);
             let closed = durable::close(file);
             written
@@ -320,7 +323,10 @@ impl Worker {
             let mut handle = dest.handle.lock();
             let file = match &mut *handle {
                 Some(file) => file,
-                none => none.insert(dest.open(&self.stage)?),
+                none => none.insert(
+                    dest.open(&self.stage)
+                        .inspect_err(|fault| self.is_refused(&dest, fault))?,
+                ),
             };
             let written = write_parts(file, &parts, offset);
             drop(handle);
@@ -344,6 +350,14 @@ impl Worker {
             taken_over: None,
         });
         Ok(())
+    }
+
+    /// Has a staged file removed that the filesystem refuses to open: an NFS client may refuse it
+    /// for ever, although its server allows it again.
+    fn is_refused(&self, dest: &Dest, fault: &Fault) {
+        if fault.code == Code::NotAllowed {
+            self.is_damaged(dest);
+        }
     }
 
     /// Has a file written again from its beginning.

@@ -309,6 +309,42 @@ fn sqlite(file: &std::path::Path, user: Option<u32>, sql: &str) -> String {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_query_for_a_set_reads_only_its_active_version() {
+    let bench = Bench::sqlite().await;
+    for version in ["v1", "v2"] {
+        commit(&bench, &Set::new(1, 200, 2, 0), version).await;
+    }
+    // Many sets with one version each, and the statistics of a delivery.
+    bench
+        .sql(
+            "WITH RECURSIVE n (i) AS (SELECT 1000 UNION ALL SELECT i + 1 FROM n WHERE i < 1600)
+             INSERT INTO label_set (id, name) SELECT i, 'other-' || i FROM n;
+             INSERT INTO label_version (id, label_set_id, version, manifest_digest) SELECT id, id, 'v1', '' FROM label_set WHERE id >= 1000;
+             INSERT INTO label_active (label_set_id, version_id) SELECT id, id FROM label_set WHERE id >= 1000;
+             PRAGMA analysis_limit = 2000; ANALYZE",
+        )
+        .await;
+    let Db::Sqlite(file) = &bench.db else {
+        unreachable!()
+    };
+    for view in ["current_annotations", "current_samples", "current_classes"] {
+        let plan = sqlite(
+            file,
+            None,
+            &format!(
+                "EXPLAIN QUERY PLAN SELECT count(*) FROM {view} WHERE label_set = 'other-1200'"
+            ),
+        );
+        assert!(!plan.contains("SCAN"), "{view}: {plan}");
+        let active = plan
+            .find("SEARCH a ")
+            .expect("the active version is looked up");
+        let rows = plan.find("SEARCH v ").expect("its version too");
+        assert!(active < rows, "{view} begins with all versions: {plan}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn another_user_reads_the_file_between_deliveries() {
     let bench = Bench::sqlite().await;
     let Db::Sqlite(file) = &bench.db else {
@@ -329,6 +365,15 @@ async fn another_user_reads_the_file_between_deliveries() {
             format!("({},)\n", set.count())
         );
     }
+    // Neither the end of the daemon nor its next start takes the file away from the reader.
+    let count = "SELECT count(*) FROM current_annotations";
+    let before = sqlite(file, Some(65_534), count);
+    bench.sink.leave().await;
+    assert!(!folder.join("labels.db-wal").exists());
+    assert_eq!(sqlite(file, Some(65_534), count), before);
+    bench.sink.tend().await.unwrap();
+    assert!(folder.join("labels.db-wal").exists());
+    assert_eq!(sqlite(file, Some(65_534), count), before);
     // A file that is moved away takes its connection with it.
     let away = folder.join("away.db");
     base::durable::rename_noreplace(file, &away).unwrap();

@@ -137,6 +137,76 @@ fn an_image_of_another_platform_is_not_selected() {
 }
 
 #[test]
+fn a_platform_that_the_archive_lists_and_lacks_is_named_as_absent() {
+    let (case, mut parts) = (Case::new(), Parts::default());
+    let (top, children) = index(&mut parts);
+    parts.layout(&[top]);
+    let mut without_manifest = parts.clone();
+    without_manifest.remove(&format!("blobs/sha256/{}", hex_of(&children[1])));
+    let mut without_layer = parts.clone();
+    without_layer.remove(&BlobDigest::of(&layer("b", b"2")).member());
+    for bytes in [without_manifest.tar(), without_layer.tar()] {
+        let fault = case
+            .open_with(&bytes, None, &platforms(&["linux/arm64"]))
+            .unwrap_err();
+        assert_eq!(fault.code, Code::NotFound, "{fault:?}");
+        assert!(
+            fault.message.contains(
+                "lists the platform linux/arm64 but does not contain it, only: linux/amd64"
+            ),
+            "{fault:?}"
+        );
+        case.open_with(&bytes, None, &platforms(&["linux/amd64"]))
+            .unwrap();
+    }
+    // Damage is no absence: a layer of the platform is there, and its config is not.
+    let mut damaged = parts;
+    let config = config("arm64", &[&layer("a", b"1"), &layer("b", b"2")]);
+    damaged.remove(&BlobDigest::of(&config).member());
+    refused(
+        case.open_with(&damaged.tar(), None, &platforms(&["linux/arm64"])),
+        &["is missing"],
+    );
+}
+
+#[test]
+fn the_last_member_of_a_name_counts() {
+    let case = Case::new();
+    let mut parts = docker_save(&["app:v1"]);
+    let listed = parts.get("manifest.json").clone();
+    let other = String::from_utf8(listed)
+        .unwrap()
+        .replace("app:v1", "app:v2");
+    parts.file("manifest.json", other);
+    let bytes = parts.tar();
+    case.open_tag(&bytes, Some("app:v2")).unwrap();
+    let fault = case.open_tag(&bytes, Some("app:v1")).unwrap_err();
+    assert_eq!(fault.code, Code::NotFound, "{fault:?}");
+}
+
+#[test]
+fn a_root_filesystem_is_not_an_image() {
+    let case = Case::new();
+    let mut parts = Parts::default();
+    parts
+        .put("bin", Part::Symlink("usr/bin".into()))
+        .put("etc/mtab", Part::Symlink("/proc/mounts".into()))
+        .put("dev/initctl", Part::Fifo)
+        .file("usr/bin/app", "x");
+    let fault = case.open(&parts.tar()).unwrap_err();
+    assert!(
+        fault.message.contains("root filesystem") && fault.next.contains("docker save"),
+        "{fault:?}"
+    );
+    // The members of an image say what it is.
+    parts.file("manifest.json", "[]");
+    refused(
+        case.open(&parts.tar()),
+        &["etc/mtab", "outside the archive"],
+    );
+}
+
+#[test]
 fn images_without_names_are_selected_by_position_and_image_id() {
     let case = Case::new();
     let (a, b) = (config("amd64", &[]), config("arm64", &[]));

@@ -7,6 +7,7 @@ mod hostile;
 mod layout;
 mod platforms;
 mod referrers;
+mod sparse;
 mod tools;
 
 use std::io::Write;
@@ -225,7 +226,8 @@ impl Case {
             caps: SMALL_CAPS,
             ..Reading::new(options, &scratch)
         };
-        open(&self.file(bytes), &scratch, tag, reading, &Arc::default())
+        let path = self.file(bytes);
+        reading.or_cancelled(open(&path, &scratch, tag, reading, &Arc::default()))
     }
 }
 
