@@ -392,7 +392,7 @@ fn from_holder(
             }
         },
     };
-    into_source(image)
+    into_source(image, holder.own())
 }
 
 /// The image of `manifest.json`, built from its config and layers.
@@ -491,7 +491,7 @@ pub fn layout_files(info: &ImageInfo) -> Result<[(&'static str, Bytes); 2], Faul
 }
 
 /// The entries of the normalised layout, in manifest order.
-fn into_source(image: Image) -> Result<ImageSource, Fault> {
+fn into_source(image: Image, own: Option<Arc<Own>>) -> Result<ImageSource, Fault> {
     let info = ImageInfo {
         media_type: image.top.media_type,
         digest: image.top.digest.to_string(),
@@ -544,6 +544,6 @@ fn into_source(image: Image) -> Result<ImageSource, Fault> {
             .into_iter(),
         info,
         omitted: image.omitted,
-        own: holder.own(),
+        own,
     })
 }
