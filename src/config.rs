@@ -71,6 +71,9 @@ pub struct Config {
     /// The cache for bytes between sites (hub only).
     #[serde(default)]
     pub relay: Relay,
+    /// What a publish over the API may read.
+    #[serde(default)]
+    pub publish: Publish,
     /// How to read registries that images are published from, by `HOST[:PORT]`.
     #[serde(default)]
     pub registry: BTreeMap<String, Registry>,
@@ -91,6 +94,15 @@ pub struct Config {
     pub log: Log,
     /// The trainer (sites only); without it this site trains for no other site.
     pub train: Option<Train>,
+}
+
+/// `[publish]`
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Publish {
+    /// The directories below which the paths of a publish, an export and an import must be, for every
+    /// token but the API token of the machine.
+    pub roots: Vec<PathBuf>,
 }
 
 /// `[listen]`

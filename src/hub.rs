@@ -324,6 +324,11 @@ impl Hub {
         Ok(())
     }
 
+    /// The hub's catalogue.
+    pub(crate) fn catalogue(&self) -> &Catalogue {
+        &self.inner.catalogue
+    }
+
     /// The hub's background work.
     pub fn workers(&self) -> &Workers {
         &self.inner.workers

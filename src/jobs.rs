@@ -128,6 +128,12 @@ impl Entry {
     }
 }
 
+/// The fault for a job that does not exist.
+pub(crate) fn no_such_job(id: &str) -> Fault {
+    Fault::not_found(format!("there is no job {id}"))
+        .with_next("the daemon may have been restarted: run the command again")
+}
+
 /// All jobs of a daemon.
 #[derive(Clone)]
 pub struct Jobs {
@@ -264,8 +270,7 @@ impl Jobs {
     pub fn get(&self, id: &str) -> Result<Job, Fault> {
         let entries = self.entries.lock();
         let Some(entry) = entries.iter().find(|e| e.id == id) else {
-            return Err(Fault::not_found(format!("there is no job {id}"))
-                .with_next("the daemon may have been restarted: run the command again"));
+            return Err(no_such_job(id));
         };
         Ok(entry.view())
     }

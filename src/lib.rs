@@ -14,6 +14,7 @@ mod mutations;
 pub mod open_source;
 pub mod publisher;
 pub mod quickstart;
+pub mod reach;
 pub mod sample;
 pub mod serve;
 pub mod site;

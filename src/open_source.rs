@@ -10,6 +10,7 @@ use tokio::runtime::Handle;
 
 use crate::api::types::SourceOptions;
 use crate::config::{self, Config};
+use crate::reach::Reach;
 use base::blocking::{blocking_at, cancellable};
 use base::durable;
 use base::fault::{Code, Fault, IoContext};
@@ -213,6 +214,18 @@ impl Access {
             own: Arc::new(config.own()),
             image_unpacked: Some(config.limits.image_unpacked),
             registries: Some(config.registry.clone()),
+        }
+    }
+
+    /// The same, for a request of this reach. Blocks.
+    #[must_use]
+    pub(crate) fn for_reach(self, reach: &Reach, config: &Config) -> Self {
+        if *reach == Reach::Machine {
+            return self;
+        }
+        Self {
+            own: Arc::new(reach.own(config)),
+            ..self
         }
     }
 
@@ -437,7 +450,7 @@ pub fn open(
     }
     let absolute = |path: &Path| {
         if path.is_absolute() {
-            Ok(())
+            access.own.check_named(path)
         } else {
             Err(Fault::usage(format!(
                 "the source {source:?} is not an absolute path"

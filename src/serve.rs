@@ -11,7 +11,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use crate::api::{self, ApiToken, Backend, LocalSocket};
+use crate::api::{self, AccessTokens, ApiToken, Backend, LocalSocket, USE_STORE_EVERY};
 use crate::config::{Config, Role};
 use crate::hub::Hub;
 use crate::log_filter;
@@ -179,8 +179,10 @@ async fn run_until(config: Config, stop: CancellationToken, hangups: Signal) -> 
             reload.start_worker(hub.workers());
             let work = hub.clone();
             let work = Box::pin(async move { work.run().await });
+            let access = AccessTokens::open(hub.catalogue().clone(), false).await?;
             drive(
                 api,
+                Arc::new(access),
                 Arc::new(hub.clone()),
                 hub.workers(),
                 work,
@@ -201,8 +203,10 @@ async fn run_until(config: Config, stop: CancellationToken, hangups: Signal) -> 
             start_certificate_worker(&site, reloaded);
             let work = site.clone();
             let work = Box::pin(async move { work.run().await });
+            let access = AccessTokens::open(site.catalogue().clone(), true).await?;
             drive(
                 api,
+                Arc::new(access),
                 Arc::new(site.clone()),
                 site.workers(),
                 work,
@@ -270,26 +274,34 @@ impl Api {
 
 async fn drive(
     api: Api,
+    access: Arc<AccessTokens>,
     backend: Arc<dyn Backend>,
     workers: &Workers,
     work: impl Future<Output = Result<(), Fault>> + Send + 'static,
     stop: CancellationToken,
     stopped: impl Future<Output = ()>,
 ) -> Result<(), Fault> {
-    let of = (Arc::new(api), backend);
+    let of = (Arc::new(api), access.clone(), backend);
     workers.start(
         "api",
         Pace::Continuous,
         &of,
-        |(api, backend), worker| async move {
+        |(api, access, backend), worker| async move {
             let stop = worker.stop().clone();
             let stopping = async move { stop.cancelled().await };
-            let local = api.local.as_ref();
-            api::serve(&api.listener, local, backend, api.token.clone(), stopping).await
+            let (local, token) = (api.local.as_ref(), api.token.clone());
+            api::serve(&api.listener, local, backend, token, access, stopping).await
         },
     );
     drop(of);
+    workers.repeat("token-use", USE_STORE_EVERY, &access, |access| async move {
+        let stored = access.store_use().await;
+        stored.map_err(|fault| fault.context("store the last use of access tokens"))
+    });
     let result = work.await;
+    if let Err(fault) = access.store_use().await {
+        tracing::warn!(error = %fault, "the last use of access tokens is not stored");
+    }
     stop.cancel();
     // One deadline for all of it.
     let stopping = futures::future::join(stopped, workers.stopped());

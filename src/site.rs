@@ -280,6 +280,11 @@ impl Site {
         self.inner.hub.reload_certificate().await
     }
 
+    /// The site's catalogue.
+    pub(crate) fn catalogue(&self) -> &Catalogue {
+        &self.inner.opened.catalogue
+    }
+
     /// The site's background work.
     pub fn workers(&self) -> &Workers {
         &self.inner.workers

@@ -13,33 +13,64 @@ use super::routes::App;
 use super::types::{PublishRequest, RunActionRequest, RunVerb};
 use base::fault::Fault;
 use model::actor::Actor;
-use model::policy::{self, Object, Verb};
+use model::policy::{self, Object, Refusal, Verb};
 
-/// The verb of a route. `None`: the route is not in this table, and no actor may use it.
+/// The verb of each route: its method, its path, its verb. A route that is not here is for nobody.
+const ROUTES: &[(&str, &str, Verb)] = &[
+    ("GET", "/metrics", Verb::Diagnose),
+    ("GET", "/v1/access", Verb::ManageAccess),
+    ("POST", "/v1/access", Verb::ManageAccess),
+    ("DELETE", "/v1/access", Verb::ManageAccess),
+    ("POST", "/v1/access/rotate", Verb::ManageAccess),
+    ("GET", "/v1/access/show", Verb::ManageAccess),
+    // It adds to what the daemon holds, as an import does.
+    ("POST", "/v1/adopt", Verb::Import),
+    ("GET", "/v1/artifacts", Verb::Read),
+    ("POST", "/v1/artifacts", Verb::Publish),
+    ("GET", "/v1/artifacts/show", Verb::Read),
+    ("GET", "/v1/deliveries", Verb::Watch),
+    ("GET", "/v1/deliveries/show", Verb::Read),
+    ("GET", "/v1/doctor", Verb::Diagnose),
+    ("GET", "/v1/events", Verb::Read),
+    ("POST", "/v1/export", Verb::Export),
+    ("POST", "/v1/gc", Verb::Collect),
+    ("POST", "/v1/import", Verb::Import),
+    ("GET", "/v1/jobs", Verb::Read),
+    ("DELETE", "/v1/jobs", Verb::CancelJob),
+    ("GET", "/v1/jobs/list", Verb::Read),
+    ("POST", "/v1/labels/export", Verb::Export),
+    ("POST", "/v1/pin", Verb::Pin),
+    ("POST", "/v1/plan", Verb::Plan),
+    ("GET", "/v1/publishers", Verb::Diagnose),
+    ("POST", "/v1/publishers/action", Verb::ManageSites),
+    ("GET", "/v1/publishers/show", Verb::Diagnose),
+    ("GET", "/v1/runs", Verb::Read),
+    ("POST", "/v1/runs", Verb::Train),
+    // Or to cancel, which the body says.
+    ("POST", "/v1/runs/action", Verb::Finish),
+    ("GET", "/v1/runs/show", Verb::Read),
+    ("GET", "/v1/sites", Verb::Watch),
+    ("POST", "/v1/sites/action", Verb::ManageSites),
+    ("POST", "/v1/sites/set", Verb::ManageSites),
+    ("GET", "/v1/sites/show", Verb::Read),
+    ("POST", "/v1/tokens", Verb::CreateToken),
+    ("GET", "/v1/transfers", Verb::Watch),
+    ("POST", "/v1/transfers", Verb::Deliver),
+    ("POST", "/v1/transfers/action", Verb::Act),
+    ("POST", "/v1/verify", Verb::Verify),
+    ("GET", "/v1/workers", Verb::Diagnose),
+];
+
+/// The verb of a route. `None`: no actor may use it. HEAD is answered as GET.
 fn verb_of(method: &Method, path: &str) -> Option<Verb> {
-    Some(match (method.as_str(), path) {
-        ("GET" | "HEAD", _) => Verb::Read,
-        ("POST", "/v1/artifacts") => Verb::Publish,
-        ("POST", "/v1/transfers") => Verb::Deliver,
-        ("POST", "/v1/transfers/action") => Verb::Act,
-        ("POST", "/v1/runs") => Verb::Train,
-        // Or to cancel, which the body says.
-        ("POST", "/v1/runs/action") => Verb::Finish,
-        ("POST", "/v1/plan") => Verb::Plan,
-        ("POST", "/v1/tokens") => Verb::CreateToken,
-        ("POST", "/v1/sites/set" | "/v1/sites/action" | "/v1/publishers/action") => {
-            Verb::ManageSites
-        }
-        ("POST", "/v1/verify") => Verb::Verify,
-        ("POST", "/v1/pin") => Verb::Pin,
-        ("POST", "/v1/export" | "/v1/labels/export") => Verb::Export,
-        ("POST", "/v1/import") => Verb::Import,
-        // It adds to what the daemon holds, as an import does.
-        ("POST", "/v1/adopt") => Verb::Import,
-        ("POST", "/v1/gc") => Verb::Collect,
-        ("DELETE", "/v1/jobs") => Verb::CancelJob,
-        _ => return None,
-    })
+    let method = match method.as_str() {
+        "HEAD" => "GET",
+        method => method,
+    };
+    ROUTES
+        .iter()
+        .find(|(of, at, _)| *of == method && *at == path)
+        .map(|(.., verb)| *verb)
 }
 
 /// Refuses a request that its actor may not make. Returns it as it was.
@@ -51,6 +82,10 @@ pub(super) async fn check(app: &App, actor: &Actor, request: Request) -> Result<
     if *actor == Actor::Admin {
         decide(actor, verb, &Object::Daemon)?;
         return Ok(request);
+    }
+    if matches!(actor, Actor::Token(_)) {
+        // No body is read for a request that its role does not permit.
+        decide(actor, verb, &Object::Daemon)?;
     }
     let request = match (verb, path.as_str()) {
         (Verb::Publish, _) => {
@@ -73,9 +108,15 @@ pub(super) async fn check(app: &App, actor: &Actor, request: Request) -> Result<
             decide(actor, verb, &Object::RunByName(&asked.name))?;
             request
         }
-        (Verb::Read, "/v1/jobs") => {
-            let run = parameter(&request, "id").and_then(|id| app.run_jobs.run_of(&id));
-            decide(actor, verb, &Object::Job { run: run.as_ref() })?;
+        (Verb::Read | Verb::CancelJob, "/v1/jobs") => {
+            let id = parameter(&request, "id");
+            let is_own = id.is_some_and(|id| app.started.is_by(&id, actor));
+            let starter = is_own.then_some(actor);
+            match policy::may(actor, verb, &Object::Job { starter }) {
+                // The daemon answers as for a job that does not exist.
+                Ok(()) | Err(Refusal::Hidden) => {}
+                Err(refusal) => return Err(forbidden(refusal)),
+            }
             request
         }
         (Verb::Read, "/v1/runs/show") => {
@@ -92,8 +133,11 @@ pub(super) async fn check(app: &App, actor: &Actor, request: Request) -> Result<
 }
 
 fn decide(actor: &Actor, verb: Verb, object: &Object<'_>) -> Result<(), ApiError> {
-    policy::may(actor, verb, object)
-        .map_err(|refusal| ApiError::with_status(refusal.into(), StatusCode::FORBIDDEN))
+    policy::may(actor, verb, object).map_err(forbidden)
+}
+
+fn forbidden(refusal: Refusal) -> ApiError {
+    ApiError::with_status(refusal.into(), StatusCode::FORBIDDEN)
 }
 
 /// The request's body as JSON, and the request as it was.
@@ -130,7 +174,12 @@ mod tests {
         for (path, operations) in paths {
             for method in operations.as_object().unwrap().keys() {
                 let name = Method::from_bytes(method.to_uppercase().as_bytes()).unwrap();
-                assert!(verb_of(&name, path).is_some(), "{method} {path}");
+                let is_public = ["/healthz", "/readyz", "/v1/proof"].contains(&path.as_str());
+                assert_eq!(
+                    verb_of(&name, path).is_some(),
+                    !is_public,
+                    "{method} {path}"
+                );
                 routes += 1;
             }
         }

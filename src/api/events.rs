@@ -5,7 +5,6 @@ use std::collections::VecDeque;
 use std::convert::Infallible;
 
 use axum::Json;
-use axum::extract::State;
 use axum::http::{HeaderMap, header};
 use axum::response::sse::{Event as SseEvent, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
@@ -13,7 +12,7 @@ use futures::Stream;
 use futures::future::BoxFuture;
 
 use super::error::{ApiError, ErrorBody};
-use super::routes::{App, Q, rows, wait_for, with_cursor};
+use super::routes::{App, For, Q, rows, wait_for, with_cursor};
 use super::types::{Event, EventQuery};
 use base::fault::Fault;
 use base::limits::{API_ROWS_DEFAULT, API_STREAM_EVENTS, LONG_POLL_MAX, SSE_HEARTBEAT};
@@ -24,7 +23,7 @@ use base::limits::{API_ROWS_DEFAULT, API_STREAM_EVENTS, LONG_POLL_MAX, SSE_HEART
     (status = "default", description = "an error", body = ErrorBody),
 ))]
 pub(super) async fn events(
-    State(app): State<App>,
+    For(app): For,
     headers: HeaderMap,
     Q(query): Q<EventQuery>,
 ) -> Result<Response, ApiError> {

@@ -1,6 +1,6 @@
 //! A backend in memory, for the tests of the API and of the command line.
 
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -8,7 +8,8 @@ use parking_lot::Mutex;
 use tokio::sync::Notify;
 
 use super::types::*;
-use super::{ApiToken, Backend};
+use super::{AccessTokens, ApiToken, Backend};
+use crate::reach::Reach;
 use base::fault::{Fault, Reason};
 use base::workers::Workers;
 use model::paging::{Page, Pager, Room};
@@ -37,9 +38,32 @@ pub(crate) struct Fake {
     pub(crate) workers: Workers,
     /// The pages of a query with ids, which may repeat rows.
     pub(crate) repeating: Mutex<Option<Vec<Vec<Transfer>>>>,
+    /// Whether an id that does not exist is refused, as the daemons do.
+    pub(crate) strict: std::sync::atomic::AtomicBool,
+    /// Sites besides `chengdu`, with their regions.
+    pub(crate) more_sites: Mutex<Vec<(String, String)>>,
+    /// The reach of each publish, export and import.
+    pub(crate) reaches: Mutex<Vec<Reach>>,
+    /// The token of the trainer of the run `r`.
+    pub(crate) trainer: super::RunToken,
     changed: Arc<Notify>,
     /// How often somebody asked for transfers or events.
     asks: tokio::sync::watch::Sender<u64>,
+}
+
+/// The access tokens of a new catalogue. It is opened by a runtime of its own: the clock of a test
+/// may be paused, and would run ahead meanwhile.
+pub(crate) fn access() -> (Arc<AccessTokens>, tempfile::TempDir) {
+    static OPENS: LazyLock<tokio::runtime::Runtime> =
+        LazyLock::new(|| tokio::runtime::Runtime::new().unwrap());
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().to_owned();
+    let open = async move {
+        let catalogue = state::Catalogue::open(&path).await.unwrap();
+        Arc::new(AccessTokens::open(catalogue, false).await.unwrap())
+    };
+    let opens = std::thread::spawn(|| OPENS.block_on(open));
+    (opens.join().unwrap(), dir)
 }
 
 /// A transfer with plain values.
@@ -138,6 +162,10 @@ impl Default for Fake {
             artifacts: Mutex::new(vec![artifact("dataset/line3:v1")]),
             workers: Workers::default(),
             repeating: Mutex::default(),
+            strict: Default::default(),
+            more_sites: Mutex::default(),
+            reaches: Mutex::default(),
+            trainer: super::RunToken::new("r".parse().unwrap()).unwrap(),
             changed: Arc::default(),
             asks: tokio::sync::watch::Sender::default(),
         }
@@ -260,7 +288,8 @@ impl Fake {
         };
         let task = tokio::spawn(async move {
             let token = ApiToken::parse(TOKEN).unwrap();
-            super::serve(&listener, None, backend, token, shutdown).await
+            let (access, _dir) = access();
+            super::serve(&listener, None, backend, token, access, shutdown).await
         });
         (base, stop, task)
     }
@@ -277,7 +306,8 @@ impl Backend for Fake {
     async fn ready(&self) -> Result<(), Fault> {
         self.world.lock().ready.clone().map_or(Ok(()), Err)
     }
-    async fn publish(&self, request: PublishRequest) -> Result<Job, Fault> {
+    async fn publish(&self, request: PublishRequest, reach: Reach) -> Result<Job, Fault> {
+        self.reaches.lock().push(reach);
         request.as_ref.parse::<base::names::ArtifactRef>()?;
         self.world.lock().published.push(request);
         Ok(Job {
@@ -322,6 +352,19 @@ impl Backend for Fake {
         room: Room,
     ) -> Result<(Page<Transfer>, u64), Fault> {
         self.asks.send_modify(|asks| *asks += 1);
+        let known = |id: &str| {
+            let world = self.world.lock();
+            world
+                .transfers
+                .iter()
+                .any(|t| t.id == id || t.delivery == id)
+        };
+        if let (None, Some(ids)) = (&*self.repeating.lock(), &query.id)
+            && let Some(unknown) = ids.split(',').find(|id| !known(id))
+            && self.strict.load(std::sync::atomic::Ordering::Relaxed)
+        {
+            return Err(state::no_work(unknown));
+        }
         if let (Some(pages), Some(_)) = (&*self.repeating.lock(), &query.id) {
             let at = behind.map_or(0, |at| at.parse().unwrap());
             let page = Page {
@@ -455,10 +498,22 @@ impl Backend for Fake {
             |t| t.id.clone(),
         ))
     }
+    async fn open_by_artifact(
+        &self,
+    ) -> Result<Vec<(base::names::SiteName, base::names::ArtifactRef, u64)>, Fault> {
+        let transfers = &self.world.lock().transfers;
+        let open = transfers.iter().filter(|t| !t.state.is_final());
+        Ok(open
+            .map(|t| (t.site.clone(), t.artifact.clone(), 1))
+            .collect())
+    }
+    async fn run_token(&self, run: &base::names::RunName) -> Option<super::RunToken> {
+        (run == self.trainer.run()).then(|| self.trainer.clone())
+    }
     async fn sites(&self, _behind: Option<&str>, _room: Room) -> Result<Page<Site>, Fault> {
-        Ok(Page::whole(vec![Site {
-            name: "chengdu".parse()?,
-            labels: [("region".to_owned(), "west".to_owned())].into(),
+        let site = |name: &str, region: &str| Site {
+            name: name.parse().unwrap(),
+            labels: [("region".to_owned(), region.to_owned())].into(),
             online: true,
             line: Some("quic".into()),
             line_reason: None,
@@ -470,7 +525,15 @@ impl Backend for Fake {
             certificate: None,
             revoked: None,
             changed: None,
-        }]))
+        };
+        let mut sites = vec![site("chengdu", "west")];
+        sites.extend(
+            self.more_sites
+                .lock()
+                .iter()
+                .map(|(name, region)| site(name, region)),
+        );
+        Ok(Page::whole(sites))
     }
     async fn token(&self, request: TokenRequest) -> Result<TokenReply, Fault> {
         let limits = request.publisher.is_some().then(|| TokenLimits {
@@ -496,13 +559,25 @@ impl Backend for Fake {
             ..self.artifact(artifact)?
         })
     }
-    async fn export_labels(&self, _request: ExportLabelsRequest) -> Result<Job, Fault> {
+    async fn export_labels(
+        &self,
+        _request: ExportLabelsRequest,
+        reach: Reach,
+    ) -> Result<Job, Fault> {
+        self.reaches.lock().push(reach);
         self.job("export-labels").await
     }
-    async fn export(&self, _artifacts: Vec<String>, _out: String) -> Result<Job, Fault> {
+    async fn export(
+        &self,
+        _artifacts: Vec<String>,
+        _out: String,
+        reach: Reach,
+    ) -> Result<Job, Fault> {
+        self.reaches.lock().push(reach);
         self.job("export").await
     }
-    async fn import(&self, _file: String) -> Result<Job, Fault> {
+    async fn import(&self, _file: String, reach: Reach) -> Result<Job, Fault> {
+        self.reaches.lock().push(reach);
         self.job("import").await
     }
     async fn adopt(&self) -> Result<Job, Fault> {

@@ -6,7 +6,6 @@ use std::collections::HashSet;
 use std::hash::{BuildHasher as _, RandomState};
 
 use axum::body::{Body, Bytes};
-use axum::extract::State;
 use axum::http::{HeaderValue, header};
 use axum::response::{IntoResponse, Response};
 use axum::{Json, http::HeaderName};
@@ -16,7 +15,7 @@ use serde::Serialize;
 
 use super::NEXT_HEADER;
 use super::error::{ApiError, ErrorBody};
-use super::routes::{App, B, Q, rows, wait_for, with_cursor};
+use super::routes::{App, B, For, Q, rows, wait_for, with_cursor};
 use super::types::*;
 use base::fault::Fault;
 use base::limits::{API_PAGE_BYTES, API_PAGE_ROWS, API_QUERY_IDS_MAX, API_ROWS_DEFAULT};
@@ -193,7 +192,7 @@ fn transfers_of(query: TransferQuery) -> Read<Transfer> {
     (status = 200, description = "all artifacts that this daemon knows", body = Vec<Artifact>),
     (status = "default", description = "an error", body = ErrorBody),
 ))]
-pub(super) async fn artifacts(State(app): State<App>) -> Result<Response, ApiError> {
+pub(super) async fn artifacts(For(app): For) -> Result<Response, ApiError> {
     let read: Read<Artifact> = Box::new(|app, behind, room| {
         Box::pin(async move { app.backend.artifacts(behind.as_deref(), room).await })
     });
@@ -206,10 +205,7 @@ pub(super) async fn artifacts(State(app): State<App>) -> Result<Response, ApiErr
     (status = 404, description = "there is none", body = ErrorBody),
     (status = "default", description = "an error", body = ErrorBody),
 ))]
-pub(super) async fn show(
-    State(app): State<App>,
-    Q(query): Q<ShowQuery>,
-) -> Result<Response, ApiError> {
+pub(super) async fn show(For(app): For, Q(query): Q<ShowQuery>) -> Result<Response, ApiError> {
     let detail = app.listed(app.backend.show(&query.artifact)).await?;
     let read: Read<Transfer> = Box::new(move |app, behind, room| {
         let artifact = query.artifact.clone();
@@ -236,7 +232,7 @@ pub(super) async fn show(
     (status = "default", description = "an error", body = ErrorBody),
 ))]
 pub(super) async fn transfers(
-    State(app): State<App>,
+    For(app): For,
     Q(query): Q<TransferQuery>,
 ) -> Result<Response, ApiError> {
     let limit = rows(query.limit);
@@ -287,10 +283,7 @@ pub(super) async fn transfers(
     (status = 200, description = "the transfers after it", body = Vec<Transfer>),
     (status = "default", description = "an error", body = ErrorBody),
 ))]
-pub(super) async fn act(
-    State(app): State<App>,
-    B(request): B<ActionRequest>,
-) -> Result<Response, ApiError> {
+pub(super) async fn act(For(app): For, B(request): B<ActionRequest>) -> Result<Response, ApiError> {
     let query = TransferQuery {
         id: Some(request.id.clone()),
         ..TransferQuery::default()
@@ -311,7 +304,7 @@ pub(super) async fn act(
     (status = "default", description = "an error", body = ErrorBody),
 ))]
 pub(super) async fn deliveries(
-    State(app): State<App>,
+    For(app): For,
     Q(query): Q<LimitQuery>,
 ) -> Result<Response, ApiError> {
     let read: Read<Delivery> = Box::new(|app, behind, room| {
@@ -329,7 +322,7 @@ pub(super) async fn deliveries(
     (status = "default", description = "an error", body = ErrorBody),
 ))]
 pub(super) async fn delivery(
-    State(app): State<App>,
+    For(app): For,
     Q(query): Q<DeliveryQuery>,
 ) -> Result<Response, ApiError> {
     let look = || -> BoxFuture<'_, _> {
@@ -364,10 +357,7 @@ pub(super) async fn delivery(
     (status = 200, description = "the runs, newest first", body = Vec<Run>),
     (status = "default", description = "an error", body = ErrorBody),
 ))]
-pub(super) async fn runs(
-    State(app): State<App>,
-    Q(query): Q<LimitQuery>,
-) -> Result<Response, ApiError> {
+pub(super) async fn runs(For(app): For, Q(query): Q<LimitQuery>) -> Result<Response, ApiError> {
     let read: Read<Run> = Box::new(|app, behind, room| {
         Box::pin(async move { app.backend.runs(behind.as_deref(), room).await })
     });
@@ -381,7 +371,7 @@ pub(super) async fn runs(
     (status = 200, description = "the sites", body = Vec<Site>),
     (status = "default", description = "an error", body = ErrorBody),
 ))]
-pub(super) async fn sites(State(app): State<App>) -> Result<Response, ApiError> {
+pub(super) async fn sites(For(app): For) -> Result<Response, ApiError> {
     let read: Read<Site> = Box::new(|app, behind, room| {
         Box::pin(async move { app.backend.sites(behind.as_deref(), room).await })
     });
@@ -393,7 +383,7 @@ pub(super) async fn sites(State(app): State<App>) -> Result<Response, ApiError> 
     (status = 200, description = "the publishers", body = Vec<Publisher>),
     (status = "default", description = "an error", body = ErrorBody),
 ))]
-pub(super) async fn publishers(State(app): State<App>) -> Result<Response, ApiError> {
+pub(super) async fn publishers(For(app): For) -> Result<Response, ApiError> {
     let read: Read<Publisher> = Box::new(|app, behind, room| {
         Box::pin(async move { app.backend.publishers(behind.as_deref(), room).await })
     });
@@ -405,7 +395,7 @@ pub(super) async fn publishers(State(app): State<App>) -> Result<Response, ApiEr
     (status = 200, description = "the jobs", body = Vec<Job>),
     (status = "default", description = "an error", body = ErrorBody),
 ))]
-pub(super) async fn jobs(State(app): State<App>) -> Result<Response, ApiError> {
+pub(super) async fn jobs(For(app): For) -> Result<Response, ApiError> {
     let read: Read<Job> = Box::new(|app, behind, room| {
         Box::pin(async move { app.backend.jobs(behind.as_deref(), room).await })
     });
@@ -417,7 +407,7 @@ pub(super) async fn jobs(State(app): State<App>) -> Result<Response, ApiError> {
     (status = 200, description = "the workers", body = Vec<Worker>),
     (status = "default", description = "an error", body = ErrorBody),
 ))]
-pub(super) async fn workers(State(app): State<App>) -> Result<Response, ApiError> {
+pub(super) async fn workers(For(app): For) -> Result<Response, ApiError> {
     let read: Read<Worker> = Box::new(|app, behind, room| {
         Box::pin(async move { app.backend.workers(behind.as_deref(), room).await })
     });

@@ -1,10 +1,10 @@
 //! The routes of sites and publishers as members of a hub.
 
 use axum::Json;
-use axum::extract::{Extension, State};
+use axum::extract::Extension;
 
 use super::error::{ApiError, ErrorBody};
-use super::routes::{App, B, Q};
+use super::routes::{B, For, Q};
 use super::types::*;
 use model::actor::Actor;
 
@@ -15,7 +15,7 @@ use model::actor::Actor;
     (status = "default", description = "an error", body = ErrorBody),
 ))]
 pub(super) async fn site(
-    State(app): State<App>,
+    For(app): For,
     Q(query): Q<MemberQuery>,
 ) -> Result<Json<Site>, ApiError> {
     Ok(Json(app.backend.site(&query.name).await?))
@@ -28,7 +28,7 @@ pub(super) async fn site(
     (status = "default", description = "an error", body = ErrorBody),
 ))]
 pub(super) async fn set_site(
-    State(app): State<App>,
+    For(app): For,
     Extension(actor): Extension<Actor>,
     B(request): B<SetSiteRequest>,
 ) -> Result<Json<Site>, ApiError> {
@@ -43,7 +43,7 @@ pub(super) async fn set_site(
     (status = "default", description = "an error", body = ErrorBody),
 ))]
 pub(super) async fn act_on_site(
-    State(app): State<App>,
+    For(app): For,
     Extension(actor): Extension<Actor>,
     B(request): B<MemberActionRequest>,
 ) -> Result<Json<Site>, ApiError> {
@@ -57,7 +57,7 @@ pub(super) async fn act_on_site(
     (status = "default", description = "an error", body = ErrorBody),
 ))]
 pub(super) async fn publisher(
-    State(app): State<App>,
+    For(app): For,
     Q(query): Q<MemberQuery>,
 ) -> Result<Json<Publisher>, ApiError> {
     Ok(Json(app.backend.publisher(&query.name).await?))
@@ -70,7 +70,7 @@ pub(super) async fn publisher(
     (status = "default", description = "an error", body = ErrorBody),
 ))]
 pub(super) async fn act_on_publisher(
-    State(app): State<App>,
+    For(app): For,
     Extension(actor): Extension<Actor>,
     B(request): B<MemberActionRequest>,
 ) -> Result<Json<Publisher>, ApiError> {

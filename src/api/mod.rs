@@ -7,7 +7,9 @@
 //! crash loses open connections, and a client resumes from its cursor.
 
 mod access;
+mod access_tokens;
 mod body;
+mod caller;
 mod error;
 mod events;
 mod lists;
@@ -17,9 +19,12 @@ mod openapi;
 mod proof;
 mod routes;
 mod run_token;
+mod scoped;
 mod server;
+mod started;
 mod starting;
 mod token;
+mod tokens;
 pub mod types;
 mod views;
 
@@ -35,6 +40,7 @@ pub(crate) use proof::{Proof, ProofQuery};
 pub use run_token::RunToken;
 pub use starting::serve_starting;
 pub use token::ApiToken;
+pub use tokens::{AccessTokens, USE_STORE_EVERY};
 pub use views::{View, malformed_lines};
 
 use std::future::Future;
@@ -46,9 +52,10 @@ use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
+use crate::reach::Reach;
 use base::fault::Fault;
 use base::limits::{API_LISTS_AT_ONCE_MAX, DRAIN_MAX};
-use base::names::RunName;
+use base::names::{ArtifactRef, RunName, SiteName};
 use base::tally::Tally;
 use base::workers::Workers;
 use model::actor::Actor;
@@ -78,7 +85,7 @@ pub trait Backend: Send + Sync {
     /// `Ok` if it can work; otherwise the fault states what is missing.
     async fn ready(&self) -> Result<(), Fault>;
     /// Starts a publish.
-    async fn publish(&self, request: PublishRequest) -> Result<Job, Fault>;
+    async fn publish(&self, request: PublishRequest, reach: Reach) -> Result<Job, Fault>;
     /// Starts a delivery.
     async fn deliver(&self, request: DeliverRequest) -> Result<Delivered, Fault>;
     /// The cost of a delivery.
@@ -118,6 +125,8 @@ pub trait Backend: Send + Sync {
         behind: Option<&str>,
         room: Room,
     ) -> Result<Page<Transfer>, Fault>;
+    /// The number of open transfers of each artifact to each site.
+    async fn open_by_artifact(&self) -> Result<Vec<(SiteName, ArtifactRef, u64)>, Fault>;
     /// All sites (at a site: itself).
     async fn sites(&self, behind: Option<&str>, room: Room) -> Result<Page<Site>, Fault>;
     /// One site (hub only).
@@ -159,21 +168,21 @@ pub trait Backend: Send + Sync {
     /// Creates a join token (hub only).
     async fn token(&self, request: TokenRequest) -> Result<TokenReply, Fault>;
     /// The token of a training run whose trainer runs here now; `None`: there is none.
-    async fn run_token(&self, _run: &RunName) -> Option<RunToken> {
-        None
-    }
+    async fn run_token(&self, run: &RunName) -> Option<RunToken>;
     /// Starts a verification; the result is a list of findings, empty when the artifact is intact.
     async fn verify(&self, request: VerifyRequest) -> Result<Job, Fault>;
     /// Keeps an artifact's relayed bytes at any age, or ends that (hub only).
     async fn pin(&self, artifact: &str, pinned: bool) -> Result<Artifact, Fault>;
     /// Starts an export of labels, in a format of annotation tools, to a directory that the daemon
     /// writes.
-    async fn export_labels(&self, request: ExportLabelsRequest) -> Result<Job, Fault>;
+    async fn export_labels(&self, request: ExportLabelsRequest, reach: Reach)
+    -> Result<Job, Fault>;
 
     /// Starts an export of these artifacts to a file that the daemon writes.
-    async fn export(&self, artifacts: Vec<String>, out: String) -> Result<Job, Fault>;
+    async fn export(&self, artifacts: Vec<String>, out: String, reach: Reach)
+    -> Result<Job, Fault>;
     /// Starts an import of such a file.
-    async fn import(&self, file: String) -> Result<Job, Fault>;
+    async fn import(&self, file: String, reach: Reach) -> Result<Job, Fault>;
     /// Takes up what the NAS of a site already holds (site only).
     async fn adopt(&self) -> Result<Job, Fault>;
     /// Starts a garbage collection.
@@ -206,6 +215,7 @@ pub async fn serve(
     local: Option<&LocalSocket>,
     backend: Arc<dyn Backend>,
     token: ApiToken,
+    access: Arc<AccessTokens>,
     shutdown: impl Future<Output = ()> + Send + 'static,
 ) -> Result<(), Fault> {
     let stop = CancellationToken::new();
@@ -215,7 +225,9 @@ pub async fn serve(
         backend,
         token: Arc::new(token),
         queries: Arc::new(openapi::Queries::documented()),
-        run_jobs: Arc::default(),
+        access,
+        scoped: Arc::default(),
+        started: Arc::default(),
         stop: stop.clone(),
         wrong_tokens,
         lists,

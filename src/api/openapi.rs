@@ -8,7 +8,7 @@ use utoipa::openapi::path::ParameterIn;
 use utoipa::openapi::security::{ApiKey, ApiKeyValue, HttpAuthScheme, HttpBuilder, SecurityScheme};
 use utoipa::{Modify, OpenApi};
 
-use super::{error::ErrorBody, events, lists, members, routes, types::*};
+use super::{access_tokens, error::ErrorBody, events, lists, members, routes, types::*};
 
 #[derive(OpenApi)]
 #[openapi(
@@ -16,6 +16,7 @@ use super::{error::ErrorBody, events, lists, members, routes, types::*};
     // Relative to this document, so that it is also valid behind a proxy's prefix.
     servers((url = ".")),
     paths(
+        access_tokens::list, access_tokens::show, access_tokens::create, access_tokens::rotate, access_tokens::revoke,
         routes::healthz, routes::readyz, routes::proof, routes::metrics, lists::artifacts, lists::show, routes::publish, lists::transfers,
         routes::deliver, lists::act, routes::plan, lists::sites, routes::token, routes::verify, routes::pin, routes::export, routes::import,
         routes::export_labels,

@@ -9,6 +9,7 @@ use std::net::SocketAddr;
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
+use super::tokens::TokenText;
 use super::{ApiToken, RunToken};
 
 /// The client's request.
@@ -20,6 +21,9 @@ pub(crate) struct ProofQuery {
     /// The training run whose token the client holds, instead of the admin token.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub run: Option<String>,
+    /// The id of the access token that the client holds, instead of the admin token.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub token: Option<String>,
 }
 
 /// The daemon's answer.
@@ -63,10 +67,13 @@ impl Proof {
 impl ProofQuery {
     /// A new challenge for the daemon that this token is for.
     pub(crate) fn random(token: &ApiToken) -> Self {
-        let run = RunToken::parse(token.secret().as_bytes()).map(|token| token.run().to_string());
+        let secret = token.secret();
+        let run = RunToken::parse(secret.as_bytes()).map(|token| token.run().to_string());
+        let token = TokenText::parse(secret.as_bytes()).map(|token| token.id().to_owned());
         Self {
             challenge: hex::encode(rand::random::<[u8; 32]>()),
             run,
+            token,
         }
     }
 }
@@ -78,7 +85,12 @@ fn challenge_of(text: &str) -> Option<[u8; 32]> {
 }
 
 fn hash(token: &ApiToken, challenge: &[u8; 32], address: &str) -> blake3::Hash {
-    let key = blake3::derive_key("packhorse API daemon proof v1", token.secret().as_bytes());
+    // Of an access token the daemon has only a hash.
+    let secret = match TokenText::parse(token.secret().as_bytes()) {
+        Some(text) => text.hash().to_hex().as_str().into(),
+        None => token.secret(),
+    };
+    let key = blake3::derive_key("packhorse API daemon proof v1", secret.as_bytes());
     let mut hasher = blake3::Hasher::new_keyed(&key);
     hasher.update(challenge);
     hasher.update(address.as_bytes());
@@ -110,7 +122,8 @@ mod tests {
                     &own,
                     &ProofQuery {
                         challenge: challenge.into(),
-                        run: None
+                        run: None,
+                        token: None
                     },
                     String::new()
                 )

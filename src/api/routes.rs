@@ -24,12 +24,15 @@ use tokio_util::sync::CancellationToken;
 
 use super::error::{ApiError, ErrorBody};
 use super::proof::{Proof, ProofQuery};
+use super::scoped;
 use super::server::Connection;
+use super::started::StartedJobs;
 use super::types::*;
 use super::{
-    ApiToken, Backend, CURSOR_HEADER, TOKEN_HEADER, VERSION, VERSION_HEADER, access, body, events,
-    lists, members, openapi, run_token,
+    AccessTokens, ApiToken, Backend, CURSOR_HEADER, TOKEN_HEADER, VERSION, VERSION_HEADER,
+    access_tokens, body, caller, events, lists, members, openapi, run_token,
 };
+use crate::reach::Reach;
 use base::fault::Fault;
 use base::limits::{
     API_AUDIT_CHARS_MAX, API_BODY_BYTES_MAX, API_LOOK_EVERY, API_ROWS_DEFAULT, API_ROWS_MAX,
@@ -45,8 +48,12 @@ pub(super) struct App {
     pub(super) token: Arc<ApiToken>,
     /// The query keys of every route.
     pub(super) queries: Arc<openapi::Queries>,
-    /// The jobs that trainers started.
-    pub(super) run_jobs: Arc<run_token::RunJobs>,
+    /// The access tokens.
+    pub(super) access: Arc<AccessTokens>,
+    /// What the requests of tokens with a scope share.
+    pub(super) scoped: Arc<scoped::Shared>,
+    /// Who started the jobs.
+    pub(super) started: Arc<StartedJobs>,
     /// Cancelled when the daemon stops: waits end early, streams end.
     pub(super) stop: CancellationToken,
     /// Requests with a wrong token.
@@ -70,14 +77,37 @@ impl App {
     }
 }
 
+/// The daemon for the actor of a request: what it may not see does not exist. [`caller::authenticate`] makes
+/// it. The state of the guarded routes is empty, so their handlers reach the daemon through this
+/// only.
+#[derive(Clone)]
+pub(super) struct For(pub(super) App);
+
+impl<S: Send + Sync> FromRequestParts<S> for For {
+    type Rejection = ApiError;
+    async fn from_request_parts(parts: &mut Parts, _state: &S) -> Result<Self, ApiError> {
+        let own = parts.extensions.get::<Self>().cloned();
+        own.ok_or_else(|| Fault::internal("a request without an actor reached a handler").into())
+    }
+}
+
 /// The change that a request asks for, for the log: set when its body has been read.
 #[derive(Clone, Default)]
 struct Asked(Arc<OnceLock<String>>);
 
-/// All routes. Everything under `/v1/` and the metrics require a token ([`authenticate`]); the
+/// All routes. Everything under `/v1/` and the metrics require a token ([`caller::authenticate`]); the
 /// dashboard will replace [`home`].
 pub(super) fn router(app: App) -> Router {
-    let guarded = Router::new()
+    // Without state: a handler of these cannot reach the daemon but through `For`.
+    let guarded = Router::<()>::new()
+        .route(
+            "/v1/access",
+            get(access_tokens::list)
+                .post(access_tokens::create)
+                .delete(access_tokens::revoke),
+        )
+        .route("/v1/access/show", get(access_tokens::show))
+        .route("/v1/access/rotate", post(access_tokens::rotate))
         .route("/v1/artifacts", get(lists::artifacts).post(publish))
         .route("/v1/artifacts/show", get(lists::show))
         .route("/v1/transfers", get(lists::transfers).post(deliver))
@@ -110,7 +140,10 @@ pub(super) fn router(app: App) -> Router {
         .route("/v1/events", get(events::events))
         .route("/metrics", get(metrics))
         .route_layer(middleware::from_fn_with_state(app.clone(), check_query))
-        .route_layer(middleware::from_fn_with_state(app.clone(), authenticate));
+        .route_layer(middleware::from_fn_with_state(
+            app.clone(),
+            caller::authenticate,
+        ));
     Router::new()
         .route("/", get(home))
         .route("/healthz", get(healthz))
@@ -118,12 +151,12 @@ pub(super) fn router(app: App) -> Router {
         .route("/v1/proof", get(proof))
         .route("/openapi.json", get(openapi::document))
         .route_layer(middleware::from_fn_with_state(app.clone(), check_query))
+        .with_state(app)
         .merge(guarded)
         .fallback(no_such_route)
         .method_not_allowed_fallback(no_such_method)
         .layer(DefaultBodyLimit::max(API_BODY_BYTES_MAX))
         .layer(middleware::from_fn(stamp))
-        .with_state(app)
 }
 
 /// Adds the version to every reply, including errors.
@@ -147,55 +180,8 @@ pub(super) fn presented(headers: &HeaderMap) -> Option<&[u8]> {
     })
 }
 
-/// Finds the actor of a request by the token in either header, and lets the request through if the
-/// actor has the right.
-async fn authenticate(
-    State(app): State<App>,
-    Extension(connection): Extension<Connection>,
-    headers: HeaderMap,
-    mut request: Request,
-    next: Next,
-) -> Result<Response, ApiError> {
-    let (actor, why) = match presented(&headers) {
-        None => (None, "the API wants a token"),
-        Some(presented) => (actor_of(&app, presented).await, "the API token is wrong"),
-    };
-    let Some(actor) = actor else {
-        if presented(&headers).is_some() {
-            let (peer, path) = (&connection.peer, clipped(request.uri().path()));
-            app.wrong_tokens
-                .note(format_args!("{peer}: {} {path}", request.method()));
-        }
-        let fault = Fault::not_allowed(why).with_next(
-            "send the content of <data_dir>/api-token in X-Packhorse-Token, or use --config or --token-file",
-        );
-        return Err(ApiError::with_status(fault, StatusCode::UNAUTHORIZED));
-    };
-    connection.finish();
-    // Held until the response was made: what the body became takes as much memory.
-    let memory = body::Memory::default();
-    request.extensions_mut().insert(memory.clone());
-    let mut request = access::check(&app, &actor, request).await?;
-    request.extensions_mut().insert(actor.clone());
-    let is_publish = request.uri().path() == "/v1/artifacts";
-    let response = log_change(&actor, &connection, request, next).await;
-    drop(memory);
-    match &actor {
-        Actor::Trainer(run) if is_publish => Ok(run_token::note_job(&app, run, response).await),
-        _ => Ok(response),
-    }
-}
-
-/// Who holds this token. `None`: nobody.
-async fn actor_of(app: &App, presented: &[u8]) -> Option<Actor> {
-    if app.token.is(presented) {
-        return Some(Actor::Admin);
-    }
-    run_token::run_of(app, presented).await.map(Actor::Trainer)
-}
-
 /// Passes a request on. A change is logged: who requested what from where, and the status.
-async fn log_change(
+pub(super) async fn log_change(
     actor: &Actor,
     connection: &Connection,
     mut request: Request,
@@ -207,15 +193,17 @@ async fn log_change(
         return next.run(request).await;
     }
     let (path, asked) = (clipped(request.uri().path()), Asked::default());
+    // A request without a body names its object in the query, which holds no secret.
+    let query = clipped(request.uri().query().unwrap_or_default());
     request.extensions_mut().insert(asked.clone());
     let response = next.run(request).await;
-    let request = asked.0.get().map_or("", String::as_str);
+    let request = asked.0.get().map_or(query.as_str(), String::as_str);
     let who = actor.to_string();
     tracing::info!(who, peer = %connection.peer, path, request, status = response.status().as_u16(), "a change over the API");
     response
 }
 
-fn clipped(text: &str) -> String {
+pub(super) fn clipped(text: &str) -> String {
     text.chars().take(API_AUDIT_CHARS_MAX).collect()
 }
 
@@ -383,9 +371,12 @@ pub(super) async fn proof(
         .local
         .map(|address| address.to_string())
         .unwrap_or_default();
-    // A client with a trainer's token requests a proof with that token.
-    let of_run = run_token::of_query(&app, &query).await;
-    let token = of_run.as_ref().unwrap_or(&app.token);
+    // A client with another token than the daemon's own requests a proof with that token.
+    let other = match &query.token {
+        Some(id) => app.access.proof_key(id),
+        None => run_token::of_query(&app, &query).await,
+    };
+    let token = other.as_ref().unwrap_or(&app.token);
     let proof = Proof::make(token, &query, address)
         .ok_or_else(|| Fault::usage("the challenge is not 32 bytes in hex"))?;
     Ok(Json(proof))
@@ -393,8 +384,9 @@ pub(super) async fn proof(
 
 /// Metrics in Prometheus text form.
 #[utoipa::path(get, path = "/metrics", tag = "daemon", responses((status = 200, description = "text", content_type = "text/plain")))]
-pub(super) async fn metrics(State(app): State<App>) -> Result<Response, ApiError> {
-    let text = app.listed(app.backend.metrics()).await?;
+pub(super) async fn metrics(For(app): For) -> Result<Response, ApiError> {
+    let mut text = app.listed(app.backend.metrics()).await?;
+    text.push_str(&app.access.metrics());
     Ok((
         [(
             header::CONTENT_TYPE,
@@ -411,10 +403,13 @@ pub(super) async fn metrics(State(app): State<App>) -> Result<Response, ApiError
     (status = "default", description = "an error", body = ErrorBody),
 ))]
 pub(super) async fn publish(
-    State(app): State<App>,
+    For(app): For,
+    Extension(actor): Extension<Actor>,
     B(request): B<PublishRequest>,
 ) -> Result<Response, ApiError> {
-    Ok(accepted(app.backend.publish(request).await?))
+    Ok(accepted(
+        app.backend.publish(request, Reach::of(&actor)).await?,
+    ))
 }
 
 /// Delivers.
@@ -423,7 +418,7 @@ pub(super) async fn publish(
     (status = "default", description = "an error", body = ErrorBody),
 ))]
 pub(super) async fn deliver(
-    State(app): State<App>,
+    For(app): For,
     B(request): B<DeliverRequest>,
 ) -> Result<Response, ApiError> {
     Ok(accepted(app.backend.deliver(request).await?))
@@ -435,10 +430,7 @@ pub(super) async fn deliver(
     (status = 404, description = "there is none", body = ErrorBody),
     (status = "default", description = "an error", body = ErrorBody),
 ))]
-pub(super) async fn run(
-    State(app): State<App>,
-    Q(query): Q<RunQuery>,
-) -> Result<Json<Run>, ApiError> {
+pub(super) async fn run(For(app): For, Q(query): Q<RunQuery>) -> Result<Json<Run>, ApiError> {
     let look = || app.backend.run(&query.name);
     Ok(Json(
         wait_for(&app, query.wait, look, |run: &Run| run.state.is_final()).await?,
@@ -450,10 +442,7 @@ pub(super) async fn run(
     (status = 202, description = "begun", body = Run),
     (status = "default", description = "an error", body = ErrorBody),
 ))]
-pub(super) async fn train(
-    State(app): State<App>,
-    B(request): B<RunRequest>,
-) -> Result<Response, ApiError> {
+pub(super) async fn train(For(app): For, B(request): B<RunRequest>) -> Result<Response, ApiError> {
     Ok(accepted(app.backend.train(request).await?))
 }
 
@@ -463,7 +452,7 @@ pub(super) async fn train(
     (status = "default", description = "an error", body = ErrorBody),
 ))]
 pub(super) async fn act_on_run(
-    State(app): State<App>,
+    For(app): For,
     B(request): B<RunActionRequest>,
 ) -> Result<Json<Run>, ApiError> {
     Ok(Json(app.backend.act_on_run(request).await?))
@@ -475,7 +464,7 @@ pub(super) async fn act_on_run(
     (status = "default", description = "an error", body = ErrorBody),
 ))]
 pub(super) async fn plan(
-    State(app): State<App>,
+    For(app): For,
     B(request): B<DeliverRequest>,
 ) -> Result<Json<Vec<PlanRow>>, ApiError> {
     Ok(Json(app.backend.plan(request).await?))
@@ -487,7 +476,7 @@ pub(super) async fn plan(
     (status = "default", description = "an error", body = ErrorBody),
 ))]
 pub(super) async fn token(
-    State(app): State<App>,
+    For(app): For,
     B(request): B<TokenRequest>,
 ) -> Result<Response, ApiError> {
     let reply = app.backend.token(request).await?;
@@ -501,7 +490,7 @@ pub(super) async fn token(
     (status = "default", description = "an error", body = ErrorBody),
 ))]
 pub(super) async fn verify(
-    State(app): State<App>,
+    For(app): For,
     B(request): B<VerifyRequest>,
 ) -> Result<Response, ApiError> {
     Ok(accepted(app.backend.verify(request).await?))
@@ -513,7 +502,7 @@ pub(super) async fn verify(
     (status = "default", description = "an error", body = ErrorBody),
 ))]
 pub(super) async fn pin(
-    State(app): State<App>,
+    For(app): For,
     B(request): B<PinRequest>,
 ) -> Result<Json<Artifact>, ApiError> {
     Ok(Json(
@@ -528,10 +517,15 @@ pub(super) async fn pin(
     (status = "default", description = "an error", body = ErrorBody),
 ))]
 pub(super) async fn export_labels(
-    State(app): State<App>,
+    For(app): For,
+    Extension(actor): Extension<Actor>,
     B(request): B<ExportLabelsRequest>,
 ) -> Result<Response, ApiError> {
-    Ok(accepted(app.backend.export_labels(request).await?))
+    Ok(accepted(
+        app.backend
+            .export_labels(request, Reach::of(&actor))
+            .await?,
+    ))
 }
 
 /// Writes artifacts to one file, for transport by hand.
@@ -540,11 +534,14 @@ pub(super) async fn export_labels(
     (status = "default", description = "an error", body = ErrorBody),
 ))]
 pub(super) async fn export(
-    State(app): State<App>,
+    For(app): For,
+    Extension(actor): Extension<Actor>,
     B(request): B<ExportRequest>,
 ) -> Result<Response, ApiError> {
     Ok(accepted(
-        app.backend.export(request.artifacts, request.out).await?,
+        app.backend
+            .export(request.artifacts, request.out, Reach::of(&actor))
+            .await?,
     ))
 }
 
@@ -554,10 +551,13 @@ pub(super) async fn export(
     (status = "default", description = "an error", body = ErrorBody),
 ))]
 pub(super) async fn import(
-    State(app): State<App>,
+    For(app): For,
+    Extension(actor): Extension<Actor>,
     B(request): B<ImportRequest>,
 ) -> Result<Response, ApiError> {
-    Ok(accepted(app.backend.import(request.file).await?))
+    Ok(accepted(
+        app.backend.import(request.file, Reach::of(&actor)).await?,
+    ))
 }
 
 /// Takes up what the NAS of a site already holds: registers versions without a record, and records
@@ -566,7 +566,7 @@ pub(super) async fn import(
     (status = 202, description = "begun", body = Job),
     (status = "default", description = "an error", body = ErrorBody),
 ))]
-pub(super) async fn adopt(State(app): State<App>) -> Result<Response, ApiError> {
+pub(super) async fn adopt(For(app): For) -> Result<Response, ApiError> {
     Ok(accepted(app.backend.adopt().await?))
 }
 
@@ -575,7 +575,7 @@ pub(super) async fn adopt(State(app): State<App>) -> Result<Response, ApiError> 
     (status = 202, description = "begun", body = Job),
     (status = "default", description = "an error", body = ErrorBody),
 ))]
-pub(super) async fn gc(State(app): State<App>) -> Result<Response, ApiError> {
+pub(super) async fn gc(For(app): For) -> Result<Response, ApiError> {
     Ok(accepted(app.backend.gc().await?))
 }
 
@@ -584,8 +584,10 @@ pub(super) async fn gc(State(app): State<App>) -> Result<Response, ApiError> {
     (status = 200, description = "a line for each check: `ok …` or `fault …`", body = Vec<String>),
     (status = "default", description = "an error", body = ErrorBody),
 ))]
-pub(super) async fn doctor(State(app): State<App>) -> Result<Json<Vec<String>>, ApiError> {
-    Ok(Json(app.backend.doctor().await?))
+pub(super) async fn doctor(For(app): For) -> Result<Json<Vec<String>>, ApiError> {
+    let mut lines = app.backend.doctor().await?;
+    lines.extend(app.access.doctor());
+    Ok(Json(lines))
 }
 
 /// A job, at its end or after `wait` seconds (50 at most), whichever is first.
@@ -594,10 +596,7 @@ pub(super) async fn doctor(State(app): State<App>) -> Result<Json<Vec<String>>, 
     (status = 404, description = "there is none (a restart forgets them)", body = ErrorBody),
     (status = "default", description = "an error", body = ErrorBody),
 ))]
-pub(super) async fn job(
-    State(app): State<App>,
-    Q(query): Q<JobQuery>,
-) -> Result<Json<Job>, ApiError> {
+pub(super) async fn job(For(app): For, Q(query): Q<JobQuery>) -> Result<Json<Job>, ApiError> {
     let look = || app.backend.job(&query.id);
     Ok(Json(
         wait_for(&app, query.wait, look, |job: &Job| job.state != "running").await?,
@@ -612,7 +611,7 @@ pub(super) async fn job(
     (status = "default", description = "an error", body = ErrorBody),
 ))]
 pub(super) async fn cancel_job(
-    State(app): State<App>,
+    For(app): For,
     Q(query): Q<JobQuery>,
 ) -> Result<Json<Job>, ApiError> {
     app.backend.cancel_job(&query.id).await?;

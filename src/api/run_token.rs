@@ -3,20 +3,14 @@
 //! The daemon writes a [`RunToken`] to the run's folder when it starts the trainer, and accepts it
 //! only while that trainer runs. [`model::policy`] decides what its holder may do.
 
-use std::collections::VecDeque;
 use std::fmt;
 
-use axum::body::{Body, to_bytes};
-use axum::response::Response;
-use parking_lot::Mutex;
 use rand::TryRngCore;
 
 use super::ApiToken;
 use super::proof::ProofQuery;
 use super::routes::App;
-use super::types::Job;
 use base::fault::Fault;
-use base::limits::{API_BODY_BYTES_MAX, RUN_JOBS_KEPT_MAX};
 use base::names::RunName;
 
 /// The prefix of a token.
@@ -77,27 +71,6 @@ impl RunToken {
     }
 }
 
-/// The newest jobs that trainers started.
-#[derive(Default)]
-pub(super) struct RunJobs(Mutex<VecDeque<(RunName, String)>>);
-
-impl RunJobs {
-    fn note(&self, run: &RunName, job: &str) {
-        let mut jobs = self.0.lock();
-        if jobs.len() >= RUN_JOBS_KEPT_MAX {
-            jobs.pop_front();
-        }
-        jobs.push_back((run.clone(), job.to_owned()));
-    }
-
-    /// The run whose trainer began this job.
-    pub(super) fn run_of(&self, job: &str) -> Option<RunName> {
-        let jobs = self.0.lock();
-        let found = jobs.iter().find(|(_, known)| known == job);
-        found.map(|(run, _)| run.clone())
-    }
-}
-
 /// The run whose trainer presents this token, if it runs here now.
 pub(super) async fn run_of(app: &App, presented: &[u8]) -> Option<RunName> {
     let presented = RunToken::parse(presented)?;
@@ -112,16 +85,6 @@ pub(super) async fn of_query(app: &App, query: &ProofQuery) -> Option<ApiToken> 
         .run_token(&query.run.as_ref()?.parse().ok()?)
         .await?;
     ApiToken::parse(&token.text()).ok()
-}
-
-/// Records the job of a trainer's publish, so that the trainer may follow it.
-pub(super) async fn note_job(app: &App, run: &RunName, response: Response) -> Response {
-    let (parts, body) = response.into_parts();
-    let bytes = to_bytes(body, API_BODY_BYTES_MAX).await.unwrap_or_default();
-    if let Ok(job) = serde_json::from_slice::<Job>(&bytes) {
-        app.run_jobs.note(run, &job.id);
-    }
-    Response::from_parts(parts, Body::from(bytes))
 }
 
 #[cfg(test)]

@@ -14,6 +14,10 @@ use base::limits::{API_BODY_BYTES_MAX, API_CONNECTIONS_MAX, API_HEAD_MAX, API_PA
 use base::tally::Log;
 use base::workers::Pace;
 
+mod rights;
+mod scope;
+mod tokens;
+
 struct Daemon {
     fake: Arc<Fake>,
     base: String,
@@ -557,7 +561,7 @@ async fn the_description_names_every_route() {
     let d = daemon().await;
     let document: Value = d.get("/openapi.json").await.json().await.unwrap();
     let paths: Vec<&String> = document["paths"].as_object().unwrap().keys().collect();
-    assert_eq!(paths.len(), 34, "{paths:?}");
+    assert_eq!(paths.len(), 37, "{paths:?}");
     assert_eq!(document["servers"][0]["url"], ".");
     for schema in [
         "Transfer",
@@ -710,7 +714,8 @@ async fn the_local_socket_serves_the_same() {
         let token = token.clone();
         async move {
             let stopped = async { stopped.await.unwrap() };
-            super::serve(&listener, Some(&local), fake, token, stopped).await
+            let (access, _data) = super::fake::access();
+            super::serve(&listener, Some(&local), fake, token, access, stopped).await
         }
     });
     let socket = super::SocketPath::of_running(dir.path()).unwrap();

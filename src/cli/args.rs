@@ -8,6 +8,7 @@ use std::time::Duration;
 use clap::{Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 
+use super::access::AccessCommand;
 use super::members::{PublisherCommand, SiteCommand};
 use super::train::{TrainCommand, Trainer};
 use crate::config::{self, Config};
@@ -114,6 +115,12 @@ pub(super) enum Command {
         after_help = "Example:\n  packhorse token create --site chengdu --label region=west"
     )]
     Token(TokenCommand),
+    /// Create, list and end access tokens of the daemon's API, at the hub or at a site.
+    #[command(
+        subcommand,
+        after_help = "Example:\n  packhorse access create dashboard --role viewer --ttl 90d"
+    )]
+    Access(AccessCommand),
     /// Enrol this site at the hub: pin the hub's CA and obtain a certificate.
     #[command(
         after_help = "Example:\n  packhorse join --config /etc/packhorse/site.toml --hub hub.example.com:7443 --token TOKEN"

@@ -165,6 +165,18 @@ impl Client {
         .map(|(value, _)| value)
     }
 
+    /// Sends a DELETE request.
+    pub(crate) async fn delete<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        query: &impl Serialize,
+    ) -> Result<T, Fault> {
+        let request = self.http.request(Method::DELETE, self.url(path));
+        self.send(request.query(query), Duration::ZERO)
+            .await
+            .map(|(value, _)| value)
+    }
+
     /// Transfers, and the cursor with which to continue. Sends further requests while an answer is
     /// incomplete, up to the number of rows in the query.
     pub(crate) async fn transfers(

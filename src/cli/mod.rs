@@ -5,6 +5,7 @@
 //! without state of their own, so that it is safe to kill any command and to run it again. Results
 //! go to stdout, progress and errors to stderr.
 
+mod access;
 mod args;
 pub(crate) mod client;
 mod commands;
@@ -111,6 +112,7 @@ async fn dispatch(args: Args) -> Result<(), Fault> {
         Command::Token(TokenCommand::Create(create)) => {
             commands::token_create(global, create).await
         }
+        Command::Access(command) => access::run(global, command).await,
         Command::Publish(publish) => commands::publish(global, *publish).await,
         Command::Deliver(deliver) => commands::deliver(global, deliver).await,
         Command::Status(status) => commands::status(global, status).await,

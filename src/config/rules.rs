@@ -33,6 +33,9 @@ pub(super) fn check(config: &Config, text: &str) -> Result<(), Broken> {
         return rules.broken("listen.api", format!("{}: {why}", config.listen.api));
     }
     rules.absolute("data_dir", &config.data_dir)?;
+    for root in &config.publish.roots {
+        rules.absolute("publish.roots", root)?;
+    }
     if let Some(Err(why)) = config.log.filter.as_deref().map(log_filter::parse) {
         return rules.broken("log.filter", format!("it is not a valid filter: {why}"));
     }

@@ -54,7 +54,7 @@ fn samples_parse_and_say_the_true_defaults() {
 fn unknown_keys_and_wrong_values_name_their_line() {
     check(
         "role = \"site\"\nname = \"a\"\ndata_dir = \"/d\"\ncolour = 1\n",
-        "x.toml:4:1: unknown key `colour`, expected one of `role`, `name`, `data_dir`, `listen`, `hub`, `sink`, `share`, `scrub`, `relay`, `registry`, `line`, `limits`, `quota`, `identity`, `log`, `train`",
+        "x.toml:4:1: unknown key `colour`, expected one of `role`, `name`, `data_dir`, `listen`, `hub`, `sink`, `share`, `scrub`, `relay`, `publish`, `registry`, `line`, `limits`, `quota`, `identity`, `log`, `train`",
     );
     check(
         "role = \"site\"\nname = \"a\"\n",

@@ -8,14 +8,15 @@ use async_trait::async_trait;
 use super::deliveries::no_artifact_named;
 use super::{Hub, sharing};
 use crate::api::types::*;
-use crate::api::{Backend, View, worker_page};
+use crate::api::{Backend, RunToken, View, worker_page};
 use crate::label_export::LabelExport;
+use crate::reach::Reach;
 use crate::serve::wrong_role;
 use base::blocking::blocking;
 use base::clock::rfc3339_ms;
 use base::fault::{Code, Fault, Reason};
 use base::limits::API_PAGE_BYTES;
-use base::names::{ArtifactRef, SiteSelector, check_label};
+use base::names::{ArtifactRef, RunName, SiteName, SiteSelector, check_label};
 use base::peer::Peer;
 use base::text;
 use content::bundle::Member;
@@ -151,13 +152,14 @@ impl Backend for Hub {
         self.inner.catalogue.cursor().await.map(|_| ())
     }
 
-    async fn publish(&self, request: PublishRequest) -> Result<Job, Fault> {
+    async fn publish(&self, request: PublishRequest, reach: Reach) -> Result<Job, Fault> {
+        reach.check_options(&request.options)?;
         let artifact: ArtifactRef = request.as_ref.parse()?;
         if let Some(to) = &request.to {
             self.inner.catalogue.select_sites(&to.parse()?).await?;
         }
         tracing::info!(%artifact, source = %request.source, "publishing");
-        self.inner.jobs.publish(request)
+        self.inner.jobs.publish(request, reach)
     }
 
     async fn deliver(&self, request: DeliverRequest) -> Result<Delivered, Fault> {
@@ -287,6 +289,14 @@ impl Backend for Hub {
                 self.inner.deliveries.view(row)
             })
             .await
+    }
+
+    async fn open_by_artifact(&self) -> Result<Vec<(SiteName, ArtifactRef, u64)>, Fault> {
+        self.inner.catalogue.open_by_artifact().await
+    }
+
+    async fn run_token(&self, _run: &RunName) -> Option<RunToken> {
+        None
     }
 
     async fn sites(&self, behind: Option<&str>, room: Room) -> Result<Page<Site>, Fault> {
@@ -429,7 +439,12 @@ impl Backend for Hub {
         Ok(self.inner.catalogue.artifact(&artifact).await?.view())
     }
 
-    async fn export_labels(&self, request: ExportLabelsRequest) -> Result<Job, Fault> {
+    async fn export_labels(
+        &self,
+        request: ExportLabelsRequest,
+        reach: Reach,
+    ) -> Result<Job, Fault> {
+        reach.check_machine("export-labels")?;
         let export = LabelExport::parse(&request)?;
         let row = self.inner.catalogue.artifact(&export.artifact).await?;
         if let Some(site) = &row.origin {
@@ -442,7 +457,12 @@ impl Backend for Hub {
         self.inner.jobs.export_labels(row, export)
     }
 
-    async fn export(&self, artifacts: Vec<String>, out: String) -> Result<Job, Fault> {
+    async fn export(
+        &self,
+        artifacts: Vec<String>,
+        out: String,
+        reach: Reach,
+    ) -> Result<Job, Fault> {
         let mut members = Vec::new();
         for artifact in parse_refs(&artifacts)? {
             let row = self.inner.catalogue.artifact(&artifact).await?;
@@ -454,11 +474,11 @@ impl Backend for Hub {
             }
             members.push(Member::new(artifact, &row.root));
         }
-        self.inner.jobs.export(members, out)
+        self.inner.jobs.export(members, out, reach)
     }
 
-    async fn import(&self, file: String) -> Result<Job, Fault> {
-        self.inner.jobs.import(file)
+    async fn import(&self, file: String, reach: Reach) -> Result<Job, Fault> {
+        self.inner.jobs.import(file, reach)
     }
 
     async fn adopt(&self) -> Result<Job, Fault> {

@@ -5,7 +5,8 @@ use std::time::{Duration, Instant};
 
 use super::upload::tests::{Bench, hello};
 use crate::api::Backend as _;
-use crate::api::types::{Job, PublishRequest, VerifyRequest};
+use crate::api::types::{Job, PublishRequest, SourceOptions, VerifyRequest};
+use crate::reach::Reach;
 use base::fault::Code;
 use base::limits::{QUESTION_BYTES_MAX, SILENCE_MAX};
 use content::frame::{Frame, HEADER_BYTES, Header};
@@ -227,7 +228,7 @@ async fn a_site_that_offers_an_artifact_and_then_sends_nothing_delays_no_other()
         let gc = bench.hub.gc().await.unwrap();
         let published = bench
             .hub
-            .publish(publish(&source, reference))
+            .publish(publish(&source, reference), Reach::Machine)
             .await
             .unwrap();
         assert_eq!(ended(&bench, gc).await.state, "done");
@@ -249,7 +250,11 @@ async fn an_import_of_a_pipe_fails_at_once() {
         0,
     )
     .unwrap();
-    let job = bench.hub.import(pipe.display().to_string()).await.unwrap();
+    let job = bench
+        .hub
+        .import(pipe.display().to_string(), Reach::Machine)
+        .await
+        .unwrap();
     let job = ended(&bench, job).await;
     let fault = job.error.unwrap();
     assert_eq!((job.state.as_str(), fault.code), ("failed", Code::Usage));
@@ -262,7 +267,7 @@ async fn a_cancelled_publish_leaves_only_chunks_for_the_garbage_collection() {
     let source = bench.source("a", 64 << 20, 1);
     let job = bench
         .hub
-        .publish(publish(&source, "model/a:v1"))
+        .publish(publish(&source, "model/a:v1"), Reach::Machine)
         .await
         .unwrap();
     bench.hub.cancel_job(&job.id).await.unwrap();
@@ -286,7 +291,7 @@ async fn a_cancelled_publish_leaves_only_chunks_for_the_garbage_collection() {
     // A repeated publish is a new job, and complete.
     let job = bench
         .hub
-        .publish(publish(&source, "model/a:v1"))
+        .publish(publish(&source, "model/a:v1"), Reach::Machine)
         .await
         .unwrap();
     assert_eq!(ended(&bench, job).await.state, "done");
@@ -303,4 +308,117 @@ async fn a_cancelled_publish_leaves_only_chunks_for_the_garbage_collection() {
         ended(&bench, verified).await.result.unwrap(),
         serde_json::json!([])
     );
+}
+
+/// What a holder of a token who may write below a root tries: paths elsewhere, and links that lead
+/// there.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_token_reaches_only_what_is_below_the_roots() {
+    use std::os::unix::fs::symlink;
+    let scratch = tempfile::tempdir().unwrap();
+    let (root, secret) = (scratch.path().join("root"), scratch.path().join("secret"));
+    let put = |path: &std::path::Path| {
+        base::durable::create_dir_all(path.parent().unwrap()).unwrap();
+        base::durable::replace(path, b"{}").unwrap();
+    };
+    put(&root.join("in/a.bin"));
+    put(&secret.join("key"));
+    symlink(&secret, root.join("link")).unwrap();
+    symlink(secret.join("key"), root.join("key")).unwrap();
+    let with_link = root.join("with-link");
+    put(&with_link.join("b"));
+    symlink(secret.join("key"), with_link.join("a")).unwrap();
+    let bench = Bench::start_with(&format!("[publish]\nroots = [{root:?}]\n")).await;
+    let run = async |request: PublishRequest| match bench.hub.publish(request, Reach::Roots).await {
+        Ok(job) => ended(&bench, job).await.error.map_or(Ok(()), Err),
+        Err(fault) => Err(fault),
+    };
+    run(publish(&root.join("in"), "dataset/in:v1"))
+        .await
+        .unwrap();
+    run(publish(&root.join("in/a.bin"), "model/in:v1"))
+        .await
+        .unwrap();
+    let outside = [
+        secret.clone(),
+        secret.join("key"),
+        secret.join("missing"),
+        root.join("link"),
+        root.join("link/key"),
+        root.join("key"),
+        root.join("../secret"),
+        scratch.path().to_owned(),
+        "/".into(),
+        "/etc/passwd".into(),
+        "/proc/self/environ".into(),
+        format!("/proc/self/cwd/{}", root.display()).into(),
+    ];
+    for path in &outside {
+        for artifact in ["dataset/out:v1", "labels/out:v1", "image/out:v1"] {
+            let fault = run(publish(path, artifact)).await.unwrap_err();
+            assert_eq!(
+                fault.code,
+                Code::NotAllowed,
+                "{artifact} {}: {fault}",
+                path.display()
+            );
+            assert!(fault.message.contains("[publish] roots"), "{fault}");
+        }
+        let import = bench.hub.import(path.display().to_string(), Reach::Roots);
+        let fault = ended(&bench, import.await.unwrap()).await.error.unwrap();
+        assert_eq!(
+            fault.code,
+            Code::NotAllowed,
+            "import {}: {fault}",
+            path.display()
+        );
+        let out = path.join("new.bundle").display().to_string();
+        let export = bench
+            .hub
+            .export(vec!["dataset/in:v1".into()], out, Reach::Roots);
+        let fault = ended(&bench, export.await.unwrap()).await.error.unwrap();
+        assert_eq!(
+            fault.code,
+            Code::NotAllowed,
+            "export {}: {fault}",
+            path.display()
+        );
+    }
+    assert_eq!(std::fs::read_dir(&secret).unwrap().count(), 1);
+    // A link in a directory is published as a link, or refused; its target is not read.
+    let copied = PublishRequest {
+        options: SourceOptions {
+            copy_links: true,
+            ..SourceOptions::default()
+        },
+        ..publish(&with_link, "dataset/links:v1")
+    };
+    run(copied).await.unwrap_err();
+    let bad = PublishRequest {
+        options: SourceOptions {
+            bad_out: Some(root.join("bad").display().to_string()),
+            ..SourceOptions::default()
+        },
+        ..publish(&root.join("in"), "labels/in:v1")
+    };
+    assert_eq!(run(bad).await.unwrap_err().code, Code::NotAllowed);
+    // Inside, both work; the administrator reaches everything.
+    let bundle = root.join("new.bundle").display().to_string();
+    let export = bench
+        .hub
+        .export(vec!["dataset/in:v1".into()], bundle.clone(), Reach::Roots);
+    assert_eq!(ended(&bench, export.await.unwrap()).await.error, None);
+    let import = bench.hub.import(bundle, Reach::Roots).await.unwrap();
+    assert_eq!(ended(&bench, import).await.error, None);
+    let all = bench
+        .hub
+        .publish(publish(&secret, "dataset/all:v1"), Reach::Machine);
+    assert_eq!(ended(&bench, all.await.unwrap()).await.error, None);
+    // Without roots, nothing is reached.
+    let bench = Bench::start().await;
+    let none = bench
+        .hub
+        .publish(publish(&root.join("in"), "dataset/in:v1"), Reach::Roots);
+    let fault = ended(&bench, none.await.unwrap()).await.error.unwrap();
+    assert_eq!(fault.code, Code::NotAllowed);
 }

@@ -22,6 +22,7 @@ use crate::config::Config;
 use crate::jobs::{Jobs, until_room};
 use crate::label_export::{LabelExport, unpack};
 use crate::open_source::{self, Access, TIMES_DIFFER};
+use crate::reach::{Pinned, Reach};
 use base::blocking::{blocking, blocking_at};
 use base::fault::Fault;
 use base::job_progress::JobProgress;
@@ -74,11 +75,11 @@ impl HubJobs {
     }
 
     /// Begins a publish.
-    pub(super) fn publish(&self, request: PublishRequest) -> Result<Job, Fault> {
-        let (this, asked) = (self.clone(), request.clone());
+    pub(super) fn publish(&self, request: PublishRequest, reach: Reach) -> Result<Job, Fault> {
+        let (this, asked) = (self.clone(), (request.clone(), reach.clone()));
         self.jobs
             .start_once("publish", &asked, move |progress| async move {
-                this.publish_now(request, progress).await
+                this.publish_now(request, reach, progress).await
             })
     }
 
@@ -92,10 +93,15 @@ impl HubJobs {
     }
 
     /// Begins an export of artifacts whose content the hub holds.
-    pub(super) fn export(&self, members: Vec<Member>, out: String) -> Result<Job, Fault> {
+    pub(super) fn export(
+        &self,
+        members: Vec<Member>,
+        out: String,
+        reach: Reach,
+    ) -> Result<Job, Fault> {
         let (store, config) = (self.parts.store.clone(), self.parts.config.clone());
         let names: Vec<String> = members.iter().map(|m| m.artifact.to_string()).collect();
-        let asked = (names, out.clone());
+        let asked = (names, out.clone(), reach.clone());
         self.jobs
             .start_once("export", &asked, move |progress| async move {
                 progress.doing(format!("writing {out}"));
@@ -103,9 +109,13 @@ impl HubJobs {
                 let path = out.clone();
                 blocking_at(&path, move || {
                     // It writes a new file only; but not among the daemon's own.
-                    config.own().check_path(out.parent().unwrap_or(&out))?;
-                    let written = bundle::export(&members, &store, &out, &progress)?;
-                    bundle::sync_parent(&out)?;
+                    let pinned = Pinned::new_file(&out, &reach.own(&config))?;
+                    let written = bundle::export(&members, &store, pinned.path(), &progress)
+                        .and_then(|written| {
+                            bundle::sync_parent(pinned.path())?;
+                            Ok(written)
+                        })
+                        .map_err(|fault| pinned.named(&out, fault))?;
                     Ok(BTreeMap::from([("bytes", written)]))
                 })
                 .await
@@ -134,11 +144,11 @@ impl HubJobs {
     }
 
     /// Begins an import.
-    pub(super) fn import(&self, file: String) -> Result<Job, Fault> {
-        let (this, asked) = (self.clone(), file.clone());
+    pub(super) fn import(&self, file: String, reach: Reach) -> Result<Job, Fault> {
+        let (this, asked) = (self.clone(), (file.clone(), reach.clone()));
         self.jobs
             .start_once("import", &asked, move |progress| async move {
-                this.import_now(file, progress).await
+                this.import_now(file, reach, progress).await
             })
     }
 
@@ -152,6 +162,7 @@ impl HubJobs {
     async fn publish_now(
         &self,
         request: PublishRequest,
+        reach: Reach,
         progress: Arc<JobProgress>,
     ) -> Result<Published, Fault> {
         let inner = &*self.parts;
@@ -178,7 +189,7 @@ impl HubJobs {
         )
         .await?;
         let read = until_room(&inner.store, &progress, ROOM_AWAITED_MAX, || {
-            self.read_in(&artifact, &request, dataset.clone(), &progress)
+            self.read_in(&artifact, &request, &reach, dataset.clone(), &progress)
         });
         let (leased, mut ingested) = read.await?;
         let mut note = self.access().await?.note(artifact.kind, &request.options);
@@ -253,6 +264,7 @@ impl HubJobs {
         &self,
         artifact: &ArtifactRef,
         request: &PublishRequest,
+        reach: &Reach,
         dataset: Option<(DatasetBinding, Root)>,
         progress: &Arc<JobProgress>,
     ) -> Result<(Store, Ingested), Fault> {
@@ -266,11 +278,13 @@ impl HubJobs {
             artifact.kind,
         );
         let (watched, access) = (progress.clone(), self.access().await?);
+        let (config, reach) = (inner.config.clone(), reach.clone());
         let ingested = open_source::with_scratch(
             &inner.config.data_dir,
             &request.source,
             progress,
             move |scratch, runtime| {
+                let access = access.for_reach(&reach, &config);
                 let dataset =
                     dataset.map(|(binding, root)| open_source::bind(binding, root, store.clone()));
                 let mut source =
@@ -292,6 +306,7 @@ impl HubJobs {
     async fn import_now(
         &self,
         file: String,
+        reach: Reach,
         progress: Arc<JobProgress>,
     ) -> Result<Vec<String>, Fault> {
         let store = &self.parts.store;
@@ -299,11 +314,12 @@ impl HubJobs {
             let leased = store.leased();
             progress.doing(format!("reading {file}"));
             let (store, file, progress) = (leased.clone(), PathBuf::from(&file), progress.clone());
-            let config = self.parts.config.clone();
+            let (config, reach) = (self.parts.config.clone(), reach.clone());
             let path = file.clone();
             let read = move || {
-                config.own().check_path(&file)?;
-                bundle::import(&file, &store, &progress)
+                let pinned = Pinned::file(&file, &reach.own(&config))?;
+                bundle::import(pinned.path(), &store, &progress)
+                    .map_err(|fault| pinned.named(&file, fault))
             };
             Ok((leased, blocking_at(&path, read).await?))
         });

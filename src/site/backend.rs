@@ -14,11 +14,12 @@ use crate::api::types::{Site as SiteView, *};
 use crate::api::{Backend, RunToken, View, worker_page};
 use crate::delivery::Whole;
 use crate::label_export::LabelExport;
+use crate::reach::Reach;
 use crate::serve::wrong_role;
 use base::blocking::blocking_at;
 use base::fault::{Code, Fault};
 use base::limits::{API_PAGE_BYTES, ROOM_AWAITED_MAX};
-use base::names::{ArtifactRef, DeliveryId, RunName, WorkId};
+use base::names::{ArtifactRef, DeliveryId, RunName, SiteName, WorkId};
 use hub_transfers::{cursor_of_hub, is_full, no_such_work};
 use model::paging::{Budget, Page, Pager, Room};
 use model::protocol::AskHub;
@@ -84,15 +85,16 @@ impl Backend for Site {
         self.inner.opened.catalogue.cursor().await.map(|_| ())
     }
 
-    async fn publish(&self, request: PublishRequest) -> Result<Job, Fault> {
+    async fn publish(&self, request: PublishRequest, reach: Reach) -> Result<Job, Fault> {
+        reach.check_options(&request.options)?;
         let artifact: ArtifactRef = request.as_ref.parse()?;
         let this = self.clone();
         tracing::info!(%artifact, source = %request.source, "publishing in place");
-        let (jobs, asked) = (&self.inner.jobs, request.clone());
+        let (jobs, asked) = (&self.inner.jobs, (request.clone(), reach.clone()));
         jobs.start_once("publish", &asked, move |progress| async move {
             this.inner
                 .publications
-                .publish(request, progress, ROOM_AWAITED_MAX)
+                .publish(request, reach, progress, ROOM_AWAITED_MAX)
                 .await
         })
     }
@@ -325,6 +327,10 @@ impl Backend for Site {
             .await
     }
 
+    async fn open_by_artifact(&self) -> Result<Vec<(SiteName, ArtifactRef, u64)>, Fault> {
+        self.inner.opened.catalogue.open_by_artifact().await
+    }
+
     async fn sites(&self, _behind: Option<&str>, _room: Room) -> Result<Page<SiteView>, Fault> {
         let link = self.inner.hub.link();
         let open = self
@@ -398,7 +404,12 @@ impl Backend for Site {
         Err(wrong_role("pin", "hub"))
     }
 
-    async fn export_labels(&self, request: ExportLabelsRequest) -> Result<Job, Fault> {
+    async fn export_labels(
+        &self,
+        request: ExportLabelsRequest,
+        reach: Reach,
+    ) -> Result<Job, Fault> {
+        reach.check_machine("export-labels")?;
         let export = LabelExport::parse(&request)?;
         let artifact = &export.artifact;
         let row = self.inner.opened.catalogue.artifact(artifact).await?;
@@ -418,11 +429,16 @@ impl Backend for Site {
         })
     }
 
-    async fn export(&self, _artifacts: Vec<String>, _out: String) -> Result<Job, Fault> {
+    async fn export(
+        &self,
+        _artifacts: Vec<String>,
+        _out: String,
+        _reach: Reach,
+    ) -> Result<Job, Fault> {
         Err(not_in_this_version("export"))
     }
 
-    async fn import(&self, _file: String) -> Result<Job, Fault> {
+    async fn import(&self, _file: String, _reach: Reach) -> Result<Job, Fault> {
         Err(not_in_this_version("import"))
     }
 

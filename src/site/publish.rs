@@ -14,6 +14,7 @@ use crate::api::types::{PublishRequest, Published};
 use crate::config::Config;
 use crate::jobs::until_room;
 use crate::open_source::{self, Access, AtSite, TIMES_DIFFER};
+use crate::reach::Reach;
 use base::blocking::blocking;
 use base::clock;
 use base::durable;
@@ -66,6 +67,7 @@ impl Publications {
     pub(super) async fn publish(
         &self,
         request: PublishRequest,
+        reach: Reach,
         progress: Arc<JobProgress>,
         patience: Duration,
     ) -> Result<Published, Fault> {
@@ -89,7 +91,7 @@ impl Publications {
                 fault
             }
         })?;
-        let read = || self.read_in_place(&artifact, &request, dataset.clone(), &progress);
+        let read = || self.read_in_place(&artifact, &request, &reach, dataset.clone(), &progress);
         let published = until_room(&self.store, &progress, patience, read).await?;
         let (mut root, omitted) = (published.ingested.root, published.ingested.omitted);
         let as_published =
@@ -170,6 +172,7 @@ impl Publications {
         &self,
         artifact: &ArtifactRef,
         request: &PublishRequest,
+        reach: &Reach,
         dataset: Option<(DatasetBinding, Root)>,
         progress: &Arc<JobProgress>,
     ) -> Result<InPlace, Fault> {
@@ -180,12 +183,14 @@ impl Publications {
             request.source.clone(),
             progress.clone(),
         );
-        let access = self.access();
+        let (access, reach) = (self.access(), reach.clone());
+        let config = self.config.clone();
         let published = open_source::with_scratch(
             &self.config.data_dir,
             &request.source,
             progress,
             move |scratch, runtime| {
+                let access = access.for_reach(&reach, &config);
                 let dataset = dataset
                     .map(|(binding, root)| open_source::bind(binding, root, this.store.clone()));
                 let mut source =

@@ -20,6 +20,7 @@ use super::Opened;
 use super::publish::Publications;
 use super::watch::Watch;
 use crate::api::types::{PublishRequest, SourceOptions, State};
+use crate::reach::Reach;
 use crate::trainer::Folder;
 use base::blocking::blocking;
 use base::clock;
@@ -486,7 +487,7 @@ impl RunKeeper {
         };
         let published = self
             .publications
-            .publish(request, Arc::default(), Duration::ZERO)
+            .publish(request, Reach::Machine, Arc::default(), Duration::ZERO)
             .await?;
         // It is published here, but the hub may still refuse it.
         if let Some(note) = published.note {

@@ -64,6 +64,7 @@ fn a_hub_and_a_site_list_their_background_workers() {
             "relay-flush",
             "reload",
             "runs",
+            "token-use",
         ],
     );
     check(
@@ -83,6 +84,7 @@ fn a_hub_and_a_site_list_their_background_workers() {
             "runs",
             "scrub",
             "sink-tend",
+            "token-use",
             "watch",
             "watch-requests",
         ],

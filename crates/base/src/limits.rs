@@ -710,8 +710,8 @@ pub const IGNORE_FILE_BYTES_MAX: u64 = 1 << 20;
 pub const SETTLE_WAIT_MAX: Duration = Duration::from_secs(60 * 60);
 /// The names of the extended attributes of one file in bytes, the limit of Linux.
 pub const XATTR_NAMES_BYTES_MAX: usize = 64 << 10;
-/// The jobs of trainers whose owners the API remembers.
-pub const RUN_JOBS_KEPT_MAX: usize = 256;
+/// The jobs of trainers and holders of tokens whose starters the API remembers.
+pub const JOB_STARTERS_KEPT_MAX: usize = 1024;
 /// The redirects of a registry that are followed for one request.
 pub const REGISTRY_REDIRECTS_MAX: usize = 10;
 /// The chunks that the hub reads again because a site refused them: those that one report of a failed

@@ -314,6 +314,11 @@ impl FromStr for RunName {
     }
 }
 
+/// Checks the name of an access token of the API.
+pub fn check_access_name(name: &str) -> Result<(), NameError> {
+    check_word("token name", name)
+}
+
 /// A path in an artifact: UTF-8, relative, with `/` between its components; no `.`, `..`, empty
 /// component or NUL.
 ///

@@ -81,8 +81,10 @@ pub trait Source: Send {
     fn next(&mut self) -> Result<Option<SourceEntry>, Fault>;
 
     /// Called when the file of the last entry ([`Content::File`]) is open. The source may inspect
-    /// the file but must not read it.
-    fn opened(&mut self, _file: &File) {}
+    /// the file but must not read it; it refuses a file that must not be read.
+    fn opened(&mut self, _file: &File) -> Result<(), Fault> {
+        Ok(())
+    }
 
     /// The bytes of all its files, if that is known before the first entry.
     fn total(&self) -> Option<u64> {

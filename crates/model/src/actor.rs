@@ -6,15 +6,20 @@
 //! stored.
 
 use std::fmt;
+use std::sync::Arc;
 
 use base::names::{PublisherName, RunName, SiteName};
 use base::peer::Peer;
+
+use crate::grant::Grant;
 
 /// Who asks for something.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Actor {
     /// The administrator of this daemon: holder of its admin token, over HTTP or the local socket.
     Admin,
+    /// The holder of an access token of this daemon.
+    Token(Arc<Grant>),
     /// The trainer of a run: holder of the token of that run, at the API of the site that trains.
     Trainer(RunName),
     /// A site, by its certificate.
@@ -30,7 +35,9 @@ impl Actor {
     pub fn site(&self) -> Option<&SiteName> {
         match self {
             Self::Site(site) => Some(site),
-            Self::Admin | Self::Trainer(_) | Self::Publisher(_) | Self::Hub => None,
+            Self::Admin | Self::Token(_) | Self::Trainer(_) | Self::Publisher(_) | Self::Hub => {
+                None
+            }
         }
     }
 }
@@ -50,6 +57,7 @@ impl fmt::Display for Actor {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Admin => f.write_str("admin"),
+            Self::Token(grant) => grant.fmt(f),
             Self::Trainer(run) => write!(f, "trainer of run {run}"),
             Self::Site(name) => write!(f, "site {name}"),
             Self::Publisher(name) => write!(f, "publisher {name}"),

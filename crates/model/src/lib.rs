@@ -6,6 +6,7 @@
 
 pub mod actor;
 pub mod desired;
+pub mod grant;
 pub mod paging;
 pub mod policy;
 pub mod protocol;

@@ -5,11 +5,14 @@
 //! Hub, site and API call it for every request and stream; nothing is stored. A pair of verb and
 //! object for which there is no rule is refused.
 
+mod token;
+mod trainer;
+
 use std::collections::BTreeMap;
 use std::time::Duration;
 
 use base::fault::Fault;
-use base::names::{ArtifactRef, Kind, PublisherName, RunName, SiteName, SiteSelector};
+use base::names::{ArtifactRef, PublisherName, SiteName, SiteSelector};
 
 use crate::actor::Actor;
 use crate::publisher_scope::PublisherScope;
@@ -29,8 +32,12 @@ pub enum Verb {
     ReadContent,
     /// Receive, as a site, what another site published.
     Receive,
-    /// Read state: artifacts, transfers, runs, jobs, events, metrics.
+    /// Read what a wall screen shows: the lists of sites, transfers and deliveries.
+    Watch,
+    /// Read state: artifacts, transfers, runs, jobs, events.
     Read,
+    /// Read what concerns the daemon as a whole: metrics, workers, `doctor`.
+    Diagnose,
     /// Read which sites `[share]` excludes from an artifact.
     ReadExclusions,
     /// Read the digest of the artifact that already has the name which the actor wants to publish
@@ -72,6 +79,8 @@ pub enum Verb {
     CancelJob,
     /// Create a join token.
     CreateToken,
+    /// Create, list, rotate and revoke access tokens of the API.
+    ManageAccess,
     /// Change, revoke, restore or remove a site or a publisher.
     ManageSites,
 }
@@ -196,8 +205,17 @@ pub enum Object<'a> {
     },
     /// A job of the daemon.
     Job {
-        /// The run whose trainer started it.
-        run: Option<&'a RunName>,
+        /// Who started it, if the daemon remembers that.
+        starter: Option<&'a Actor>,
+    },
+    /// An artifact, known by its name only.
+    Named(&'a ArtifactRef),
+    /// A site.
+    Place {
+        /// Its name.
+        site: &'a SiteName,
+        /// Its labels.
+        labels: &'a BTreeMap<String, String>,
     },
 }
 
@@ -302,7 +320,8 @@ fn visible(is: bool) -> Result<(), Refusal> {
 pub fn may(actor: &Actor, verb: Verb, object: &Object<'_>) -> Result<(), Refusal> {
     match actor {
         Actor::Admin => admin(verb),
-        Actor::Trainer(run) => trainer(run, verb, object),
+        Actor::Token(grant) => token::may(grant, verb, object),
+        Actor::Trainer(run) => trainer::may(run, verb, object),
         Actor::Site(site) => self::site(site, verb, object),
         Actor::Publisher(name) => publisher(name, verb, object),
         Actor::Hub => hub(verb),
@@ -323,7 +342,9 @@ pub fn runs_scope(actor: &Actor) -> Result<Scope<'_>, Refusal> {
     match actor {
         Actor::Admin => Ok(Scope::All),
         Actor::Site(site) => Ok(Scope::Of(site)),
-        Actor::Trainer(_) | Actor::Publisher(_) | Actor::Hub => Err(Refusal::Hidden),
+        Actor::Token(_) | Actor::Trainer(_) | Actor::Publisher(_) | Actor::Hub => {
+            Err(Refusal::Hidden)
+        }
     }
 }
 
@@ -344,7 +365,9 @@ fn admin(verb: Verb) -> Result<(), Refusal> {
             "only a connected site or publisher does this",
             "use the API of the daemon",
         ),
-        Verb::Read
+        Verb::Watch
+        | Verb::Read
+        | Verb::Diagnose
         | Verb::ReadExclusions
         | Verb::ReadDigest
         | Verb::Publish
@@ -361,59 +384,8 @@ fn admin(verb: Verb) -> Result<(), Refusal> {
         | Verb::Collect
         | Verb::CancelJob
         | Verb::CreateToken
+        | Verb::ManageAccess
         | Verb::ManageSites => Ok(()),
-    }
-}
-
-/// A trainer publishes the model of its run, finishes that run, and reads both.
-fn trainer(run: &RunName, verb: Verb, object: &Object<'_>) -> Result<(), Refusal> {
-    let refuse = |why: String| {
-        refuse(
-            why,
-            format!(
-                "use the admin token, or leave it to the daemon: this token is valid for run {run} only"
-            ),
-        )
-    };
-    match (verb, *object) {
-        (
-            Verb::Publish,
-            Object::Publication {
-                reference,
-                source,
-                run: named,
-                delivers,
-            },
-        ) => {
-            let is_model = reference
-                .parse::<ArtifactRef>()
-                .is_ok_and(|artifact| artifact.kind == Kind::Model);
-            if named != Some(run.as_str()) {
-                refuse(format!(
-                    "a trainer publishes for its own run only: --run {run}"
-                ))
-            } else if !is_model {
-                refuse(format!(
-                    "a trainer publishes the model of its run, and {reference} is not a model"
-                ))
-            } else if !source.starts_with('/') {
-                refuse("a trainer publishes from a path".into())
-            } else if delivers {
-                refuse(
-                    "the model goes to the site that started the run, and --to names others".into(),
-                )
-            } else {
-                Ok(())
-            }
-        }
-        (Verb::Finish | Verb::Read, Object::RunByName(name)) if name == run.as_str() => Ok(()),
-        (Verb::Finish | Verb::Cancel, Object::RunByName(_)) => {
-            refuse(format!("a trainer finishes its own run {run} only"))
-        }
-        (Verb::Read, Object::Job { run: Some(of) }) if of == run => Ok(()),
-        _ => refuse(
-            "a trainer publishes the model of its run, finishes that run, and nothing else".into(),
-        ),
     }
 }
 

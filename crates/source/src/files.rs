@@ -86,6 +86,8 @@ pub struct FilesSource {
     first_count: Option<Omitted>,
     /// The bytes of all files, as the first walk found them.
     total: u64,
+    /// The files that are never read.
+    own: Arc<Own>,
 }
 
 #[derive(Debug)]
@@ -150,6 +152,7 @@ impl FilesSource {
                 settle,
                 first_count,
                 total: checked.bytes,
+                own: options.own.clone(),
             });
         }
         if let Some(what) = special(meta.file_type()) {
@@ -182,6 +185,7 @@ impl FilesSource {
             settle,
             first_count: None,
             total,
+            own: options.own.clone(),
         })
     }
 }
@@ -245,8 +249,10 @@ impl Source for FilesSource {
         KindInfo::Files
     }
 
-    fn opened(&mut self, file: &fs::File) {
+    fn opened(&mut self, file: &fs::File) -> Result<(), Fault> {
+        self.own.allow_opened(file)?;
         self.lost.opened(file);
+        Ok(())
     }
 
     fn omitted(&self) -> Omitted {

@@ -134,8 +134,9 @@ impl Inside {
     }
 
     fn check_dir(&self, dir: &Dir) -> io::Result<()> {
-        self.own
-            .check(&dir.try_clone()?.into_std_file().metadata()?)
+        let dir = dir.try_clone()?.into_std_file();
+        self.own.check(&dir.metadata()?)?;
+        self.own.check_place(&dir)
     }
 }
 

@@ -47,7 +47,32 @@ pub struct Own {
     runs: Option<Id>,
     /// The devices of all these files.
     devices: HashSet<u64>,
+    /// The directories that a source may be in; `None`: any.
+    within: Option<Within>,
 }
+
+/// The directories that a source may be in.
+#[derive(Debug, Clone, Default)]
+struct Within {
+    /// As they are configured.
+    named: Vec<PathBuf>,
+    /// Without links; only those that exist.
+    resolved: Vec<PathBuf>,
+}
+
+impl Within {
+    fn holds(roots: &[PathBuf], path: &Path) -> bool {
+        let is_plain = path
+            .components()
+            .all(|part| !matches!(part, std::path::Component::ParentDir));
+        is_plain && roots.iter().any(|root| path.starts_with(root))
+    }
+}
+
+/// Marks a path outside the directories that a source may be in.
+#[derive(Debug, thiserror::Error)]
+#[error("it is outside the directories of [publish] roots")]
+struct IsOutside;
 
 /// Marks this rejection among other errors of a walk.
 #[derive(Debug, thiserror::Error)]
@@ -70,6 +95,14 @@ fn is_own() -> io::Error {
 /// Whether an error of this module is this rejection.
 pub fn is_refusal(error: &io::Error) -> bool {
     error.get_ref().is_some_and(|inner| inner.is::<IsOwn>())
+}
+
+/// The rejection of a path outside the directories that a source may be in. It does not say whether
+/// there is anything.
+fn outside(path: &Path) -> Fault {
+    Fault::not_allowed(format!("{}: {IsOutside}", path.display())).with_next(
+        "use a path below [publish] roots of this daemon, without links that leave it, or run the command with the API token of the machine",
+    )
 }
 
 /// The rejection as users see it.
@@ -151,9 +184,56 @@ impl Own {
         }
     }
 
+    /// The same, and only what is below these directories is read.
+    #[must_use]
+    pub fn within(self, roots: &[PathBuf]) -> Self {
+        let resolved = roots.iter().filter_map(|root| fs::canonicalize(root).ok());
+        Self {
+            within: Some(Within {
+                resolved: resolved.collect(),
+                named: roots.to_vec(),
+            }),
+            ..self
+        }
+    }
+
+    /// Rejects an open file or directory outside the directories that a source may be in, by where
+    /// it is: by which links it was reached makes no difference.
+    pub fn check_place(&self, opened: &impl AsRawFd) -> io::Result<()> {
+        let Some(within) = &self.within else {
+            return Ok(());
+        };
+        let place = fs::read_link(format!("/proc/self/fd/{}", opened.as_raw_fd()))?;
+        if Within::holds(&within.resolved, &place) {
+            return Ok(());
+        }
+        Err(io::Error::new(io::ErrorKind::PermissionDenied, IsOutside))
+    }
+
+    /// Rejects a path outside the directories that a source may be in by its name only: of a path
+    /// elsewhere not even its existence is reported.
+    pub fn check_named(&self, path: &Path) -> Result<(), Fault> {
+        match &self.within {
+            Some(within)
+                if !Within::holds(&within.named, path)
+                    && !Within::holds(&within.resolved, path) =>
+            {
+                Err(outside(path))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Rejects a path that belongs to the daemon, or is inside a directory of the daemon.
     /// [`Own::read_dir`] and [`Own::check`] check the content below it.
     pub fn check_path(&self, path: &Path) -> Result<(), Fault> {
+        if let Some(within) = &self.within {
+            self.check_named(path)?;
+            let resolved = fs::canonicalize(path).at(format_args!("open {}", path.display()))?;
+            if !Within::holds(&within.resolved, &resolved) {
+                return Err(outside(path));
+            }
+        }
         if is_key(path) || fs::canonicalize(path).is_ok_and(|resolved| is_key(&resolved)) {
             return Err(refusal(path));
         }
@@ -213,6 +293,7 @@ impl Own {
             .open(folder)?;
         let meta = opened.metadata()?;
         self.check(&meta)?;
+        self.check_place(&opened)?;
         if folder.ends_with(IDENTITY.0) && holds_keys(&opened) {
             return Err(is_own());
         }
@@ -234,10 +315,23 @@ impl Own {
         Ok(file)
     }
 
+    /// Rejects an open file outside the directories that a source may be in. Its path is not known.
+    pub fn allow_opened(&self, file: &File) -> Result<(), Fault> {
+        if self.within.is_none() {
+            // The walk has checked it.
+            return Ok(());
+        }
+        self.check_opened(file).map_err(|error| {
+            let path = fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()));
+            fault(&path.unwrap_or_default(), &error)
+        })
+    }
+
     /// Rejects an open file that is not a regular file or belongs to the daemon.
     pub fn check_opened(&self, file: &File) -> io::Result<()> {
         let meta = file.metadata()?;
         self.check(&meta)?;
+        self.check_place(file)?;
         if meta.is_file() {
             Ok(())
         } else {
@@ -268,6 +362,8 @@ fn holds_keys(folder: &File) -> bool {
 pub fn fault(path: &Path, error: &io::Error) -> Fault {
     if is_refusal(error) {
         refusal(path)
+    } else if error.get_ref().is_some_and(|inner| inner.is::<IsOutside>()) {
+        outside(path)
     } else {
         Fault::io(format_args!("read {}", path.display()), error)
     }
@@ -351,6 +447,50 @@ mod tests {
                 && is_refusal(&own.read_dir(&dir.path().join("link")).unwrap_err())
         );
         assert!(is_refusal(&own.open(&dir.path().join("hard")).unwrap_err()));
+    }
+
+    #[test]
+    fn what_was_opened_counts_and_not_the_path_that_led_to_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |path: &str| dir.path().join(path);
+        put(&at("root/in/a"));
+        put(&at("elsewhere/in/a"));
+        let own = Own::none().within(&[at("root"), at("missing")]);
+        own.check_path(&at("root/in/a")).unwrap();
+        own.open(&at("root/in/a")).unwrap();
+        own.read_dir(&at("root/in")).unwrap();
+        // The directory is replaced by a link after it was checked.
+        fs::rename(at("root/in"), at("root/old")).unwrap();
+        symlink(at("elsewhere/in"), at("root/in")).unwrap();
+        let refused = |error: io::Error| {
+            let fault = fault(&at("root/in"), &error);
+            assert_eq!(fault.code, Code::NotAllowed);
+            assert!(fault.message.contains("[publish] roots"), "{fault}");
+        };
+        refused(own.open(&at("root/in/a")).unwrap_err());
+        refused(own.read_dir(&at("root/in")).unwrap_err());
+        let opened = File::open(at("root/in/a")).unwrap();
+        refused(own.check_opened(&opened).unwrap_err());
+        own.allow_opened(&opened).unwrap_err();
+        own.check_path(&at("root/in/a")).unwrap_err();
+        // A root may be a link, and a name that begins like a root is none.
+        symlink(at("root"), at("alias")).unwrap();
+        put(&at("rooted/a"));
+        let own = Own::none().within(&[at("alias")]);
+        own.check_path(&at("alias/old/a")).unwrap();
+        own.open(&at("alias/old/a")).unwrap();
+        for path in [
+            "rooted/a",
+            "root/../rooted/a",
+            "elsewhere/none",
+            "alias/../rooted",
+        ] {
+            let fault = own.check_path(&at(path)).unwrap_err();
+            assert_eq!(fault.code, Code::NotAllowed, "{path}: {fault}");
+        }
+        let nothing = Own::none().within(&[]);
+        nothing.check_path(&at("root/old/a")).unwrap_err();
+        nothing.open(&at("root/old/a")).unwrap_err();
     }
 
     #[test]

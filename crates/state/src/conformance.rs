@@ -1,6 +1,7 @@
 //! The test suite that every engine must pass. Each engine runs it in its own tests through
 //! [`catalogue_suite`], with an empty catalogue for each case.
 
+pub(crate) mod access;
 pub(crate) mod artifacts;
 pub(crate) mod events;
 pub(crate) mod lists;
@@ -21,6 +22,7 @@ use crate::{Body, Catalogue, Part, TransferRow, Want};
 macro_rules! catalogue_suite {
     ($open:path) => {
         crate::conformance::catalogue_suite! { $open;
+            access::a_token_is_stored_rotated_and_revoked,
             artifacts::an_artifact_never_changes,
             artifacts::an_artifact_that_is_published_during_its_removal_stays,
             artifacts::an_artifact_is_found_by_the_folder_of_its_storage_location,

@@ -18,6 +18,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 
+use crate::access::Access;
 use crate::artifacts::Artifacts;
 use crate::changed::InPlace;
 use crate::deliveries::Deliveries;
@@ -42,7 +43,16 @@ pub(crate) struct Common {
 /// A database that holds a catalogue.
 #[async_trait]
 pub trait Engine:
-    Artifacts + InPlace + Sites + Members + Transfers + Deliveries + Relay + Runs + Events
+    Artifacts
+    + InPlace
+    + Sites
+    + Members
+    + Transfers
+    + Deliveries
+    + Relay
+    + Runs
+    + Events
+    + Access
 {
     /// Closes the database.
     async fn close(&self);

@@ -9,6 +9,7 @@
 //! machine, pages, and the meaning of rows. [`Engine`] is the database below it, one trait for each
 //! subject; its methods are those of the catalogue too.
 
+mod access;
 mod artifacts;
 mod changed;
 #[cfg(test)]
@@ -33,6 +34,7 @@ use std::sync::Arc;
 use base::fault::Fault;
 use content::manifest::Digest;
 
+pub use access::{Access, AccessRow};
 pub use artifacts::{ArtifactRow, Artifacts, Offer, no_artifact};
 pub use changed::{Changed, InPlace, PublishedInPlace, what_changed};
 pub use deliveries::{Deliveries, DeliveryRow, no_delivery};
@@ -42,12 +44,12 @@ pub use malformed::MalformedRow;
 pub use members::{Losses, Member, MemberChange, Members, PublisherRow, Revocation, no_member};
 pub use relay::{Relay, RelayedArtifact, ShareTerms, SharingRow};
 pub use runs::{RunRow, Runs};
-pub use sites::{AllowLists, SiteRow, Sites};
+pub use sites::{AllowLists, SiteRow, Sites, no_site, no_site_selected};
 pub use transfers::{
     Adopted, Body, Counted, Difference, Part, TransferChanges, TransferRow, Transfers, Want,
     WorkRow,
 };
-pub use transfers::{new_delivery_id, new_id, new_run_id};
+pub use transfers::{new_delivery_id, new_id, new_run_id, no_work};
 use wake::Waits;
 pub use wake::{Subject, Watch};
 

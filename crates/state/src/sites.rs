@@ -197,6 +197,19 @@ pub trait Sites: Send + Sync {
     ) -> Result<(), Fault>;
 }
 
+/// The fault for sites that do not exist.
+pub fn no_site<'a>(names: impl IntoIterator<Item = &'a SiteName>) -> Fault {
+    let names: Vec<&str> = names.into_iter().map(SiteName::as_str).collect();
+    Fault::not_found(format!("there is no site {}", names.join(", ")))
+        .with_next("'packhorse sites' lists those that have joined")
+}
+
+/// The fault for a selection without a site.
+pub fn no_site_selected() -> Fault {
+    Fault::not_found("the selection matches no site")
+        .with_next("'packhorse sites' lists them with their labels")
+}
+
 impl Catalogue {
     /// The `[train] allow` that a site reported; `None`: it has not reported one.
     pub async fn train_list(&self, site: &SiteName) -> Result<Option<Vec<String>>, Fault> {
@@ -225,17 +238,10 @@ impl Catalogue {
         let chosen: Vec<SiteName> = match selector {
             SiteSelector::All => all.into_iter().map(|s| s.name).collect(),
             SiteSelector::Names(names) => {
-                let missing: Vec<&str> = names
-                    .iter()
-                    .filter(|n| !all.iter().any(|s| s.name == **n))
-                    .map(|n| n.as_str())
-                    .collect();
-                if !missing.is_empty() {
-                    return Err(Fault::not_found(format!(
-                        "there is no site {}",
-                        missing.join(", ")
-                    ))
-                    .with_next("'packhorse sites' lists those that have joined"));
+                let is_missing = |name: &&SiteName| !all.iter().any(|s| s.name == **name);
+                let mut missing = names.iter().filter(is_missing).peekable();
+                if missing.peek().is_some() {
+                    return Err(no_site(missing));
                 }
                 names.clone()
             }
@@ -246,8 +252,7 @@ impl Catalogue {
                 .collect(),
         };
         if chosen.is_empty() {
-            return Err(Fault::not_found("the selection matches no site")
-                .with_next("'packhorse sites' lists them with their labels"));
+            return Err(no_site_selected());
         }
         Ok(chosen)
     }

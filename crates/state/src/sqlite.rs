@@ -14,6 +14,7 @@
 //! - `WITHOUT ROWID`, `AUTOINCREMENT` and JSON functions in the migrations: each engine has its own
 //!   folder of them.
 
+mod access;
 mod artifacts;
 mod changed;
 mod deliveries;

@@ -113,7 +113,7 @@ pub(crate) fn no_transfer(id: &str) -> Fault {
 }
 
 /// The fault for an id that belongs to no transfer and no delivery.
-pub(crate) fn no_work(id: &str) -> Fault {
+pub fn no_work(id: &str) -> Fault {
     Fault::not_found(format!("there is no transfer or delivery {id}"))
         .with_next("'packhorse status' lists them")
 }
@@ -185,6 +185,9 @@ pub trait Transfers: Send + Sync {
         rows: i64,
         see: See<'_, TransferRow>,
     ) -> Result<(), Fault>;
+
+    /// The number of open transfers of each artifact to each site.
+    async fn open_by_artifact(&self) -> Result<Vec<(SiteName, ArtifactRef, u64)>, Fault>;
 
     /// The number of transfers in each group, and their bytes.
     async fn counted_transfers(&self) -> Result<Vec<Counted>, Fault>;

@@ -3,6 +3,7 @@
 //! Each subject has a file; this one has the common types: jobs, events, limits. Times are RFC 3339
 //! in UTC. Sizes are bytes. A released field is never renamed or removed.
 
+mod access;
 mod artifacts;
 mod deliveries;
 mod members;
@@ -14,6 +15,9 @@ mod workers;
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
+pub use access::{
+    AccessQuery, AccessRotateRequest, AccessToken, AccessTokenReply, AccessTokenRequest,
+};
 pub use artifacts::{
     Artifact, ArtifactDetail, ExportLabelsRequest, ExportRequest, ImportRequest, PinRequest,
     PublishRequest, Published, ShowQuery, SourceOptions, VerifyRequest,

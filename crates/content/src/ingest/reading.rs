@@ -268,7 +268,7 @@ impl Reading<'_, '_> {
             ));
         }
         let what = || format!("read {:?}", path.as_str());
-        let mut from = open(content, size, |_| {})?;
+        let mut from = open(content, size, |_| Ok(()))?;
         let (mut takes, mut seen) = (0, BloomFilter::default());
         let mut holes = Holes::new(self.chunking);
         let (mut block, mut filled, mut read) = (vec![0; INGEST_BATCH_BYTES], 0, 0);
@@ -583,11 +583,11 @@ fn read_all_of(from: &mut (impl Read + ?Sized), buffer: &mut [u8]) -> std::io::R
     Ok(filled)
 }
 
-/// Opens the content of an entry. Calls `opened` if the content is a complete file of the source.
+/// Opens the content of an entry. Calls `opened` if the content is, or is in, a file of the source.
 pub(super) fn open(
     content: &Content,
     size: u64,
-    opened: impl FnOnce(&File),
+    opened: impl FnOnce(&File) -> Result<(), Fault>,
 ) -> Result<Box<dyn Input + '_>, Fault> {
     let open =
         |path: &Path| durable::open_regular(path).at(format_args!("read {}", path.display()));
@@ -595,12 +595,13 @@ pub(super) fn open(
         Content::Memory(bytes) => Box::new(Plain(&bytes[..])),
         Content::File(from) => {
             let file = open(from)?;
-            opened(&file);
+            opened(&file)?;
             Box::new(WholeFile::new(file).at(from.display())?)
         }
         Content::Scratch(from) => Box::new(WholeFile::new(open(from)?).at(from.display())?),
         Content::Range { file: from, offset } => {
             let mut file = open(from)?;
+            opened(&file)?;
             file.seek(SeekFrom::Start(*offset)).at(from.display())?;
             Box::new(Plain(file.take(size)))
         }

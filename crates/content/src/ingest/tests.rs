@@ -205,10 +205,11 @@ fn a_change_of_permissions_or_links_during_the_read_is_no_change() {
             }
             Ok(entry)
         }
-        fn opened(&mut self, _: &File) {
+        fn opened(&mut self, _: &File) -> Result<(), Fault> {
             // The resolution of timestamps is the tick of the kernel.
             std::thread::sleep(Duration::from_millis(30));
             self.1(&self.2);
+            Ok(())
         }
         fn info(&self) -> crate::manifest::KindInfo {
             self.0.info()

@@ -71,7 +71,7 @@ impl Keep<'_> {
         }
     }
 
-    fn write(&self, path: &RelPath, size: u64, content: &Content) -> Result<PathBuf, Fault> {
+    fn write(&mut self, path: &RelPath, size: u64, content: &Content) -> Result<PathBuf, Fault> {
         let to = path.in_dir(&self.folder);
         durable::create_dir_all(to.parent().unwrap_or(&self.folder))?;
         if let Content::Scratch(from) = content {
@@ -87,11 +87,15 @@ impl Keep<'_> {
             |from: &Path| durable::open_regular(from).at(format_args!("read {}", from.display()));
         match content {
             Content::Memory(bytes) => std::io::copy(&mut &bytes[..], &mut out),
-            Content::File(from) | Content::Scratch(from) => {
-                std::io::copy(&mut open(from)?, &mut out)
+            Content::File(from) => {
+                let mut from = open(from)?;
+                self.source.opened(&from)?;
+                std::io::copy(&mut from, &mut out)
             }
+            Content::Scratch(from) => std::io::copy(&mut open(from)?, &mut out),
             Content::Range { file, offset } => {
                 let mut from = open(file)?;
+                self.source.opened(&from)?;
                 from.seek(SeekFrom::Start(*offset))
                     .at(format_args!("read {}", file.display()))?;
                 std::io::copy(&mut from.take(size), &mut out)
@@ -141,11 +145,12 @@ impl Source for Keep<'_> {
         Ok(Some(entry))
     }
 
-    fn opened(&mut self, file: &File) {
+    fn opened(&mut self, file: &File) -> Result<(), Fault> {
         // A stored copy says nothing about the original.
         if self.gave_the_original {
-            self.source.opened(file);
+            self.source.opened(file)?;
         }
+        Ok(())
     }
 
     fn info(&self) -> KindInfo {

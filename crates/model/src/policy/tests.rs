@@ -5,14 +5,16 @@ use std::collections::BTreeSet;
 
 use super::*;
 
-const VERBS: [Verb; 28] = [
+pub(super) const VERBS: [Verb; 31] = [
     Verb::Connect,
     Verb::Control,
     Verb::Renew,
     Verb::ReadManifest,
     Verb::ReadContent,
     Verb::Receive,
+    Verb::Watch,
     Verb::Read,
+    Verb::Diagnose,
     Verb::ReadExclusions,
     Verb::ReadDigest,
     Verb::Publish,
@@ -33,12 +35,13 @@ const VERBS: [Verb; 28] = [
     Verb::Collect,
     Verb::CancelJob,
     Verb::CreateToken,
+    Verb::ManageAccess,
     Verb::ManageSites,
 ];
 
 /// What the administrator may do, to every object.
-const ADMIN: &str = "Read ReadExclusions ReadDigest Publish Deliver Plan Act Train Finish Cancel Pin Verify Export Import Collect CancelJob \
-                     CreateToken ManageSites";
+const ADMIN: &str = "Watch Read Diagnose ReadExclusions ReadDigest Publish Deliver Plan Act Train Finish Cancel Pin Verify Export Import Collect CancelJob \
+                     CreateToken ManageAccess ManageSites";
 /// What the hub may do at a site or a publisher, to every object.
 const HUB: &str = "ReadManifest ReadContent Plan Verify";
 
@@ -221,7 +224,10 @@ fn actors() -> Vec<Actor> {
 /// Calls `see` with each object and its name.
 fn each_object(mut see: impl FnMut(&'static str, &Object<'_>)) {
     let (a, b) = (name("a"), name("b"));
-    let (r, p): (RunName, PublisherName) = ("r".parse().unwrap(), "p".parse().unwrap());
+    let p: PublisherName = "p".parse().unwrap();
+    let starter = Actor::Trainer("r".parse().unwrap());
+    let named: ArtifactRef = "dataset/x:v1".parse().unwrap();
+    let no_labels = BTreeMap::new();
     let labels = BTreeMap::from([("line".to_owned(), "3".to_owned())]);
     let for_b: Vec<SiteSelector> = vec!["b".parse().unwrap()];
     let nobody: Vec<SiteSelector> = vec!["line=4".parse().unwrap()];
@@ -413,8 +419,21 @@ fn each_object(mut see: impl FnMut(&'static str, &Object<'_>)) {
             },
         ),
         ("trainer for nobody", Object::Trainer { allow: Some(&[]) }),
-        ("job", Object::Job { run: None }),
-        ("job of the trainer of r", Object::Job { run: Some(&r) }),
+        ("job", Object::Job { starter: None }),
+        (
+            "job of the trainer of r",
+            Object::Job {
+                starter: Some(&starter),
+            },
+        ),
+        ("an artifact by name", Object::Named(&named)),
+        (
+            "a site by name",
+            Object::Place {
+                site: &a,
+                labels: &no_labels,
+            },
+        ),
     ];
     for (name, object) in &objects {
         see(name, object);

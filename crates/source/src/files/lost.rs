@@ -277,7 +277,7 @@ mod tests {
                 ..
             } = entry.body
             {
-                source.opened(&File::open(file).unwrap());
+                source.opened(&File::open(file).unwrap()).unwrap();
             }
         }
         assert_eq!(first.omitted(), source.omitted());

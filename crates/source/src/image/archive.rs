@@ -18,6 +18,7 @@ use tar::{EntryType, Header, PaxExtensions};
 use super::decompress::Caps;
 use super::{refuse, sparse};
 use crate::FileIdentity;
+use crate::own::{self, Own};
 use base::durable;
 use base::fault::{Fault, IoContext};
 use base::limits::{ARCHIVE_HEADER_BYTES_MAX, ARCHIVE_MEMBERS_MAX, ARCHIVE_NAMES_BYTES_MAX};
@@ -76,14 +77,20 @@ struct Extended {
 
 impl TarIndex {
     /// Reads every header of the tar at `path`. Messages show `shown` instead, because `path` may
-    /// be an internal decompressed copy. Sparse members are written to `scratch`.
+    /// be an internal decompressed copy. Sparse members are written to `scratch`. `own`: the files that
+    /// are never read; `None` for the copy.
     pub(super) fn open(
         path: &Path,
         shown: &Path,
         scratch: &Path,
         caps: Caps,
+        own: Option<&Own>,
     ) -> Result<Self, Fault> {
         let file = durable::open_regular(path).at(format_args!("open {}", path.display()))?;
+        if let Some(own) = own {
+            own.check_opened(&file)
+                .map_err(|error| own::fault(path, &error))?;
+        }
         let meta = file
             .metadata()
             .at(format_args!("read {}", path.display()))?;

@@ -23,8 +23,8 @@ use lzma_rust2::XzReader;
 
 use super::decoders::{self, DECODERS, Taken, xz_dictionary, zstd_window};
 use super::refuse;
+use crate::own::{self, Own};
 use base::blocking::Stop;
-use base::durable;
 use base::fault::{Code, Fault, IoContext};
 use base::limits::{
     BOMB_RATIO, DECODER_EMPTY_BYTES_MAX, SCRATCH_LOOK_BYTES, SCRATCH_SPARE_BYTES,
@@ -211,9 +211,10 @@ pub(super) fn to_scratch(
     compression: Compression,
     copy: &Path,
     caps: Caps,
+    own: &Own,
     stop: &Stop,
 ) -> Result<(), Fault> {
-    let input = durable::open_regular(path).at(format_args!("open {}", path.display()))?;
+    let input = own.open(path).map_err(|error| own::fault(path, &error))?;
     let compressed = input
         .metadata()
         .at(format_args!("read the metadata of {}", path.display()))?

@@ -91,6 +91,8 @@ pub(super) struct Piece {
     pub(super) content: Content,
     /// The identity of the file before anything was read from it.
     pub(super) identity: Option<FileIdentity>,
+    /// The files that are never read; `None`: this program made the piece.
+    pub(super) own: Option<Arc<Own>>,
 }
 
 impl Piece {
@@ -101,14 +103,23 @@ impl Piece {
             size: bytes.len() as u64,
             content: Content::Memory(bytes.into()),
             identity: None,
+            own: None,
         }
+    }
+
+    fn opened(&self, path: &Path) -> io::Result<fs::File> {
+        let file = durable::open_regular(path)?;
+        if let Some(own) = &self.own {
+            own.check_opened(&file)?;
+        }
+        Ok(file)
     }
 
     fn open(&self) -> io::Result<Box<dyn Read + '_>> {
         Ok(match &self.content {
-            Content::File(path) | Content::Scratch(path) => Box::new(durable::open_regular(path)?),
+            Content::File(path) | Content::Scratch(path) => Box::new(self.opened(path)?),
             Content::Range { file, offset } => {
-                let mut file = durable::open_regular(file)?;
+                let mut file = self.opened(file)?;
                 file.seek(SeekFrom::Start(*offset))?;
                 Box::new(file.take(self.size))
             }
@@ -120,7 +131,7 @@ impl Piece {
 #[derive(Debug)]
 enum Container {
     Folder(Arc<Own>),
-    Tar(TarIndex),
+    Tar(TarIndex, Option<Arc<Own>>),
 }
 
 /// All pieces of one archive or directory.
@@ -145,19 +156,30 @@ impl Holder {
         }
     }
 
-    /// The tar at `path`, which is `shown` or its decompressed copy.
+    /// The tar at `path`, which is `shown` or its decompressed copy. `own`: the files that are never
+    /// read; `None` for the copy.
     pub(super) fn tar(
         path: &Path,
         shown: &Path,
         scratch: &Path,
         caps: Caps,
+        own: Option<Arc<Own>>,
     ) -> Result<Self, Fault> {
+        let index = TarIndex::open(path, shown, scratch, caps, own.as_deref())?;
         Ok(Self {
             shown: shown.to_path_buf(),
-            place: Container::Tar(TarIndex::open(path, shown, scratch, caps)?),
+            place: Container::Tar(index, own),
             flat: None,
             stop: Stop::default(),
         })
+    }
+
+    /// The files that are never read; `None`: it holds copies of this program.
+    pub(super) fn own(&self) -> Option<Arc<Own>> {
+        match &self.place {
+            Container::Folder(own) => Some(own.clone()),
+            Container::Tar(_, own) => own.clone(),
+        }
     }
 
     /// A fault that names the archive or directory, and the member.
@@ -201,7 +223,7 @@ impl Holder {
 
     fn find_member(&self, name: &str) -> Result<Option<Piece>, Fault> {
         match &self.place {
-            Container::Tar(index) => Ok(index.find(name).map(|place| match place {
+            Container::Tar(index, own) => Ok(index.find(name).map(|place| match place {
                 Place::Archive(extent) => Piece {
                     name: name.to_owned(),
                     size: extent.size,
@@ -210,12 +232,14 @@ impl Holder {
                         offset: extent.offset,
                     },
                     identity: Some(index.identity.clone()),
+                    own: own.clone(),
                 },
                 Place::Scratch(file, size) => Piece {
                     name: name.to_owned(),
                     size,
                     content: Content::Scratch(file.to_owned()),
                     identity: None,
+                    own: None,
                 },
             })),
             Container::Folder(own) => {
@@ -236,6 +260,7 @@ impl Holder {
                             size: meta.len(),
                             content: Content::File(path),
                             identity,
+                            own: Some(own.clone()),
                         }))
                     }
                     Ok(_) => Err(self.refuse(name, "it is not a regular file")),
@@ -249,7 +274,7 @@ impl Holder {
     /// The message if neither `index.json` nor `manifest.json` exists.
     pub(super) fn why_no_image(&self) -> String {
         let folder = match &self.place {
-            Container::Tar(index) => index.only_folder(),
+            Container::Tar(index, _) => index.only_folder(),
             Container::Folder(_) => None,
         };
         match folder {
@@ -358,6 +383,7 @@ impl Holder {
             size,
             content: Content::Scratch(file.to_path_buf()),
             identity: None,
+            own: None,
         };
         Ok((digest, piece))
     }

@@ -53,9 +53,8 @@ pub use self::listing::split_tag;
 use self::oci::{Chosen, Descriptor, Image, ImageError};
 use self::referrers::Referrers;
 use super::{Content, FileIdentity, Source, SourceBody, SourceEntry};
-use crate::own::Own;
+use crate::own::{self, Own};
 use base::blocking::Stop;
-use base::durable;
 use base::fault::{Fault, IoContext};
 use base::job_progress::cancelled;
 use base::omitted::{Category, Omitted};
@@ -142,6 +141,8 @@ pub struct ImageSource {
     entries: std::vec::IntoIter<SourceEntry>,
     info: ImageInfo,
     omitted: Omitted,
+    /// The files that are never read; `None`: it reads copies of this program only.
+    own: Option<Arc<Own>>,
 }
 
 impl ImageSource {
@@ -190,6 +191,7 @@ impl ImageSource {
             entries,
             info,
             omitted,
+            ..
         } = Self::open_layout(folder, options)?;
         let owned = entries.map(|mut entry| {
             if let SourceBody::File {
@@ -208,6 +210,7 @@ impl ImageSource {
             entries: owned.collect::<Vec<_>>().into_iter(),
             info,
             omitted,
+            own: None,
         })
     }
 
@@ -232,6 +235,12 @@ impl ImageSource {
 impl Source for ImageSource {
     fn next(&mut self) -> Result<Option<SourceEntry>, Fault> {
         Ok(self.entries.next())
+    }
+
+    fn opened(&mut self, file: &fs::File) -> Result<(), Fault> {
+        self.own
+            .as_ref()
+            .map_or(Ok(()), |own| own.allow_opened(file))
     }
 
     fn total(&self) -> Option<u64> {
@@ -278,12 +287,14 @@ fn holder_of(
         ));
     }
     let mut first = Vec::with_capacity(SNIFFED_BYTES);
-    durable::open_regular(path)
-        .and_then(|f| f.take(SNIFFED_BYTES as u64).read_to_end(&mut first))
+    own.open(path)
+        .map_err(|error| own::fault(path, &error))?
+        .take(SNIFFED_BYTES as u64)
+        .read_to_end(&mut first)
         .at(format_args!("read image {}", path.display()))?;
     match Compression::of(&first) {
         Compression::None if first.is_empty() => Err(refuse(path, "the archive", "it is empty")),
-        Compression::None => Holder::tar(path, path, scratch, reading.caps),
+        Compression::None => Holder::tar(path, path, scratch, reading.caps, Some(own.clone())),
         Compression::Foreign(name) => Err(refuse(
             path,
             "the archive",
@@ -292,8 +303,8 @@ fn holder_of(
         .with_next("decompress it, or use gzip, zstd, xz or bzip2")),
         known => {
             let copy = scratch.join(DECOMPRESSED);
-            decompress::to_scratch(path, known, &copy, reading.caps, reading.stop)?;
-            Holder::tar(&copy, path, scratch, reading.caps)
+            decompress::to_scratch(path, known, &copy, reading.caps, own, reading.stop)?;
+            Holder::tar(&copy, path, scratch, reading.caps, None)
         }
     }
 }
@@ -381,7 +392,7 @@ fn from_holder(
             }
         },
     };
-    into_source(image)
+    into_source(image, holder.own())
 }
 
 /// The image of `manifest.json`, built from its config and layers.
@@ -480,7 +491,7 @@ pub fn layout_files(info: &ImageInfo) -> Result<[(&'static str, Bytes); 2], Faul
 }
 
 /// The entries of the normalised layout, in manifest order.
-fn into_source(image: Image) -> Result<ImageSource, Fault> {
+fn into_source(image: Image, own: Option<Arc<Own>>) -> Result<ImageSource, Fault> {
     let info = ImageInfo {
         media_type: image.top.media_type,
         digest: image.top.digest.to_string(),
@@ -533,5 +544,6 @@ fn into_source(image: Image) -> Result<ImageSource, Fault> {
             .into_iter(),
         info,
         omitted: image.omitted,
+        own,
     })
 }

@@ -350,6 +350,24 @@ impl Transfers for Sqlite {
         self.show(query.fetch(self.read()), false, see).await
     }
 
+    async fn open_by_artifact(&self) -> Result<Vec<(SiteName, ArtifactRef, u64)>, Fault> {
+        let rows: Vec<(String, String, i64)> = sqlx::query_as(
+            "SELECT site, reference, COUNT(*) FROM transfer WHERE state NOT IN ('done', 'failed', 'cancelled') GROUP BY site, reference",
+        )
+        .fetch_all(self.read())
+        .await
+        .map_err(fault)?;
+        // A row that cannot be read is reported where it is listed.
+        let counted = |(site, artifact, count): (String, String, i64)| {
+            Some((
+                site.parse().ok()?,
+                artifact.parse().ok()?,
+                u64::try_from(count).ok()?,
+            ))
+        };
+        Ok(rows.into_iter().filter_map(counted).collect())
+    }
+
     async fn counted_transfers(&self) -> Result<Vec<Counted>, Fault> {
         sqlx::query_as(
             "SELECT state, site, json_extract(body, '$.reason') AS reason, COUNT(*) AS transfers,
