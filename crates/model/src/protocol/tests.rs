@@ -110,7 +110,13 @@ fn questions_to_a_site_and_answers() {
             r#"{{"Ok":{{"state":"{state}","detail":"a is gone","active":null}}}}"#
         ));
     }
-    bytes::<Result<Planned, Fault>>(r#"{"Ok":{"missing":1,"needs":2,"free":null,"rate":4}}"#);
+    bytes::<Result<Planned, Fault>>(
+        r#"{"Ok":{"missing":1,"needs":2,"free":null,"inodes":null,"free_inodes":null,"rate":4}}"#,
+    );
+    older::<Result<Planned, Fault>>(
+        r#"{"Ok":{"missing":1,"needs":2,"free":null,"rate":4}}"#,
+        r#"{"Ok":{"missing":1,"needs":2,"free":null,"inodes":null,"free_inodes":null,"rate":4}}"#,
+    );
     bytes::<Result<bool, Fault>>(r#"{"Ok":true}"#);
     bytes::<Result<bool, Fault>>(
         r#"{"Err":{"code":"not_found","reason":"source_gone","retry":{"after_ms":5},"message":"it is gone","next":"look"}}"#,
