@@ -11,6 +11,7 @@ pub mod answer;
 mod auth;
 mod blobs;
 mod docker_config;
+mod fallback;
 mod harbor;
 pub mod image;
 mod manifests;
@@ -39,8 +40,9 @@ pub use answer::{Answer, Error};
 pub use auth::Credentials;
 pub use blobs::{BlobStream, LocalBlob};
 pub use docker_config::{files as docker_config_files, find as docker_config_credentials};
+pub use fallback::subject_of;
 pub use manifests::{Deleted, Manifest};
-pub use pull::{pull_keeping, pull_to_layout};
+pub use pull::{Selection, pull_keeping, pull_to_layout};
 pub use reference::{Origin, Reference};
 
 use auth::{Auth, Challenge, Scope};
@@ -66,6 +68,8 @@ pub struct Registry {
     /// The longest total wait of one request if the registry asks for pauses.
     pause_max: Duration,
     silence: Silence,
+    /// Held while the list of a fallback tag is read and written.
+    fallback: tokio::sync::Mutex<()>,
 }
 
 /// The progress of a request body, which distinguishes a slow upload from a stalled one.
@@ -144,6 +148,7 @@ impl Registry {
             uploads_renamed: AtomicBool::new(false),
             pause_max: limits::REGISTRY_PAUSE_IN_PLACE_MAX,
             silence: Silence::default(),
+            fallback: tokio::sync::Mutex::default(),
         })
     }
 

@@ -9,7 +9,9 @@
 use std::collections::HashMap;
 
 use super::walk::{DIFFERENT_PAGES_KNOWN_MAX, malformed_manifest};
-use super::{Entry, EntryBody, FileInfo, KindInfo, Pages, Root, Step, Walk};
+use super::{
+    Entry, EntryBody, FORMAT_REFERRERS, FileInfo, KindInfo, Pages, Root, Step, Walk, referrers,
+};
 use crate::label_rows::{ANNOTATIONS, CLASSES, SAMPLES};
 use base::fault::Fault;
 use base::limits::{HARD_LINK_BYTES_MAX, IMAGE_MANIFEST_BYTES_MAX, LINK_FOLDERS_BYTES_MAX};
@@ -58,6 +60,8 @@ enum Kinds {
         top: String,
         size: u64,
         seen: bool,
+        /// The manifests of its referrers that were not found yet, and their sizes.
+        referrers: HashMap<String, u64>,
     },
     /// The largest number of lines of each file.
     Labels {
@@ -87,10 +91,14 @@ impl<'a> Rules<'a> {
                         image.size
                     )));
                 }
+                if !image.referrers.is_empty() && root.format < FORMAT_REFERRERS {
+                    return Err(malformed_manifest("its format does not have referrers"));
+                }
                 Kinds::Image {
                     top: top.layout_path(),
                     size: image.size,
                     seen: false,
+                    referrers: referrers::check(image, &top)?,
                 }
             }
             KindInfo::Labels(labels) if kind == Kind::Labels => {
@@ -174,6 +182,7 @@ impl<'a> Rules<'a> {
                 top,
                 size: top_size,
                 seen,
+                referrers,
             } => match (path, size) {
                 ("blobs" | "blobs/sha256", None) => entry.body == EntryBody::Dir,
                 ("index.json" | "oci-layout", Some(_)) => true,
@@ -181,7 +190,10 @@ impl<'a> Rules<'a> {
                     *seen = true;
                     size == *top_size
                 }
-                (path, Some(_)) => Sha256::from_layout_path(path).is_some(),
+                (path, Some(size)) => match referrers.remove(path) {
+                    Some(stated) => stated == size,
+                    None => Sha256::from_layout_path(path).is_some(),
+                },
                 _ => false,
             },
             // A line has at least one byte.
@@ -251,6 +263,13 @@ impl<'a> Rules<'a> {
         {
             return Err(malformed_manifest(&format!(
                 "it does not contain the image's top manifest {top}"
+            )));
+        }
+        if let Kinds::Image { referrers, .. } = &self.kind
+            && let Some(missing) = referrers.keys().min()
+        {
+            return Err(malformed_manifest(&format!(
+                "it does not contain {missing}, the manifest of a referrer"
             )));
         }
         if self.parents_of_dotdot.is_empty() && self.linked.is_empty() {
