@@ -16,14 +16,15 @@ use base::durable;
 use base::fault::{Code, Fault, IoContext};
 use base::job_progress::JobProgress;
 use base::names::{ArtifactRef, Kind, RelPath};
-use base::omitted::Omitted;
+use base::omitted::{Category, Omitted};
 use content::ingest::Ingested;
 use content::manifest::{
-    DatasetBinding, EntryBody, FORMAT_MAX, FileInfo, Root, Step, Until, Walk, same_but_times,
+    DatasetBinding, EntryBody, FORMAT_ATTRIBUTES, FORMAT_REFERRERS, FileInfo, Root, Step, Until,
+    Walk, same_but_referrers, same_but_times,
 };
 use content::store::Store;
 use exchange::in_place::InPlace;
-use registry::{self, Credentials, Origin, Reference, Settings};
+use registry::{self, Credentials, Origin, Reference, Selection, Settings};
 use sink::StorageLocation;
 use sink::labels::LabelsSink;
 use source::Source;
@@ -243,13 +244,23 @@ impl Access {
 
     /// Whether the modification times of files are kept in the manifest.
     fn keeps_times(&self, options: &SourceOptions) -> bool {
-        !options.no_times && self.format >= FORMAT_MAX
+        !options.no_times && self.format >= FORMAT_ATTRIBUTES
     }
 
-    /// The note of a publish whose times are not kept although nobody asked for that.
-    pub fn note(&self, kind: Kind, options: &SourceOptions) -> Option<String> {
-        (kind.is_files() && !options.no_times && !self.keeps_times(options))
-            .then(|| TIMES_NOT_KEPT.to_owned())
+    /// Whether what refers to an image is carried with it.
+    fn carries_referrers(&self, options: &SourceOptions) -> bool {
+        !options.no_referrers && self.format >= FORMAT_REFERRERS
+    }
+
+    /// The note of a publish whose times or referrers are not kept although nobody asked for that.
+    pub fn note(&self, kind: Kind, options: &SourceOptions, omitted: &Omitted) -> Option<String> {
+        if kind.is_files() && !options.no_times && !self.keeps_times(options) {
+            return Some(TIMES_NOT_KEPT.to_owned());
+        }
+        (omitted.count(Category::Referrers) > 0
+            && !options.no_referrers
+            && !self.carries_referrers(options))
+        .then(|| REFERRERS_NOT_CARRIED.to_owned())
     }
 
     /// The same with the sources of a site.
@@ -383,11 +394,12 @@ pub fn open(
     check_files_options(kind, options)?;
     let for_images = !options.platforms.is_empty()
         || options.compress
+        || options.no_referrers
         || options.repository.is_some()
         || options.tag.is_some();
     if for_images && kind != Kind::Image {
         return Err(Fault::usage(
-            "--repository, --tag, --platform and --compress are for images only",
+            "--repository, --tag, --platform, --compress and --no-referrers are for images only",
         ));
     }
     if let Some(asked) = source.strip_prefix(database::SCHEME) {
@@ -419,21 +431,20 @@ pub fn open(
         let (reference, access) = access.to_registry(reference, options)?;
         let (layout, wanted) = (scratch.folder.join("pulled"), &scratch.progress.wanted);
         let kept = kept::open(&scratch.folder, &reference)?;
+        let selection = Selection {
+            platforms: &image.platforms,
+            referrers: image.referrers,
+        };
         let referrers = match &kept {
             Some(kept) => {
                 let pull = registry::pull_keeping(
-                    &reference,
-                    access,
-                    &image.platforms,
-                    &layout,
-                    &kept.path,
-                    wanted,
+                    &reference, access, &selection, &layout, &kept.path, wanted,
                 );
                 runtime.block_on(scratch.progress.or_cancelled(pull))?
             }
             None => {
                 let pull =
-                    registry::pull_to_layout(&reference, access, &image.platforms, &layout, wanted);
+                    registry::pull_to_layout(&reference, access, &selection, &layout, wanted);
                 runtime.block_on(scratch.progress.or_cancelled(pull))?
             }
         };
@@ -566,8 +577,29 @@ pub async fn as_published(
     .await
 }
 
+/// The root of the artifact of this name, if it is the same image as a new root with other
+/// signatures or SBOMs.
+pub async fn with_other_referrers(
+    catalogue: &Catalogue,
+    artifact: &ArtifactRef,
+    new: &Root,
+) -> Result<Option<Root>, Fault> {
+    match catalogue.artifact(artifact).await {
+        Err(fault) if fault.code == Code::NotFound => Ok(None),
+        row => {
+            let old = row?.root;
+            Ok(same_but_referrers(&old, new).then_some(old))
+        }
+    }
+}
+
+/// The note of such a publish, after which those that were published first stay.
+pub const REFERRERS_DIFFER: &str = "the image was published before; its signatures and SBOMs differ, and those of the first publish stay: publish it under another version to deliver the new ones";
+
 /// The note of such a publish.
 pub const TIMES_DIFFER: &str = "the content was published before; the modification times differ, and those of the first publish stay";
+
+const REFERRERS_NOT_CARRIED: &str = "signatures and SBOMs are not carried: the hub or one of its sites runs a version that cannot read them";
 
 const TIMES_NOT_KEPT: &str = "the modification times are not kept: the hub or one of its sites runs a version that cannot read them";
 

@@ -147,14 +147,14 @@ pub async fn publish(asked: Asked, progress: Arc<JobProgress>) -> Result<Uploade
     let published = publisher.offer(&question, &found.origin, &progress).await;
     publisher.hang_up().await;
     // An older hub does not say what was left out.
+    let note = access.note(asked.artifact.kind, &asked.options, &found.omitted);
     let omitted = found.omitted.list();
     drop((found.origin, work));
     let published = published.map_err(given_up)?;
-    let times = access.note(asked.artifact.kind, &asked.options);
     Ok(Uploaded {
         published: Published {
             omitted,
-            note: published.note.clone().or(times),
+            note: published.note.clone().or(note),
             ..published
         },
         wire: publisher.wire,

@@ -14,10 +14,7 @@ use model::actor::Actor;
     (status = 404, description = "there is none", body = ErrorBody),
     (status = "default", description = "an error", body = ErrorBody),
 ))]
-pub(super) async fn site(
-    For(app): For,
-    Q(query): Q<MemberQuery>,
-) -> Result<Json<Site>, ApiError> {
+pub(super) async fn site(For(app): For, Q(query): Q<MemberQuery>) -> Result<Json<Site>, ApiError> {
     Ok(Json(app.backend.site(&query.name).await?))
 }
 

@@ -513,6 +513,10 @@ pub(super) struct Publish {
     /// the registry that the image came from.
     #[arg(long)]
     pub(super) compress: bool,
+    /// Images: leave out the signatures, attestations and SBOMs that refer to the image. A site of
+    /// an earlier version can receive only such an artifact.
+    #[arg(long)]
+    pub(super) no_referrers: bool,
     /// Refuse an input from which something would be left out (exit code 8). Without it, `publish`
     /// reports what it leaves out.
     #[arg(long)]

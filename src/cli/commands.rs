@@ -179,6 +179,7 @@ pub(super) fn source_options(publish: &Publish) -> Result<SourceOptions, Fault> 
         tag: publish.tag.clone(),
         platforms: publish.platforms.clone(),
         compress: publish.compress,
+        no_referrers: publish.no_referrers,
         exclude: publish.exclude.clone(),
         copy_links: publish.copy_links,
         settle_seconds: publish

@@ -262,7 +262,7 @@ pub(super) fn artifact(detail: &ArtifactDetail, colour: bool) -> String {
         .as_object()
         .into_iter()
         .flatten()
-        .filter(|(name, value)| *name != "is" && !value.is_null())
+        .filter(|(name, value)| !matches!(name.as_str(), "is" | "referrers") && !value.is_null())
     {
         pairs.push((
             name.as_str(),
@@ -271,6 +271,20 @@ pub(super) fn artifact(detail: &ArtifactDetail, colour: bool) -> String {
                 .map_or_else(|| value.to_string(), str::to_owned),
         ));
     }
+    let referrers = a.info["referrers"].as_array().into_iter().flatten();
+    pairs.extend(referrers.map(|referrer| {
+        let text = |field: &str| referrer[field].as_str().unwrap_or_default().to_owned();
+        let tag = text("tag");
+        let own = if tag.is_empty() {
+            text("digest")
+        } else {
+            format!("{tag} ({})", text("digest"))
+        };
+        (
+            "carries",
+            human::clean(&format!("{own}, about {}", text("about"))),
+        )
+    }));
     pairs.extend(a.omitted.iter().map(|omission| {
         let word = if omission.what.is_note() {
             "note"

@@ -21,7 +21,7 @@ use crate::api::types::{Job, PublishRequest, Published};
 use crate::config::Config;
 use crate::jobs::{Jobs, until_room};
 use crate::label_export::{LabelExport, unpack};
-use crate::open_source::{self, Access, TIMES_DIFFER};
+use crate::open_source::{self, Access, REFERRERS_DIFFER, TIMES_DIFFER};
 use crate::reach::{Pinned, Reach};
 use base::blocking::{blocking, blocking_at};
 use base::fault::Fault;
@@ -192,13 +192,20 @@ impl HubJobs {
             self.read_in(&artifact, &request, &reach, dataset.clone(), &progress)
         });
         let (leased, mut ingested) = read.await?;
-        let mut note = self.access().await?.note(artifact.kind, &request.options);
-        if let Some(root) =
-            open_source::as_published(&inner.catalogue, &leased, &artifact, &ingested.root).await?
-        {
+        let access = self.access().await?;
+        let mut note = access.note(artifact.kind, &request.options, &ingested.omitted);
+        let (catalogue, new) = (&inner.catalogue, &ingested.root);
+        let of_times = open_source::as_published(catalogue, &leased, &artifact, new).await?;
+        let before = match of_times {
+            Some(root) => Some((root, TIMES_DIFFER)),
+            None => open_source::with_other_referrers(catalogue, &artifact, new)
+                .await?
+                .map(|root| (root, REFERRERS_DIFFER)),
+        };
+        if let Some((root, why)) = before {
             ingested.digest = root.digest();
             ingested.root = root;
-            note = Some(TIMES_DIFFER.to_owned());
+            note = Some(why.to_owned());
         }
         let bytes = ingested.root.totals.bytes;
         progress.end()?;

@@ -55,6 +55,7 @@ pub(super) fn image_options(
         compress: options.compress,
         unpacked_bytes_max: access.image_unpacked,
         stop,
+        referrers: access.carries_referrers(options),
     })
 }
 
@@ -103,6 +104,38 @@ pub fn check_bad_out(options: &SourceOptions) -> Result<(), Fault> {
 mod tests {
     use super::*;
     use base::fault::Code;
+    use base::omitted::{Category, Omitted};
+
+    #[test]
+    fn referrers_wait_until_all_sites_can_read_them_and_times_do_not_wait_for_that() {
+        let given = SourceOptions::default();
+        let without = SourceOptions {
+            no_referrers: true,
+            ..SourceOptions::default()
+        };
+        let mut left_out = Omitted::default();
+        left_out.add(Category::Referrers, "signature sha256:…");
+        for (format, carried, times) in [(1, false, false), (2, false, true), (3, true, true)] {
+            let access = Access::of_user(Path::new("/nowhere"), format);
+            let of = |options: &SourceOptions| image_options(options, &access, Stop::default()).unwrap().referrers;
+            assert_eq!((of(&given), of(&without)), (carried, false), "{format}");
+            assert_eq!(access.keeps_times(&given), times, "{format}");
+            // The note is for those that did not ask for it, of an image that has some.
+            let note = |kind, options, omitted: &Omitted| access.note(kind, options, omitted);
+            assert_eq!(
+                note(Kind::Image, &given, &left_out).is_some(),
+                !carried,
+                "{format}"
+            );
+            assert_eq!(note(Kind::Image, &without, &left_out), None);
+            assert_eq!(note(Kind::Image, &given, &Omitted::default()), None);
+            assert_eq!(
+                note(Kind::Model, &given, &Omitted::default()).is_some(),
+                !times,
+                "{format}"
+            );
+        }
+    }
 
     #[test]
     fn a_publish_waits_an_hour_at_most_for_a_file() {

@@ -6,7 +6,7 @@ fn access(more: &str) -> Access {
     let text = format!(
         "role = \"hub\"\nname = \"hub\"\ndata_dir = \"/d\"\n[listen]\nquic = \"127.0.0.1:0\"\n{more}"
     );
-    Access::of_daemon(&config::parse(&text, "a test").unwrap(), None, FORMAT_MAX)
+    Access::of_daemon(&config::parse(&text, "a test").unwrap(), None, content::manifest::FORMAT_MAX)
 }
 
 #[test]
@@ -35,7 +35,7 @@ fn a_certificate_of_a_registry_on_this_machine_means_tls() {
         assert_eq!(uses_tls(&insecure, source, &none), of_settings, "{source}");
     }
     let dir = tempfile::tempdir().unwrap();
-    let user = Access::of_user(dir.path(), FORMAT_MAX);
+    let user = Access::of_user(dir.path(), content::manifest::FORMAT_MAX);
     let options = SourceOptions {
         ca_file: Some("/etc/ca.pem".into()),
         ..SourceOptions::default()

@@ -98,8 +98,22 @@ impl Publications {
             open_source::as_published(&self.catalogue, &self.store, &artifact, &root).await?;
         let differs = match &as_published {
             Some(_) => Some(TIMES_DIFFER.to_owned()),
-            None => self.access().note(artifact.kind, &request.options),
+            None => self
+                .access()
+                .note(artifact.kind, &request.options, &omitted),
         };
+        if open_source::with_other_referrers(&self.catalogue, &artifact, &root)
+            .await?
+            .is_some()
+        {
+            // What was published first may be gone from the source, which has the content.
+            return Err(Fault::conflict(format!(
+                "{artifact} was published before with other signatures or SBOMs"
+            ))
+            .with_next(
+                "publish it under another version; --no-referrers publishes the image alone",
+            ));
+        }
         root = as_published.unwrap_or(root);
         progress.check()?;
 

@@ -3,6 +3,8 @@
 
 use std::path::{Path, PathBuf};
 
+use serde_json::{Value, json};
+
 use crate::support::command::tool;
 use crate::support::daemon::{Hub, Site, SiteSpec};
 use crate::support::disk::SmallDisk;
@@ -16,7 +18,7 @@ use crate::support::{Scratch, data, limit, secs, wait_for};
 struct World {
     hub: Hub,
     layout_site: Site,
-    _registry_site: Site,
+    registry_site: Site,
     registry: Registry,
     scratch: Scratch,
 }
@@ -35,7 +37,7 @@ impl World {
         Self {
             hub,
             layout_site,
-            _registry_site: registry_site,
+            registry_site,
             registry,
             scratch,
         }
@@ -43,7 +45,7 @@ impl World {
 
     /// Publishes an image to both sites, and waits until both have it with the recorded digest.
     /// Returns its `info`.
-    fn carry(&self, source: &str, name: &str, more: &[&str]) -> serde_json::Value {
+    fn carry(&self, source: &str, name: &str, more: &[&str]) -> Value {
         let reference = format!("image/{name}:v1");
         let args: Vec<&str> = [
             "publish", source, "--as", &reference, "--to", "all", "--wait",
@@ -116,7 +118,103 @@ fn one_image_in_every_form() {
         plain["digest"], squeezed["digest"],
         "the compression of the archive does not matter"
     );
-    assert_eq!(plain["platforms"], serde_json::json!(["linux/amd64"]));
+    assert_eq!(plain["platforms"], json!(["linux/amd64"]));
+}
+
+/// The signature and the SBOM of an image reach a registry without the referrers API and a directory
+/// of layouts, and are the same when a site publishes from its registry what it received.
+#[test]
+fn signatures_and_sboms_arrive_with_the_image() {
+    const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
+    const SPDX: &str = "application/spdx+json";
+    let _limit = limit(secs(240));
+    let world = World::start();
+    let signed = world.scratch.folder("signed");
+    images::layout(&signed, &[b"layer"]);
+    let image = images::top(&signed);
+    let hex = image["digest"].as_str().unwrap().replace("sha256:", "");
+    let empty = images::put_blob(&signed, "application/vnd.oci.empty.v1+json", b"{}");
+    let referrer = |what: &str, content: &[u8], subject: Option<&Value>| {
+        let layer = images::put_blob(&signed, what, content);
+        let mut manifest = json!({ "schemaVersion": 2, "mediaType": MANIFEST, "artifactType": what, "config": empty, "layers": [layer] });
+        if let Some(subject) = subject {
+            manifest["subject"] = json!({ "mediaType": MANIFEST, "digest": subject["digest"], "size": subject["size"] });
+        }
+        images::put_blob(&signed, MANIFEST, manifest.to_string().as_bytes())
+    };
+    let payload = format!(r#"{{"critical":{{"image":"{hex}"}}}}"#);
+    let mut signature = referrer(
+        "application/vnd.dev.cosign.simplesigning.v1+json",
+        payload.as_bytes(),
+        None,
+    );
+    let tag = format!("sha256-{hex}.sig");
+    signature["annotations"] = json!({ "org.opencontainers.image.ref.name": tag });
+    let sbom = referrer(SPDX, br#"{"spdxVersion":"SPDX-2.3"}"#, Some(&image));
+    let index = json!({ "schemaVersion": 2, "manifests": [image, signature, sbom] });
+    data::write(&signed.join("index.json"), index.to_string().as_bytes());
+
+    let source = signed.to_str().unwrap().to_owned();
+    let info = world.carry(&source, "signed", &["--strict"]);
+    assert_eq!(info["referrers"].as_array().unwrap().len(), 2, "{info}");
+    assert_eq!(
+        world.registry.digest(&format!("operators/signed:{tag}")),
+        signature["digest"]
+    );
+    let list = format!("{{}}/operators/signed:sha256-{hex}");
+    let list = world.registry.skopeo("inspect", &["--raw", &list]);
+    let list: Value = serde_json::from_str(&list).unwrap();
+    assert_eq!(
+        (
+            &list["manifests"][0]["digest"],
+            &list["manifests"][0]["artifactType"]
+        ),
+        (&sbom["digest"], &json!(SPDX))
+    );
+    let layout = world.layout_site.layout.join("signed");
+    let in_layout = format!("oci:{}:{tag}", layout.display());
+    let raw = tool("skopeo", &["inspect", "--raw", &in_layout]);
+    assert_eq!(sha256(raw.as_bytes()), signature["digest"]);
+    for site in [&world.registry_site, &world.layout_site] {
+        site.cli(&["verify", "image/signed:v1"]).expect(0);
+    }
+
+    // The site's registry and the directory of the other one are sources of the same artifact.
+    let digest = |reference: &str| world.hub.json(&["show", reference])["digest"].clone();
+    let in_registry = format!("registry://{}/operators/signed:v1", world.registry.host());
+    let in_directory = format!("{}#v1", layout.display());
+    for (site, source, reference) in [
+        (&world.registry_site, &in_registry, "image/pulled:v1"),
+        (&world.layout_site, &in_directory, "image/copied:v1"),
+    ] {
+        let args = [
+            "publish", source, "--as", reference, "--to", "all", "--wait", "--strict",
+        ];
+        site.cli(&args).expect(0);
+        assert_eq!(digest(reference), digest("image/signed:v1"), "{reference}");
+    }
+    assert_eq!(
+        world.registry.digest(&format!("operators/copied:{tag}")),
+        signature["digest"]
+    );
+    // Without them it is another artifact, and the name of a published one keeps its content.
+    let alone = [
+        "publish",
+        &source,
+        "--as",
+        "image/alone:v1",
+        "--no-referrers",
+    ];
+    let published = world.hub.cli(&alone).expect(0).json();
+    assert_eq!(published["omitted"][0]["what"], "referrers");
+    assert_eq!(published["omitted"][0]["count"], 2);
+    assert_ne!(digest("image/alone:v1"), digest("image/signed:v1"));
+    let again = world
+        .hub
+        .cli(&["publish", &source, "--as", "image/alone:v1"]);
+    let again = again.expect(0).json();
+    assert_eq!(again["unchanged"], true, "{again}");
+    assert!(again["note"].as_str().unwrap().contains("SBOMs differ"));
 }
 
 #[test]
@@ -139,10 +237,7 @@ fn an_index_of_two_platforms_arrives_complete() {
         info["digest"],
         images::top(&images::small().join("two"))["digest"]
     );
-    assert_eq!(
-        info["platforms"],
-        serde_json::json!(["linux/amd64", "linux/arm64"])
-    );
+    assert_eq!(info["platforms"], json!(["linux/amd64", "linux/arm64"]));
     for architecture in ["amd64", "arm64"] {
         let out = world.registry.skopeo(
             "inspect",
@@ -162,7 +257,7 @@ fn a_platform_without_blobs_is_omitted_and_reported() {
     let _limit = limit(secs(180));
     let world = World::start();
     let info = world.carry(&fixture("absent"), "absent", &[]);
-    assert_eq!(info["platforms"], serde_json::json!(["linux/amd64"]));
+    assert_eq!(info["platforms"], json!(["linux/amd64"]));
     let left_out = info["absent"].as_array().unwrap();
     let digest = left_out
         .first()
@@ -219,8 +314,8 @@ fn an_image_is_published_with_the_credentials_of_docker_login() {
     world.hub.cli(&args).expect(4).says(&[&hint]);
     let login = world.hub.docker_config();
     std::fs::create_dir_all(&login).unwrap();
-    let entry = serde_json::json!({ "username": USER, "password": PASSWORD });
-    let text = serde_json::json!({ "auths": { source.host(): entry } });
+    let entry = json!({ "username": USER, "password": PASSWORD });
+    let text = json!({ "auths": { source.host(): entry } });
     std::fs::write(login.join("config.json"), text.to_string()).unwrap();
     let all = world.carry(&url, "all", &[]);
     assert_eq!(
@@ -228,7 +323,7 @@ fn an_image_is_published_with_the_credentials_of_docker_login() {
         images::top(&images::small().join("two"))["digest"]
     );
     let one = world.carry(&url, "one", &["--platform", "linux/arm64"]);
-    assert_eq!(one["platforms"], serde_json::json!(["linux/arm64"]));
+    assert_eq!(one["platforms"], json!(["linux/arm64"]));
     assert_eq!(
         one["media_type"],
         "application/vnd.oci.image.manifest.v1+json"

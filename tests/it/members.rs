@@ -77,7 +77,11 @@ fn revoked_during_a_transfer(tcp: bool) {
             .contains("packhorse site restore chengdu")
     );
     let report = wait_for("doctor names the reason", secs(30), || {
-        Some(doctor(&site)).filter(|out| out.contains("was revoked at the hub"))
+        // The connection that was closed does not name what the administrator noted; the next
+        // attempt does.
+        Some(doctor(&site)).filter(|out| {
+            out.contains("was revoked at the hub") && out.contains("its server was stolen")
+        })
     });
     for part in [
         "its server was stolen",

@@ -218,6 +218,7 @@ fn absent_platforms_and_signatures_of_an_image_are_reported() {
             "--as",
             "image/signed:1",
             "--strict",
+            "--no-referrers",
         ])
         .expect(8);
     refused.says(&[
@@ -225,7 +226,7 @@ fn absent_platforms_and_signatures_of_an_image_are_reported() {
         "signature sha256:",
         "--accept-omitted referrers",
     ]);
-    let published = hub.publish(&signed, "image/signed:1", &[]);
+    let published = hub.publish(&signed, "image/signed:1", &["--no-referrers"]);
     assert_eq!(counts(&published), of(&[("referrers", 1)]));
     is_shown(&hub, "image/signed:1", &published);
     assert_eq!(

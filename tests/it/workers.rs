@@ -56,6 +56,7 @@ fn a_hub_and_a_site_list_their_background_workers() {
             "api",
             "connections",
             "event-trim",
+            "hub-certificate",
             "idle-release",
             "last-seen",
             "prefetch",

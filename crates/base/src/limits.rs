@@ -187,6 +187,8 @@ pub const IMAGE_JSON_TOTAL_BYTES_MAX: u64 = 64 << 20;
 pub const IMAGE_REFERRERS_JSON_BYTES_MAX: u64 = 16 << 20;
 /// The entries of a directory of OCI layouts that are looked at for layouts with the same blobs.
 pub const LAYOUTS_SEARCHED_MAX: usize = 20_000;
+/// The signatures, attestations and SBOMs that are carried with an image.
+pub const IMAGE_REFERRERS_MAX: usize = 256;
 /// The deepest nesting of indexes.
 pub const IMAGE_INDEX_DEPTH_MAX: usize = 4;
 /// The largest number of members of an image archive.
@@ -462,13 +464,15 @@ pub const REGISTRY_BODY_BYTES_MAX: usize = 1 << 20;
 /// The total time for asking a registry for referrers of the image, in parallel with the transfer
 /// of its blobs.
 pub const REGISTRY_REFERRERS_MAX: Duration = Duration::from_secs(3);
-/// The number of manifests of one image whose referrers are requested; the top manifest is the
-/// first.
-pub const REGISTRY_REFERRER_SUBJECTS_MAX: usize = 8;
+/// The number of manifests of one image whose referrers are requested, with those of the referrers
+/// themselves; the top manifest is the first.
+pub const REGISTRY_REFERRER_SUBJECTS_MAX: usize = 32;
 /// The number of these requests that run at once.
 pub const REGISTRY_REFERRER_QUESTIONS_MAX: usize = 4;
 /// The pages that are read from one list of referrers.
 pub const REGISTRY_REFERRER_PAGES_MAX: usize = 4;
+/// How often the list of a fallback tag is written until it has what was added.
+pub const REGISTRY_FALLBACK_TRIES_MAX: usize = 4;
 /// The referrers of one image that are counted.
 pub const REGISTRY_REFERRERS_COUNTED_MAX: usize = 4096;
 /// The pages that are read from a tag list.

@@ -171,92 +171,111 @@ pub struct Tree {
 /// Collects an image from its top manifest to its last blob. `load` returns the bytes of a
 /// manifest, or `None` if it does not exist, which is allowed only below the top. Checks the
 /// digests and sizes of manifests.
-pub async fn walk<F, Fut>(top: &Descriptor, mut load: F) -> Result<Tree, Fault>
+pub async fn walk<F, Fut>(top: &Descriptor, load: F) -> Result<Tree, Fault>
 where
     F: FnMut(Descriptor) -> Fut,
     Fut: Future<Output = Result<Option<Bytes>, Fault>>,
 {
-    enum Step {
-        Enter(Descriptor),
-        Leave(Node),
-    }
-    let mut tree = Tree {
-        manifests: Vec::new(),
-        blobs: Vec::new(),
-        absent: Vec::new(),
-    };
-    let mut seen = HashSet::new();
-    let mut blobs_seen = HashSet::new();
-    let mut total = 0;
-    let mut stack = vec![Step::Enter(top.clone())];
-    while let Some(step) = stack.pop() {
-        let descriptor = match step {
-            Step::Leave(node) => {
-                tree.manifests.push(node);
-                continue;
-            }
-            Step::Enter(descriptor) if seen.insert(descriptor.digest) => descriptor,
-            Step::Enter(_) => continue,
+    Walker::default().walk(top, load).await
+}
+
+/// Collects several images like [`walk`]. The limits hold for all of them together, and a part that
+/// several have is only in the tree of the first.
+#[derive(Debug, Default)]
+pub struct Walker {
+    seen: HashSet<Sha256>,
+    blobs_seen: HashSet<Sha256>,
+    bytes: usize,
+}
+
+enum Step {
+    Enter(Descriptor),
+    Leave(Node),
+}
+
+impl Walker {
+    /// Collects the next image.
+    pub async fn walk<F, Fut>(&mut self, top: &Descriptor, mut load: F) -> Result<Tree, Fault>
+    where
+        F: FnMut(Descriptor) -> Fut,
+        Fut: Future<Output = Result<Option<Bytes>, Fault>>,
+    {
+        let mut tree = Tree {
+            manifests: Vec::new(),
+            blobs: Vec::new(),
+            absent: Vec::new(),
         };
-        let digest = descriptor.digest;
-        if seen.len() > limits::IMAGE_MANIFESTS_MAX {
-            return Err(Fault::integrity(format!(
-                "image {}: more than {} manifests",
-                top.digest,
-                limits::IMAGE_MANIFESTS_MAX
-            )));
-        }
-        if descriptor.size > limits::IMAGE_MANIFEST_BYTES_MAX as u64 {
-            return Err(too_large(&digest));
-        }
-        let Some(bytes) = load(descriptor.clone()).await? else {
-            if digest == top.digest {
-                return Err(Fault::not_found(format!(
-                    "image {digest}: its top manifest does not exist"
+        let mut stack = vec![Step::Enter(top.clone())];
+        while let Some(step) = stack.pop() {
+            let descriptor = match step {
+                Step::Leave(node) => {
+                    tree.manifests.push(node);
+                    continue;
+                }
+                Step::Enter(descriptor) if self.seen.insert(descriptor.digest) => descriptor,
+                Step::Enter(_) => continue,
+            };
+            let digest = descriptor.digest;
+            if self.seen.len() > limits::IMAGE_MANIFESTS_MAX {
+                return Err(Fault::integrity(format!(
+                    "image {}: more than {} manifests",
+                    top.digest,
+                    limits::IMAGE_MANIFESTS_MAX
                 )));
             }
-            tree.absent.push(digest);
-            continue;
-        };
-        if bytes.len() > limits::IMAGE_MANIFEST_BYTES_MAX {
-            return Err(too_large(&digest));
+            if descriptor.size > limits::IMAGE_MANIFEST_BYTES_MAX as u64 {
+                return Err(too_large(&digest));
+            }
+            let Some(bytes) = load(descriptor.clone()).await? else {
+                if digest == top.digest {
+                    return Err(Fault::not_found(format!(
+                        "image {digest}: its top manifest does not exist"
+                    )));
+                }
+                tree.absent.push(digest);
+                continue;
+            };
+            if bytes.len() > limits::IMAGE_MANIFEST_BYTES_MAX {
+                return Err(too_large(&digest));
+            }
+            self.bytes += bytes.len();
+            if self.bytes > limits::IMAGE_MANIFESTS_BYTES_MAX {
+                return Err(Fault::integrity(format!(
+                    "image {}: its manifests have more than {} bytes in total",
+                    top.digest,
+                    limits::IMAGE_MANIFESTS_BYTES_MAX
+                )));
+            }
+            if bytes.len() as u64 != descriptor.size || Sha256::of(&bytes) != digest {
+                return Err(Fault::integrity(format!(
+                    "image manifest {digest}: the content does not match its digest and size ({} bytes, {} expected)",
+                    bytes.len(),
+                    descriptor.size
+                )));
+            }
+            let document = Document::parse(&bytes, &digest)?;
+            tree.blobs.extend(
+                document
+                    .blobs
+                    .into_iter()
+                    .filter(|blob| self.blobs_seen.insert(blob.digest)),
+            );
+            // The media type of the descriptor takes precedence, because the registry must get what the
+            // index states.
+            let media_type = if descriptor.is_manifest() {
+                descriptor.media_type
+            } else {
+                document.media_type
+            };
+            stack.push(Step::Leave(Node {
+                digest,
+                media_type,
+                bytes,
+            }));
+            stack.extend(document.manifests.into_iter().rev().map(Step::Enter));
         }
-        total += bytes.len();
-        if total > limits::IMAGE_MANIFESTS_BYTES_MAX {
-            return Err(Fault::integrity(format!(
-                "image {}: its manifests have more than {total} bytes in total",
-                top.digest
-            )));
-        }
-        if bytes.len() as u64 != descriptor.size || Sha256::of(&bytes) != digest {
-            return Err(Fault::integrity(format!(
-                "image manifest {digest}: the content does not match its digest and size ({} bytes, {} expected)",
-                bytes.len(),
-                descriptor.size
-            )));
-        }
-        let document = Document::parse(&bytes, &digest)?;
-        tree.blobs.extend(
-            document
-                .blobs
-                .into_iter()
-                .filter(|blob| blobs_seen.insert(blob.digest)),
-        );
-        // The media type of the descriptor takes precedence, because the registry must get what the
-        // index states.
-        let media_type = if descriptor.is_manifest() {
-            descriptor.media_type
-        } else {
-            document.media_type
-        };
-        stack.push(Step::Leave(Node {
-            digest,
-            media_type,
-            bytes,
-        }));
-        stack.extend(document.manifests.into_iter().rev().map(Step::Enter));
+        Ok(tree)
     }
-    Ok(tree)
 }
 
 fn too_large(digest: &Sha256) -> Fault {

@@ -11,6 +11,7 @@ pub mod answer;
 mod auth;
 mod blobs;
 mod docker_config;
+mod fallback;
 mod harbor;
 pub mod image;
 mod manifests;
@@ -41,8 +42,9 @@ pub use answer::{Answer, Error};
 pub use auth::Credentials;
 pub use blobs::{BlobStream, LocalBlob};
 pub use docker_config::{files as docker_config_files, find as docker_config_credentials};
+pub use fallback::subject_of;
 pub use manifests::{Deleted, Manifest};
-pub use pull::{pull_keeping, pull_to_layout};
+pub use pull::{Selection, pull_keeping, pull_to_layout};
 pub use reference::{Origin, Reference};
 
 use auth::{Auth, Challenge, Scope};
@@ -72,6 +74,8 @@ pub struct Registry {
     pause_max: Duration,
     silence: Silence,
     redirected: RedirectedTo,
+    /// Held while the list of a fallback tag is read and written.
+    fallback: tokio::sync::Mutex<()>,
 }
 
 /// The progress of a request body, which distinguishes a slow upload from a stalled one.
@@ -152,6 +156,7 @@ impl Registry {
             pause_max: limits::REGISTRY_PAUSE_IN_PLACE_MAX,
             silence: Silence::default(),
             redirected,
+            fallback: tokio::sync::Mutex::default(),
         })
     }
 

@@ -10,6 +10,9 @@ use crate::{Answer, Error, Registry, Wait, answer, read_capped};
 use base::fault::Fault;
 use base::limits;
 
+/// The header of a registry that has processed the `subject` of a manifest.
+const OCI_SUBJECT: &str = "oci-subject";
+
 /// A manifest from a registry.
 #[derive(Debug, Clone)]
 pub struct Manifest {
@@ -36,7 +39,7 @@ struct Tags {
     tags: Option<Vec<String>>,
 }
 
-fn accept() -> String {
+pub(super) fn accept() -> String {
     [OCI_INDEX, DOCKER_INDEX, OCI_MANIFEST, DOCKER_MANIFEST].join(", ")
 }
 
@@ -147,7 +150,7 @@ impl Registry {
     }
 
     /// Stores a manifest under a tag or its digest, and compares the digest that the registry
-    /// returns.
+    /// returns. Returns whether the registry lists it among the referrers of its subject itself.
     pub async fn put_manifest(
         &self,
         repository: &str,
@@ -155,7 +158,7 @@ impl Registry {
         media_type: &str,
         bytes: &Bytes,
         digest: &Sha256,
-    ) -> Result<(), Error> {
+    ) -> Result<bool, Error> {
         let url = self.url(&format!("{repository}/manifests/{reference}"))?;
         let fill = |request: reqwest::RequestBuilder| {
             request.header(CONTENT_TYPE, media_type).body(bytes.clone())
@@ -177,7 +180,7 @@ impl Registry {
                 Err(Fault::integrity(format!("the registry stored manifest {digest} as {theirs}: a proxy or the registry changes the bytes"))
                     .into())
             }
-            _ => Ok(()),
+            _ => Ok(response.headers().contains_key(OCI_SUBJECT)),
         }
     }
 

@@ -11,7 +11,9 @@ use crate::testing::fixture::{
 use crate::testing::{fixture, standin};
 
 use crate::image::Sha256;
-use crate::{Credentials, LocalBlob, Origin, Reference, Registry, pull_keeping, pull_to_layout};
+use crate::{
+    Credentials, LocalBlob, Origin, Reference, Registry, Selection, pull_keeping, pull_to_layout,
+};
 use base::fault::{Code, Reason};
 
 fn origin(address: &str) -> Origin {
@@ -20,6 +22,12 @@ fn origin(address: &str) -> Origin {
         authority: address.into(),
     }
 }
+
+/// All platforms, without what refers to the image.
+const ALL: Selection<'static> = Selection {
+    platforms: &[],
+    referrers: false,
+};
 
 fn credentials() -> Option<Credentials> {
     Some(Credentials::new(USER, PASSWORD))
@@ -270,7 +278,7 @@ async fn pulls_what_skopeo_pushed() {
     pull_to_layout(
         &reference,
         credentials().into(),
-        &[],
+        &ALL,
         &got,
         &AtomicU64::default(),
     )
@@ -295,7 +303,7 @@ async fn pulls_what_skopeo_pushed() {
     pull_to_layout(
         &by_digest,
         credentials().into(),
-        &[],
+        &ALL,
         &dir.join("again"),
         &AtomicU64::default(),
     )
@@ -306,7 +314,7 @@ async fn pulls_what_skopeo_pushed() {
     let fault = pull_to_layout(
         &absent,
         credentials().into(),
-        &[],
+        &ALL,
         &dir.join("no"),
         &AtomicU64::default(),
     )
@@ -319,7 +327,7 @@ async fn pulls_what_skopeo_pushed() {
     let fault = pull_to_layout(
         &reference,
         None.into(),
-        &[],
+        &ALL,
         &dir.join("no"),
         &AtomicU64::default(),
     )
@@ -364,7 +372,7 @@ async fn a_pull_skips_absent_platforms_and_detects_wrong_bytes() {
     pull_to_layout(
         &reference,
         credentials().into(),
-        &[],
+        &ALL,
         &got,
         &AtomicU64::default(),
     )
@@ -386,7 +394,7 @@ async fn a_pull_skips_absent_platforms_and_detects_wrong_bytes() {
     let fault = pull_to_layout(
         &reference,
         credentials().into(),
-        &[],
+        &ALL,
         &dir.path().join("bad"),
         &AtomicU64::default(),
     )
@@ -451,7 +459,7 @@ async fn a_pull_waits_if_the_registry_asks_for_a_pause() {
     pull_to_layout(
         &reference,
         credentials().into(),
-        &[],
+        &ALL,
         &got,
         &AtomicU64::default(),
     )
@@ -491,7 +499,7 @@ async fn content_of_a_failed_pull_is_not_fetched_again() {
         pull_keeping(
             &reference,
             credentials().into(),
-            &[],
+            &ALL,
             &dir.path().join(to),
             &kept,
             &AtomicU64::default(),
@@ -572,7 +580,7 @@ async fn a_pull_that_does_not_fit_writes_no_byte() {
     }
     let reference: Reference = format!("{}/op/a:v1", server.address).parse().unwrap();
     let (got, wanted) = (dir.path().join("got"), AtomicU64::default());
-    let fault = pull_to_layout(&reference, credentials().into(), &[], &got, &wanted)
+    let fault = pull_to_layout(&reference, credentials().into(), &ALL, &got, &wanted)
         .await
         .unwrap_err();
     assert_eq!(

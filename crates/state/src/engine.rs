@@ -43,16 +43,7 @@ pub(crate) struct Common {
 /// A database that holds a catalogue.
 #[async_trait]
 pub trait Engine:
-    Artifacts
-    + InPlace
-    + Sites
-    + Members
-    + Transfers
-    + Deliveries
-    + Relay
-    + Runs
-    + Events
-    + Access
+    Artifacts + InPlace + Sites + Members + Transfers + Deliveries + Relay + Runs + Events + Access
 {
     /// Closes the database.
     async fn close(&self);

@@ -155,6 +155,9 @@ pub struct SourceOptions {
     /// Images from `docker save`: compress the layers.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub compress: bool,
+    /// Images: leave out what refers to the image (signatures, attestations, SBOMs).
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub no_referrers: bool,
     /// Refuse an input with omissions.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub strict: bool,

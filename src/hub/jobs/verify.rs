@@ -30,6 +30,7 @@ use content::manifest::{
 use content::store::Store;
 use exchange::relay::Relay;
 use registry::image::{Descriptor, Sha256, walk};
+use sink::images::attached;
 use state::ArtifactRow;
 
 impl HubJobs {
@@ -180,10 +181,12 @@ impl Verify<'_> {
             let load = |wanted: Descriptor| {
                 std::future::ready(this.small_file(&wanted.digest.layout_path()))
             };
-            tokio::runtime::Handle::current().block_on(walk(&top, load))
+            tokio::runtime::Handle::current().block_on(async {
+                Ok::<_, Fault>((walk(&top, load).await?, attached(info, load).await?))
+            })
         };
-        let tree = match walked {
-            Ok(tree) => tree,
+        let (tree, attached) = match walked {
+            Ok(walked) => walked,
             Err(fault) if matches!(fault.code, Code::Integrity | Code::NotFound) => {
                 self.found.push(format!("{}: {fault}", self.row.artifact));
                 return Ok(());
@@ -197,7 +200,10 @@ impl Verify<'_> {
         self.found.extend(
             absent.map(|digest| format!("{}: manifest {digest} is missing", self.row.artifact)),
         );
-        let needed = tree.blobs.iter().filter(|blob| !blob.is_foreign());
+        let trees = std::iter::once(&tree).chain(attached.iter().map(|one| &one.tree));
+        let needed = trees
+            .flat_map(|tree| &tree.blobs)
+            .filter(|blob| !blob.is_foreign());
         let mut needed: HashMap<String, u64> = needed
             .map(|blob| (blob.digest.layout_path(), blob.size))
             .collect();

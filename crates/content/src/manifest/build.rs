@@ -8,7 +8,10 @@ use base::fault::Fault;
 use base::names::{Kind, RelPath};
 
 use super::page::{ChunkRef, PageWriter, is_one_chunk};
-use super::{Chunking, Entry, EntryBody, KindInfo, PageRef, Root, Totals};
+use super::{
+    Chunking, Entry, EntryBody, FORMAT_ATTRIBUTES, FORMAT_REFERRERS, KindInfo, PageRef, Root,
+    Totals,
+};
 
 /// The largest number of pages in the root. If there are more, a level of index pages is added.
 const ROOT_PAGES_MAX: usize = 128;
@@ -156,7 +159,11 @@ impl<'a> Builder<'a> {
         }
         let pages = std::mem::take(&mut self.levels[level].pages);
         Ok(Root {
-            format: if self.has_attributes { 2 } else { 1 },
+            format: match &info {
+                KindInfo::Image(image) if !image.referrers.is_empty() => FORMAT_REFERRERS,
+                _ if self.has_attributes => FORMAT_ATTRIBUTES,
+                _ => 1,
+            },
             kind,
             info,
             chunking: self.chunking,

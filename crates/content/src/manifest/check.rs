@@ -9,8 +9,12 @@
 //! times is read once. The cost is linear in the size of the manifest, times the number of parts in
 //! which [`expected`] looks at what links refer to: one for all but a few manifests.
 
+use std::collections::HashMap;
+
 use super::walk::{DIFFERENT_PAGES_KNOWN_MAX, malformed_manifest};
-use super::{Entry, EntryBody, KindInfo, Pages, Root, Step, Until, Walk};
+use super::{
+    Entry, EntryBody, FORMAT_REFERRERS, KindInfo, Pages, Root, Step, Until, Walk, referrers,
+};
 use crate::label_rows::{ANNOTATIONS, CLASSES, SAMPLES};
 use base::blocking::Stop;
 use base::fault::Fault;
@@ -88,6 +92,8 @@ enum Kinds {
         top: String,
         size: u64,
         seen: bool,
+        /// The manifests of its referrers that were not found yet, and their sizes.
+        referrers: HashMap<String, u64>,
     },
     /// The largest number of lines of each file.
     Labels {
@@ -118,10 +124,14 @@ impl<'a> Rules<'a> {
                         image.size
                     )));
                 }
+                if !image.referrers.is_empty() && root.format < FORMAT_REFERRERS {
+                    return Err(malformed_manifest("its format does not have referrers"));
+                }
                 Kinds::Image {
                     top: top.layout_path(),
                     size: image.size,
                     seen: false,
+                    referrers: referrers::check(image, &top)?,
                 }
             }
             KindInfo::Labels(labels) if kind == Kind::Labels => {
@@ -189,6 +199,7 @@ impl<'a> Rules<'a> {
                 top,
                 size: top_size,
                 seen,
+                referrers,
             } => match (path, size) {
                 ("blobs" | "blobs/sha256", None) => entry.body == EntryBody::Dir,
                 ("index.json" | "oci-layout", Some(_)) => true,
@@ -196,7 +207,10 @@ impl<'a> Rules<'a> {
                     *seen = true;
                     size == *top_size
                 }
-                (path, Some(_)) => Sha256::from_layout_path(path).is_some(),
+                (path, Some(size)) => match referrers.remove(path) {
+                    Some(stated) => stated == size,
+                    None => Sha256::from_layout_path(path).is_some(),
+                },
                 _ => false,
             },
             // A line has at least one byte.
@@ -228,6 +242,12 @@ impl<'a> Rules<'a> {
             } => Err(malformed_manifest(&format!(
                 "it does not contain the image's top manifest {top}"
             ))),
+            Kinds::Image { referrers, .. } => match referrers.keys().min() {
+                None => Ok(()),
+                Some(missing) => Err(malformed_manifest(&format!(
+                    "it does not contain {missing}, the manifest of a referrer"
+                ))),
+            },
             _ => Ok(()),
         }
     }

@@ -11,6 +11,7 @@ mod build;
 mod check;
 pub mod delta;
 mod page;
+mod referrers;
 mod same;
 mod survey;
 mod walk;
@@ -19,7 +20,8 @@ pub use attributes::{Attributes, FileTime, XATTR_PREFIX, Xattr};
 pub use build::Builder;
 pub use check::check;
 pub use page::{ChunkRef, read_children};
-pub use same::same_but_times;
+pub use referrers::ImageReferrer;
+pub use same::{same_but_referrers, same_but_times};
 pub use survey::{Named, survey};
 pub use walk::{
     ChunkPosition, Listed, Pages, Step, Until, Walk, children, entry_pages, for_each_page,
@@ -35,9 +37,15 @@ use base::limits::ROOT_VALUES_MAX;
 use base::names::{ArtifactRef, Kind, RelPath};
 use base::text::check_values;
 
-/// The newest format of manifests: with attributes. A program of an earlier version refuses it and
-/// says so. A manifest without attributes has format 1.
-pub const FORMAT_MAX: u32 = 2;
+/// The first format of manifests whose entries may have [`Attributes`].
+pub const FORMAT_ATTRIBUTES: u32 = 2;
+
+/// The first format of manifests whose image may have [`ImageReferrer`]s.
+pub const FORMAT_REFERRERS: u32 = 3;
+
+/// The newest format of manifests. A program of an earlier version refuses it and says so. A
+/// manifest has the first format that has all that it contains.
+pub const FORMAT_MAX: u32 = FORMAT_REFERRERS;
 
 /// The BLAKE3 of a root manifest, which identifies an artifact.
 pub type Digest = Hash;
@@ -116,6 +124,10 @@ pub struct ImageInfo {
     /// The tag at the destination, if it is not the version of the artifact.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tag: Option<String>,
+    /// What belongs to the image and is carried with it: signatures, attestations, SBOMs. Each
+    /// comes after those that it describes. In a manifest of format 3.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub referrers: Vec<ImageReferrer>,
 }
 
 /// The metadata of a label set.
@@ -142,7 +154,8 @@ pub struct DatasetBinding {
 /// and without white space. Their BLAKE3 is the digest of the artifact.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Root {
-    /// 2 if entries have [`Attributes`], otherwise 1, which programs of every version read.
+    /// 3 if an image has referrers, 2 if entries have [`Attributes`], otherwise 1, which programs of
+    /// every version read.
     pub format: u32,
     pub kind: Kind,
     /// The metadata of the kind.

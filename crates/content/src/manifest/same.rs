@@ -2,7 +2,7 @@
 
 use base::fault::Fault;
 
-use super::{Pages, Root, Step, Walk};
+use super::{KindInfo, Pages, Root, Step, Walk};
 
 /// Whether two artifacts differ only in the modification times of their files.
 pub fn same_but_times<P: Pages + ?Sized>(
@@ -24,6 +24,18 @@ pub fn same_but_times<P: Pages + ?Sized>(
             (Some(left), Some(right)) if left == right => {}
             _ => return Ok(false),
         }
+    }
+}
+
+/// Whether two artifacts are one image under one name, and differ only in what belongs to it.
+pub fn same_but_referrers(one: &Root, other: &Root) -> bool {
+    match (&one.info, &other.info) {
+        (KindInfo::Image(one), KindInfo::Image(other)) => {
+            let mut same = one.clone();
+            same.referrers.clone_from(&other.referrers);
+            one.referrers != other.referrers && same == *other
+        }
+        _ => false,
     }
 }
 

@@ -9,6 +9,7 @@ use super::*;
 use crate::image::{OCI_INDEX, OCI_MANIFEST};
 use crate::testing::fixture::{Access, Image, RealRegistry, image, noise, tar_layer};
 use crate::testing::standin::{Scripted, StandIn, error};
+use base::fault::Fault;
 use base::omitted::{Category, Omitted};
 
 fn digest(n: u8) -> String {
@@ -48,17 +49,22 @@ impl World {
     }
 
     async fn pull(&self) -> Omitted {
+        self.pull_of(&ALL).await.unwrap().0
+    }
+
+    /// What a pull leaves out, and the layout that it makes.
+    async fn pull_of(&self, what: &Selection<'_>) -> Result<(Omitted, tempfile::TempDir), Fault> {
         let reference: Reference = format!("{}/op/a:v1", self.server.address).parse().unwrap();
         let to = tempfile::tempdir_in(self.dir.path()).unwrap();
-        pull_to_layout(
+        let omitted = pull_to_layout(
             &reference,
             credentials().into(),
-            &[],
+            what,
             &to.path().join("got"),
             &AtomicU64::default(),
         )
-        .await
-        .unwrap()
+        .await?;
+        Ok((omitted, to))
     }
 }
 
@@ -208,10 +214,10 @@ async fn a_pull_does_not_wait_for_a_silent_referrers_api() {
     .unwrap();
     let subjects = [Sha256::of(b"x")];
     let asked = registry.referrers("op/a", &subjects, Duration::from_millis(50));
-    let omitted = tokio::time::timeout(Duration::from_secs(20), asked)
+    let found = tokio::time::timeout(Duration::from_secs(20), asked)
         .await
         .expect("the requests have their own deadline");
-    assert!(omitted.is_empty());
+    assert!(found.is_empty());
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -250,11 +256,196 @@ async fn a_real_registry_lists_the_tags_of_cosign() {
     let omitted = pull_to_layout(
         &reference,
         None.into(),
-        &[],
+        &ALL,
         &dir.join("got"),
         &AtomicU64::default(),
     )
     .await
     .unwrap();
     assert_eq!(examples(&omitted), [format!("signature {signature}")]);
+}
+
+const CARRIED: Selection<'static> = Selection {
+    platforms: &[],
+    referrers: true,
+};
+
+/// A manifest with one blob that both are at the stand-in.
+fn held_referrer(world: &World, subject: Option<&Sha256>, seed: u64) -> (Sha256, Sha256) {
+    let blob = noise(seed, 3000);
+    let digest = Sha256::of(&blob);
+    let layer = json!({"mediaType": "application/x", "digest": digest, "size": blob.len()});
+    let mut manifest =
+        json!({"schemaVersion": 2, "mediaType": OCI_MANIFEST, "config": layer, "layers": [layer]});
+    if let Some(subject) = subject {
+        manifest["subject"] = json!({"mediaType": OCI_INDEX, "digest": subject, "size": 1});
+    }
+    let text = manifest.to_string();
+    let own = Sha256::of(text.as_bytes());
+    world.hold_manifest(&own.to_string(), &text);
+    world
+        .server
+        .held
+        .lock()
+        .blobs
+        .insert(("op/a".into(), digest.to_string()), blob.into());
+    (own, digest)
+}
+
+fn index_of(layout: &tempfile::TempDir) -> Vec<Value> {
+    let bytes = std::fs::read(layout.path().join("got/index.json")).unwrap();
+    let index: Value = serde_json::from_slice(&bytes).unwrap();
+    index["manifests"].as_array().unwrap().clone()
+}
+
+#[tokio::test]
+async fn referrers_of_the_image_its_platforms_and_each_other_are_pulled() {
+    let world = World::start(&["amd64", "arm64"]).await;
+    let (top, amd) = (world.top(), {
+        let bytes = std::fs::read(world.made.dir.join(world.top().layout_path())).unwrap();
+        let index: Value = serde_json::from_slice(&bytes).unwrap();
+        let amd: Sha256 = serde_json::from_value(index["manifests"][0]["digest"].clone()).unwrap();
+        amd
+    });
+    let (sbom, sbom_blob) = held_referrer(&world, Some(&top), 1);
+    let (sig, _) = held_referrer(&world, None, 2);
+    let (of_sbom, of_sbom_blob) = held_referrer(&world, Some(&sbom), 3);
+    // The API lists the SBOM and one that is lost; the signature of a platform has cosign's tag, and
+    // that of the SBOM is in the fallback tag.
+    let path = |digest: &Sha256| Box::leak(format!("/referrers/{digest}").into_boxed_str());
+    let listed = |digest: &Sha256| json!({"mediaType": OCI_MANIFEST, "digest": digest, "size": 9, "artifactType": "application/spdx+json"});
+    let lost = Sha256::of(b"lost");
+    let of_top = json!({"manifests": [listed(&sbom), listed(&lost)]});
+    world
+        .server
+        .script_always("GET", path(&top), 200, of_top.to_string());
+    let text = |digest: &Sha256| {
+        let held = world.server.held.lock();
+        let bytes = &held.manifests[&("op/a".to_owned(), digest.to_string())];
+        String::from_utf8(bytes.to_vec()).unwrap()
+    };
+    let tag = format!("sha256-{}.sig", amd.hex());
+    world.hold_manifest(&tag, &text(&sig));
+    let list = json!({"schemaVersion": 2, "manifests": [listed(&of_sbom)]});
+    world.hold_manifest(&format!("sha256-{}", sbom.hex()), &list.to_string());
+    let (omitted, layout) = world.pull_of(&CARRIED).await.unwrap();
+    assert_eq!(
+        examples(&omitted),
+        [format!("application/spdx+json {lost}")]
+    );
+    let entries = index_of(&layout);
+    let digests: Vec<&str> = entries
+        .iter()
+        .map(|entry| entry["digest"].as_str().unwrap())
+        .collect();
+    assert_eq!(digests[0], top.to_string());
+    let mut expected = [sbom, sig, of_sbom].map(|digest| digest.to_string());
+    expected.sort();
+    let mut others = digests[1..].to_vec();
+    others.sort_unstable();
+    assert_eq!(others, expected);
+    for entry in &entries[1..] {
+        let name = &entry["annotations"]["org.opencontainers.image.ref.name"];
+        let is_signature = entry["digest"] == sig.to_string();
+        assert_eq!(name == &json!(tag), is_signature, "{entry}");
+    }
+    for digest in [sbom_blob, of_sbom_blob, sbom, of_sbom, sig] {
+        let bytes = std::fs::read(layout.path().join("got").join(digest.layout_path())).unwrap();
+        assert_eq!(Sha256::of(&bytes), digest);
+    }
+    // A lost blob does not fail the pull: the layout's reader sees that it is not whole.
+    let key = ("op/a".to_owned(), sbom_blob.to_string());
+    let blob = world.server.held.lock().blobs.remove(&key).unwrap();
+    let (_, layout) = world.pull_of(&CARRIED).await.unwrap();
+    assert!(
+        !layout
+            .path()
+            .join("got")
+            .join(sbom_blob.layout_path())
+            .exists()
+    );
+    // Damaged content and a refusal do.
+    world
+        .server
+        .held
+        .lock()
+        .blobs
+        .insert(key.clone(), noise(9, 3000).into());
+    assert!(world.pull_of(&CARRIED).await.is_err());
+    world.server.held.lock().blobs.insert(key, blob);
+    world.server.script(
+        "GET",
+        Box::leak(format!("/manifests/{sbom}").into_boxed_str()),
+        403,
+        error("DENIED", "no"),
+    );
+    let fault = world.pull_of(&CARRIED).await.unwrap_err();
+    assert!(fault.message.contains(&sbom.to_string()), "{fault}");
+    world.pull_of(&CARRIED).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_list_of_the_fallback_tag_keeps_what_others_wrote() {
+    let server = RealRegistry::start(&Access::Open);
+    let dir = server.dir.path().join("work");
+    let registry = Registry::new(origin(&server.address), None, None).unwrap();
+    let subject = Sha256::of(b"subject");
+    let mut all = Vec::new();
+    for name in ["one", "two", "three"] {
+        let made = image(&dir.join(name), &[tar_layer(name, b"a")], &["amd64"]);
+        for entry in std::fs::read_dir(made.dir.join("blobs/sha256")).unwrap() {
+            let file = entry.unwrap().path();
+            let bytes = std::fs::read(&file).unwrap();
+            let blob = LocalBlob {
+                digest: Sha256::of(&bytes),
+                size: bytes.len() as u64,
+                file,
+            };
+            registry.push_blob("op/a", &blob).await.unwrap();
+        }
+        let top: Sha256 = made.info.digest.parse().unwrap();
+        let bytes = bytes::Bytes::from(std::fs::read(made.dir.join(top.layout_path())).unwrap());
+        let has_api = registry
+            .put_manifest("op/a", &top.to_string(), OCI_MANIFEST, &bytes, &top)
+            .await
+            .unwrap();
+        assert!(!has_api, "docker-registry 2.8 has no referrers API");
+        let descriptor = crate::image::Descriptor {
+            media_type: OCI_MANIFEST.into(),
+            digest: top,
+            size: bytes.len() as u64,
+            urls: None,
+            platform: None,
+        };
+        all.push((descriptor, bytes));
+    }
+    let listed = async |n: usize| {
+        let (one, _): &(crate::image::Descriptor, bytes::Bytes) = &all[n];
+        registry
+            .lists_referrer("op/a", &subject, &one.digest)
+            .await
+            .unwrap()
+    };
+    // Three clients at once; each of them may overwrite the others, and notices it.
+    let add = |n: usize| registry.add_to_fallback("op/a", &subject, &all[n].0, &all[n].1);
+    let (a, b, c) = tokio::join!(add(0), add(1), add(2));
+    for added in [a, b, c] {
+        added.unwrap();
+    }
+    registry
+        .remove_from_fallback("op/a", &subject, &[all[1].0.digest])
+        .await
+        .unwrap();
+    assert!(listed(0).await && !listed(1).await && listed(2).await);
+    let rest = [all[0].0.digest, all[2].0.digest];
+    registry
+        .remove_from_fallback("op/a", &subject, &rest)
+        .await
+        .unwrap();
+    let tag = format!("sha256-{}", subject.hex());
+    assert_eq!(registry.head_manifest("op/a", &tag).await.unwrap(), None);
+    registry
+        .remove_from_fallback("op/a", &subject, &rest)
+        .await
+        .unwrap();
 }

@@ -6,6 +6,8 @@
 //! visible. A crash before that leaves unreferenced blobs, which the next attempt uses or the next
 //! removal deletes.
 
+mod index;
+
 use std::collections::{HashMap, HashSet};
 use std::fs::{self, File};
 use std::io::Read;
@@ -16,11 +18,14 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use bytes::Bytes;
 use parking_lot::Mutex;
-use serde_json::{Value, json};
+use serde_json::json;
 use sha2::Digest as _;
 
 use super::shared_blobs::SharedBlobs;
-use super::{ImageName, file_size, image_info, lost, not_staged, read_small, taken, top_of};
+use super::{
+    Attached, ImageName, attached, file_size, image_info, lost, not_staged, read_small, taken,
+    top_of,
+};
 use crate::{
     Committed, Heartbeat, Incoming, Sink, StorageLocation, Threads, Verification, rounded_secs,
 };
@@ -29,7 +34,8 @@ use base::fault::{Code, Fault, IoContext};
 use base::limits;
 use base::names::{ArtifactRef, RelPath};
 use content::manifest::{FileInfo, KindInfo};
-use registry::image::{Descriptor, REF_NAME, Sha256, Tree, walk};
+use index::Index;
+use registry::image::{Descriptor, Sha256, Tree, walk};
 
 /// Writes images to a directory of OCI layouts. All access to the directory runs on threads of this
 /// sink, because it may be a NAS.
@@ -127,6 +133,7 @@ impl LayoutSink {
             .threads
             .run(move || staged_path.try_exists().at(staged_path.display()))
             .await?;
+        let mut notes = Vec::new();
         match self.current_digest(&name).await? {
             Some(theirs) if theirs != top.digest => {
                 return Err(taken(&self.location(&name), &theirs, &top.digest));
@@ -138,41 +145,74 @@ impl LayoutSink {
                     .tree(incoming, &[staged, &layout])
                     .await
                     .map_err(|fault| not_staged(fault, &self.location(&name)))?;
+                let attached = self
+                    .attached(incoming, &[staged, &layout])
+                    .await
+                    .map_err(|fault| not_staged(fault, &self.location(&name)))?;
                 let (layout, staged, top) = (layout.clone(), staged.to_owned(), top.clone());
                 let (version, location) = (name.tag.clone(), self.location(&name));
                 let shared = self.shared.clone();
                 let move_image = move || {
-                    move_image(&layout, &staged, &shared, &tree, &top, &version, &location)?;
-                    durable::remove_all(&staged)
+                    let image = Staged {
+                        staged: &staged,
+                        shared: &shared,
+                        tree: &tree,
+                        top: &top,
+                        attached: &attached,
+                    };
+                    let notes = move_image(&layout, &image, &version, &location)?;
+                    durable::remove_all(&staged)?;
+                    Ok(notes)
                 };
-                self.change(&name, move_image).await?;
+                notes = self.change(&name, move_image).await?;
             }
         }
         let location = format!("{}@{}", self.location(&name), top.digest);
-        let note = is_of_docker(&top).then(|| {
-            format!(
+        if is_of_docker(&top) {
+            notes.push(format!(
                 "its media types are those of Docker, which older tools (skopeo of Debian 12) find only without a tag: skopeo copy oci:{} …",
                 single_entry(&layout, &name.tag).display()
-            )
-        });
+            ));
+        }
         Ok(Committed {
             place: StorageLocation::Folder { path: layout },
             location,
-            note,
+            note: (!notes.is_empty()).then(|| notes.join("; ")),
         })
+    }
+
+    /// Reads a manifest from the first of these directories that has it.
+    async fn manifest(
+        &self,
+        wanted: &Descriptor,
+        folders: &[&Path],
+    ) -> Result<Option<Bytes>, Fault> {
+        for folder in folders {
+            let file = folder.join(wanted.digest.layout_path());
+            if let Some(bytes) = self.threads.run(move || read_small(&file)).await? {
+                return Ok(Some(bytes));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Collects what is carried with the image from the directories, in this order.
+    async fn attached(
+        &self,
+        incoming: &Incoming,
+        folders: &[&Path],
+    ) -> Result<Vec<Attached>, Fault> {
+        attached(image_info(incoming)?, |wanted| async move {
+            self.manifest(&wanted, folders).await
+        })
+        .await
     }
 
     /// Collects the image from the directories, in this order.
     async fn tree(&self, incoming: &Incoming, folders: &[&Path]) -> Result<Tree, Fault> {
         let info = image_info(incoming)?;
         let tree = walk(&top_of(info)?, |wanted| async move {
-            for folder in folders {
-                let file = folder.join(wanted.digest.layout_path());
-                if let Some(bytes) = self.threads.run(move || read_small(&file)).await? {
-                    return Ok(Some(bytes));
-                }
-            }
-            Ok(None)
+            self.manifest(&wanted, folders).await
         })
         .await?;
         match tree
@@ -186,74 +226,6 @@ impl LayoutSink {
             )),
             None => Ok(tree),
         }
-    }
-}
-
-/// The content of a layout's `index.json` as JSON, so that entries of other programs are kept.
-struct Index(Value);
-
-impl Index {
-    fn read(layout: &Path) -> Result<Self, Fault> {
-        let path = layout.join("index.json");
-        match fs::read(&path) {
-            Ok(bytes) => serde_json::from_slice(&bytes).map(Self).map_err(|e| {
-                Fault::integrity(format!("{}: {e}", path.display())).with_next(
-                    "repair the file manually, or move the directory to another location",
-                )
-            }),
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
-                Ok(Self(json!({ "schemaVersion": 2, "manifests": [] })))
-            }
-            Err(e) => Err(Fault::io(format_args!("read {}", path.display()), &e)),
-        }
-    }
-
-    fn entries(&self) -> impl Iterator<Item = &Value> {
-        self.0["manifests"].as_array().into_iter().flatten()
-    }
-
-    fn is_version(entry: &Value, version: &str) -> bool {
-        entry["annotations"][REF_NAME] == version
-    }
-
-    fn digest_of(&self, version: &str) -> Result<Option<Sha256>, Fault> {
-        let Some(entry) = self.entries().find(|e| Self::is_version(e, version)) else {
-            return Ok(None);
-        };
-        let digest = entry["digest"].as_str().unwrap_or_default();
-        digest.parse().map(Some).map_err(|why| {
-            Fault::integrity(format!(
-                "the entry {version} in the index.json of an image directory: {why}"
-            ))
-        })
-    }
-
-    /// Removes a version. Returns whether it existed.
-    fn drop_version(&mut self, version: &str) -> bool {
-        let Some(entries) = self.0["manifests"].as_array_mut() else {
-            return false;
-        };
-        let before = entries.len();
-        entries.retain(|e| !Self::is_version(e, version));
-        entries.len() < before
-    }
-
-    fn add(&mut self, version: &str, top: &Descriptor) {
-        self.drop_version(version);
-        let entry = json!({
-            "mediaType": top.media_type,
-            "digest": top.digest,
-            "size": top.size,
-            "annotations": { REF_NAME: version },
-        });
-        match self.0["manifests"].as_array_mut() {
-            Some(entries) => entries.push(entry),
-            None => self.0["manifests"] = json!([entry]),
-        }
-    }
-
-    fn write(&self, layout: &Path) -> Result<(), Fault> {
-        durable::replace(&layout.join("index.json"), self.0.to_string().as_bytes())
     }
 }
 
@@ -296,16 +268,30 @@ fn move_in(from: &Path, to: &Path) -> Result<(), Fault> {
     durable::rename_noreplace(&temporary, to)
 }
 
-/// Moves every staged file of the image into the layout, and then adds its entry.
+/// An image whose files are staged or in the layout.
+struct Staged<'a> {
+    staged: &'a Path,
+    shared: &'a SharedBlobs,
+    tree: &'a Tree,
+    top: &'a Descriptor,
+    attached: &'a [Attached],
+}
+
+/// Moves every staged file of the image into the layout, and then adds its entry and those of what
+/// is carried with it. Returns notes about these.
 fn move_image(
     layout: &Path,
-    staged: &Path,
-    shared: &SharedBlobs,
-    tree: &Tree,
-    top: &Descriptor,
+    image: &Staged<'_>,
     version: &str,
     location: &str,
-) -> Result<(), Fault> {
+) -> Result<Vec<String>, Fault> {
+    let Staged {
+        staged,
+        shared,
+        top,
+        attached,
+        ..
+    } = *image;
     let current_digest = |index: &Index| match index.digest_of(version)? {
         // Another site with the same directory was faster.
         Some(theirs) if theirs != top.digest => Err(taken(location, &theirs, &top.digest)),
@@ -313,13 +299,12 @@ fn move_image(
     };
     current_digest(&Index::read(layout)?)?;
     durable::create_dir_all(&layout.join("blobs/sha256"))?;
-    let manifests = tree
-        .manifests
-        .iter()
+    let trees = || std::iter::once(image.tree).chain(attached.iter().map(|one| &one.tree));
+    let manifests = trees()
+        .flat_map(|tree| &tree.manifests)
         .map(|node| (node.digest, node.bytes.len() as u64, false));
-    let blobs = tree
-        .blobs
-        .iter()
+    let blobs = trees()
+        .flat_map(|tree| &tree.blobs)
         .map(|blob| (blob.digest, blob.size, blob.is_foreign()));
     for (digest, size, foreign) in manifests.chain(blobs) {
         let (from, to) = (
@@ -372,11 +357,18 @@ fn move_image(
         write_single_entry(&single_entry(layout, version), top)?;
     }
     let mut index = Index::read(layout)?;
-    if !current_digest(&index)? {
+    let exists = current_digest(&index)? && !index.is_attached(version);
+    if !exists {
         index.add(version, top);
+    }
+    let (mut notes, mut is_changed) = (Vec::new(), !exists);
+    for attached in attached {
+        is_changed |= index.attach(attached, &mut notes);
+    }
+    if is_changed {
         index.write(layout)?;
     }
-    Ok(())
+    Ok(notes)
 }
 
 /// Whether older tools do not find it in a layout by its tag.
@@ -627,8 +619,15 @@ impl Sink for LayoutSink {
     }
 
     async fn exists_at_target(&self, incoming: &Incoming) -> Result<bool, Fault> {
-        Ok(self.current_digest(&ImageName::of(incoming)?).await?
-            == Some(top_of(image_info(incoming)?)?.digest))
+        let (name, info) = (ImageName::of(incoming)?, image_info(incoming)?.clone());
+        let (layout, top) = (self.layout(&name), top_of(&info)?.digest);
+        let exists = move || {
+            let index = Index::read(&layout)?;
+            let mut referrers = info.referrers.iter();
+            Ok(index.digest_of(&name.tag)? == Some(top)
+                && referrers.all(|referrer| index.lists(&referrer.digest)))
+        };
+        self.threads.run(exists).await
     }
 
     async fn verify(
@@ -652,8 +651,12 @@ impl Sink for LayoutSink {
             }
             Some(_) => {}
         }
-        let tree = match self.tree(incoming, &[&layout]).await {
-            Ok(tree) => tree,
+        let read = async {
+            let tree = self.tree(incoming, &[&layout]).await?;
+            Ok::<_, Fault>((tree, self.attached(incoming, &[&layout]).await?))
+        };
+        let (tree, attached) = match read.await {
+            Ok(read) => read,
             Err(fault)
                 if matches!(
                     fault.code,
@@ -670,7 +673,17 @@ impl Sink for LayoutSink {
             verification.note("quick check: the manifests were read and the size of each blob was compared; no blob was read");
         }
         let compare = move || {
-            for blob in &tree.blobs {
+            let index = Index::read(&layout)?;
+            for one in &attached {
+                if !index.lists(&one.top.digest.to_string()) {
+                    out.push(format!(
+                        "{location}: index.json does not contain {}",
+                        one.name()
+                    ));
+                }
+            }
+            let trees = std::iter::once(&tree).chain(attached.iter().map(|one| &one.tree));
+            for blob in trees.flat_map(|tree| &tree.blobs) {
                 let path = layout.join(blob.digest.layout_path());
                 let size = file_size(&path)?;
                 let wrong = match size {
@@ -723,7 +736,7 @@ impl Sink for LayoutSink {
             }
             durable::remove_all(&single_entry(&layout, &version))?;
             let mut current_digest = HashSet::new();
-            for entry in index.entries() {
+            let keep = |entry: &serde_json::Value, kept: &mut HashSet<Sha256>| {
                 let top: Descriptor = serde_json::from_value(entry.clone()).map_err(|e| {
                     Fault::integrity(format!("an entry of {}/index.json: {e}", layout.display()))
                 })?;
@@ -732,9 +745,23 @@ impl Sink for LayoutSink {
                     read_small(&folder.join(wanted.digest.layout_path()))
                 };
                 let tree = runtime.block_on(walk(&top, read))?;
-                current_digest.extend(tree.manifests.iter().map(|node| node.digest));
-                current_digest.extend(tree.blobs.iter().map(|blob| blob.digest));
+                kept.extend(tree.manifests.iter().map(|node| node.digest));
+                kept.extend(tree.blobs.iter().map(|blob| blob.digest));
+                Ok::<_, Fault>(())
+            };
+            for entry in index
+                .entries()
+                .filter(|entry| Index::about(entry).is_none())
+            {
+                keep(entry, &mut current_digest)?;
             }
+            index.drop_attached(|entry, about| {
+                let is_needed = about.is_none_or(|about| current_digest.contains(&about));
+                if is_needed {
+                    keep(entry, &mut current_digest)?;
+                }
+                Ok(is_needed)
+            })?;
             if index.entries().next().is_none() {
                 remove_layout(&layout, &root)?;
             } else {

@@ -2,8 +2,10 @@
 //!
 //! The engine stages an OCI layout directory, which may lack blobs that the target already has.
 //! Both sinks follow the image from its top manifest down, write blobs first and the top manifest
-//! last, and change no byte.
+//! last, and change no byte. What is carried with the image (signatures, attestations, SBOMs)
+//! follows it in the same way (`attached`).
 
+mod attached;
 mod layout;
 mod registry;
 mod shared_blobs;
@@ -15,6 +17,8 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
+use attached::other_tag;
+pub use attached::{Attached, attached};
 pub use layout::LayoutSink;
 pub use registry::RegistrySink;
 
@@ -152,10 +156,10 @@ fn lost(what: &str, at: &str) -> Fault {
     )
 }
 
-/// A top manifest that is neither staged nor at the target was lost; the user did not misspell it.
+/// A manifest that is neither staged nor at the target was lost; the user did not misspell it.
 fn not_staged(fault: Fault, location: &str) -> Fault {
     if fault.code == base::fault::Code::NotFound {
-        lost("the top manifest", location)
+        lost("a manifest of the image", location)
     } else {
         fault
     }

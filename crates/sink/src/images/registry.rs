@@ -3,10 +3,11 @@
 //!
 //! Blobs are uploaded in parallel, large ones while they arrive; existing blobs are not sent. Then
 //! the lower manifests are pushed by digest, and last the top manifest under the tag, which makes
-//! the image visible. A crash before that leaves unreferenced blobs: the next attempt uses them, or
+//! the image visible. What is carried with the image follows it. A crash before that leaves unreferenced blobs: the next attempt uses them, or
 //! the registry's garbage collection removes them.
 
 mod push;
+mod referrers;
 mod tag;
 
 use std::collections::{HashMap, HashSet};
@@ -213,7 +214,28 @@ impl RegistrySink {
     }
 
     /// Removes an artifact. Returns the reason if this registry does not support it.
-    async fn delete(&self, image: &ImageName, repository: &str) -> Result<Option<String>, Error> {
+    async fn delete(
+        &self,
+        image: &ImageName,
+        repository: &str,
+        info: Option<&KindInfo>,
+    ) -> Result<Option<String>, Error> {
+        let reason = self.delete_image(image, repository).await?;
+        // The image may be gone since an earlier attempt, and what is carried with it is not.
+        let of_referrers = match info {
+            Some(KindInfo::Image(info)) if reason.is_none() => {
+                self.delete_attached(repository, &image.tag, info).await?
+            }
+            _ => None,
+        };
+        Ok(reason.or(of_referrers))
+    }
+
+    async fn delete_image(
+        &self,
+        image: &ImageName,
+        repository: &str,
+    ) -> Result<Option<String>, Error> {
         let Some(digest) = self.registry.head_manifest(repository, &image.tag).await? else {
             return Ok(None);
         };
@@ -480,7 +502,11 @@ impl Sink for RegistrySink {
         let ours = top_of(image_info(incoming)?)?.digest;
         let tag = self.tag(&ImageName::of(incoming)?, &ours).await?;
         // A blocked image is not lost.
-        Ok(tag != Tag::Absent && tag.conflict("", &ours).is_none())
+        if tag == Tag::Absent || tag.conflict("", &ours).is_some() {
+            return Ok(false);
+        }
+        let repository = self.repository(&ImageName::of(incoming)?);
+        self.has_attached(&repository, image_info(incoming)?).await
     }
 
     async fn verify(
@@ -542,6 +568,14 @@ impl Sink for RegistrySink {
                 .flatten()
                 .map(|why| format!("{location}: {why}")),
         );
+        let mut of_referrers = Vec::new();
+        self.verify_attached(repository, incoming, verification, &mut of_referrers)
+            .await?;
+        out.extend(
+            of_referrers
+                .into_iter()
+                .map(|why| format!("{location}: {why}")),
+        );
         Ok(out)
     }
 
@@ -553,7 +587,7 @@ impl Sink for RegistrySink {
         let name = ImageName::new(artifact, info)?;
         let (repository, location) = (self.repository(&name), self.location(&name));
         let reason = self
-            .delete(&name, &repository)
+            .delete(&name, &repository, info)
             .await
             .map_err(|e| e.fault(format_args!("remove {location}")))?;
         Ok(reason.map(|why| format!("{location}: {why}")))

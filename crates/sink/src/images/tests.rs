@@ -1,6 +1,8 @@
 //! The image sinks: against docker-registry with both kinds of access, against a stand-in for
 //! Harbor, and in a directory. skopeo also checks the results.
 
+mod referrers;
+
 use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
@@ -30,6 +32,7 @@ fn incoming(reference: &str, image: &Image) -> Incoming {
         absent: Vec::new(),
         repository: None,
         tag: None,
+        referrers: Vec::new(),
     };
     let artifact: ArtifactRef = reference.parse().unwrap();
     let root = Root {

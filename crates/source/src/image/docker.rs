@@ -6,7 +6,7 @@
 //! layers: the same archive always gives the same bytes and the same digest. [`super::ImageSource`]
 //! calls this module. Only reads.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use serde::Deserialize;
@@ -280,11 +280,13 @@ impl Saved {
         );
         let platforms: Vec<String> = self.config.platform().into_iter().collect();
         Ok(Image {
+            manifests: BTreeSet::from([top.digest.clone()]),
             top,
             blobs,
             platforms,
             absent: Vec::new(),
             checks: Vec::new(),
+            referrers: Vec::new(),
             omitted: Omitted::default(),
             is_deselected: false,
         })

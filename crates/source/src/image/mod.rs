@@ -5,7 +5,8 @@
 //! bytes and the same digest:
 //! ```text
 //! blobs/sha256/<hex>   configs, layers, manifests and indexes, unchanged
-//! index.json           one descriptor: the image's manifest or index; no names, so that the same image is the same artifact
+//! index.json           the descriptor of the image's manifest or index, without a name, so that the same image is the same
+//!                      artifact; then those of its referrers, with their tags
 //! oci-layout           {"imageLayoutVersion":"1.0.0"}
 //! ```
 //! `ingest` drives it. All checks are done in `open`, before the first entry: first the structure,
@@ -16,15 +17,16 @@
 //!
 //! `oci` reads layouts, `docker` reads `manifest.json`, `directory` the form `dir:`, `holder` finds and reads pieces, `archive`
 //! reads tar headers, `sparse` sparse members, `decompress` enforces the limit against decompression bombs, `listing`
-//! selects among several images, `referrers` finds what refers to an image.
+//! selects among several images, `referrers` finds what refers to an image, `carry` adds it.
 //!
 //! Parts of the image in the source that the layout does not contain are counted
-//! ([`Source::omitted`]): absent platforms, the digest that changes because of that, referrers, and
-//! additional names. Blobs that nothing in the source references belong to no image and do not
+//! ([`Source::omitted`]): absent platforms, the digest that changes because of that, referrers that
+//! are not carried, and additional names. Blobs that nothing in the source references belong to no image and do not
 //! count; other images do not count if a tag selects one.
 
 mod all;
 mod archive;
+mod carry;
 mod decoders;
 mod decompress;
 mod directory;
@@ -94,6 +96,8 @@ pub struct ImageOptions {
     pub unpacked_bytes_max: Option<u64>,
     /// Ends the reading: set when the job is cancelled.
     pub stop: Stop,
+    /// Whether what refers to the image (signatures, attestations, SBOMs) is carried with it.
+    pub referrers: bool,
 }
 
 /// How the parts of an image are read.
@@ -103,6 +107,7 @@ struct Reading<'a> {
     platforms: &'a [Platform],
     layers: docker::Layers<'a>,
     stop: &'a Stop,
+    referrers: bool,
 }
 
 impl<'a> Reading<'a> {
@@ -113,6 +118,7 @@ impl<'a> Reading<'a> {
             caps,
             platforms: &options.platforms,
             stop: &options.stop,
+            referrers: options.referrers,
             layers: if options.compress {
                 docker::Layers::Compressed(scratch)
             } else {
@@ -184,15 +190,20 @@ impl ImageSource {
         reading.or_cancelled(from_holder(holder, None, reading))
     }
 
-    /// Like [`ImageSource::open_layout`], for a layout in the scratch directory: each blob is
-    /// removed after it was read.
+    /// Opens a layout in the scratch directory whose first entry is the image: each blob is removed
+    /// after it was read.
     pub fn open_scratch(folder: &Path, options: &ImageOptions) -> Result<Self, Fault> {
+        let holder = Holder::folder(folder, Arc::default());
+        // By its digest: the image may itself be a signature or an SBOM.
+        let first = oci::top_descriptors(&holder)?.unwrap_or_default();
+        let first = first.first().map(|top| top.digest.to_string());
+        let reading = Reading::new(options, folder);
         let Self {
             entries,
             info,
             omitted,
             ..
-        } = Self::open_layout(folder, options)?;
+        } = reading.or_cancelled(from_holder(holder, first.as_deref(), reading))?;
         let owned = entries.map(|mut entry| {
             if let SourceBody::File {
                 content: Content::File(path),
@@ -349,6 +360,7 @@ fn from_holder(
         .as_ref()
         .map(|tops| Referrers::find(holder, tops))
         .unwrap_or_default();
+    let carried = reading.referrers.then_some(holder);
     let image = match (tops, saved) {
         (None, None) => return Err(holder.refuse("index.json", holder.why_no_image())),
         (Some(tops), None) => {
@@ -361,8 +373,8 @@ fn from_holder(
                     &mut image.omitted,
                 );
             }
-            referrers.note(&mut image, chosen.entry(), tag);
-            check_layers(holder, image, caps)?
+            referrers.settle(carried, &mut image, chosen.entry(), tag)?;
+            image
         }
         (None, Some(saved)) => from_saved(holder, saved, tag, reading)?,
         // Its OCI parts have the layers as they are.
@@ -374,8 +386,8 @@ fn from_holder(
                 if tag.is_none() {
                     note_names(saved.tags.iter().map(String::as_str), &mut image.omitted);
                 }
-                referrers.note(&mut image, Some(&entry), tag);
-                check_layers(holder, image, caps)?
+                referrers.settle(carried, &mut image, Some(&entry), tag)?;
+                image
             }
             None => {
                 let mut image = from_saved(holder, saved, tag, reading)?;
@@ -387,11 +399,13 @@ fn from_holder(
                         format!("{}, published as {}", stated.digest, image.top.digest),
                     );
                 }
-                referrers.note(&mut image, None, tag);
+                referrers.settle(carried, &mut image, None, tag)?;
                 image
             }
         },
     };
+    // Every layer is read and checked.
+    holder.check_all(&image.checks, caps)?;
     into_source(image, holder.own())
 }
 
@@ -425,12 +439,6 @@ fn note_names<'a>(names: impl Iterator<Item = &'a str>, omitted: &mut Omitted) {
     for name in names.into_iter().skip(1) {
         omitted.add(Category::ImageNames, name);
     }
-}
-
-/// Reads and checks every layer of an OCI image.
-fn check_layers(holder: &Holder, image: Image, caps: Caps) -> Result<Image, Fault> {
-    holder.check_all(&image.checks, caps)?;
-    Ok(image)
 }
 
 /// The OCI image in `index.json` that corresponds to the selected image of `manifest.json`: the one
@@ -477,9 +485,17 @@ fn oci_from_saved(
 /// The two files of the normalised layout that are not blobs. They are derived from the metadata of
 /// the artifact.
 pub fn layout_files(info: &ImageInfo) -> Result<[(&'static str, Bytes); 2], Fault> {
-    let descriptor = serde_json::json!({ "mediaType": info.media_type, "digest": info.digest, "size": info.size });
+    let descriptor = |media_type: &str, digest: &str, size: u64| serde_json::json!({ "mediaType": media_type, "digest": digest, "size": size });
+    let mut entries = vec![descriptor(&info.media_type, &info.digest, info.size)];
+    entries.extend(info.referrers.iter().map(|referrer| {
+        let mut entry = descriptor(&referrer.media_type, &referrer.digest, referrer.size);
+        if let Some(tag) = &referrer.tag {
+            entry["annotations"] = serde_json::json!({ oci::REF_NAME: tag });
+        }
+        entry
+    }));
     let index = oci::to_bytes(
-        &serde_json::json!({ "schemaVersion": 2, "mediaType": oci::OCI_INDEX, "manifests": [descriptor] }),
+        &serde_json::json!({ "schemaVersion": 2, "mediaType": oci::OCI_INDEX, "manifests": entries }),
     )?;
     Ok([
         ("index.json", index.into()),
@@ -500,6 +516,7 @@ fn into_source(image: Image, own: Option<Arc<Own>>) -> Result<ImageSource, Fault
         absent: image.absent,
         repository: None,
         tag: None,
+        referrers: image.referrers,
     };
     let folder = |path: &str| {
         Ok(SourceEntry {

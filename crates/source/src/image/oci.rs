@@ -20,6 +20,7 @@ use base::fault::Fault;
 use base::limits::{IMAGE_INDEX_DEPTH_MAX, IMAGE_JSON_TOTAL_BYTES_MAX, OFFENDERS_LISTED_MAX};
 use base::omitted::{Category, Omitted};
 use base::platform::Platform as Wanted;
+use content::manifest::ImageReferrer;
 
 pub(super) const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 pub(super) const OCI_INDEX: &str = "application/vnd.oci.image.index.v1+json";
@@ -28,10 +29,8 @@ const DOCKER_MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+j
 const DOCKER_LIST: &str = "application/vnd.docker.distribution.manifest.list.v2+json";
 const DOCKER_CONFIG: &str = "application/vnd.docker.container.image.v1+json";
 /// The annotations with the name of an image in `index.json`.
-const NAME_ANNOTATIONS: [&str; 2] = [
-    "io.containerd.image.name",
-    "org.opencontainers.image.ref.name",
-];
+const NAME_ANNOTATIONS: [&str; 2] = ["io.containerd.image.name", REF_NAME];
+pub(super) const REF_NAME: &str = "org.opencontainers.image.ref.name";
 /// The annotation of an attestation with the digest of the manifest that it describes.
 const ATTESTED: &str = "vnd.docker.reference.digest";
 
@@ -89,15 +88,15 @@ impl Descriptor {
         self.annotations.as_ref()?.get(key).map(String::as_str)
     }
 
-    fn is_index(&self) -> bool {
+    pub(super) fn is_index(&self) -> bool {
         matches!(self.media_type.as_str(), OCI_INDEX | DOCKER_LIST)
     }
 
-    fn is_manifest(&self) -> bool {
+    pub(super) fn is_manifest(&self) -> bool {
         matches!(self.media_type.as_str(), OCI_MANIFEST | DOCKER_MANIFEST)
     }
 
-    fn is_foreign(&self) -> bool {
+    pub(super) fn is_foreign(&self) -> bool {
         self.urls.as_ref().is_some_and(|urls| !urls.is_empty())
     }
 
@@ -243,9 +242,13 @@ pub(super) struct Top {
 pub(super) struct Image {
     pub(super) top: Top,
     pub(super) blobs: BTreeMap<BlobDigest, Piece>,
+    /// Its manifests and indexes, which referrers may describe.
+    pub(super) manifests: BTreeSet<BlobDigest>,
     pub(super) platforms: Vec<String>,
     pub(super) absent: Vec<String>,
     pub(super) checks: Vec<Check>,
+    /// What is carried with it; their blobs are among [`Image::blobs`].
+    pub(super) referrers: Vec<ImageReferrer>,
     /// What the source contains of this image and the artifact does not.
     pub(super) omitted: Omitted,
     /// Whether a config is for another platform than the selected ones.
@@ -605,6 +608,7 @@ struct Graph<'a> {
     /// Whether the config of a manifest is for another platform than the selected ones.
     is_deselected: bool,
     blobs: BTreeMap<BlobDigest, Piece>,
+    manifests: BTreeSet<BlobDigest>,
     platforms: Vec<String>,
     absent: BTreeSet<BlobDigest>,
     omitted: Omitted,
@@ -621,6 +625,7 @@ impl<'a> Graph<'a> {
             selected,
             is_deselected: false,
             blobs: BTreeMap::new(),
+            manifests: BTreeSet::new(),
             platforms: Vec::new(),
             absent: BTreeSet::new(),
             omitted: Omitted::default(),
@@ -668,6 +673,7 @@ impl<'a> Graph<'a> {
         };
         if matches!(found, Resolution::Complete) {
             self.blobs.insert(descriptor.digest.clone(), piece);
+            self.manifests.insert(descriptor.digest.clone());
         }
         self.seen.insert(descriptor.digest.clone(), found.clone());
         Ok(found)
@@ -989,6 +995,7 @@ impl<'a> Graph<'a> {
             top.digest.clone(),
             Piece::created(top.digest.member(), bytes),
         );
+        self.manifests.insert(top.digest.clone());
         top
     }
 
@@ -1026,9 +1033,11 @@ impl<'a> Graph<'a> {
         Ok(Image {
             top,
             blobs: self.blobs,
+            manifests: self.manifests,
             platforms: self.platforms,
             absent: self.absent.iter().map(ToString::to_string).collect(),
             checks: self.checks.into_values().collect(),
+            referrers: Vec::new(),
             omitted: self.omitted,
             is_deselected: self.is_deselected,
         })

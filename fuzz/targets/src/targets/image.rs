@@ -2,6 +2,7 @@
 
 use std::io::Write as _;
 use std::path::Path;
+use std::sync::Arc;
 
 use base::sha256::Sha256;
 use source::image::{ImageOptions, ImageSource};
@@ -67,6 +68,8 @@ const CONFIG: &[u8] =
     br#"{"architecture":"amd64","os":"linux","rootfs":{"type":"layers","diff_ids":["@0@"]}}"#;
 const MANIFEST: &[u8] = br#"{"schemaVersion":2,"mediaType":"application/vnd.oci.image.manifest.v1+json","config":{"mediaType":"application/vnd.oci.image.config.v1+json","digest":"@1@","size":#1#},"layers":[{"mediaType":"application/vnd.oci.image.layer.v1.tar","digest":"@0@","size":#0#}]}"#;
 const INDEX: &[u8] = br#"{"schemaVersion":2,"manifests":[{"mediaType":"application/vnd.oci.image.manifest.v1+json","digest":"@2@","size":#2#,"platform":{"os":"linux","architecture":"amd64"},"annotations":{"org.opencontainers.image.ref.name":"v1"}}]}"#;
+const REFERRER: &[u8] = br#"{"schemaVersion":2,"mediaType":"application/vnd.oci.image.manifest.v1+json","config":{"mediaType":"x","digest":"@0@","size":#0#},"layers":[],"subject":{"mediaType":"application/vnd.oci.image.manifest.v1+json","digest":"@2@","size":#2#}}"#;
+const SIGNED_INDEX: &[u8] = br#"{"schemaVersion":2,"manifests":[{"mediaType":"application/vnd.oci.image.manifest.v1+json","digest":"@2@","size":#2#},{"mediaType":"application/vnd.oci.image.manifest.v1+json","digest":"@3@","size":#3#}]}"#;
 const SAVED: &[u8] =
     br#"[{"Config":"config.json","RepoTags":["app:v1"],"Layers":["a/layer.tar","b/layer.tar"]}]"#;
 const SAVED_CONFIG: &[u8] =
@@ -101,6 +104,15 @@ fn seeds() -> Vec<Vec<u8>> {
     let mut all: Vec<Vec<u8>> = (1..=4)
         .map(|form| [&[form][..], &parts(&oci)[..]].concat())
         .collect();
+    let signed = [
+        member(BLOB, "", &layer),
+        member(BLOB, "", CONFIG),
+        member(BLOB, "", MANIFEST),
+        member(BLOB, "", REFERRER),
+        member(FILE, "index.json", SIGNED_INDEX),
+        member(FILE, "oci-layout", LAYOUT),
+    ];
+    all.push([&[4][..], &parts(&signed)[..]].concat());
     all.extend((1..=3).map(|form| [&[form][..], &parts(&saved)[..]].concat()));
     let archive = |members: &[Vec<u8>]| {
         let parts: Vec<&[u8]> = members.iter().map(|member| &member[..]).collect();
@@ -235,20 +247,26 @@ fn image(input: &[u8]) {
     assert!(written.is_ok(), "{written:?}");
     let scratch = dir.path().join("scratch");
     assert!(std::fs::create_dir(&scratch).is_ok());
-    let Some(first) = taken(ImageSource::open(&path, &scratch)) else {
+    let options = ImageOptions {
+        referrers: true,
+        ..ImageOptions::default()
+    };
+    let opened = ImageSource::open_for(&path, &scratch, None, &options, &Arc::default());
+    let Some(first) = taken(opened) else {
         return;
     };
     let info = first.image_info().clone();
     let layout = dir.path().join("layout");
     write_layout(first, &layout);
     // What was taken, written as the layout that it is, is the same image.
-    let again = ImageSource::open_layout(&layout, &ImageOptions::default());
+    let again = ImageSource::open_layout(&layout, &options);
     assert!(again.is_ok(), "{:?}", again.err());
     if let Ok(again) = again {
         assert_eq!(
             (&again.image_info().digest, &again.image_info().platforms),
             (&info.digest, &info.platforms)
         );
+        assert_eq!(again.image_info().referrers, info.referrers);
         note("the same image");
     }
 }

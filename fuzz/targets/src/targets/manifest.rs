@@ -83,6 +83,7 @@ fn info(kind: Kind) -> KindInfo {
             absent: Vec::new(),
             repository: None,
             tag: None,
+            referrers: Vec::new(),
         }),
         Kind::Labels => KindInfo::Labels(LabelsInfo {
             dataset: None,

@@ -133,6 +133,7 @@ fn image(store: &Store, top: &[u8], blobs: &[(Sha256, &[u8])]) -> Root {
         absent: vec![],
         repository: None,
         tag: None,
+        referrers: vec![],
     };
     builder.finish(Kind::Image, KindInfo::Image(info)).unwrap()
 }

@@ -143,10 +143,10 @@ fn without_attributes_a_manifest_is_as_in_format_1() {
         text.starts_with(r#"{"format":2,"kind":"dataset","info":{"is":"files"},"chunking":"#),
         "{text}"
     );
-    let future = Root { format: 3, ..newer };
+    let future = Root { format: 4, ..newer };
     let fault = Root::parse(&future.to_bytes(), future.digest()).unwrap_err();
     assert!(
-        fault.message.contains("has format 3") && fault.next.contains("upgrade"),
+        fault.message.contains("has format 4") && fault.next.contains("upgrade"),
         "{fault:?}"
     );
 }

@@ -6,8 +6,11 @@ use proptest::prelude::*;
 use super::super::tests::{Memory, build, numbered};
 use super::*;
 use crate::chunk::{DEFAULT_CHUNKING, Hash};
-use crate::manifest::{DatasetBinding, ImageInfo, LabelsInfo, Named, PageRef, Totals, survey};
+use crate::manifest::{
+    DatasetBinding, ImageInfo, ImageReferrer, LabelsInfo, Named, PageRef, Totals, survey,
+};
 use base::fault::Code;
+use base::limits::IMAGE_REFERRERS_MAX;
 
 fn number(out: &mut Vec<u8>, mut n: u64) {
     while n >= 0x80 {
@@ -551,6 +554,7 @@ fn entries_that_do_not_match_the_kind_are_refused() {
             absent: vec![],
             repository: None,
             tag: None,
+            referrers: vec![],
         })
     };
     let valid = image(&top.to_string(), 3);
@@ -792,4 +796,125 @@ proptest! {
         survey(&root, &memory, &mut Default::default(), &mut |_| count += 1).unwrap();
         prop_assert!(count <= 3 * files + 64, "{count}");
     }
+}
+
+#[test]
+fn referrers_of_an_image_name_what_is_there() {
+    let memory = Memory::default();
+    let [top, sig, sbom] = [b"top", b"sig", b"sbo"].map(|bytes| Sha256::of(bytes));
+    let referrer = |own: &Sha256, about: &Sha256, tag: Option<&str>| ImageReferrer {
+        media_type: "application/vnd.oci.image.manifest.v1+json".into(),
+        digest: own.to_string(),
+        size: 3,
+        about: about.to_string(),
+        tag: tag.map(|suffix| ImageReferrer::cosign_tag(about, suffix)),
+    };
+    let mut layout = page().dir("blobs").dir("blobs/sha256");
+    let mut paths = [&top, &sig, &sbom].map(Sha256::layout_path);
+    paths.sort();
+    for path in &paths {
+        layout = layout.file(path, 3);
+    }
+    let layout = layout.file("index.json", 2).file("oci-layout", 2);
+    let root = |format: u32, referrers: Vec<ImageReferrer>| Root {
+        format,
+        kind: Kind::Image,
+        info: KindInfo::Image(ImageInfo {
+            media_type: "x".into(),
+            digest: top.to_string(),
+            size: 3,
+            platforms: vec![],
+            absent: vec![],
+            repository: None,
+            tag: None,
+            referrers,
+        }),
+        ..layout.times(&memory, 1)
+    };
+    let valid = vec![
+        referrer(&sig, &top, Some("sig")),
+        referrer(&sbom, &sig, None),
+    ];
+    let fine = root(3, valid.clone());
+    checked(&fine, &memory).unwrap();
+    let parsed = Root::parse(&fine.to_bytes(), fine.digest()).unwrap();
+    assert_eq!(parsed, fine);
+    let with = |change: &dyn Fn(&mut ImageReferrer)| {
+        let mut all = valid.clone();
+        change(&mut all[0]);
+        root(3, all)
+    };
+    let gone = Sha256::of(b"gone");
+    let many = vec![valid[0].clone(); IMAGE_REFERRERS_MAX + 1];
+    let other_tag = ImageReferrer {
+        tag: valid[0].tag.clone(),
+        ..referrer(&sbom, &top, None)
+    };
+    for (name, root, why) in [
+        ("old format", root(2, valid.clone()), "format"),
+        ("too many", root(3, many), "are allowed"),
+        (
+            "no digest",
+            with(&|r| r.digest = "sha256:x".into()),
+            "digest",
+        ),
+        ("no subject", with(&|r| r.about = String::new()), "digest"),
+        (
+            "media type",
+            with(&|r| r.media_type = "a\r\nb".into()),
+            "media",
+        ),
+        ("no size", with(&|r| r.size = 0), "size"),
+        ("huge", with(&|r| r.size = 1 << 40), "size"),
+        ("another size", with(&|r| r.size = 4), "not allowed"),
+        (
+            "a path as tag",
+            with(&|r| r.tag = Some("../x".into())),
+            "tag",
+        ),
+        (
+            "tag of another",
+            with(&|r| r.tag = Some(ImageReferrer::cosign_tag(&gone, "sig"))),
+            "tag",
+        ),
+        (
+            "tag without suffix",
+            with(&|r| r.tag = Some(format!("sha256-{}", top.hex()))),
+            "tag",
+        ),
+        (
+            "the image",
+            root(3, vec![referrer(&top, &sig, None)]),
+            "image itself",
+        ),
+        (
+            "itself",
+            root(3, vec![referrer(&sig, &sig, None)]),
+            "before",
+        ),
+        (
+            "a cycle",
+            root(
+                3,
+                vec![referrer(&sig, &sbom, None), referrer(&sbom, &sig, None)],
+            ),
+            "before",
+        ),
+        (
+            "not there",
+            root(3, vec![referrer(&gone, &top, None)]),
+            "does not contain",
+        ),
+        (
+            "one tag for two",
+            root(3, vec![valid[0].clone(), other_tag]),
+            "its tag",
+        ),
+    ] {
+        refused(name, &root, &memory, why);
+    }
+    // A program of an earlier version refuses the format before it looks at the rest.
+    let later = root(4, valid);
+    let fault = Root::parse(&later.to_bytes(), later.digest()).unwrap_err();
+    assert!(fault.message.contains("formats up to 3"), "{fault}");
 }

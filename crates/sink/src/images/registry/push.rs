@@ -1,4 +1,5 @@
-//! Pushes an image: its blobs, then the lower manifests, and last the top manifest under the tag.
+//! Pushes an image: its blobs, then the lower manifests, and last the top manifest under the tag;
+//! then what is carried with it (`referrers`).
 //!
 //! [`super::RegistrySink`] calls it for a commit. A crash leaves unreferenced blobs, which the next
 //! attempt uses.
@@ -32,7 +33,12 @@ impl RegistrySink {
             .contains(&(repository.to_owned(), *digest))
     }
 
-    async fn push_blobs(&self, repository: &str, tree: &Tree, staged: &Path) -> Result<(), Fault> {
+    pub(super) async fn push_blobs(
+        &self,
+        repository: &str,
+        tree: &Tree,
+        staged: &Path,
+    ) -> Result<(), Fault> {
         futures::stream::iter(tree.blobs.iter().map(Ok))
             .try_for_each_concurrent(limits::REGISTRY_BLOBS_IN_FLIGHT_MAX, |blob| {
                 self.push_blob(repository, blob, staged)
@@ -236,12 +242,18 @@ impl RegistrySink {
         if let Some(fault) = found.conflict(&self.location(&name), &ours) {
             return Err(fault);
         }
+        let mut notes = Vec::new();
         match found {
             // Committed and cleaned up before a crash.
             Tag::Is(_) | Tag::Blocked(_) if !self.is_staged(staged).await? => {}
             _ => {
-                if let Err(fault) = self.push(&repository, incoming, staged).await {
-                    return Err(self.explain_denied(fault, &repository).await);
+                let push = async {
+                    self.push(&repository, incoming, staged).await?;
+                    self.push_attached(&repository, incoming, staged).await
+                };
+                match push.await {
+                    Ok(of_referrers) => notes = of_referrers,
+                    Err(fault) => return Err(self.explain_denied(fault, &repository).await),
                 }
                 let staged = staged.to_owned();
                 self.threads
@@ -249,11 +261,13 @@ impl RegistrySink {
                     .await?;
             }
         }
-        let held = matches!(self.tag(&name, &ours).await, Ok(Tag::Blocked(_)));
+        if matches!(self.tag(&name, &ours).await, Ok(Tag::Blocked(_))) {
+            notes.insert(0, BLOCKED.to_owned());
+        }
         Ok(Committed {
             place: StorageLocation::Registry { repository },
             location: format!("{}@{ours}", self.location(&name)),
-            note: held.then(|| BLOCKED.to_owned()),
+            note: (!notes.is_empty()).then(|| notes.join("; ")),
         })
     }
 }
