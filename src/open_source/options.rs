@@ -117,7 +117,11 @@ mod tests {
         left_out.add(Category::Referrers, "signature sha256:…");
         for (format, carried, times) in [(1, false, false), (2, false, true), (3, true, true)] {
             let access = Access::of_user(Path::new("/nowhere"), format);
-            let of = |options: &SourceOptions| image_options(options, &access, Stop::default()).unwrap().referrers;
+            let of = |options: &SourceOptions| {
+                image_options(options, &access, Stop::default())
+                    .unwrap()
+                    .referrers
+            };
             assert_eq!((of(&given), of(&without)), (carried, false), "{format}");
             assert_eq!(access.keeps_times(&given), times, "{format}");
             // The note is for those that did not ask for it, of an image that has some.

@@ -6,7 +6,11 @@ fn access(more: &str) -> Access {
     let text = format!(
         "role = \"hub\"\nname = \"hub\"\ndata_dir = \"/d\"\n[listen]\nquic = \"127.0.0.1:0\"\n{more}"
     );
-    Access::of_daemon(&config::parse(&text, "a test").unwrap(), None, content::manifest::FORMAT_MAX)
+    Access::of_daemon(
+        &config::parse(&text, "a test").unwrap(),
+        None,
+        content::manifest::FORMAT_MAX,
+    )
 }
 
 #[test]

@@ -460,7 +460,7 @@ mod tests {
         own.open(&at("root/in/a")).unwrap();
         own.read_dir(&at("root/in")).unwrap();
         // The directory is replaced by a link after it was checked.
-        fs::rename(at("root/in"), at("root/old")).unwrap();
+        durable::rename_noreplace(&at("root/in"), &at("root/old")).unwrap();
         symlink(at("elsewhere/in"), at("root/in")).unwrap();
         let refused = |error: io::Error| {
             let fault = fault(&at("root/in"), &error);

@@ -5,6 +5,7 @@
 //! completely, or whose form a registry would not take, is not added. A part that is there and
 //! damaged is a fault. Only reads.
 
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
 
 use serde::Deserialize;
@@ -122,8 +123,8 @@ pub(super) fn add(
                 image.blobs.entry(digest).or_insert(piece);
             }
             for (digest, check) in parts.blobs {
-                if !image.blobs.contains_key(&digest) {
-                    image.blobs.insert(digest, check.piece.clone());
+                if let Entry::Vacant(free) = image.blobs.entry(digest) {
+                    free.insert(check.piece.clone());
                     image.checks.push(check);
                 }
             }

@@ -66,10 +66,10 @@ impl Index {
 
     pub(super) fn add(&mut self, version: &str, top: &Descriptor) {
         self.drop_version(version);
-        self.push(top, json!({ REF_NAME: version }));
+        self.push(top, &json!({ REF_NAME: version }));
     }
 
-    fn push(&mut self, top: &Descriptor, annotations: Value) {
+    fn push(&mut self, top: &Descriptor, annotations: &Value) {
         let entry = json!({
             "mediaType": top.media_type,
             "digest": top.digest,
@@ -120,7 +120,7 @@ impl Index {
                 annotations[REF_NAME] = tag.as_str().into();
             }
         }
-        self.push(&attached.top, annotations);
+        self.push(&attached.top, &annotations);
         true
     }
 

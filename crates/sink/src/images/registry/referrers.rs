@@ -179,7 +179,7 @@ impl RegistrySink {
                         out.push(format!("the tag {tag} is missing"));
                     }
                     Some(theirs) if theirs.to_string() != referrer.digest => {
-                        verification.note(&other_tag(tag, &referrer.digest));
+                        verification.note(other_tag(tag, &referrer.digest));
                         continue;
                     }
                     Some(_) => {}

@@ -270,10 +270,7 @@ fn the_layouts_of_cosign_oras_and_hauler_are_carried_whole() {
         first
     );
     // The tag of cosign, as skopeo copies it.
-    let tagged = [
-        named(image.clone(), "app:v1"),
-        named(sig.clone(), &sig_of(&image)),
-    ];
+    let tagged = [named(image.clone(), "app:v1"), named(sig, &sig_of(&image))];
     assert_eq!(layout.expect_carried(&tagged, None, &signed), first);
     // oras cp -r: untagged manifests with a subject, also below each other, and the fallback tag.
     let sbom = about(&mut layout.parts, &image, SPDX, "{}");
@@ -410,7 +407,7 @@ fn damaged_and_hostile_referrers_are_refused_or_bounded() {
         );
         layout.parts = parts;
     }
-    let mut wrong = sbom.clone();
+    let mut wrong = sbom;
     wrong["size"] = 9.into();
     refused(
         layout.carry(&[entries[0].clone(), wrong], None),
