@@ -165,6 +165,11 @@ impl World {
         let hub = Hub::start_new(scratch.path());
         let a = Site::start_new(scratch.path(), &hub, "a", &SiteSpec::default());
         let more = train(&scratch, &folder);
+        // A trainer that publishes its model itself does so from this folder.
+        let more = format!(
+            "[publish]\nroots = [{:?}]\n{more}",
+            folder.to_str().unwrap()
+        );
         let b = Site::start_new(
             scratch.path(),
             &hub,

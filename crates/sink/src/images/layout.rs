@@ -162,6 +162,7 @@ impl LayoutSink {
                     };
                     let notes = move_image(&layout, &image, &version, &location)?;
                     durable::remove_all(&staged)?;
+                    shared.added(&layout);
                     Ok(notes)
                 };
                 notes = self.change(&name, move_image).await?;

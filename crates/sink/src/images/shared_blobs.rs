@@ -98,6 +98,17 @@ impl SharedBlobs {
             })
     }
 
+    /// An image was stored in this layout: a new one is found by the next search.
+    pub(super) fn added(&self, layout: &Path) {
+        let mut listed = self.listed.lock();
+        let is_new = |(_, layouts): &(Instant, Arc<Vec<PathBuf>>)| {
+            !layouts.iter().any(|known| known == layout)
+        };
+        if listed.as_ref().is_some_and(is_new) {
+            *listed = None;
+        }
+    }
+
     fn layouts(&self) -> Arc<Vec<PathBuf>> {
         if let Some((at, layouts)) = &*self.listed.lock()
             && at.elapsed() < LISTED_FOR
