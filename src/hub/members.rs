@@ -114,7 +114,10 @@ impl Hub {
                     .site()
                     .is_some_and(|site| self.inner.links.is_online(site));
                 catalogue.revoke(who, &by, why, online).await?;
-                self.disconnect(who, &format!("{who} {REVOKED} by {by}"));
+                // The same words as a refused handshake, so that the peer reports it once.
+                let told = self.inner.membership.why_revoked(who).await;
+                let told = told.unwrap_or_else(|_| format!("{who} {REVOKED}"));
+                self.disconnect(who, &told);
             }
             MemberAction::Restore => catalogue.restore(who, &by).await?,
             MemberAction::Remove => {

@@ -109,6 +109,12 @@ impl Membership {
             .map(|refusal| refusal_text(who, &refusal, member.as_ref())))
     }
 
+    /// What a revoked peer is told.
+    pub(super) async fn why_revoked(&self, who: &Peer) -> Result<String, Fault> {
+        let member = self.inner.catalogue.member(who).await?;
+        Ok(refusal_text(who, &Refusal::Revoked, member.as_ref()))
+    }
+
     /// Issues a new certificate to a peer over its connection. The current one stays valid until the
     /// hub has seen the new one.
     pub(super) async fn renew(

@@ -138,6 +138,7 @@ async fn a_revocation_closes_every_connection_and_restore_lets_in_again() {
         link.closed().await;
         assert!(began.elapsed() < Duration::from_secs(1));
         let why = link.refusal().unwrap();
+        assert!(why.contains("by admin: stolen"), "{why}");
         assert!(why.contains(REVOKED) && transport::next_after_refusal(&why).contains("restore"));
         assert!(!other.is_closed());
         let fault = dial(&bench, &east, over).await.unwrap_err();
