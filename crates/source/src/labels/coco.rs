@@ -25,11 +25,13 @@ use super::guess::{self, Format};
 use super::images_beside::ImagesBeside;
 use super::json::{self, Fields, JsonReader};
 use super::label_files;
+use super::polygon;
 use super::recognise::Known;
-use super::refuse::Why;
+use super::refuse::{OnBad, Why};
+use super::rle;
 use super::sort::Sorter;
-use super::table_boxes::{Evidence, to_pixels};
-use super::{collect::SplitFrom, collect::number_list, split};
+use super::table_boxes::{Evidence, geom_to_pixels, to_pixels};
+use super::{collect::SplitFrom, split};
 
 /// Behind the image's id in the sort's keys: an image comes before its annotations.
 const IMAGE: u8 = 0;
@@ -483,7 +485,7 @@ struct Shape<'a> {
 }
 
 /// What kind of annotation it is, from the members that it has.
-fn shape<'a>(fields: &mut Fields<'a>, class: Option<ClassRef>) -> Result<Shape<'a>, &'static str> {
+fn shape<'a>(fields: &mut Fields<'a>, class: Option<ClassRef>) -> Result<Shape<'a>, String> {
     let keypoints = fields.take("keypoints").filter(|json| *json != "[]");
     let segmentation = fields
         .take("segmentation")
@@ -493,13 +495,13 @@ fn shape<'a>(fields: &mut Fields<'a>, class: Option<ClassRef>) -> Result<Shape<'
         Some(Some(numbers)) => match numbers[..] {
             [] => Extent::None,
             [x, y, w, h] => Extent::Box { x, y, w, h },
-            _ => return Err("its bbox is not a list of four numbers"),
+            _ => return Err("its bbox is not a list of four numbers".into()),
         },
-        Some(None) => return Err("its bbox is not a list of four numbers"),
+        Some(None) => return Err("its bbox is not a list of four numbers".into()),
     };
     if let Some(json) = keypoints {
         if json::as_numbers(json).is_none_or(|numbers| numbers.len() % 3 != 0) {
-            return Err("its keypoints are not a list of x, y, v");
+            return Err("its keypoints are not a list of x, y, v".into());
         }
         return Ok(Shape {
             kind: "keypoints",
@@ -508,26 +510,30 @@ fn shape<'a>(fields: &mut Fields<'a>, class: Option<ClassRef>) -> Result<Shape<'
         });
     }
     match segmentation {
-        Some(json) if json.starts_with('{') => Ok(Shape {
-            kind: "rle",
-            extent,
-            geom: Some(json.into()),
-        }),
+        Some(json) if json.starts_with('{') => {
+            rle::check(json)?;
+            // Runs of other tools, as this program exported them once, have no size.
+            let around = rle::extent(json).unwrap_or(Extent::None);
+            Ok(Shape {
+                kind: "rle",
+                extent: if extent == Extent::None {
+                    around
+                } else {
+                    extent
+                },
+                geom: Some(json.into()),
+            })
+        }
         Some(json) => {
-            let wrong = "its segmentation is not a list of rings of x, y";
-            // VGG Image Annotator writes one ring without a list around it.
-            let json = match json.starts_with("[[") {
-                true => std::borrow::Cow::Borrowed(json),
-                false => std::borrow::Cow::Owned(format!("[{json}]")),
-            };
-            let points = rings(&json).ok_or(wrong)?;
+            let (geom, rings) = polygon::rings(json)
+                .map_err(|detail| format!("its segmentation is not a list of rings: {detail}"))?;
             if extent == Extent::None {
-                extent = Extent::around(&points).ok_or(wrong)?;
+                extent = Extent::around(&rings.concat()).unwrap_or(Extent::None);
             }
             Ok(Shape {
                 kind: "polygon",
                 extent,
-                geom: Some(json),
+                geom: Some(geom),
             })
         }
         None if extent != Extent::None => Ok(Shape {
@@ -541,22 +547,6 @@ fn shape<'a>(fields: &mut Fields<'a>, class: Option<ClassRef>) -> Result<Shape<'
             geom: None,
         }),
     }
-}
-
-/// The points of a list of rings, each with x and y in pairs.
-fn rings(json: &str) -> Option<Vec<f64>> {
-    let inner = json.strip_prefix("[[")?.strip_suffix("]]")?;
-    let mut out = Vec::new();
-    for ring in inner.split("],[") {
-        let before = out.len();
-        for number in ring.split(',').filter(|number| !number.is_empty()) {
-            out.push(json::as_number(number)?);
-        }
-        if (out.len() - before) % 2 != 0 {
-            return None;
-        }
-    }
-    Some(out)
 }
 
 /// The id, then 0 (which no id's text holds), then what it is.
@@ -600,7 +590,16 @@ fn join(by_image: Sorter, normalised: bool, collector: &mut Collector) -> Result
         match known {
             Some((_, Some(path))) if normalised => scaled(path, size, record, collector)?,
             Some((_, Some(path))) => collector.encoded_annotation(path, record)?,
-            Some((_, None)) => {}
+            Some((_, None)) if collector.refusals.on_bad == OnBad::Refuse => {}
+            Some((_, None)) => {
+                let record: AnnotationRecord<'_> = decode(record)?;
+                collector.refusals.add_record(
+                    Why::Orphan,
+                    record.place,
+                    "its image is left out",
+                    record.raw().as_deref(),
+                );
+            }
             None => {
                 let record: AnnotationRecord<'_> = decode(record)?;
                 let id = String::from_utf8_lossy(id);
@@ -637,7 +636,7 @@ fn scaled(
     let size = size.unwrap_or((1, 1));
     let extent = boxed.map_or(Extent::None, |extent| to_pixels(extent, size));
     let geom = row.geom.map(|geom| match row.kind.as_str() {
-        "polygon" => scaled_rings(geom.get(), size),
+        "polygon" | "keypoints" => geom_to_pixels(&row.kind, geom.get(), size),
         _ => geom.get().to_owned(),
     });
     let annotation = Annotation {
@@ -651,18 +650,4 @@ fn scaled(
         raw: row.raw.get(),
     };
     collector.annotation(path, &annotation)
-}
-
-/// Rings of fractions, in pixels.
-fn scaled_rings(json: &str, (width, height): (i64, i64)) -> String {
-    let inner = json.trim_start_matches('[').trim_end_matches(']');
-    let rings: Vec<String> = inner
-        .split("],[")
-        .map(|ring| {
-            let numbers = ring.split(',').filter_map(json::as_number).enumerate();
-            let sides = [width as f64, height as f64];
-            number_list(&numbers.map(|(at, n)| n * sides[at % 2]).collect::<Vec<_>>())
-        })
-        .collect();
-    format!("[{}]", rings.join(","))
 }

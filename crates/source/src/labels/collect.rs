@@ -5,6 +5,7 @@
 //! that need only the record happen here; those that need the image's size, the class list or the
 //! dataset happen when the rows are written (`write`).
 
+use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -19,7 +20,9 @@ use super::classes::Classes;
 use super::encoding::{TextEncoding, Utf8Reader};
 use super::json;
 use super::path_rules::{PathFrom, PathRules};
+use super::polygon;
 use super::refuse::{Refusals, Why};
+use super::rle;
 use super::sort::Sorter;
 use super::text::json_string;
 
@@ -75,6 +78,7 @@ impl Extent {
 }
 
 /// One annotation as a format reader sees it. The JSON texts are compact and valid.
+#[derive(Clone, Copy)]
 pub(super) struct Annotation<'a> {
     pub(super) place: &'a str,
     pub(super) class: Option<ClassRef>,
@@ -278,7 +282,9 @@ impl Collector {
             Extent::Point { x, y } => Some([x + 0.0, y + 0.0, 0.0, 0.0]),
             Extent::Box { x, y, w, h } => Some([x + 0.0, y + 0.0, w, h]),
         };
-        if extent.is_some_and(|numbers| numbers.iter().any(|n| !n.is_finite())) {
+        // The right and lower edges count too.
+        let edges = |[x, y, w, h]: [f64; 4]| [x, y, w, h, x + w, y + h];
+        if extent.is_some_and(|numbers| edges(numbers).iter().any(|n| !n.is_finite())) {
             let (place, raw) = (annotation.place, Some(annotation.raw));
             self.refusals
                 .add_record(Why::NotFinite, place, "its box is not finite", raw);
@@ -297,6 +303,18 @@ impl Collector {
             );
             return Ok(None);
         }
+        let geom = match checked_geom(annotation) {
+            Ok(geom) => geom,
+            Err(detail) => {
+                let (place, raw) = (annotation.place, Some(annotation.raw));
+                self.refusals.add_record(Why::Shape, place, detail, raw);
+                return Ok(None);
+            }
+        };
+        let annotation = &Annotation {
+            geom: geom.as_deref(),
+            ..*annotation
+        };
         let is_point = matches!(annotation.extent, Extent::Point { .. });
         let tail = tail(annotation, extent, is_point);
         let record = AnnotationRecord {
@@ -315,6 +333,22 @@ impl Collector {
     /// Notes an annotation's id (a JSON number or string), which must be the only one.
     pub(super) fn annotation_id(&mut self, place: &str, id: &str) -> Result<(), Fault> {
         self.ids.push(id.as_bytes(), place.as_bytes())
+    }
+}
+
+/// The geometry of a polygon or a mask in its canonical form, or what is wrong with it.
+fn checked_geom<'a>(annotation: &Annotation<'a>) -> Result<Option<Cow<'a, str>>, String> {
+    let Some(geom) = annotation.geom else {
+        return Ok(None);
+    };
+    match annotation.kind {
+        "polygon" => {
+            let (geom, _) = polygon::rings(geom)
+                .map_err(|detail| format!("its polygon cannot be read: {detail}"))?;
+            Ok(Some(geom))
+        }
+        "rle" => rle::check(geom).map(|()| Some(Cow::Borrowed(geom))),
+        _ => Ok(Some(Cow::Borrowed(geom))),
     }
 }
 

@@ -83,6 +83,7 @@ mod masks;
 mod masks_map;
 mod path_rules;
 mod png;
+mod polygon;
 mod recognise;
 mod refuse;
 mod rle;

@@ -15,6 +15,51 @@ struct Rle<'a> {
     counts: &'a serde_json::value::RawValue,
 }
 
+/// Checks a mask: COCO's runs completely; those of Label Studio and of Kaggle, which do not hold
+/// their size, as far as they can be.
+pub(super) fn check(json: &str) -> Result<(), String> {
+    #[derive(Deserialize)]
+    struct Other<'a> {
+        format: Option<String>,
+        #[serde(borrow)]
+        rle: Option<&'a serde_json::value::RawValue>,
+        counts: Option<&'a serde_json::value::RawValue>,
+    }
+    let bytes = |json: &str| serde_json::from_str::<Vec<u8>>(json).is_ok();
+    if json.starts_with('[') {
+        return match bytes(json) {
+            true => Ok(()),
+            false => Err("its rle is not a list of bytes".into()),
+        };
+    }
+    let other: Other<'_> = serde_json::from_str(json)
+        .map_err(|error| format!("its rle is not an object with size and counts: {error}"))?;
+    match other.format.as_deref() {
+        None => extent(json).map(|_| ()),
+        Some("label_studio") if other.rle.is_some_and(|rle| bytes(rle.get())) => Ok(()),
+        Some("label_studio") => Err("its rle is not a list of bytes".into()),
+        Some("kaggle") => {
+            let text = other
+                .counts
+                .and_then(|counts| serde_json::from_str::<String>(counts.get()).ok());
+            let is_right = text.is_some_and(|text| kaggle(&text).is_some());
+            is_right
+                .then_some(())
+                .ok_or_else(|| "its mask is not pairs of a start and a length".into())
+        }
+        Some(format) => Err(format!("the format {format:?} of its rle is not known")),
+    }
+}
+
+/// Kaggle's pairs of a start, counted from 1 down the columns, and a length.
+pub(super) fn kaggle(text: &str) -> Option<Vec<i64>> {
+    let numbers: Option<Vec<i64>> = text
+        .split_whitespace()
+        .map(|word| word.parse().ok().filter(|n| *n > 0))
+        .collect();
+    numbers.filter(|numbers| !numbers.is_empty() && numbers.len() % 2 == 0)
+}
+
 /// The box around the pixels of `{"size": [height, width], "counts": …}`; nothing for a mask
 /// without pixels.
 pub(super) fn extent(json: &str) -> Result<Extent, String> {
@@ -48,6 +93,11 @@ pub(super) fn extent(json: &str) -> Result<Extent, String> {
             });
         }
         at = end;
+    }
+    if at != pixels {
+        return Err(format!(
+            "the counts of its rle make {at} pixels, and its size {height}, {width} has {pixels}"
+        ));
     }
     Ok(
         around.map_or(Extent::None, |[left, top, right, bottom]| Extent::Box {
@@ -109,12 +159,34 @@ mod tests {
         assert_eq!(extent(r#"{"size":[3,3],"counts":[9]}"#), Ok(Extent::None));
         for bad in [
             r#"{"size":[3,3],"counts":[2,9]}"#,
+            r#"{"size":[3,3],"counts":[2,6]}"#,
+            r#"{"size":[3,3],"counts":[]}"#,
+            r#"{"size":[3,3],"counts":[-1,10]}"#,
+            r#"{"size":[3,3],"counts":[4.5,4.5]}"#,
+            r#"{"size":[3,3],"counts":""}"#,
+            r#"{"counts":[9]}"#,
             r#"{"size":[0,3],"counts":[0]}"#,
             r#"{"size":[3,3],"counts":"~"}"#,
             r#"{"size":[3,3],"counts":"oooooooooooooooo"}"#,
             "{}",
         ] {
             assert!(extent(bad).is_err(), "{bad}");
+            assert!(check(bad).is_err(), "{bad}");
+        }
+        for (json, is_right) in [
+            (r#"{"size":[3,3],"counts":[9]}"#, true),
+            (r#"{"format":"kaggle","counts":"1 3 10 5"}"#, true),
+            (r#"{"format":"kaggle","counts":"1 3 10"}"#, false),
+            (r#"{"format":"label_studio","rle":[1,255]}"#, true),
+            (r#"{"format":"label_studio","rle":[1,256]}"#, false),
+            (r#"{"format":"label_studio"}"#, false),
+            (r#"{"format":"other","counts":[9]}"#, false),
+            (r#"{"foo":1}"#, false),
+            ("[0,9]", true),
+            ("[0,-9]", false),
+            ("7", false),
+        ] {
+            assert_eq!(check(json).is_ok(), is_right, "{json}");
         }
     }
 }

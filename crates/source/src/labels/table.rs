@@ -20,7 +20,8 @@ use super::collect::{Annotation, ClassRef, Collector, Extent, Sample};
 use super::folder::Input;
 use super::json;
 use super::refuse::{Refusals, Why};
-use super::table_boxes::{BoxForm, Evidence, Reading, extents, number, to_pixels};
+use super::rle;
+use super::table_boxes::{BoxForm, Evidence, Reading, extents, geom_to_pixels, number, to_pixels};
 use super::table_csv::CsvRows;
 use super::table_fields::{
     ATTRS, BBOX, CLASS, CLASS_ID, Cells, FIELDS, GEOM, H, HEIGHT, ID, KIND, RLE, SAMPLE_PATH,
@@ -386,6 +387,17 @@ impl Rows {
                 (_, Extent::None) => "other",
             },
         };
+        let has_points = matches!(kind, "polygon" | "polyline" | "keypoints");
+        let geom = match (geom, size) {
+            (Some(geom), Some(size)) if self.reading.normalised => {
+                Some(geom_to_pixels(kind, &geom, size))
+            }
+            (Some(_), None) if self.reading.normalised && has_points => {
+                let detail = "its points are fractions of its image (normalised), whose width and height are not known";
+                return Err(Stop::Refused(Why::NoSize, detail.into()));
+            }
+            (geom, _) => geom,
+        };
         if let Some(id) = &cells[ID] {
             collector.annotation_id(place, id)?;
         }
@@ -516,11 +528,7 @@ fn with_member(object: Option<&str>, name: &str, value: &Value) -> String {
 /// a length.
 fn runs(json: &str, size: Option<(i64, i64)>) -> Result<Shape, (Why, String)> {
     let text = json::as_string(json).unwrap_or_else(|| json.to_owned());
-    let numbers: Option<Vec<i64>> = text
-        .split_whitespace()
-        .map(|word| word.parse().ok().filter(|n| *n > 0))
-        .collect();
-    let numbers = numbers.filter(|numbers| !numbers.is_empty() && numbers.len() % 2 == 0);
+    let numbers = rle::kaggle(&text);
     let Some(numbers) = numbers else {
         return Err((
             Why::Shape,

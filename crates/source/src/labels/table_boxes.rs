@@ -5,11 +5,12 @@ use serde_json::Value;
 
 use base::fault::Fault;
 
-use super::collect::Extent;
+use super::collect::{Extent, number_list};
 use super::json;
+use super::polygon;
 use super::refuse::Why;
 use super::table_fields::{
-    BBOX, BBOX_XYXY, CX, CY, Cells, FIELDS, H, HEIGHT, W, WIDTH, X, X2, Y, Y2,
+    BBOX, BBOX_XYXY, CX, CY, Cells, FIELDS, GEOM, H, HEIGHT, W, WIDTH, X, X2, Y, Y2,
 };
 
 /// What four numbers of a box are.
@@ -133,6 +134,17 @@ impl Evidence {
             .collect();
         if plain.len() > 1 {
             self.add(&plain);
+        }
+        // Where there is no box, the points of a polygon say it.
+        if plain.is_empty()
+            && [BBOX, BBOX_XYXY]
+                .iter()
+                .all(|field| cells[*field].is_none())
+            && let Some(geom) = &cells[GEOM]
+            && let Ok((_, rings)) =
+                polygon::rings(&json::as_string(geom).unwrap_or_else(|| geom.clone()))
+        {
+            self.add(&rings.concat());
         }
     }
 
@@ -313,6 +325,42 @@ pub(super) fn to_pixels(extent: Extent, (width, height): (i64, i64)) -> Extent {
             w: w * sx,
             h: h * sy,
         },
+    }
+}
+
+/// The points of a polygon, a line or keypoints in pixels, if they are fractions of an image of this
+/// size; else as they are.
+pub(super) fn geom_to_pixels(kind: &str, json: &str, (width, height): (i64, i64)) -> String {
+    let sides = [width as f64, height as f64];
+    let is_fraction = |n: &f64| (-1e-6..=1.0 + 1e-6).contains(n);
+    let scaled = |numbers: &mut [f64], step: usize| {
+        for point in numbers.chunks_exact_mut(step) {
+            point[0] *= sides[0];
+            point[1] *= sides[1];
+        }
+    };
+    let new = match kind {
+        "polygon" | "polyline" => lists(json).and_then(|mut lists| {
+            let are_fractions = lists.iter().flatten().all(is_fraction);
+            lists.iter_mut().for_each(|list| scaled(list, 2));
+            are_fractions.then(|| polygon::list(&lists))
+        }),
+        "keypoints" => json::as_numbers(json).and_then(|mut numbers| {
+            let mut points = numbers.chunks_exact(3);
+            let are_fractions = points.all(|point| point[..2].iter().all(is_fraction));
+            scaled(&mut numbers, 3);
+            are_fractions.then(|| number_list(&numbers))
+        }),
+        _ => None,
+    };
+    new.unwrap_or_else(|| json.to_owned())
+}
+
+/// The rings of a polygon, or the parts of a line.
+fn lists(json: &str) -> Option<Vec<Vec<f64>>> {
+    match polygon::rings(json) {
+        Ok((_, rings)) => Some(rings),
+        Err(_) => serde_json::from_str(json).ok(),
     }
 }
 

@@ -21,10 +21,11 @@ use content::manifest::{DatasetBinding, FileInfo};
 
 use super::classes::ClassTable;
 use super::collect::{
-    AnnotationRecord, ClassRef, Collector, Sample, SplitFrom, TAG_ANNOTATION, decode, key_path,
-    number_list, split_key,
+    AnnotationRecord, ClassRef, Collector, Extent, Sample, SplitFrom, TAG_ANNOTATION, decode,
+    key_path, number_list, split_key,
 };
 use super::json;
+use super::polygon;
 use super::refuse::{OnBad, Refusals, Why};
 use super::sort::Sorter;
 use super::{BoundDataset, DatasetFiles};
@@ -429,7 +430,19 @@ fn clipped(annotation: &AnnotationRecord<'_>, open: &Open, on_bad: OnBad) -> Opt
     }
     if let Some(geom) = &row.geom {
         let geom = match row.kind.as_str() {
-            "polygon" => clipped_rings(geom.get(), width, height)?,
+            "polygon" => {
+                let (_, rings) = polygon::rings(geom.get()).ok()?;
+                let kept = polygon::clipped(&rings, width, height);
+                let around = Extent::around(&kept.concat())?;
+                // A box that is the one around the polygon stays that.
+                if annotation.extent.is_some()
+                    && annotation.extent == sides(Extent::around(&rings.concat()))
+                {
+                    let [x, y, w, h] = sides(Some(around))?.map(Some);
+                    (row.x, row.y, row.w, row.h) = (x, y, w, h);
+                }
+                polygon::list(&kept)
+            }
             "keypoints" => clipped_points(geom.get(), width, height)?,
             _ => return None,
         };
@@ -439,21 +452,12 @@ fn clipped(annotation: &AnnotationRecord<'_>, open: &Open, on_bad: OnBad) -> Opt
     Some(text.strip_prefix(HEAD)?.to_owned())
 }
 
-/// Rings whose points are moved to the nearest place in the image.
-fn clipped_rings(json: &str, width: f64, height: f64) -> Option<String> {
-    let inner = json.strip_prefix("[[")?.strip_suffix("]]")?;
-    let rings = inner.split("],[").map(|ring| {
-        let numbers = ring.split(',').map(json::as_number).enumerate();
-        let sides = [width, height];
-        let moved: Option<Vec<f64>> = numbers
-            .map(|(at, n)| Some(n?.clamp(0.0, sides[at % 2])))
-            .collect();
-        Some(number_list(&moved?))
-    });
-    Some(format!(
-        "[{}]",
-        rings.collect::<Option<Vec<_>>>()?.join(",")
-    ))
+/// Left, top, width and height of a box.
+fn sides(extent: Option<Extent>) -> Option<[f64; 4]> {
+    match extent? {
+        Extent::Box { x, y, w, h } => Some([x, y, w, h]),
+        Extent::None | Extent::Point { .. } => None,
+    }
 }
 
 /// Keypoints, those outside of the image as not marked.

@@ -10,7 +10,7 @@ fn coco() {
         {"id": 7, "image_id": 20, "category_id": 3, "bbox": [1, 2.50, 3, 4e0], "area": 12, "iscrowd": 0},
         {"id": 2, "image_id": 10, "category_id": 1, "bbox": [0,0,10,10], "segmentation": [[0,0,10,0,10,10]]},
         {"id": 3, "image_id": 20, "category_id": 1, "segmentation": [[1,1,5,1,5,9],[2,2,3,2,3,10]]},
-        {"id": 4, "image_id": 20, "category_id": 1, "bbox": [1,1,2,2], "segmentation": {"size":[50,40],"counts":"abc"}, "iscrowd": 1},
+        {"id": 4, "image_id": 20, "category_id": 1, "bbox": [1,1,2,2], "segmentation": {"size":[50,40],"counts":"`n1"}, "iscrowd": 1},
         {"id": 5, "image_id": 20, "category_id": 3, "bbox": [1,1,2,2], "keypoints": [1,1,2, 0,0,0], "num_keypoints": 1},
         {"id": 6, "image_id": 10, "category_id": 3, "bbox": [], "segmentation": [], "attributes": {"缺陷": true}},
         {"image_id": 10, "caption": "two dents"}
@@ -35,7 +35,7 @@ fn coco() {
         output.geoms()[4..],
         [
             r#"[[1,1,5,1,5,9],[2,2,3,2,3,10]]"#,
-            r#"{"size":[50,40],"counts":"abc"}"#,
+            r#"{"size":[50,40],"counts":"`n1"}"#,
             "[1,1,2,0,0,0]"
         ]
     );

@@ -2,6 +2,7 @@
 
 mod bad;
 mod formats;
+mod geometry;
 mod good;
 mod klarf;
 mod omitted;
