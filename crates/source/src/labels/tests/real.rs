@@ -378,7 +378,7 @@ fn coco_checks_every_shape() {
             "a.png 1 keypoints 1,1,5,5",
         ),
         (
-            r#""bbox":[1,1,5,5],"segmentation":{"size":[80,100],"counts":"x"}"#,
+            r#""bbox":[1,1,5,5],"segmentation":{"size":[80,100],"counts":[8000]}"#,
             "a.png 1 rle 1,1,5,5",
         ),
         (r#""segmentation":[1,1,5,1,5,5]"#, "a.png 1 polygon 1,1,4,4"),
