@@ -432,7 +432,7 @@ impl Link {
     }
 
     /// Like [`Link::refuse`], but what the kernel holds for a slow peer is discarded after
-    /// [`SEVER_MAX`], with the reason if the peer has not taken it.
+    /// 0.3 s, with the reason if the peer has not taken it.
     pub fn sever(&self, reason: &str) {
         if let Wire::Tcp { traffic, .. } = &self.inner.wire {
             traffic.sever();
